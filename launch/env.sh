@@ -59,15 +59,6 @@ PY
   done
   trap - INT TERM
   wait "$pip_pid" || { tail -n 15 "$env/install.log" >&2; fail "pip failed (log: $env/install.log); the next run starts over."; }
-  cat >"$env/bin/clae" <<EOF_CLAE
-#!$env/bin/python
-import os, sys
-if os.path.isfile("clae_dist/cli.py"):  # a checkout: run it, whichever checkout made this environment
-    sys.path.insert(0, os.getcwd())
-from clae_dist.cli import main
-sys.exit(main())
-EOF_CLAE
-  chmod +x "$env/bin/clae"
   touch "$env/.complete"
 }
 
@@ -81,4 +72,14 @@ else
 fi
 site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n' "$here" >"$site/clae_dist.pth.$$" && mv "$site/clae_dist.pth.$$" "$site/clae_dist.pth"
+cat >"$env/bin/clae.$$" <<EOF_CLAE
+#!$env/bin/python
+import os, sys
+if os.path.isfile("clae_dist/cli.py"):  # a checkout: run it, whichever checkout made this environment
+    sys.path.insert(0, os.getcwd())
+from clae_dist.cli import main
+if __name__ == "__main__":
+    sys.exit(main())
+EOF_CLAE
+chmod +x "$env/bin/clae.$$" && mv "$env/bin/clae.$$" "$env/bin/clae"
 printf '%s\n' "$env"

@@ -1,0 +1,152 @@
+"""`clae …`: parse, call, print, exit code; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from clae_dist import __version__
+
+_EXIT_CODES = """\
+exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank failed; 5 storage;
+            75 stopped on request with everything saved (start the same command again); 130 ended at once by Ctrl-C
+"""
+
+_CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
+_OVERRIDES_HELP = "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
+_RUN_HELP = "the folder of a run, such as runs/clae"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clae",
+        description="Contrastive learning with adversarial examples (CLAE) on a global batch.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"clae-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, *, recipe: bool = False, run: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's own log")
+        if recipe:
+            sub.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
+            sub.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+        if run:
+            sub.add_argument("run", metavar="RUN", type=Path, help=_RUN_HELP)
+        return sub
+
+    train = command("train", "pretrain an encoder; on a run that was interrupted, go on where its newest checkpoint is", recipe=True)
+    train.add_argument("--launcher", choices=("ray", "torchrun", "local"), help="who starts the ranks (over launch.launcher)")
+    command("config", "print the resolved settings, and where each comes from", recipe=True)
+    dry_run = command("dry-run", "build everything of a recipe and run one step with tiny sizes, leaving nothing behind", recipe=True)
+    dry_run.add_argument("--launcher", choices=("ray", "local"), help="who starts the ranks (default: launch.launcher)")
+    command("evaluate", "kNN and linear probe of a run's encoder, before and after pretraining", run=True)
+    command("report", "write a run's report (HTML, PNGs) and summary.json, and print the table", run=True)
+    export = command("export", "write the encoder as safetensors that timm or torchvision load without this package", run=True)
+    export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
+    doctor = commands.add_parser("doctor", help="check versions, devices, collectives, shards, disk, shared memory, MLflow")
+    doctor.add_argument("--debug", action="store_true", help="show tracebacks")
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="check what this recipe needs, too")
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from clae_dist.config import resolve
+    from clae_dist.launchers import start
+
+    config, origins = resolve(arguments.config, arguments.overrides)
+    if arguments.launcher:
+        config = replace(config, launch=replace(config.launch, launcher=arguments.launcher))
+        origins["launch.launcher"] = "command line"
+    ending = start(config, origins, arguments.debug)
+    if ending.message:
+        print(f"clae: {ending.message}", file=sys.stderr)
+    return ending.code
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from clae_dist.config import resolve, to_yaml
+
+    config, origins = resolve(arguments.config, arguments.overrides)
+    print(to_yaml(config, origins), end="")
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from clae_dist.config import resolve
+    from clae_dist.launchers.dry_run import dry_run
+
+    config, origins = resolve(arguments.config, arguments.overrides)
+    if arguments.launcher:
+        config = replace(config, launch=replace(config.launch, launcher=arguments.launcher))
+    ending = dry_run(config, origins, arguments.debug)
+    print(f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}", file=sys.stderr if ending.code else sys.stdout)
+    return ending.code
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from clae_dist.evaluation.evaluate import evaluate_run
+
+    evaluate_run(arguments.run)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from clae_dist.evaluation.report import write_report
+
+    write_report(arguments.run)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from clae_dist.evaluation.export import export_encoder
+
+    print(export_encoder(arguments.run, arguments.to))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from clae_dist.config import resolve
+    from clae_dist.doctor import run_doctor
+
+    config = resolve(arguments.config, arguments.overrides)[0] if arguments.config else None
+    return run_doctor(config, print)
+
+
+_COMMANDS = {
+    "train": _train,
+    "config": _config,
+    "dry-run": _dry_run,
+    "evaluate": _evaluate,
+    "report": _report,
+    "export": _export,
+    "doctor": _doctor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code. A user's mistake is one readable line, with --debug its traceback, too."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt:
+        print("clae: ended by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        from clae_dist.launchers.rank import UNEXPECTED, exit_code
+
+        code = exit_code(error)
+        if arguments.debug:
+            traceback.print_exc()
+        hint = "" if code != UNEXPECTED or arguments.debug else " (--debug shows where)"
+        name = f"{type(error).__name__}: " if code == UNEXPECTED else ""
+        print(f"clae: {name}{error}{hint}", file=sys.stderr)
+        return code

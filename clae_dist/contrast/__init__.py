@@ -1,0 +1,1 @@
+"""The algorithm: tensors in, tensors out. Start reading in `step.py`."""

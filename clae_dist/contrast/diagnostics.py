@@ -1,0 +1,82 @@
+"""What CLAE is about, made visible: the attack, and the geometry of clean and adversarial embeddings.
+
+# B rows on this rank, N rows on all ranks, D embedding width. a, b, c embeddings of x, y, x_adv.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from clae_dist.contrast.gather import contrast_on_global_batch, gather_rows
+from clae_dist.contrast.objectives import OBJECTIVES
+from clae_dist.contrast.step import Pretraining, adversarial_view
+
+
+def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
+    """Measurements on one global batch, the same on every rank; nothing in the model changes.
+
+    delta_linf, delta_l2 (mean over images, pixels of [0, 1]); attack_loss_before / _after; cosines of positive pairs and
+    mean and hardest (largest, mean over anchors) cosines of negatives, between clean views and between the clean and the
+    adversarial view; alignment and uniformity (Wang & Isola 2020, t = 2); wrong_sign_share: percent of pixel signs that
+    the negatives of one rank alone would have got wrong. Every rank must call it.
+    """
+    with run.untouched():
+        x, y = run.augment(batch)
+        with torch.no_grad():
+            a, b = run.attack_embed(x, "clean"), run.attack_embed(y, "clean")
+        values = _geometry(run, a, b)
+        if run.attack.name != "none":
+            values.update(_attack(run, x, y, a))
+    mean = run.world.mean(torch.stack([v.double() for v in values.values()]).to(run.world.device))
+    return dict(zip(values, mean.tolist(), strict=True))
+
+
+def _attack(run: Pretraining, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = adversarial_view(run, x, y)
+    start = y if run.attack.anchor == "other" else x
+    delta = (found.images - start).flatten(1)
+    with torch.no_grad():
+        anchor = run.attack_embed(x, "adversarial")
+        after = run.contrast(anchor, run.attack_embed(found.images, "adversarial"))
+        geometry = _geometry(run, a, run.attack_embed(found.images, "adversarial"))
+    values = {
+        "delta_linf": delta.abs().amax(1).mean(),
+        "delta_l2": delta.norm(dim=1).mean(),
+        "attack_loss_before": found.loss_before,
+        "attack_loss_after": after,
+        **{f"{name}_adversarial": value for name, value in geometry.items() if name.startswith("cos_")},
+    }
+    if run.world.size > 1:
+        # The same attack, unclipped and with unit steps, so that only signs are compared.
+        signs = replace(run, attack=replace(run.attack, epsilon=1.0, unit="pixel", clip=False))
+        alone = replace(run.world, rank=0, size=1, group=None)
+
+        def own_negatives(a_BD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
+            return contrast_on_global_batch(OBJECTIVES[run.objective], a_BD, b_BD, run.temperature, alone)
+
+        everyone = adversarial_view(signs, x, y).images - start
+        local = adversarial_view(signs, x, y, own_negatives).images - start
+        values["wrong_sign_share"] = 100 * (everyone.sign() != local.sign()).double().mean()
+    return values
+
+
+def _geometry(run: Pretraining, a_BD: torch.Tensor, b_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the rows a against the rows b of all ranks."""
+    all_b_ND = gather_rows(b_BD, run.world.group)
+    rows = torch.arange(len(a_BD), device=a_BD.device)
+    cosine_BN = a_BD @ all_b_ND.T
+    positive = cosine_BN[rows, run.world.rank * len(a_BD) + rows]
+    negatives = cosine_BN.index_put((rows, run.world.rank * len(a_BD) + rows), cosine_BN.new_tensor(-torch.inf))
+    num_negatives = len(a_BD) * (len(all_b_ND) - 1)
+    # |a - b|² = 2 - 2·cosine for unit rows; the uniformity is the log of a mean over all ranks' pairs.
+    spread = run.world.mean(torch.exp(-2 * (2 - 2 * negatives)).sum() / num_negatives)
+    return {
+        "cos_positive": positive.mean(),
+        "cos_negative_mean": negatives[negatives.isfinite()].sum() / num_negatives,
+        "cos_negative_hardest": negatives.amax(1).mean(),
+        "alignment": (2 - 2 * positive).mean(),
+        "uniformity": spread.log(),
+    }

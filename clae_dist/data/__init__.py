@@ -1,0 +1,1 @@
+"""Data: manifest, order of samples, shards, decoding, views, augmentation, loader."""

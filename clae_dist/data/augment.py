@@ -1,0 +1,110 @@
+"""The rest of SimCLR's augmentation, batched on the device, with every sample's own parameters.
+
+# n images, S side. Every choice comes from uniform numbers in [0, 1) (draws.py), AUGMENT_DRAWS an image: no generator.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from clae_dist.config import Augment
+
+FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA = range(10)
+AUGMENT_DRAWS = 10
+_ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # the jitter's four operations come in a random order
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+def augment(images_n3SS: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
+    """Float images in [0, 1] to flipped, colour-jittered, greyed and blurred ones (Chen et al. 2020, appendix A).
+
+    `draws` is (n, AUGMENT_DRAWS) on the CPU: which images an operation touches is known without asking the device.
+    """
+    x = _where(draws[:, FLIP] < settings.flip, images_n3SS.flip(3), images_n3SS)
+    x = _jitter(x, draws, settings)
+    x = _where(draws[:, GREY] < settings.grey, _grey(x).expand_as(x), x)
+    blurred = (draws[:, BLUR] < settings.blur).nonzero()[:, 0]
+    if len(blurred):
+        low, high = settings.blur_sigma
+        chosen = blurred.to(x.device)
+        x = x.index_copy(0, chosen, _blur(x[chosen], (low + draws[blurred, SIGMA] * (high - low)).to(x)))
+    return x
+
+
+def _where(chosen: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    return torch.where(chosen.to(no.device)[:, None, None, None], yes, no)
+
+
+def _grey(x: torch.Tensor) -> torch.Tensor:
+    return (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _jitter(x: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue in each image's own random order, as torchvision's ColorJitter."""
+    factors = torch.stack(
+        [
+            _factor(draws[:, BRIGHTNESS], settings.brightness),
+            _factor(draws[:, CONTRAST], settings.contrast),
+            _factor(draws[:, SATURATION], settings.saturation),
+            (2 * draws[:, HUE] - 1) * settings.hue,
+        ]
+    )
+    order = _ORDERS[(draws[:, ORDER] * len(_ORDERS)).long()]
+    jittered = (draws[:, JITTER] < settings.jitter)[:, None]
+    x = x.clone()
+    # Each image meets each operation once, in its own order: four rounds, and in each round four disjoint groups.
+    for turn in range(4):
+        for operation, adjust in enumerate((_brightness, _contrast, _saturation, _hue)):
+            group = (jittered[:, 0] & (order[:, turn] == operation)).nonzero()[:, 0]
+            if len(group):
+                chosen = group.to(x.device, non_blocking=True)
+                x[chosen] = adjust(x[chosen], factors[operation, group].to(x).view(-1, 1, 1, 1))
+    return x
+
+
+def _factor(draw: torch.Tensor, strength: float) -> torch.Tensor:
+    low, high = max(0.0, 1 - strength), 1 + strength
+    return low + draw * (high - low)
+
+
+def _brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def _contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    mean = _grey(x).mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp_(0, 1)
+
+
+def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(_grey(x).expand_as(x), x, factor.expand_as(x)).clamp_(0, 1)
+
+
+def _hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Hue moved by `shift` of the circle: RGB to hue, saturation, value and back (Smith 1978)."""
+    red, green, blue = x.unbind(1)
+    value, smallest = x.amax(1), x.amin(1)
+    chroma = value - smallest
+    safe = chroma.clamp_min(1e-8)
+    hue = torch.where(
+        value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    )
+    hue = (hue + 6 * shift[:, :, 0]).remainder(6)
+    # A channel is value - chroma · clamp(min(k, 4 - k), 0, 1), k = (n + hue) mod 6, n = 5, 3, 1 for red, green, blue.
+    k = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Gaussian, one sigma (pixels) an image, kernel a tenth of the side wide."""
+    count, channels, height, width = x.shape
+    radius = max(1, width // 20)
+    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets[None, :] / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+    padded = F.pad(x, [radius] * 4, mode="reflect").reshape(1, count * channels, height + 2 * radius, width + 2 * radius)
+    across = F.conv2d(padded, kernel[:, None, None, :], groups=count * channels)
+    return F.conv2d(across, kernel[:, None, :, None], groups=count * channels).reshape(x.shape)

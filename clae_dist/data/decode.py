@@ -1,0 +1,174 @@
+"""From encoded bytes to RGB pixels, the same for every kind of image; and the check that data_prep makes beforehand.
+
+`inspect` and `decode_rgb` share one way through Pillow, so that what passes the check can be decoded. `decode_rgb` takes
+torchvision's decoder for plain JPEGs, which is faster, and falls back to Pillow where that decoder refuses.
+`inspect` needs no torch (importing it takes seconds), so torch is imported where pixels become tensors.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+
+# Pillow refuses images above twice its MAX_IMAGE_PIXELS by itself; more cannot be asked for.
+PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0) or 2**31
+_ORIENTATION = 0x0112  # EXIF tag; 1: upright, 2 to 8: mirrored or turned
+_EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tiff",
+    "PPM": "ppm",
+}
+
+
+class DecodeError(ValueError):
+    """Bytes that are no image we can decode; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. `problem` is empty for an image that decodes in full; then the rest holds."""
+
+    problem: str
+    extension: str = ""  # by the content, not by a file's name: jpg, png, …
+    width: int = 0  # pixels, as stored (before the EXIF orientation)
+    height: int = 0
+
+
+def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
+    """Decodes an image in full and says what is wrong with it, if anything. Never raises for bad bytes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters is whether the pixels come out
+            return _inspect(data, max_pixels)
+    except DecodeError as error:
+        return Inspection(problem=str(error))
+
+
+def _inspect(data: bytes, max_pixels: float) -> Inspection:
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DecodeError(
+            f"{width}x{height} is {width * height / 1e6:.1f} million pixels, above --max-pixels {max_pixels / 1e6:g} million"
+        )
+    extension = _EXTENSIONS.get(image.format or "") or (image.format or "img").lower()
+    _rgb(image)
+    _orientation(image)
+    return Inspection("", extension, width, height)
+
+
+def decode_rgb(data: bytes) -> torch.Tensor:
+    """uint8 (3, H, W), RGB, of one encoded image.
+
+    EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits a channel become 8; transparency is laid on
+    white; of an animation the first frame is taken. Colour profiles are not applied. Raises DecodeError with the reason.
+    """
+    frame = _plain_jpeg_frame(data)
+    if frame:
+        pixels = _decode_jpeg(data)
+        if pixels is not None:
+            # Only an APP1 segment (EXIF, XMP) can hold an orientation; without one, a second look at the header is saved.
+            return _turn(pixels, _orientation(_open(data))) if data.find(b"\xff\xe1", 2, frame) > 0 else pixels
+    import torch
+
+    image = _open(data)
+    pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1).contiguous()
+    return _turn(pixels, _orientation(image))
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image, header read and pixels not yet. Raises DecodeError."""
+    if not data:
+        raise DecodeError("the file is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise DecodeError("not an image that Pillow knows") from None
+    except Image.DecompressionBombError:
+        raise DecodeError(
+            f"above {PILLOW_MAX_PIXELS / 1e6:.0f} million pixels, Pillow's limit against decompression bombs"
+        ) from None
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, … for damaged headers
+        raise DecodeError(f"header cannot be read: {error or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The pixels, decoded in full, as 8-bit RGB. Raises DecodeError."""
+    try:
+        image.load()
+        return _to_rgb(image)
+    except DecodeError:
+        raise
+    except Exception as error:  # as in _open: each of Pillow's decoders has errors of its own
+        raise DecodeError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older Pillow opens 16-bit PNGs as "I"
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 / 257 = 255
+    if mode in ("I", "F"):
+        raise DecodeError(f"32-bit pixels (mode {mode}) have no agreed range; store 8 or 16 bits a channel")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8. Raises DecodeError for EXIF data that Pillow cannot parse."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # struct.error, SyntaxError, … by what is damaged
+        raise DecodeError(f"EXIF data cannot be read: {error or type(error).__name__}") from error
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turn(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """(3, H, W) set upright; the numbers are EXIF's (JEITA CP-3451, tag 274)."""
+    if orientation >= 5:  # 5 to 8: rows and columns swapped
+        pixels = pixels.transpose(1, 2)
+    dims = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    return pixels.flip(dims).contiguous() if dims or orientation == 5 else pixels
+
+
+def _plain_jpeg_frame(data: bytes) -> int:
+    """Where the frame header of an 8-bit JPEG of one or three components (not CMYK) starts; 0 for anything else."""
+    if data[:2] != b"\xff\xd8":
+        return 0
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
+            return at if data[at + 4] == 8 and data[at + 9] in (1, 3) else 0
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor | None:
+    """uint8 (3, H, W) from torchvision's decoder, orientation not applied; None where it refuses."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return pixels
+    except RuntimeError:  # Pillow, asked next, decodes it or says why not
+        return None

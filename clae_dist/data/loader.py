@@ -1,0 +1,105 @@
+"""Batches of two views: a map from the step to this rank's share of its global batch.
+
+Because the order is a function, a loader process is handed a step and returns that step's batch: with 0, 1 or more of them
+the batches are the same, and resuming is to start at another step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from multiprocessing.context import BaseContext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clae_dist.config import Config
+from clae_dist.data.augment import AUGMENT_DRAWS
+from clae_dist.data.draws import uniforms
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.order import Order
+from clae_dist.data.shards import ShardReader
+from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
+from clae_dist.world import World
+
+_DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
+
+
+class Batch(NamedTuple):
+    """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
+
+    views: torch.Tensor  # uint8 (2, B, 3, S, S): cropped, not yet augmented
+    draws: torch.Tensor  # float32 (2, B, AUGMENT_DRAWS) in [0, 1), for the augmentation on the device
+    ids: torch.Tensor  # int64 (B,): index of the sample in its split
+    labels: torch.Tensor  # int64 (B,): -1 without label
+
+
+class TwoViews(Dataset[Batch]):
+    """`self[step]` is the batch of a step, for one rank of a world."""
+
+    def __init__(self, reader: ShardReader, order: Order, config: Config, rank: int, world_size: int) -> None:
+        self._reader, self._order = reader, order
+        self._config = config
+        self._rank, self._world_size = rank, world_size
+
+    def __getstate__(self) -> tuple[ShardReader, Config, int, int]:
+        return self._reader, self._config, self._rank, self._world_size
+
+    def __setstate__(self, state: tuple[ShardReader, Config, int, int]) -> None:
+        reader, config, rank, world_size = state
+        self.__init__(reader, make_order(config, reader), config, rank, world_size)  # type: ignore[misc]
+
+    def __getitem__(self, step: int) -> Batch:
+        places = self._order.batch(step, self._rank, self._world_size)
+        size, rows = self._config.data.image_size, len(places.ids)
+        # One line of numbers a view and sample, whoever asks: two world sizes train on the same pixels.
+        draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epoch, places.ids) for view in (0, 1)])
+        images, labels = zip(*(self._reader.read(s, r) for s, r in zip(places.shards.tolist(), places.rows.tolist(), strict=True)), strict=True)
+        heights, widths = np.array([image.shape[1:] for image in images]).T
+        views = torch.empty((2, rows, 3, size, size), dtype=torch.uint8)
+        for view in (0, 1):
+            cut, settings = draws[view, :, :CROP_DRAWS], self._config.augment
+            boxes = crop_boxes(cut, heights, widths, settings.crop_scale, settings.crop_ratio)
+            for row, image in enumerate(images):
+                views[view, row] = resized_crop(image, boxes[row], size)
+        augment_draws = torch.from_numpy(draws[:, :, CROP_DRAWS:].astype(np.float32))
+        return Batch(views, augment_draws, torch.from_numpy(places.ids), torch.tensor(labels))
+
+
+def make_order(config: Config, reader: ShardReader) -> Order:
+    """The order of the train split under this configuration."""
+    return Order(reader.sizes, config.batch.global_size, config.num_streams, config.data.shuffle_shards, config.seed)
+
+
+def num_workers(config: Config, local_size: int) -> int:
+    """Loader processes for each of `local_size` ranks on this machine: what was asked for, or the cores left over by the ranks."""
+    if config.data.workers >= 0:
+        return config.data.workers
+    return max(0, min(8, len(os.sched_getaffinity(0)) // local_size - 1))
+
+
+def _forkserver() -> BaseContext:
+    """A forked child of a process with gloo's and torch's threads may deadlock; the fork server has none, and imports torch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
+    """This rank's batches of the steps first_step … last_step - 1, in order."""
+    reader = ShardReader(manifest, config.data.train_split)
+    workers = num_workers(config, world.local_size)
+    return iter(
+        DataLoader(
+            TwoViews(reader, make_order(config, reader), config, world.rank, world.size),
+            batch_size=None,
+            sampler=range(first_step, last_step),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            pin_memory=world.device.type == "cuda",
+            multiprocessing_context=_forkserver() if workers else None,
+        )
+    )

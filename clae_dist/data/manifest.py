@@ -1,0 +1,186 @@
+"""The manifest of a set of shards: what data_prep wrote, and what training trusts.
+
+On disk: `manifest.json`, `SPLIT-000000.tar` … (plain WebDataset shards) and beside each an index, `SPLIT-000000.index.npy`:
+int64 (samples, 3), one row a sample: offset of the image's bytes in the shard, their number, and the label (-1: none).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+FILE_NAME = "manifest.json"
+FORMAT = "clae-dist shards 1"
+_PREPARE_AGAIN = "prepare the set again with `python -m data_prep imagefolder` into a new folder"
+
+
+class DataError(ValueError):
+    """What is wrong with the data a user named. The message holds the fact, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a split. `name` is its file name (`train-000000.tar`); `bytes` its size."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """File name of the index beside the shard."""
+        return self.name.removesuffix(".tar") + ".index.npy"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A set of shards: its splits, classes (a label is a position in `classes`), origin and preparation."""
+
+    folder: Path
+    name: str
+    source: str
+    licence: str
+    created: str
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[Shard, ...]]
+    quarantined: int  # images set aside while preparing; quarantine.jsonl lists them
+    preparation: dict[str, Any]
+    digest: str
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split. Raises DataError for a split that the set does not have."""
+        if split not in self.splits:
+            raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(sorted(self.splits))}.")
+        return self.splits[split]
+
+    def num_samples(self, split: str) -> int:
+        """Images in a split. Raises DataError for a split that the set does not have."""
+        return sum(shard.samples for shard in self.shards(split))
+
+    def index(self, shard: Shard) -> np.ndarray:
+        """int64 (samples, 3): offset of the image's bytes in the shard, their number, label (-1: none). Raises DataError."""
+        path = self.folder / shard.index_name
+        try:
+            index: np.ndarray = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+        if index.dtype != np.int64 or index.shape != (shard.samples, 3):
+            expected = f"int64 ({shard.samples}, 3)"
+            raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
+        return index
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """The manifest of `folder`. Raises DataError when it is missing, of another format, or does not match its digest."""
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    if not path.is_file():
+        fact = "has no manifest.json" if folder.is_dir() else "is not a folder"
+        raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep imagefolder SRC {folder}` writes.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
+    if found != FORMAT:
+        raise DataError(f"{path} has format {found!r}, this version reads {FORMAT!r}; {_PREPARE_AGAIN}.")
+    if content.get("digest") != _digest(content):
+        raise DataError(
+            f"{path} does not match its digest {content.get('digest')}: it was edited or damaged; {_PREPARE_AGAIN}."
+        )
+    return _from_json(folder, content)
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    name: str,
+    source: str,
+    licence: str,
+    classes: tuple[str, ...],
+    splits: dict[str, tuple[Shard, ...]],
+    quarantined: int,
+    preparation: dict[str, Any],
+) -> Manifest:
+    """Writes manifest.json atomically, with the time and the digest, and returns the Manifest."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "name": name,
+        "source": source,
+        "licence": licence,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "classes": list(classes),
+        "splits": {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in splits.items()},
+        "quarantined": quarantined,
+        "preparation": preparation,
+    }
+    content["digest"] = _digest(content)
+    write_atomically(Path(folder) / FILE_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    return _from_json(Path(folder), content)
+
+
+def check_shard(folder: str | Path, shard: Shard, how: Literal["sha256", "size"] = "sha256") -> None:
+    """Compares a shard and its index with the manifest. Raises DataError naming the file, what was expected and what is there."""
+    path, index = Path(folder) / shard.name, Path(folder) / shard.index_name
+    for file in (path, index):
+        if not file.is_file():
+            raise DataError(f"{file} is missing; {_PREPARE_AGAIN}.")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise DataError(f"{path} is {size} bytes, the manifest expects {shard.bytes}: cut short or changed; {_PREPARE_AGAIN}.")
+    if how == "size":
+        return
+    for file, expected in ((path, shard.sha256), (index, shard.index_sha256)):
+        found = file_sha256(file)
+        if found != expected:
+            raise DataError(f"{file} has sha256 {found}, the manifest expects {expected}: it was changed; {_PREPARE_AGAIN}.")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` as a whole: after a crash it holds the old bytes or the new ones."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """sha256 over canonical JSON of everything but the digest itself and the time."""
+    rest = {key: value for key, value in content.items() if key not in ("created", "digest")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
+    return Manifest(
+        folder=folder,
+        name=content["name"],
+        source=content["source"],
+        licence=content["licence"],
+        created=content["created"],
+        classes=tuple(content["classes"]),
+        splits={split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()},
+        quarantined=content["quarantined"],
+        preparation=content["preparation"],
+        digest=content["digest"],
+    )

@@ -1,0 +1,81 @@
+"""The order of samples is a function: (seed, epoch, position) to (shard, row), with no state and no I/O.
+
+An epoch puts the shards in a new order, takes them in blocks of `shuffle_shards`, and shuffles the samples of each block.
+The first T·N positions of that sequence (T whole global batches of N) are cut into C equal runs, the *canonical streams*;
+global batch t takes the next N/C samples of every stream, and a rank owns C/W neighbouring streams. So the images of
+global batch t, and their order in it, depend neither on the number of ranks nor on loader workers; to resume is
+arithmetic. The samples - T·N samples (fewer than N) at the end of the sequence sit this epoch out: other ones each epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from clae_dist.data.draws import permutation
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of a batch lie. All arrays have one entry a sample."""
+
+    epoch: int
+    shards: np.ndarray  # index of the shard in the split
+    rows: np.ndarray  # index of the sample in its shard
+    ids: np.ndarray  # index of the sample in the split: the same in every epoch
+
+
+class Order:
+    """The order of `sum(shard_sizes)` samples. `batch(step, …)` counts steps from the run's beginning, over all epochs."""
+
+    def __init__(self, shard_sizes: Sequence[int], global_size: int, streams: int, shuffle_shards: int, seed: int) -> None:
+        assert global_size % streams == 0, (global_size, streams)
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._first_id = np.concatenate([[0], np.cumsum(self._sizes)])
+        self.num_samples = int(self._first_id[-1])
+        self.global_size = global_size
+        self.streams = streams
+        self.shuffle_shards = shuffle_shards
+        self.seed = seed
+        self.steps_per_epoch = self.num_samples // global_size
+        self._epoch_layout = lru_cache(2)(self._layout)
+        self._block_order = lru_cache(4 * (streams + 1))(self._shuffled_block)
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in this epoch's order, and the position at which each block of shards begins."""
+        shards = permutation(len(self._sizes), self.seed, epoch, 0)
+        ends = np.cumsum(self._sizes[shards])
+        return shards, np.concatenate([[0], ends[self.shuffle_shards - 1 :: self.shuffle_shards], ends[-1:]])
+
+    def _shuffled_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row of every sample of a block of shards, shuffled."""
+        shards = self._epoch_layout(epoch)[0][block * self.shuffle_shards : (block + 1) * self.shuffle_shards]
+        shard_of = np.repeat(shards, self._sizes[shards])
+        row_of = np.concatenate([np.arange(self._sizes[shard]) for shard in shards])
+        order = permutation(len(shard_of), self.seed, epoch, 1 + block)
+        return shard_of[order], row_of[order]
+
+    def at(self, epoch: int, positions: np.ndarray) -> Places:
+        """The samples at `positions` (0 … num_samples - 1) of an epoch's sequence."""
+        _, starts = self._epoch_layout(epoch)
+        blocks = np.searchsorted(starts, positions, side="right") - 1
+        shards, rows = np.empty_like(positions), np.empty_like(positions)
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            shard_of, row_of = self._block_order(epoch, int(block))
+            inside = positions[chosen] - starts[block]
+            shards[chosen], rows[chosen] = shard_of[inside], row_of[inside]
+        return Places(epoch, shards, rows, self._first_id[shards] + rows)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Places:
+        """The part of global batch `step` that is this rank's."""
+        assert self.streams % world_size == 0, (self.streams, world_size)
+        epoch, t = divmod(step, self.steps_per_epoch)
+        per_batch = self.global_size // self.streams
+        run_length = self.steps_per_epoch * per_batch
+        mine = np.arange(self.streams // world_size) + rank * (self.streams // world_size)
+        positions = mine[:, None] * run_length + t * per_batch + np.arange(per_batch)[None, :]
+        return self.at(epoch, positions.reshape(-1))

@@ -1,0 +1,65 @@
+"""Two views of an image that is decoded once: where they are cut, and the cutting.
+
+# n samples. Every choice comes from uniform numbers in [0, 1) that the caller drew (draws.py), CROP_DRAWS a view.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CROP_TRIES = 10
+CROP_DRAWS = 2 * CROP_TRIES + 2
+
+
+def crop_boxes(
+    draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """(n, 4) top, left, height, width: RandomResizedCrop (Szegedy et al. 2015) as torchvision defines it.
+
+    Ten tries of an area (uniform in `scale`) and a ratio (log-uniform in `ratio`); the first that fits counts, else the
+    largest central box within the ratio. `draws` has the shape (n, CROP_DRAWS).
+    """
+    heights, widths = heights.astype(np.float64), widths.astype(np.float64)
+    area = (heights * widths)[:, None] * (scale[0] + draws[:, :CROP_TRIES] * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + draws[:, CROP_TRIES : 2 * CROP_TRIES] * (high - low))
+    w, h = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
+    row, first = np.arange(len(draws)), fits.argmax(1)
+    any_fits = fits[row, first]
+
+    too_narrow, too_wide = widths / heights < ratio[0], widths / heights > ratio[1]
+    central_w = np.where(too_wide, np.round(heights * ratio[1]), widths)
+    central_h = np.where(too_narrow, np.round(widths / ratio[0]), heights)
+    w, h = np.where(any_fits, w[row, first], central_w), np.where(any_fits, h[row, first], central_h)
+    top = np.where(any_fits, np.floor(draws[:, -2] * (heights - h + 1)), (heights - h) // 2)
+    left = np.where(any_fits, np.floor(draws[:, -1] * (widths - w + 1)), (widths - w) // 2)
+    return np.stack([top, left, h, w], 1).astype(np.int64)
+
+
+def resized_crop(image_3HW: torch.Tensor, box: np.ndarray, size: int) -> torch.Tensor:
+    """uint8 (3, size, size): the box of an image, antialiased bilinear."""
+    top, left, height, width = box.tolist()
+    cut = image_3HW[None, :, top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        return cut[0]
+    return F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def centre_view(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (3, size, size) for evaluation: the short side to size / 0.875 (256 for 224), then the centre.
+
+    Images up to 64 pixels are shrunk or enlarged to `size` and not cut.
+    """
+    height, width = image_3HW.shape[1:]
+    short = size if size <= 64 else round(size / 0.875)
+    factor = short / min(height, width)
+    new = (max(size, round(height * factor)), max(size, round(width * factor)))
+    if new != (height, width):
+        image_3HW = F.interpolate(image_3HW[None], new, mode="bilinear", antialias=True)[0]
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return image_3HW[:, top : top + size, left : left + size]

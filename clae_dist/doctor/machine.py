@@ -1,0 +1,116 @@
+"""Devices, and the limits that a container or an administrator set."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from clae_dist.doctor.finding import GIB, Finding
+
+SHM_BYTES_A_WORKER = 256 * 1024**2  # two prefetched batches of decoded 224-pixel views
+OPEN_FILES = 4096
+
+
+def devices() -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+            free, total = torch.cuda.mem_get_info(index)
+            found = f"{name}, compute capability {major}.{minor}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+            if free < total / 2:
+                yield Finding("warning", f"gpu {index}", found, "another process holds its memory; nvidia-smi names it.")
+            else:
+                yield Finding("ok", f"gpu {index}", found)
+        return
+    if torch.version.cuda and shutil.which("nvidia-smi"):
+        advice = (
+            f"nvidia-smi is here, torch for CUDA {torch.version.cuda} sees no device; the driver may be older than that CUDA."
+        )
+        yield Finding("warning", "gpu", "none usable", advice)
+    yield Finding("ok", "device", f"CPU, {usable_cores()} cores usable, {torch.get_num_threads()} torch threads")
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:
+    host, quota, memory = os.cpu_count() or 1, cpu_quota(root), memory_limit(root)
+    if quota is not None and quota < usable_cores():
+        advice = f"set train.threads and data.workers to what {quota:g} cores carry; the automatic choice counts cores."
+        yield Finding("warning", "cpu limit", f"{quota:g} cores by cgroup, {host} on the host", advice)
+    else:
+        yield Finding("ok", "cpu limit", f"{usable_cores()} of the host's {host} cores")
+    if memory is not None and memory < 4 * GIB:
+        yield Finding(
+            "warning", "memory limit", f"{memory / GIB:.1f} GiB by cgroup", "a rank takes about 1 GiB before its first batch."
+        )
+    else:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        yield Finding("ok", "memory", f"{min(memory or physical, physical) / GIB:.1f} GiB")
+
+
+def cpu_quota(root: Path) -> float | None:
+    """Cores that the cgroup (v2 or v1) allows, None without a limit."""
+    v2, v1 = root / "cpu.max", root / "cpu"
+    if v2.exists():
+        quota, period = v2.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    if (v1 / "cpu.cfs_quota_us").exists():
+        quota_us = int((v1 / "cpu.cfs_quota_us").read_text())
+        return None if quota_us <= 0 else quota_us / int((v1 / "cpu.cfs_period_us").read_text())
+    return None
+
+
+def memory_limit(root: Path) -> int | None:
+    """Bytes that the cgroup (v2 or v1) allows, None without a limit."""
+    for path in (root / "memory.max", root / "memory" / "memory.limit_in_bytes"):
+        if path.exists():
+            text = path.read_text().strip()
+            return None if text == "max" or int(text) > 2**60 else int(text)
+    return None
+
+
+def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """Loader processes hand their batches over through shared memory; containers give 64 MiB of it."""
+    if not path.exists():
+        yield Finding("warning", "shared memory", f"no {path}", "loader processes need it; set data.workers=0.")
+        return
+    free, workers = shutil.disk_usage(path).free, max(1, min(8, usable_cores()))
+    found = f"{free / GIB:.2f} GiB free in {path}"
+    if free < SHM_BYTES_A_WORKER * workers:
+        wanted = f"{SHM_BYTES_A_WORKER * workers / GIB:.1f}"
+        advice = (
+            f"{workers} loader processes at 224 pixels want {wanted} GiB; docker run --shm-size={wanted}g, or data.workers=0."
+        )
+        yield Finding("warning", "shared memory", found, advice)
+    else:
+        yield Finding("ok", "shared memory", found)
+
+
+def open_files() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES:
+        most = f"ulimit -n {min(OPEN_FILES, hard) if hard > 0 else OPEN_FILES}"
+        yield Finding(
+            "warning", "open files", f"{soft} allowed", f"many shards and loader processes need more; {most} before starting."
+        )
+    else:
+        yield Finding("ok", "open files", f"{soft} allowed" if soft > 0 else "unlimited")
+
+
+def clock() -> Iterator[Finding]:
+    """Nodes whose clocks disagree fail TLS and token checks; here only a clock that was never set can be seen."""
+    newest = max(Path(__file__).stat().st_mtime, Path(sys.executable).stat().st_mtime)
+    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    if time.time() < newest - 86_400:
+        yield Finding("problem", "clock", f"{now}, older than files on the disk", "set the clock (timedatectl, chrony).")
+    else:
+        yield Finding("ok", "clock", now)

@@ -1,0 +1,76 @@
+"""Python and packages: which are there, which are missing, and what then does not work."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from clae_dist.doctor.finding import Finding
+
+
+@dataclass(frozen=True)
+class Package:
+    name: str
+    oldest: tuple[int, int]
+    needed_for: str
+    required: bool
+    module: str = ""  # where it is not the package's name
+
+
+PACKAGES = (
+    Package("torch", (2, 9), "everything", True),
+    Package("torchvision", (0, 24), "decoding, augmentation and the torchvision/… encoders", True),
+    Package("timm", (1, 0), "the timm/… encoders", True),
+    Package("webdataset", (1, 0), "preparing shards", True),
+    Package("pillow", (10, 3), "decoding what is not plain JPEG", True, "PIL"),
+    Package("safetensors", (0, 4), "exporting the encoder", True),
+    Package("scikit-learn", (1, 4), "quickstart without a network", False, "sklearn"),
+    Package("matplotlib", (3, 8), "the report", True),
+    Package("ray", (2, 50), "--launcher ray; torchrun and local work without", False),
+    Package("mlflow", (3, 5), "tracking.name mlflow; tracking.name=none works without", False),
+    Package("psutil", (5, 9), "system metrics in MLflow", False),
+)
+
+
+def python() -> Iterator[Finding]:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    yield Finding("ok", "python", found)
+
+
+def packages() -> Iterator[Finding]:
+    for package in PACKAGES:
+        try:
+            version = importlib.metadata.version(package.name)
+        except importlib.metadata.PackageNotFoundError:
+            wanted = f"{package.name}>={'.'.join(map(str, package.oldest))}"
+            level: Literal["warning", "problem"] = "problem" if package.required else "warning"
+            yield Finding(level, package.name, "not installed", f"needed for {package.needed_for}; pip install '{wanted}'.")
+            continue
+        if _numbers(version) < package.oldest:
+            wanted = ".".join(map(str, package.oldest))
+            yield Finding("warning", package.name, version, f"tested from {wanted} on; pip install -U {package.name}.")
+        else:
+            yield Finding("ok", package.name, version)
+    yield from _import_check("torch", "torchvision")
+
+
+def _import_check(*modules: str) -> Iterator[Finding]:
+    """A torchvision built for another torch is installed well and fails to load."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield Finding(
+                "problem", name, f"does not load ({text})", "install torch and torchvision of one release, from one index."
+            )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)

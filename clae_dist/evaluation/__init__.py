@@ -1,0 +1,1 @@
+"""What a frozen encoder is worth (kNN, linear probe) and what a run looked like (report)."""

@@ -1,0 +1,68 @@
+"""A trained model's own attack on real images, for the report's pictures.
+
+# n images, S side
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from clae_dist.config import Attack, Config
+from clae_dist.contrast.adversary import perturb
+from clae_dist.contrast.objectives import OBJECTIVES
+from clae_dist.models import PretrainModel
+from clae_dist.models.norms import untouched_statistics
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Clean and adversarial images (n, 3, S, S) in [0, 1], and the loss of the batch before and after."""
+
+    clean: torch.Tensor
+    adversarial: torch.Tensor
+    loss_before: float
+    loss_after: float
+    attack: Attack
+    borrowed: bool  # the run itself has no attack; the default one was used
+
+
+def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tensor) -> Attacked:
+    """The run's attack on uint8 images, as in training: batch statistics, all n images as negatives, no trace in the model.
+
+    With attack.name "none" it is the default attack. With anchor "other", the other view is the mirrored image.
+    """
+    attack = config.attack if config.attack.name != "none" else Attack()
+    clean = images_n3SS.to(model.mean.device, model.mean.dtype) / 255
+    objective, temperature = OBJECTIVES[config.objective.name], config.objective.temperature
+    training = model.training
+    model.train()
+    with untouched_statistics(model):
+        with torch.no_grad():
+            anchor = model(clean, route="adversarial")
+        start = clean.flip(3) if attack.anchor == "other" else clean
+
+        def loss_of(x_try: torch.Tensor) -> torch.Tensor:
+            z_try = model(x_try, route="adversarial")
+            return objective(anchor, z_try, anchor, z_try, 0, temperature)
+
+        epsilon = attack.epsilon if attack.unit == "pixel" else attack.epsilon * model.std
+        found = perturb(start, loss_of, epsilon, (0.0, 1.0) if attack.clip else None)
+        with torch.no_grad():
+            loss_after = loss_of(found.images)
+    model.train(training)
+    return Attacked(
+        clean=start.float().cpu(),
+        adversarial=found.images.float().cpu(),
+        loss_before=float(found.loss_before),
+        loss_after=float(loss_after),
+        attack=attack,
+        borrowed=config.attack.name == "none",
+    )
+
+
+def amplification(attacked: Attacked) -> int:
+    """The whole factor that spreads the largest change over half of the pixel range."""
+    largest = float((attacked.adversarial - attacked.clean).abs().max())
+    return max(1, int(0.5 / largest)) if largest > 0 else 1

@@ -1,0 +1,150 @@
+"""`clae evaluate`: what pretraining has added to the untrained encoder, on the whole of both splits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clae_dist.config import Config, ConfigError
+from clae_dist.data.draws import permutation
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.data.manifest import Manifest, load_manifest, write_atomically
+from clae_dist.evaluation.features import Features, extract_each
+from clae_dist.evaluation.knn import knn_accuracy, nearest
+from clae_dist.evaluation.linear import linear_probe
+from clae_dist.models import PretrainModel, build_model
+
+FILE_NAME = "evaluation.json"
+NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # of the report's page of nearest neighbours
+
+Say = Callable[[str], None]
+LoadModel = Callable[[Path], tuple[Config, PretrainModel, dict[str, Any]]]
+
+
+class _Progress:
+    """Says how far a pass over `total` images is, every few seconds."""
+
+    def __init__(self, say: Say, what: str, total: int, every_s: float = 5.0) -> None:
+        self._say, self._what, self._total, self._every_s = say, what, total, every_s
+        self._started = self._said = time.perf_counter()
+        self._done = 0
+
+    def __call__(self, num_images: int) -> None:
+        self._done += num_images
+        now = time.perf_counter()
+        if now - self._said < self._every_s and self._done < self._total:
+            return
+        self._said = now
+        rate = self._done / max(now - self._started, 1e-9)
+        left = f"{(self._total - self._done) / rate:.0f} s left" if self._done < self._total else f"in {now - self._started:.1f} s"
+        self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
+
+
+def evaluate_run(run_dir: Path, load_model: LoadModel, say: Say = print) -> dict[str, Any]:
+    """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
+
+    "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
+    the same decoded pixels in the same pass, with the same settings. All of the train split is the bank and the probe's
+    training set, all of the test split is classified. Accuracies are percent, and null for sets without labels.
+    `load_model` is training.checkpoint.load_model: the layer above hands it in. Raises ConfigError without a checkpoint
+    and DataError for unusable shards.
+    """
+    started = time.perf_counter()
+    config, trained, info = load_model(run_dir)
+    if not config.data.shards:
+        raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
+    manifest = load_manifest(config.data.shards)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say(f"evaluating {run_dir} after {info['images_seen']:,} images, on {device.type}; {manifest.name} {manifest.digest[:12]}")
+    result: dict[str, Any] = {
+        "knn_before": None,
+        "knn_after": None,
+        "linear_before": None,
+        "linear_after": None,
+        "train_images": manifest.num_samples(config.data.train_split),
+        "test_images": manifest.num_samples(config.data.test_split) if config.data.test_split in manifest.splits else 0,
+        "num_classes": len(manifest.classes),
+        "images_seen": info["images_seen"],
+        "step": info["step"],
+        "manifest_digest": manifest.digest,
+        "device": device.type,
+        "neighbours": [],
+    }
+    if config.data.test_split in manifest.splits:
+        result.update(_compare(config, build_model(config).to(device), trained.to(device), manifest, device, say))
+    else:
+        say(f"{manifest.folder} has no {config.data.test_split!r} split, so nothing is classified; prepare the set with one to evaluate it.")
+    result["wall_s"] = round(time.perf_counter() - started, 2)
+    write_atomically(run_dir / FILE_NAME, (json.dumps(result, indent=2) + "\n").encode())
+    say(f"wrote {run_dir / FILE_NAME} after {result['wall_s']:.0f} s")
+    return result
+
+
+def _compare(
+    config: Config, untrained: PretrainModel, trained: PretrainModel, manifest: Manifest, device: torch.device, say: Say
+) -> dict[str, Any]:
+    """Accuracies of both encoders and the neighbours in the trained one's features."""
+    splits = {
+        split: EvaluationSet(manifest, split, config.data.image_size) for split in (config.data.train_split, config.data.test_split)
+    }
+    (bank_before, bank), (test_before, test) = (
+        extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=_Progress(say, f"features, {split}", len(images)))
+        for split, images in splits.items()
+    )
+    result: dict[str, Any] = {"neighbours": _neighbours(bank, test, config.seed)}
+    if not (bank.labelled and test.labelled):
+        say("this set has images without a class: no accuracies. Prepare it from class folders to get them.")
+        return result
+    result["knn_k"] = min(config.evaluation.knn_k, len(bank))
+    result["knn_temperature"] = config.evaluation.knn_temperature
+    result["linear_iterations"] = config.evaluation.linear_epochs
+    for when, bank_features, test_features in (("before", bank_before, test_before), ("after", bank, test)):
+        result.update(_accuracies(config, when, bank_features, test_features, device, say))
+    return result
+
+
+def _accuracies(config: Config, when: str, bank: Features, test: Features, device: torch.device, say: Say) -> dict[str, Any]:
+    settings = config.evaluation
+    started = time.perf_counter()
+    knn = knn_accuracy(bank, test, settings.knn_k, settings.knn_temperature, device)
+    say(f"kNN {when} pretraining: {knn:.2f} % ({time.perf_counter() - started:.1f} s)")
+    started = time.perf_counter()
+    probe = linear_probe(bank, test, settings.linear_epochs, settings.linear_learning_rate, config.seed, device)
+    say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % (penalty {probe.penalty:g}; {time.perf_counter() - started:.1f} s)")
+    return {
+        f"knn_{when}": knn,
+        f"linear_{when}": probe.accuracy,
+        f"linear_penalty_{when}": probe.penalty,
+        f"linear_held_out_{when}": probe.held_out_accuracy,
+    }
+
+
+def _neighbours(bank: Features, test: Features, seed: int) -> list[dict[str, Any]]:
+    """A few test images and the nearest of the train split: ids and labels. The images are drawn, not picked.
+
+    In a seeded order, the first image of each class comes before the second of any.
+    """
+    order = permutation(len(test), seed)
+    seen: dict[int, int] = {}
+    turns = []
+    for row in order.tolist():
+        label = int(test.labels_N[row])
+        seen[label] = seen.get(label, 0) + 1
+        turns.append(seen[label])
+    chosen = [row for _, _, row in sorted(zip(turns, range(len(order)), order.tolist(), strict=True))][:NUM_QUERIES]
+    near = nearest(test.features_NF[chosen], bank.features_NF, NUM_NEIGHBOURS)
+    return [
+        {
+            "id": int(test.ids_N[row]),
+            "label": int(test.labels_N[row]),
+            "neighbour_ids": bank.ids_N[near.row_QK[q]].tolist(),
+            "neighbour_labels": bank.labels_N[near.row_QK[q]].tolist(),
+            "cosines": [round(cosine, 4) for cosine in near.cosine_QK[q].tolist()],
+        }
+        for q, row in enumerate(chosen)
+    ]

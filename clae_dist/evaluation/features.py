@@ -1,0 +1,117 @@
+"""Frozen features of an evaluation set.
+
+# b  images of a batch, N images of a set (or of this rank's share), F width of the encoder's output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class ImageSet(Protocol):
+    """What is read of `data.evaluation_set.EvaluationSet`."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[Any, Any, Any]]: ...
+
+
+class Gathers(Protocol):
+    """What is used of `world.World`."""
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features (N, F) float32, labels (N,) int64 (-1: none) and ids (N,) int64 of the same images, on the CPU."""
+
+    features_NF: torch.Tensor
+    labels_N: torch.Tensor
+    ids_N: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.features_NF.shape[0]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a class."""
+        return len(self) > 0 and bool((self.labels_N >= 0).all())
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def extract(
+    model: nn.Module,
+    evaluation_set: ImageSet,
+    device: torch.device | str,
+    batch_size: int,
+    start: int = 0,
+    step: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """The clean-route features of every `step`-th batch of a set, from batch `start` on.
+
+    `model` is a PretrainModel on `device`; it runs in evaluation mode (running statistics, no gradient) and is returned
+    to the modes it had. With start = rank and step = world size the ranks share the set, and `gather` joins their shares.
+    `progress` hears how many images each batch had.
+    """
+    return extract_each([model], evaluation_set, device, batch_size, start, step, progress)[0]
+
+
+def extract_each(
+    models: Sequence[nn.Module],
+    evaluation_set: ImageSet,
+    device: torch.device | str,
+    batch_size: int,
+    start: int = 0,
+    step: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Features]:
+    """`extract` for several models that see the very same pixels: every image is read and decoded once."""
+    features: list[list[torch.Tensor]] = [[torch.zeros((0, int(model.feature_dim)))] for model in models]  # type: ignore[arg-type]
+    labels, ids = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]  # a rank may get no batch
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(frozen(model))
+        for images_b3SS, labels_b, ids_b in evaluation_set.batches(batch_size, start, step):
+            on_device = torch.as_tensor(images_b3SS).to(device)
+            for model, parts in zip(models, features, strict=True):
+                pixels = on_device.to(_dtype(model)) / 255
+                parts.append(model.features(pixels, route="clean").float().cpu())  # type: ignore[operator]
+            labels.append(torch.as_tensor(labels_b).long().cpu())
+            ids.append(torch.as_tensor(ids_b).long().cpu())
+            if progress:
+                progress(len(ids[-1]))
+    return [Features(torch.cat(parts), torch.cat(labels), torch.cat(ids)) for parts in features]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def gather(share: Features, world: Gathers) -> Features:
+    """The shares of all ranks as one, in the order of ids, on every rank. A collective: every rank must call it."""
+    mine = tuple(tensor.numpy() for tensor in (share.features_NF, share.labels_N, share.ids_N))
+    shares = world.gather_objects(mine)
+    features, labels, ids = (torch.from_numpy(np.concatenate(column)) for column in zip(*shares, strict=True))
+    order = torch.argsort(ids, stable=True)
+    return Features(features[order], labels[order], ids[order])

@@ -1,0 +1,112 @@
+"""Linear probe: multinomial logistic regression on frozen, standardised features.
+
+# N rows, F width of the features, C classes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from clae_dist.evaluation.features import Features
+from clae_dist.evaluation.knn import require_labels
+
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # from strong to weak: each fit starts where the one before ended
+HELD_OUT = 0.1  # of the train split
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`accuracy` in percent on the test split, and the penalty that the held-out tenth of train chose."""
+
+    accuracy: float
+    penalty: float
+    held_out_accuracy: float | None  # percent; None: the penalty was given
+
+
+@dataclass(frozen=True)
+class _Head:
+    weight_FC: torch.Tensor
+    bias_C: torch.Tensor
+
+    def accuracy(self, x_NF: torch.Tensor, y_N: torch.Tensor) -> float:
+        return 100 * float(((x_NF @ self.weight_FC + self.bias_C).argmax(dim=1) == y_N).double().mean())
+
+
+def linear_probe(
+    train: Features,
+    test: Features,
+    iterations: int = 100,
+    penalty: float = 0.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Probe:
+    """Percent of the test split that a linear classifier on the train split's features gets right.
+
+    Features are standardised with the train split's mean and deviation. The loss is the mean cross entropy plus
+    penalty/2 · ‖weights‖², a convex problem that L-BFGS solves in at most `iterations` steps, without a learning rate.
+    Penalty 0 takes the best of PENALTIES on a tenth of *train* held out, and then fits all of train; the test split is
+    looked at once, at the end. `seed` chooses that tenth. Raises DataError for sets without labels.
+    """
+    require_labels("train", train)
+    require_labels("test", test)
+    mean_F, std_F = train.features_NF.mean(dim=0), train.features_NF.std(dim=0, correction=0)
+    scale_F = torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), 0.0)  # a constant feature says nothing
+    x_NF, test_NF = (((part.features_NF - mean_F) * scale_F).to(device) for part in (train, test))
+    axes_FF = _principal_axes(x_NF)
+    x_NF, test_NF = x_NF @ axes_FF, test_NF @ axes_FF
+    y_N = train.labels_N.to(device)
+    blank = _blank_head(x_NF, 1 + int(max(train.labels_N.max(), test.labels_N.max())))
+    held_out_accuracy = None
+    if not penalty:
+        penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, blank, iterations, seed)
+    head = _fit(x_NF, y_N, blank, penalty, iterations)
+    return Probe(head.accuracy(test_NF, test.labels_N.to(device)), penalty, held_out_accuracy)
+
+
+def _choose_penalty(x_NF: torch.Tensor, y_N: torch.Tensor, head: _Head, iterations: int, seed: int) -> tuple[float, float]:
+    """The penalty with the best accuracy on a tenth held out, the strongest of equals, and that accuracy in percent."""
+    order_N = torch.randperm(len(y_N), generator=torch.Generator().manual_seed(seed)).to(y_N.device)
+    num_held = min(max(1, round(HELD_OUT * len(y_N))), len(y_N) - 1)
+    held, kept = order_N[:num_held], order_N[num_held:]
+    if not len(kept):  # a single image: nothing to choose by
+        return PENALTIES[0], float("nan")
+    x_kept, y_kept, x_held, y_held = x_NF[kept], y_N[kept], x_NF[held], y_N[held]
+    scores = []
+    for penalty in PENALTIES:
+        head = _fit(x_kept, y_kept, head, penalty, iterations)
+        scores.append(head.accuracy(x_held, y_held))
+    return PENALTIES[scores.index(max(scores))], max(scores)
+
+
+def _blank_head(x_NF: torch.Tensor, num_classes: int) -> _Head:
+    return _Head(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
+
+
+def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:
+    """(F, F) orthonormal: turned onto them, the features are uncorrelated, and the same problem is solved in fewer steps."""
+    return torch.linalg.eigh(x_NF.T.double() @ x_NF.double() / len(x_NF)).eigenvectors.to(x_NF.dtype)
+
+
+def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: _Head, penalty: float, iterations: int) -> _Head:
+    """L-BFGS in weights scaled by the root of a bound-like estimate of the curvature (Boehning 1992) along each feature."""
+    curvature_F = x_NF.square().mean(dim=0) / len(start.bias_C) + penalty
+    scale_F1 = curvature_F.rsqrt()[:, None]
+    scaled_FC = (start.weight_FC / scale_F1).requires_grad_()
+    bias_C = start.bias_C.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [scaled_FC, bias_C], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss_with_gradients() -> torch.Tensor:
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            weight_FC = scale_F1 * scaled_FC
+            loss = F.cross_entropy(x_NF @ weight_FC + bias_C, y_N) + penalty / 2 * weight_FC.square().sum()
+            loss.backward()
+        return loss
+
+    optimiser.step(loss_with_gradients)
+    return _Head(scale_F1 * scaled_FC.detach(), bias_C.detach())

@@ -1,0 +1,79 @@
+"""The report's pages of images: adversarial triples and nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from clae_dist.evaluation.attacked import Attacked, amplification
+from clae_dist.evaluation.curves import INK, RIGHT, WRONG, png
+
+NUM_TRIPLES = 8
+LONGEST_LABEL = 12
+
+
+def draw_triples(attacked: Attacked) -> bytes:
+    """Rows clean, perturbation (amplified around grey) and adversarial; a column an image. PNG bytes."""
+    count, factor = min(NUM_TRIPLES, len(attacked.clean)), amplification(attacked)
+    delta = attacked.adversarial - attacked.clean
+    rows = (("clean", attacked.clean), (f"δ × {factor}", 0.5 + factor * delta), ("adversarial", attacked.adversarial))
+    figure = Figure(figsize=(1.05 * count + 0.45, 3.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+    for r, (name, images) in enumerate(rows):
+        for c in range(count):
+            axes = figure.add_subplot(3, count, r * count + c + 1)
+            _show(axes, images[c])
+            if c == 0:
+                axes.set_ylabel(name, fontsize=9, color=INK)
+    return png(figure)
+
+
+def draw_neighbours(
+    queries: Sequence[Mapping[str, Any]],
+    query_images: torch.Tensor,
+    neighbour_images: Sequence[torch.Tensor],
+    classes: Sequence[str],
+) -> bytes:
+    """A row a test image: the image, then its nearest of the train split, framed by whether the class is right. PNG bytes."""
+    columns = 1 + max(len(images) for images in neighbour_images)
+    figure = Figure(figsize=(1.06 * columns + 0.25, 1.22 * len(queries)))
+    grid = figure.add_gridspec(
+        len(queries), columns + 1, width_ratios=[1, 0.22, *[1] * (columns - 1)], wspace=0.08, hspace=0.28, left=0.01, right=0.99, top=0.97, bottom=0.02
+    )
+    for r, query in enumerate(queries):
+        axes = figure.add_subplot(grid[r, 0])
+        _show(axes, query_images[r].float() / 255)
+        axes.set_title(_class_name(classes, query["label"]), fontsize=8.5, color=INK, fontweight="bold", pad=3)
+        for c, label in enumerate(query["neighbour_labels"]):
+            axes = figure.add_subplot(grid[r, c + 2])
+            known = label >= 0 and query["label"] >= 0
+            colour = (RIGHT if label == query["label"] else WRONG) if known else INK
+            _show(axes, neighbour_images[r][c].float() / 255, frame=colour)
+            axes.set_title(_class_name(classes, label), fontsize=7.5, color=colour, pad=3)
+    return png(figure)
+
+
+def _class_name(classes: Sequence[str], label: int) -> str:
+    name = classes[label] if 0 <= label < len(classes) else "no class"
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+
+
+def _show(axes: Axes, image_3SS: torch.Tensor, frame: str | None = None) -> None:
+    axes.imshow(image_3SS.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(frame is not None)
+        spine.set_linewidth(2.4)
+        if frame:
+            spine.set_color(frame)
+
+
+def share_right(queries: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many of the shown neighbours have the query's class, of how many."""
+    pairs = [(query["label"], label) for query in queries for label in query["neighbour_labels"] if query["label"] >= 0]
+    return sum(a == b for a, b in pairs), len(pairs)

@@ -1,0 +1,221 @@
+"""`clae report`: a run in one HTML file, with its pictures beside it, and summary.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clae_dist import __version__
+from clae_dist.config import ConfigError
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.data.manifest import DataError, Manifest, load_manifest, write_atomically
+from clae_dist.evaluation import page
+from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
+from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
+from clae_dist.evaluation.evaluate import LoadModel, Say
+from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
+from clae_dist.evaluation.record import Record, number, read_record, summarise
+
+ATTACK_BATCH = 256  # images that are each other's negatives in the pictures of the attack
+SECTIONS = (
+    ("Learning", "", ("loss", "knn", "learning_rate")),
+    (
+        "The attack",
+        "One step against the loss of the whole global batch, bounded by ε.",
+        ("attack_loss", "delta_l2", "delta_linf", "wrong_sign_share"),
+    ),
+    (
+        "The embedding space",
+        "Positives should be near each other, negatives spread over the sphere.",
+        ("cos_positive", "cos_negative", "alignment", "uniformity"),
+    ),
+    ("Speed", "", ("speed", "shares")),
+)
+
+
+def write_report(run_dir: Path, load_model: LoadModel, say: Say = print) -> Path:
+    """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
+
+    What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
+    `load_model` is training.checkpoint.load_model: the layer above hands it in. Raises ConfigError without a run.
+    """
+    started = time.perf_counter()
+    record = read_record(run_dir)
+    summary = summarise(record)
+    folder = run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    album = _Album(folder)
+    manifest = _manifest(record, say)
+    body = [_title(record, summary, manifest), _results(record, summary)]
+    body += [part for name, lead, names in SECTIONS for part in _curves(record, name, lead, names, album)]
+    body += _attack_page(record, manifest, load_model, album, say)
+    body += _neighbour_page(record, manifest, album)
+    body += _settings(record, summary)
+    for old in set(folder.glob("*.png")) - album.written:
+        old.unlink()
+    path = folder / "report.html"
+    write_atomically(path, page.page(f"{record.config.name} · {summary['method']}", body).encode())
+    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    say(f"report: {path}, {path.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s; summary.json beside it")
+    return path
+
+
+class _Album:
+    """Pictures, kept as files beside the report."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.written: set[Path] = set()
+
+    def keep(self, name: str, png: bytes) -> bytes:
+        path = self._folder / f"{name}.png"
+        write_atomically(path, png)
+        self.written.add(path)
+        return png
+
+
+def _manifest(record: Record, say: Say) -> Manifest | None:
+    try:
+        return load_manifest(record.config.data.shards) if record.config.data.shards else None
+    except DataError as error:
+        say(f"no pictures of images in the report: {error}")
+        return None
+
+
+def _title(record: Record, summary: dict[str, Any], manifest: Manifest | None) -> str:
+    parts = [
+        record.config.model.encoder,
+        f"{manifest.name}, {manifest.num_samples(record.config.data.train_split):,} images" if manifest else "",
+        f"{record.config.data.image_size} px",
+        f"{record.config.train.epochs:g} epochs",
+        f"batch {record.config.batch.global_size}" + (f" on {summary['world_size']} ranks" if summary["world_size"] else ""),
+    ]
+    method = escape(summary["method"])
+    line = escape(" · ".join(part for part in parts if part))
+    return f'<h1>{escape(record.config.name)}<span class="tag {method}">{method}</span></h1>\n<p class="soft">{line}</p>'
+
+
+def _results(record: Record, summary: dict[str, Any]) -> str:
+    evaluation = record.evaluation or {}
+    cards = [
+        page.comparison_card("kNN", summary["knn_before"], summary["knn_after"]),
+        page.comparison_card("Linear probe", summary["linear_before"], summary["linear_after"]),
+        page.card("Images per second, median", number(summary["images_per_s"]), f"training time {number(summary['wall_s'], ',.0f', ' s')}"),
+        page.card("Images seen", number(summary["images_seen"]), f"loss {number(summary['loss'], '.3f')} at the end"),
+    ]
+    parts = ['<div class="cards">\n' + "\n".join(cards) + "\n</div>"]
+    if not record.lines:
+        parts.append(page.note("This run has logged no metrics yet, so there are no curves."))
+    if record.evaluation is None:
+        parts.append(page.note(f"This run has not been evaluated yet: clae evaluate {record.run_dir} does it."))
+    elif summary["knn_after"] is None:
+        parts.append(page.note("The set has no labels or no test split, so there are no accuracies."))
+    else:
+        rows = [
+            ["untrained encoder", number(evaluation["knn_before"], ".2f", " %"), number(evaluation["linear_before"], ".2f", " %")],
+            ["after pretraining", number(evaluation["knn_after"], ".2f", " %"), number(evaluation["linear_after"], ".2f", " %")],
+            ["chance", *[number(100 / evaluation["num_classes"] if evaluation.get("num_classes") else None, ".2f", " %")] * 2],
+        ]
+        parts.append(page.table(rows, [f"{evaluation['test_images']:,} test images", "kNN", "linear probe"]))
+        parts.append(
+            f'<p class="soft">Frozen features of the clean route, {evaluation["train_images"]:,} train images: weighted kNN with '
+            f"K = {evaluation['knn_k']}, τ = {evaluation['knn_temperature']:g}; logistic regression, its penalty chosen on a held-out "
+            "tenth of the train split. The untrained encoder has the run’s own initial weights.</p>"
+        )
+        if record.lines and evaluation["images_seen"] != summary["images_seen"]:
+            parts.append(page.note(f"Evaluated after {evaluation['images_seen']:,} images; the run has since logged up to {summary['images_seen']:,}."))
+    return "\n".join(parts)
+
+
+def _curves(record: Record, name: str, lead: str, names: Iterable[str], album: _Album) -> list[str]:
+    chosen = [chart for wanted in names for chart in CHARTS if chart.name == wanted]
+    drawn = [(chart, png) for chart in chosen if (png := draw_chart(record, chart)) is not None]
+    if not record.lines or (not drawn and not record.attacked and name == "The attack"):
+        return []
+    figures = [page.picture(album.keep(chart.name, png), chart.title, chart.note) for chart, png in drawn]
+    return [page.heading(name, lead), page.charts(figures), *_absent(record, chosen)]
+
+
+def _absent(record: Record, chosen: list[Chart]) -> list[str]:
+    missing = missing_keys(record, chosen)
+    if not missing:
+        return []
+    alone = record.identity.get("world_size") == 1 and any("Wrong attack signs" in title for title in missing)
+    reason = " (one rank alone has no other rank’s negatives to miss)" if alone else ""
+    return [page.note(f"Not logged by this run: {', '.join(missing)}{reason}.")]
+
+
+def _attack_page(record: Record, manifest: Manifest | None, load_model: LoadModel, album: _Album, say: Say) -> list[str]:
+    title = page.heading("Clean, perturbation, adversarial")
+    if manifest is None:
+        return [title, page.note("The shards of this run are not where config.yaml says, so no images can be shown.")]
+    try:
+        config, model, info = load_model(record.run_dir)
+    except ConfigError as error:
+        return [title, page.note(f"There is no trained model to attack: {error}")]
+    images = EvaluationSet(manifest, config.data.train_split, config.data.image_size, ATTACK_BATCH, config.seed)
+    batch, _ = images.images(images.ids)
+    attacked = attack_images(config, model.to("cuda" if torch.cuda.is_available() else "cpu"), batch)
+    say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
+    return [title, page.picture(album.keep("adversarial", draw_triples(attacked)), *_attack_caption(attacked, info), css="pixels")]
+
+
+def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]:
+    attack = attacked.attack
+    epsilon = f"{attack.epsilon * 255:.3g}/255" if attack.unit == "pixel" else f"{attack.epsilon:g} in normalised units"
+    mine = "the default attack, because this run has none" if attacked.borrowed else "the run’s own attack"
+    title = f"Loss {attacked.loss_before:.3f} → {attacked.loss_after:.3f} with ε = {epsilon}"
+    others = "; the attacked view is the mirrored image" if attack.anchor == "other" else ""
+    return title, (
+        f"After {info['images_seen']:,} images, {mine}, on {len(attacked.clean)} unaugmented train images that are each other’s "
+        f"negatives{others}. The middle row is the change, amplified {amplification(attacked)} times around grey."
+    )
+
+
+def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) -> list[str]:
+    title = page.heading("Nearest neighbours of test images")
+    found = (record.evaluation or {}).get("neighbours")
+    if not found:
+        return [title, page.note("Nearest neighbours come with an evaluation on a test split, which this run does not have yet.")]
+    if manifest is None or manifest.digest != (record.evaluation or {})["manifest_digest"]:
+        return [title, page.note("The images that were evaluated are not where config.yaml says, so they cannot be shown.")]
+    data = record.config.data
+    train, test = (EvaluationSet(manifest, split, data.image_size) for split in (data.train_split, data.test_split))
+    query_images, _ = test.images([query["id"] for query in found])
+    neighbour_images = [train.images(query["neighbour_ids"])[0] for query in found]
+    right, shown = share_right(found)
+    png = album.keep("neighbours", draw_neighbours(found, query_images, neighbour_images, manifest.classes))
+    verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "this set has no classes"
+    caption = (
+        "Left: test images, drawn by the run’s seed, one a class before a second of any. Right: the nearest of the whole train "
+        "split by cosine, nearest first; green frames have the same class."
+    )
+    return [title, page.picture(png, verdict[0].upper() + verdict[1:], caption, css="pixels")]
+
+
+def _settings(record: Record, summary: dict[str, Any]) -> list[str]:
+    identity = record.identity
+    versions = {
+        "run folder": record.run_dir,
+        "trained with clae-dist": identity.get("package_version", "–"),
+        "git revision": identity.get("git_revision") or "–",
+        "manifest digest": summary["manifest_digest"] or "–",
+        "backend": f"{identity.get('backend', '–')}, {identity.get('world_size', '–')} ranks",
+        "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
+        "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }
+    return [
+        page.heading("Versions"),
+        page.definitions(versions),
+        page.heading("Configuration", "Resolved: every value, and where it comes from. Values that are not defaults stand out."),
+        page.configuration(record.config_text),
+    ]
+
+

@@ -1,0 +1,46 @@
+"""`clae dry-run`: everything of a run, one step long and tiny, in a folder that is removed."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from clae_dist.config import Config
+from clae_dist.data.manifest import load_manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.launchers import start
+from clae_dist.launchers.local import default_workers
+from clae_dist.launchers.rank import Ending
+
+_ROWS = 4  # a rank
+
+
+def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+    """One step of `config` on its own launcher, encoder and shards, with 4 rows a rank and nothing left behind.
+
+    Without data.shards it makes a few images of noise. Raises ConfigError and DataError.
+    """
+    workers = config.launch.workers or default_workers()
+    config.rows_per_rank(workers)
+    with tempfile.TemporaryDirectory(prefix="clae-dry-run-") as folder:
+        size = _ROWS * workers
+        if config.data.shards:
+            manifest, images = load_manifest(config.data.shards), f"images of {config.data.shards}"
+        else:
+            manifest = write_synthetic_set(Path(folder) / "shards", 2 * size, config.data.image_size)
+            images = "images of noise (data.shards is empty)"
+        total = manifest.num_samples(config.data.train_split)
+        tiny = replace(
+            config,
+            run_dir=str(Path(folder) / "run"),
+            data=replace(config.data, shards=str(manifest.folder), streams=0, verify="size"),
+            batch=replace(config.batch, global_size=size),
+            attack=replace(config.attack, start_epoch=0.0),
+            optim=replace(config.optim, warmup_epochs=0.0),
+            train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1),
+            tracking=replace(config.tracking, name="none"),
+        )
+        ending = start(tiny, origins, debug)
+    message = f"{config.model.encoder} on {workers} rank(s), one step of {size} {images}"
+    return replace(ending, message=ending.message if ending.code else message)

@@ -1,0 +1,72 @@
+"""What every rank does, whoever started it: join the world, train, and say how it ended."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import TextIO
+
+from clae_dist.config import Config, ConfigError
+from clae_dist.data.manifest import DataError
+from clae_dist.training.checkpoint import CheckpointError
+from clae_dist.training.run import train
+from clae_dist.world import RankError, connect
+
+# Exit codes of `clae`. 75 is EX_TEMPFAIL: start the same command again and it goes on.
+OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED, STORAGE, STOPPED = 0, 1, 2, 3, 4, 5, 75
+
+USER_ERRORS: dict[type[Exception], int] = {
+    ConfigError: BAD_CONFIG,
+    DataError: BAD_DATA,
+    RankError: FAILED,
+    CheckpointError: STORAGE,
+}
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that belongs to an error; UNEXPECTED for those that are not the user's to mend."""
+    return next((code for kind, code in USER_ERRORS.items() if isinstance(error, kind)), UNEXPECTED)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank's part of a run ended."""
+
+    code: int
+    message: str  # one readable line; "" when all is well
+
+
+class Console:
+    """A text stream that writes to the run folder's console.log, and to another stream where there is one."""
+
+    def __init__(self, config: Config, also: TextIO | None) -> None:
+        self._path = config.folder / "console.log"
+        self._also = also
+
+    def write(self, text: str) -> int:
+        if self._also is not None:
+            self._also.write(text)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            return file.write(text)
+
+    def flush(self) -> None:
+        if self._also is not None:
+            self._also.flush()
+
+
+def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
+    """Trains as the rank that the environment names. What the user can mend comes back as an Ending; the rest is raised.
+
+    Errors that are not the user's to mend are raised, so that a launcher that restarts ranks sees them.
+    """
+    with connect() as world:
+        stream = Console(config, also)
+        try:
+            outcome = train(config, origins, world, stream)  # type: ignore[arg-type]
+        except tuple(USER_ERRORS) as error:
+            if debug and world.is_main:
+                traceback.print_exc(file=sys.stderr)
+            return Ending(exit_code(error), str(error))
+        return Ending(STOPPED if outcome.status == "stopped" else OK, "")

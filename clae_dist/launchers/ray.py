@@ -1,0 +1,173 @@
+"""Ranks as Ray Train workers: started, watched and, when one is lost, started again from the newest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from clae_dist.config import Config, ConfigError, build, flatten, Setting
+from clae_dist.launchers.local import default_workers
+from clae_dist.launchers.rank import FAILED, UNEXPECTED, Ending, run_rank
+from clae_dist.training.folder import STOP_FILE
+
+_POLL_S = 0.2
+
+
+def _import_ray() -> Any:
+    # Ray Train reads these when it is imported.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.train.torch
+    except ImportError as error:
+        raise ConfigError(f"launch.launcher is 'ray', but Ray Train cannot be imported ({error}); pip install 'ray[train]', or use --launcher local.") from None
+    return ray
+
+
+def _rank_main(settings: dict[str, Any]) -> None:
+    """On a worker: the launcher's process group is there already."""
+    import ray.train
+
+    config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
+    ending = run_rank(config, settings["origins"], settings["debug"], None)
+    ray.train.report({"code": ending.code, "message": ending.message})
+
+
+def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+    """Trains with `launch.workers` Ray Train workers: of the cluster that RAY_ADDRESS names, else of this machine.
+
+    Ctrl-C and SIGTERM ask the workers to save and leave; a second one ends at once.
+    """
+    workers = config.launch.workers or default_workers()
+    config.rows_per_rank(workers)
+    ray = _import_ray()
+    print(f"ray: starting {workers} worker(s) with Ray {ray.__version__}", flush=True)
+    _init(ray, workers, debug)
+    try:
+        return _fit(ray, config, origins, workers, debug)
+    finally:
+        ray.shutdown()
+
+
+def _init(ray: Any, workers: int, debug: bool) -> None:
+    # Workers import the package that this process runs, also from a checkout that is not installed.
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    common = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, **common)
+        return
+    os.environ["PYTHONPATH"] = path
+    cores = len(os.sched_getaffinity(0))
+    ray.init(address="local", num_cpus=max(cores, workers), include_dashboard=False, object_store_memory=128 * 2**20, **common)
+
+
+def _fit(ray: Any, config: Config, origins: dict[str, str], workers: int, debug: bool) -> Ending:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = config.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not debug:
+        for name in ("ray", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    trainer = TorchTrainer(
+        _rank_main,
+        train_loop_config={"config": {**flatten(config), "run_dir": str(folder)}, "origins": origins, "debug": debug},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=f"ray-{os.getpid()}",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=config.launch.max_failures),
+        ),
+    )
+    result: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            result["metrics"] = trainer.fit().metrics
+        except Exception as error:  # crosses the thread: handled below
+            result["error"] = error
+
+    # Beside the main thread, so that signals are ours and the workers' console can be shown meanwhile.
+    thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
+    with _ConsoleTail(folder / "console.log") as tail, _StopFile(folder / STOP_FILE):
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            tail.show()
+    shutil.rmtree(folder / "ray", ignore_errors=True)
+    if "error" in result:
+        if debug:
+            raise result["error"]
+        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
+    metrics = result.get("metrics") or {"code": UNEXPECTED, "message": "the workers ended without a word; see --debug"}
+    return Ending(metrics["code"], metrics["message"])
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line that says something, of the worker's own error where there is one."""
+    failures = getattr(error, "worker_failures", None) or {}
+    lines = [f"rank {rank}: {_last_line(str(failure))}" for rank, failure in sorted(failures.items())]
+    return "; ".join(lines) or _last_line(str(error))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else "no reason given"
+
+
+class _ConsoleTail:
+    """Shows what rank 0 appends to its console."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        self._file = path.open()
+        self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> _ConsoleTail:
+        return self
+
+    def show(self) -> None:
+        text = self._file.read()
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        self.show()
+        self._file.close()
+
+
+class _StopFile:
+    """Inside, the first SIGINT or SIGTERM makes the file that asks the ranks to save and leave; the second ends at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._asked = False
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._path.touch()
+        print(f"{signal.Signals(number).name}: saving after this step, then leaving; once more ends at once.", flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,126 @@
+"""Encoders by name: timm's, torchvision's, and a small residual network for CPUs and 32 pixels."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from clae_dist.config import ConfigError, Model
+
+SMALL_RESNET_WIDTHS = (32, 64, 128)
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """(B, 3, H, W) -> (B, widths[-1]): a 3x3 stem, then one residual block a width, each but the first halving the side."""
+
+    def __init__(self, widths: tuple[int, ...] = SMALL_RESNET_WIDTHS, stem_stride: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, stem_stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.blocks = nn.Sequential(
+            *[_ResidualBlock(widths[max(i - 1, 0)], width, 1 if i == 0 else 2) for i, width in enumerate(widths)]
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(torch.relu(self.bn(self.stem(x)))).mean((2, 3))
+
+
+def _unknown(name: str, family: str, known: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(f'{family}/{c}' for c in close)}?" if close else f"{family} knows {len(known)} others."
+    return ConfigError(f"model.encoder is '{family}/{name}', which {family} does not have; {hint}")
+
+
+def use_cifar_stem(encoder: nn.Module) -> None:
+    """A ResNet's 7x7 stride-2 convolution and max-pool become a 3x3 convolution alone (Chen et al. 2020, B.9). In place.
+
+    Raises ConfigError for encoders without such a stem.
+    """
+    conv = getattr(encoder, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not hasattr(encoder, "maxpool"):
+        raise ConfigError(
+            f"model.stem is 'cifar', which is defined for ResNets, not for {type(encoder).__name__}; "
+            "use model.stem=imagenet, or an encoder made for small images, such as small_resnet."
+        )
+    encoder.conv1 = nn.Conv2d(3, conv.out_channels, 3, 1, padding=1, bias=False)
+    encoder.maxpool = nn.Identity()
+
+
+def _timm(name: str, image_size: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise _unknown(name, "timm", timm.list_models())
+    arguments: dict[str, Any] = {"pretrained": False, "num_classes": 0}
+    if "img_size" in inspect.signature(timm.models.model_entrypoint(name)).parameters or name.startswith(("vit_", "deit")):
+        arguments["img_size"] = image_size
+    return timm.create_model(name, **arguments)
+
+
+def _torchvision(name: str, image_size: int) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise _unknown(name, "torchvision", models.list_models(module=models))
+    encoder = models.get_model(name, weights=None, **({"image_size": image_size} if name.startswith("vit_") else {}))
+    for head in ("fc", "classifier", "heads", "head"):
+        if hasattr(encoder, head):
+            setattr(encoder, head, nn.Identity())
+            return encoder
+    raise ConfigError(f"model.encoder is 'torchvision/{name}', whose classifier could not be found; use timm/{name}.")
+
+
+def _small_resnet(name: str, image_size: int) -> nn.Module:
+    return SmallResNet()
+
+
+FAMILIES: dict[str, Callable[[str, int], nn.Module]] = {
+    "small_resnet": _small_resnet,
+    "timm": _timm,
+    "torchvision": _torchvision,
+}
+
+
+def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
+    """The encoder that `config.encoder` names, without a classifier, and the width of what it puts out.
+
+    Raises ConfigError for an unknown name, with the nearest known ones.
+    """
+    family, _, name = config.encoder.partition("/")
+    if family not in FAMILIES or bool(name) != (family != "small_resnet"):
+        raise ConfigError(
+            f"model.encoder is {config.encoder!r}; use small_resnet, timm/NAME or torchvision/NAME, such as timm/{name or family}."
+        )
+    encoder = FAMILIES[family](name, image_size)
+    wants_cifar = config.stem == "cifar" or (config.stem == "auto" and image_size <= 64 and hasattr(encoder, "maxpool"))
+    if wants_cifar and family != "small_resnet":
+        use_cifar_stem(encoder)
+    was_training = encoder.training
+    with torch.no_grad():
+        feature_dim = encoder.eval()(torch.zeros(1, 3, image_size, image_size)).flatten(1).shape[1]
+    encoder.train(was_training)
+    return encoder, feature_dim

@@ -1,0 +1,54 @@
+"""PretrainModel: pixels in [0, 1] to unit-length projections, along one of two routes of norm layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from clae_dist.config import Config
+from clae_dist.models.encoders import build_encoder
+from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
+
+
+class PretrainModel(nn.Module):
+    """Normalisation of pixels, encoder, projector (Linear-ReLU-Linear). # B rows, F feature width, D embedding width."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, encoder: nn.Module, feature_dim: int, hidden: int, dim: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.encoder = encoder
+        self.projector = nn.Sequential(nn.Linear(feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def features(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """(B, F) from pixels in [0, 1]: what evaluation uses."""
+        set_route(self.encoder, route)
+        return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
+
+    def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """(B, D) of unit length, at least float32, from pixels in [0, 1]."""
+        projection = self.projector(self.features(images_B3HW, route))
+        return F.normalize(projection if projection.dtype == torch.float64 else projection.float(), dim=1)
+
+
+def build_model(config: Config, group: dist.ProcessGroup | None = None) -> PretrainModel:
+    """The model of a run. Its initial weights are a pure function of config.model and config.seed, the same on every rank.
+
+    `group` carries the batch statistics when model.norm is "global". Raises ConfigError (see build_encoder).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder, feature_dim = build_encoder(config.model, config.data.image_size)
+        hidden = config.model.projector_hidden or feature_dim
+        model = PretrainModel(encoder, feature_dim, hidden, config.model.projector_dim, config.model.mean, config.model.std)
+    if config.attack.name != "none":
+        add_routes(model.encoder, config.model.adversarial_norm_momentum)
+    if config.model.norm == "global":
+        use_global_statistics(model.encoder, group)
+    return model.double() if config.train.precision == "float64" else model

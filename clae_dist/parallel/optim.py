@@ -1,0 +1,41 @@
+"""Optimisers and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from clae_dist.config import Optim
+
+
+def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, SGD or LARS (You et al. 2017) over the parameters of `model`.
+
+    With optim.decay "weights", biases and norm layers (parameters of one dimension) are neither decayed nor, under LARS,
+    adapted, as in SimCLR.
+    """
+    plain = [p for p in model.parameters() if p.dim() <= 1 and settings.decay == "weights"]
+    excluded = {id(p) for p in plain}
+    weights = [p for p in model.parameters() if id(p) not in excluded]
+    groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=settings.momentum)
+    from timm.optim import Lars
+
+    for group in groups:  # a group without weight decay would otherwise not be adapted
+        group["always_adapt"] = group["params"] is weights
+    return Lars(groups, lr=learning_rate, momentum=settings.momentum)
+
+
+def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
+    """Linear warm-up to `peak`, then a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017), or constant."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))

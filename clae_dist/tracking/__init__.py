@@ -1,0 +1,54 @@
+"""Where a run's metrics, artifacts and encoder go: the run folder, the console, MLflow."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import IO
+
+from clae_dist.config import Config
+from clae_dist.tracking.console import ConsoleTracker
+from clae_dist.tracking.files import MetricsFile
+from clae_dist.tracking.null import NullTracker
+from clae_dist.tracking.tracker import Status, Tracker, Trackers
+
+__all__ = ["MetricsFile", "NullTracker", "Status", "Tracker", "Trackers", "build_trackers", "new_run_key"]
+
+
+def new_run_key() -> str:
+    """A name for a new run. Keep it in the run folder: by it a continued run finds its MLflow run."""
+    return uuid.uuid4().hex
+
+
+def build_trackers(
+    config: Config,
+    run_dir: Path,
+    run_key: str,
+    *,
+    tags: dict[str, str],
+    total_steps: int,
+    resume_images_seen: int,
+    stream: IO[str],
+) -> Trackers:
+    """The trackers of rank 0; other ranks use NullTracker.
+
+    `tags` say what the run is (package_version, git_revision, manifest_digest); `resume_images_seen` is the checkpoint's,
+    0 for a new run; `stream` is the console. Raises ConfigError for tracking that cannot work on this machine.
+    """
+
+    def say(text: str) -> None:
+        print(text, file=stream, flush=True)
+
+    others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
+    page = ""
+    if config.tracking.name == "mlflow":
+        from clae_dist.tracking import mlflow
+        from clae_dist.tracking.background import BackgroundTracker
+
+        mlflow.require_mlflow()
+        uri = mlflow.store_uri(config, run_dir)
+        store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say)
+        others.append(BackgroundTracker(store, say))
+        page = mlflow.page_command(uri)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Trackers(MetricsFile(run_dir / "metrics.jsonl", resume_images_seen, say), others, say, page)

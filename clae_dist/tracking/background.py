@@ -1,0 +1,202 @@
+"""BackgroundTracker: feeds a store that may be slow or away from a thread of its own, so that no step ever waits for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from clae_dist.tracking.tracker import Say, Status
+
+ROWS_AT_ONCE = 100
+
+
+class Refused(Exception):
+    """The store answered and will not take this; trying again is pointless."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Metrics as they were logged."""
+
+    metrics: Mapping[str, float]
+    images_seen: int
+    time_ms: int  # since 1970
+
+
+class Store(Protocol):
+    """Where things go. Called from one thread only; any exception other than Refused means "away, try again"."""
+
+    address: str
+    run_id: str
+
+    def open(self) -> None:
+        """Find or make the run; may be called again after it failed."""
+
+    def log_rows(self, rows: list[Row]) -> None: ...
+
+    def log_artifacts(self, path: Path, name: str) -> None: ...
+
+    def log_model(self, export_folder: Path, digest: str, images_seen: int) -> None: ...
+
+    def close(self, status: Status) -> None: ...
+
+
+class _GaveUp(Exception):
+    """The run is over and the store is still away."""
+
+
+class BackgroundTracker:
+    """A Tracker over a Store.
+
+    Metrics wait in a queue of `capacity` rows; when it is full the oldest row is dropped and counted. Artifacts and the
+    model are few and are never dropped before the end. `close` waits `close_timeout_s` at most.
+    """
+
+    def __init__(
+        self, store: Store, say: Say, capacity: int = 10_000, close_timeout_s: float = 30.0, retry_s: float = 15.0
+    ) -> None:
+        self._store, self._say, self._retry_s, self._close_timeout_s = store, say, retry_s, close_timeout_s
+        self._rows: deque[Row] = deque()
+        self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
+        self._taken_rows = 0  # what the thread has taken from the queue and not finished
+        self._taken_job: list[str] = []
+        self._capacity = capacity
+        self._lost_rows = 0
+        self._lost_jobs: list[str] = []
+        self._last_images_seen = 0
+        self._status: Status | None = None
+        self._away = self._has_refused = False
+        self._changed = threading.Condition()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"tracking {store.address}", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        """The store's id of the run, "" until it is known."""
+        return self._store.run_id
+
+    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        row = Row(dict(metrics), images_seen, int(time.time() * 1000))
+        with self._changed:
+            self._last_images_seen = images_seen
+            if self._over.is_set() or len(self._rows) >= self._capacity:
+                self._lost_rows += 1
+                if self._over.is_set():
+                    return
+                self._rows.popleft()
+            self._rows.append(row)
+            self._changed.notify()
+
+    def log_artifacts(self, path: Path, name: str) -> None:
+        self._add_job(name, lambda: self._store.log_artifacts(path, name))
+
+    def log_model(self, export_folder: Path, digest: str) -> None:
+        images_seen = self._last_images_seen
+        self._add_job("encoder", lambda: self._store.log_model(export_folder, digest, images_seen))
+
+    def close(self, status: Status) -> None:
+        with self._changed:
+            self._status = status
+            self._changed.notify()
+        if not self._over.wait(min(2.0, self._close_timeout_s)):
+            with self._changed:
+                waiting = len(self._rows) + len(self._jobs) + self._taken_rows + len(self._taken_job)
+            self._say(f"{self._store.address}: sending the last {waiting} records (for {self._close_timeout_s:.0f} s at most)")
+            self._over.wait(self._close_timeout_s - 2.0)
+        with self._changed:
+            rows = self._lost_rows + len(self._rows) + self._taken_rows
+            jobs = [*self._lost_jobs, *self._taken_job, *(name for name, _ in self._jobs)]
+        if rows or jobs:
+            also = f" and {', '.join(jobs)}" if jobs else ""
+            self._say(f"{self._store.address} did not get {rows} rows of metrics{also}; the run folder has all of it.")
+        elif not self._over.is_set():
+            self._say(f"{self._store.address} did not confirm the end of the run in time; the run folder has all of it.")
+
+    def _add_job(self, name: str, job: Callable[[], None]) -> None:
+        with self._changed:
+            if self._over.is_set():
+                self._lost_jobs.append(name)
+            else:
+                self._jobs.append((name, job))
+                self._changed.notify()
+
+    # ---- in the thread ----
+
+    def _work(self) -> None:
+        try:
+            self._until_done(self._store.open)
+            while self._send_next():
+                pass
+            status = self._status
+            assert status is not None, "the loop ends when a status is set"
+            self._until_done(lambda: self._store.close(status))
+        except _GaveUp:
+            pass  # `close` counts what is left in the queue
+        except Refused as error:
+            self._say(f"{self._store.address} refused this run ({error}); metrics.jsonl goes on without it.")
+        finally:
+            with self._changed:
+                self._over.set()
+
+    def _send_next(self) -> bool:
+        """Sends some of the queue, waiting for something to send. False when the run is over and the queue is empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rows or self._jobs or self._status)
+            rows = [self._rows.popleft() for _ in range(min(len(self._rows), ROWS_AT_ONCE))]
+            name, job = ("", None) if rows or not self._jobs else self._jobs.popleft()
+            self._taken_rows, self._taken_job = len(rows), [name] if name else []
+        if not rows and job is None:
+            return False
+        try:
+            self._until_done(job or (lambda: self._store.log_rows(rows)))
+        except Refused as error:
+            self._lose_taken()
+            if not self._has_refused:
+                self._has_refused = True
+                self._say(f"{self._store.address} refused {name or 'metrics'} ({error}); it is left out there.")
+        except _GaveUp:
+            self._lose_taken()
+            raise
+        with self._changed:
+            self._taken_rows, self._taken_job = 0, []
+        return True
+
+    def _lose_taken(self) -> None:
+        with self._changed:
+            self._lost_rows += self._taken_rows
+            self._lost_jobs += self._taken_job
+            self._taken_rows, self._taken_job = 0, []
+
+    def _until_done(self, action: Callable[[], None]) -> None:
+        """Tries until the store takes it. Raises Refused when it never will, _GaveUp when the run is over before it does."""
+        while True:
+            over = self._status is not None
+            try:
+                action()
+            except Refused:
+                raise
+            except Exception as error:
+                if not self._away:
+                    self._away = True
+                    self._say(f"{self._store.address} is away ({brief(error)}); the run goes on and sends the rest later.")
+                if over:
+                    raise _GaveUp from error
+                with self._changed:
+                    self._changed.wait_for(lambda: self._status is not None, timeout=self._retry_s)
+                continue
+            if self._away:
+                self._away = False
+                self._say(f"{self._store.address} is back.")
+            return
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, short enough for the console."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 160 else text[:157] + "..."

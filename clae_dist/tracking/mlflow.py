@@ -1,0 +1,239 @@
+"""MLflow as a Store. The only file that imports mlflow (the vendor's package: imports here are absolute)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from clae_dist.config import Config, ConfigError, flatten
+from clae_dist.tracking.background import Refused, Row, brief
+from clae_dist.tracking.tracker import Say, Status
+
+Item = TypeVar("Item")
+RUN_KEY_TAG = "clae.run_key"
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+SERVER_DEFAULTS = {  # of mlflow's own variables, where the user set none
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; mlflow's 120 would outlast a run's end
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # we try again ourselves, and say so
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a training run calls nobody but the server it was given
+}
+
+
+def store_uri(config: Config, run_dir: Path) -> str:
+    """Where runs are recorded: `tracking.uri`, else mlflow.db beside the run folder. Raises ConfigError."""
+    uri = config.tracking.uri
+    if not uri:
+        return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file") or uri == "sqlite:":
+        raise ConfigError(
+            f"tracking.uri is {uri!r}, which names a folder, and MLflow keeps runs in databases and servers only; "
+            f"write sqlite:////path/to/mlflow.db or http://host:5000, or leave it empty."
+        )
+    database = _sqlite_file(uri)
+    return f"sqlite:///{database.resolve()}" if database else uri
+
+
+def page_command(uri: str) -> str:
+    """What a user types to see the runs."""
+    if urlsplit(uri).scheme in ("http", "https"):
+        return uri
+    return f"mlflow server --backend-store-uri '{uri}'  # then open http://127.0.0.1:5000"
+
+
+def require_mlflow() -> None:
+    """Raises ConfigError unless mlflow is installed. Does not import it: that takes seconds and happens in the thread."""
+    if importlib.util.find_spec("mlflow") is None:
+        way_out = "pip install 'mlflow>=3.5' psutil, or use tracking.name=none"
+        raise ConfigError(f"tracking.name is 'mlflow', but mlflow is not installed; {way_out}.")
+
+
+def store_problem(uri: str, timeout_s: float = 5.0) -> str:
+    """Why runs cannot be recorded at `uri` now, "" when they can. Changes nothing there."""
+    database = _sqlite_file(uri)
+    if database is not None:
+        existing = next(path for path in (database, *database.parents) if path.exists())
+        return "" if os.access(existing, os.W_OK) else f"{existing} is not writable"
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return ""  # a database server: only its own client could tell
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s):
+            return ""
+    except OSError as error:
+        return f"does not answer ({brief(error)})"
+
+
+class MlflowStore:
+    """A run in MLflow.
+
+    `run_key` is our own name for the run, made before anything starts and kept in the run folder. It is a tag of the
+    MLflow run, by which a continued run finds it again, whenever the process that made it was killed.
+    """
+
+    def __init__(self, uri: str, config: Config, run_name: str, run_key: str, tags: dict[str, str], say: Say) -> None:
+        assert run_key.isalnum(), f"run_key {run_key!r} goes into a query; letters and digits only"
+        self.address = f"MLflow at {uri}"
+        self.run_id = ""
+        self.system_metrics_every_s = 10.0
+        self._uri, self._run_name, self._run_key, self._say = uri, run_name, run_key, say
+        self._experiment = config.tracking.experiment
+        self._params = {key: str(value) for key, value in flatten(config).items()}
+        self._tags = {**tags, RUN_KEY_TAG: run_key}
+        self._experiment_id = ""
+        self._client: Any = None
+        self._monitor: Any = None
+
+    def open(self) -> None:
+        self._client = connect(self._uri)
+        with refusals():
+            self._experiment_id = find_experiment(self._client, self._uri, self._experiment)
+            found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'", max_results=1)
+            if found:
+                self._continue(found[0])
+            else:
+                self._create()
+        self._start_monitor(resume=bool(found))
+
+    def log_rows(self, rows: list[Row]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, float(x), row.time_ms, row.images_seen) for row in rows for key, x in row.metrics.items()]
+        with refusals():
+            for some in chunks(metrics, 1000):  # MLflow's limit a request
+                self._client.log_batch(self.run_id, metrics=some, synchronous=True)
+
+    def log_artifacts(self, path: Path, name: str) -> None:
+        with refusals():
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), name)
+            else:
+                self._client.log_artifact(self.run_id, str(path), name)
+
+    def log_model(self, export_folder: Path, digest: str, images_seen: int) -> None:
+        """A logged model made of the exported files and an MLmodel without flavors: weights and a config, no pickled code."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+        from mlflow.models import Model
+
+        facts = {"manifest_digest": digest, "images_seen": str(images_seen)}
+        with refusals(), tempfile.TemporaryDirectory() as scratch:
+            model = self._client.create_logged_model(
+                self._experiment_id, name="encoder", source_run_id=self.run_id, tags=facts, params=facts, model_type="encoder"
+            )
+            description = Path(scratch, "MLmodel")
+            identity = {"artifact_path": model.artifact_location, "run_id": self.run_id, "model_uuid": model.model_id}
+            Model(**identity, metadata=facts).save(str(description))
+            self._client.log_model_artifacts(model.model_id, str(export_folder))
+            self._client.log_model_artifact(model.model_id, str(description))
+            self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, images_seen)])
+
+    def close(self, status: Status) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+        with refusals():
+            self._client.set_terminated(self.run_id, STATUS[status])
+
+    def _create(self) -> None:
+        # mlflow.* tags by hand: the client sets none, and the fluent API would look at the working folder for them.
+        source = {"mlflow.source.name": "clae train", "mlflow.source.type": "LOCAL"}
+        if revision := self._tags.get("git_revision"):
+            source["mlflow.source.git.commit"] = revision
+        run = self._client.create_run(self._experiment_id, tags={**self._tags, **source}, run_name=self._run_name)
+        self.run_id = run.info.run_id
+        self._log_params(self._params)
+
+    def _continue(self, run: Any) -> None:
+        self._client.update_run(run.info.run_id, status="RUNNING")
+        known = run.data.params
+        self.run_id = run.info.run_id
+        self._log_params({key: value for key, value in self._params.items() if key not in known})
+        # MLflow's parameters never change; what a continued run does otherwise (how often it logs, say) goes into tags.
+        changed = [key for key, value in self._params.items() if known.get(key, _stored(value)) != _stored(value)]
+        self._set_tags({**self._tags, **{f"continued.{key}": self._params[key] for key in changed}})
+
+    def _log_params(self, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        for some in chunks([Param(key, _stored(value)) for key, value in params.items()], 100):  # MLflow's limit a request
+            self._client.log_batch(self.run_id, params=some, synchronous=True)
+
+    def _set_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for some in chunks([RunTag(key, _stored(value)) for key, value in tags.items()], 100):
+            self._client.log_batch(self.run_id, tags=some, synchronous=True)
+
+    def _start_monitor(self, resume: bool) -> None:
+        if importlib.util.find_spec("psutil") is None:
+            self._say("MLflow gets no system metrics: psutil is not installed (pip install psutil).")
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(
+            self.run_id, sampling_interval=self.system_metrics_every_s, resume_logging=resume, tracking_uri=self._uri
+        )
+        self._monitor.start()
+
+
+def connect(uri: str) -> Any:
+    """A quiet MlflowClient of `uri`. Imports mlflow and, for a new sqlite file, makes its tables: seconds, both."""
+    for name, value in SERVER_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    database = _sqlite_file(uri)
+    if database:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        from mlflow.tracking import MlflowClient
+    except ImportError as error:
+        raise Refused(f"mlflow cannot be imported: {brief(error)}") from error
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with refusals():
+        return MlflowClient(uri)
+
+
+def find_experiment(client: Any, uri: str, name: str) -> str:
+    """The id of the experiment, made where it is missing, with its artifacts beside an sqlite file and not in the cwd."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = _sqlite_file(uri)
+        location = (database.parent / "mlartifacts" / name).as_uri() if database else None
+        return str(client.create_experiment(name, artifact_location=location))
+    if found.lifecycle_stage != "active":
+        raise Refused(f"experiment {name!r} was deleted there; restore it or choose another tracking.experiment")
+    return str(found.experiment_id)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns the store's "your request is wrong" into Refused; everything else may pass on a later try."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        made_just_now = error.error_code == "RESOURCE_ALREADY_EXISTS"  # by another run that started with this one
+        if not made_just_now and 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() not in (408, 429):
+            raise Refused(brief(error)) from error
+        raise
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _stored(value: str) -> str:
+    return value[:5000]  # MLflow's limits are 6000 for parameters and 8000 for tags
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None

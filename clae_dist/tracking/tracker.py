@@ -1,0 +1,70 @@
+"""Tracker: where metrics, artifacts and the encoder go; Trackers hands them to several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Status = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be continued
+Say = Callable[[str], None]
+
+
+class Tracker(Protocol):
+    """Something that takes what a run reports. Used on rank 0; `NullTracker` stands in on the other ranks."""
+
+    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        """Record metrics (plain numbers, no tensors) at the number of images that training has seen."""
+
+    def log_artifacts(self, path: Path, name: str) -> None:
+        """Keep a file, or the content of a folder, under `name`. The path must stay there until `close`."""
+
+    def log_model(self, export_folder: Path, digest: str) -> None:
+        """Keep the exported encoder with the digest of the manifest it was trained on."""
+
+    def close(self, status: Status) -> None:
+        """Send what is left; nothing may be logged afterwards."""
+
+
+class Trackers:
+    """The metrics file, whose failure is the run's failure, and others, whose failure is said once and never stops a run."""
+
+    def __init__(self, file: Tracker, others: Sequence[Tracker], say: Say, page: str = "") -> None:
+        self._file = file
+        self._others = list(others)
+        self._say = say
+        self.page = page  # the command that opens the tracking page, or ""
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run: "" until the background thread knows it, and without MLflow."""
+        return next((found for tracker in self._others if (found := getattr(tracker, "run_id", ""))), "")
+
+    def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        self._file.log(metrics, images_seen)
+        self._each("log", metrics, images_seen)
+
+    def log_artifacts(self, path: Path, name: str) -> None:
+        self._file.log_artifacts(path, name)
+        self._each("log_artifacts", path, name)
+
+    def log_model(self, export_folder: Path, digest: str) -> None:
+        self._file.log_model(export_folder, digest)
+        self._each("log_model", export_folder, digest)
+
+    def close(self, status: Status) -> None:
+        try:
+            self._file.close(status)
+        finally:
+            self._each("close", status)
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for tracker in list(self._others):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # a display that fails must not cost a run of days
+                self._others.remove(tracker)
+                self._say(
+                    f"{type(tracker).__name__} failed in {method} ({type(error).__name__}: {error}) and is off for the rest "
+                    f"of this run; metrics.jsonl goes on."
+                )

@@ -1,0 +1,91 @@
+"""The run folder: what a run is, written down before it starts and checked before it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clae_dist import __version__
+from clae_dist.config import Config, ConfigError, flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.data.manifest import Manifest
+from clae_dist.world import World
+
+STOP_FILE = "STOP"  # a launcher that cannot signal its ranks asks them to stop by making this file
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run reproducible, beside its configuration. Kept in run.json."""
+
+    package_version: str
+    git_revision: str
+    manifest_digest: str
+    world_size: int
+    backend: str
+    run_key: str
+    started: float  # seconds since 1970, of the first start
+
+
+def git_revision() -> str:
+    """The checkout's commit, with "+changes" where files differ from it; "" outside of a checkout."""
+    here = Path(__file__).parents[2]
+    try:
+        if not (here / ".git").exists():
+            return ""
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return revision + ("+changes" if dirty else "")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or all of the new."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_identity(run_dir: Path) -> Identity:
+    """What run.json holds. Raises ConfigError when it is missing or torn."""
+    try:
+        return Identity(**json.loads((run_dir / "run.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"RUN is {str(run_dir)!r}, whose run.json cannot be read ({error}); name the folder of a run.") from None
+
+
+def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
+    """Makes the run's folder, or checks that it is this run's. To be called on one rank.
+
+    Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs.
+    """
+    folder = config.folder
+    if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
+        old, identity = from_yaml(folder / "config.yaml"), read_identity(folder)
+        before, now = flatten(old), flatten(config)
+        differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
+        if identity.manifest_digest != manifest.digest:
+            differ.append(f"the images were {identity.manifest_digest[:12]} and are {manifest.digest[:12]} (digest of the manifest)")
+        if differ:
+            raise ConfigError(
+                f"run_dir is {str(folder)!r}, which belongs to another configuration: {'; '.join(differ)}. "
+                "Give another run_dir, or delete the folder."
+            )
+    else:
+        identity = Identity(__version__, git_revision(), manifest.digest, world.size, config.parallel.backend, run_key, time.time())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        current: dict[str, Any] = {**vars(identity), "world_size": world.size, "backend": config.parallel.backend}
+        write_atomically(folder / "config.yaml", to_yaml(config, origins))
+        write_atomically(folder / "run.json", json.dumps(current, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder.") from None
+    return Identity(**current)

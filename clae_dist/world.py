@@ -1,0 +1,121 @@
+"""World: who takes part in a run. The only place that starts, uses for control, or ends torch.distributed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """Something that one or more ranks found and that all ranks raise together; the message names the ranks."""
+
+
+@dataclass(frozen=True)
+class World:
+    """`size` ranks, of which this is `rank`; `group` is None in a single process, where nothing is communicated."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def single(device: str | torch.device | None = None) -> World:
+        """A world of this process alone."""
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return World(0, 1, 0, 1, torch.device(chosen))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` (anything that pickles), on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The `value` of every rank, on every rank, in the order of ranks."""
+        if self.group is None:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.group)
+        return box
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the ranks (no gradient)."""
+        if self.group is None:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total / self.size
+
+    def flags_anywhere(self, *flags: bool | torch.Tensor) -> list[bool]:
+        """Each flag, raised if it is raised on any rank. One small all-reduce for all of them."""
+        raised = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        if self.group is not None:
+            dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)
+        return [value > 0 for value in raised.tolist()]
+
+    def agree(self, ok: bool | torch.Tensor, message: str) -> None:
+        """Raises RankError on every rank, naming the ranks, unless `ok` holds on all of them."""
+        if self.flags_anywhere(torch.logical_not(torch.as_tensor(ok)))[0]:
+            failed = [rank for rank, fine in enumerate(self.gather_objects(bool(ok))) if not fine]
+            raise RankError(f"{message} (on rank {', '.join(map(str, failed))} of {self.size})")
+
+    def run_on_main(self, action: Any) -> Any:
+        """`action()` on rank 0, its result everywhere; what it raises is raised on every rank, so that none waits."""
+        result: Any = None
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise failure
+        return result
+
+
+@contextmanager
+def connect(timeout_s: float = 600.0) -> Iterator[World]:
+    """The World that a launcher describes in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+    Joins the process group that the launcher already started (Ray), or starts one and ends it (torchrun, local).
+    Without WORLD_SIZE it is a world of this process alone. NCCL carries GPU tensors, gloo the CPU's.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and not dist.is_initialized():
+        yield World.single()
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    started_here = not dist.is_initialized()
+    if started_here:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    try:
+        yield World(rank, size, local_rank, local_size, device, dist.group.WORLD)
+    finally:
+        if started_here:
+            dist.destroy_process_group()
