@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ class Model:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        _require(self.projector_hidden >= 0, "model.projector_hidden", self.projector_hidden, "use 0 (encoder's width) or more.")
+        _require(
+            self.projector_hidden >= 0, "model.projector_hidden", self.projector_hidden, "use 0 (encoder's width) or more."
+        )
         _require(self.projector_dim >= 2, "model.projector_dim", self.projector_dim, "use at least 2.")
         _require(min(self.std) > 0, "model.std", self.std, "standard deviations are positive.")
         momentum = self.adversarial_norm_momentum
@@ -122,7 +125,9 @@ class Objective:
     temperature: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, "objective.temperature", self.temperature, "use a positive number, 0.1 to 0.5 as a rule.")
+        _require(
+            self.temperature > 0, "objective.temperature", self.temperature, "use a positive number, 0.1 to 0.5 as a rule."
+        )
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,12 @@ class Evaluation:
         for key in ("knn_k", "knn_bank", "knn_queries", "linear_epochs", "batch_size"):
             _require(getattr(self, key) >= 1, f"evaluation.{key}", getattr(self, key), "use at least 1.")
         _require(self.knn_temperature > 0, "evaluation.knn_temperature", self.knn_temperature, "use a positive number.")
-        _require(self.linear_learning_rate >= 0, "evaluation.linear_learning_rate", self.linear_learning_rate, "use 0 (search) or more.")
+        _require(
+            self.linear_learning_rate >= 0,
+            "evaluation.linear_learning_rate",
+            self.linear_learning_rate,
+            "use 0 (search) or more.",
+        )
 
 
 @dataclass(frozen=True)
@@ -259,11 +269,17 @@ class Config:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        _require(bool(self.name.strip()) and "/" not in self.name, "name", self.name, "use a plain word; it names the run's folder.")
+        _require(
+            self.name.strip(" .") != "" and "/" not in self.name,
+            "name",
+            self.name,
+            "use a plain word; it names the run's folder.",
+        )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "use 0 up to 2^63 - 1.")
         streams, size = self.data.streams, self.batch.global_size
         if streams and size % streams:
-            raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; {_nearest_divisor(size, streams)} would do.")
+            near = _nearest_divisor(size, streams)
+            raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; {near} would do.")
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ConfigError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, but train.epochs is {self.train.epochs:g}; "
@@ -361,8 +377,10 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is bool:
         return value if isinstance(value, bool) else refuse("true or false")
     if wanted is str:
-        return "" if value is None else str(value) if isinstance(value, (str, int, float)) else refuse("a text")
+        return "" if value is None else value if isinstance(value, str) else refuse("a text")
     if wanted is int:
+        if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):  # YAML 1.1 reads 1e3 as a text
+            value = float(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
@@ -394,19 +412,33 @@ def _check_key(key: str, origin: str) -> None:
     inside = [name for name in FIELDS if name.startswith(key + ".")]
     if inside:
         raise ConfigError(f"{key} ({origin}) is a section; set one of its keys: {', '.join(inside)}.")
-    close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
-    if not close:  # right name, wrong section
-        close = [name for name in FIELDS if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    close = [name for name in FIELDS if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # right name, wrong section
+    if len(close) != 1:
+        close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "`clae config CONFIG` lists the known ones."
     raise ConfigError(f"{key} ({origin}) is not a known key; {hint}")
 
 
-def read_recipe(path: Path) -> dict[str, Setting]:
+def _value(key: str, node: yaml.Node) -> Any:
+    """What a YAML node means for `key`: a text stays as it was written, where YAML would make 7 of 007 or true of yes."""
+    if isinstance(node, yaml.ScalarNode) and FIELDS[key][1] is str:
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    return yaml.SafeLoader("").construct_object(node, deep=True)
+
+
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
+    chain = (*extended_by, path.resolve())
+    if path.resolve() in extended_by:
+        raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; take one `extends` out.")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a recipe, such as configs/quickstart.yaml.") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); name a recipe, such as configs/quickstart.yaml."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text in UTF-8; name a recipe, such as configs/quickstart.yaml.") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -422,18 +454,24 @@ def read_recipe(path: Path) -> dict[str, Setting]:
             if isinstance(value_node, yaml.MappingNode):
                 walk(value_node, key + ".")
                 continue
-            value = yaml.safe_load(yaml.serialize(value_node))
-            if key == "extends":
-                settings.update(read_recipe(path.parent / str(value)))
-                continue
-            _check_key(key, origin)
             if key in own:
                 raise ConfigError(f"{key} is set twice in {path} ({own[key].origin} and {origin}); keep one.")
-            own[key] = Setting(value, origin)
+            if key == "extends":
+                own[key] = Setting(value_node.value, origin)
+                settings.update(read_recipe(path.parent / str(value_node.value), chain))
+                continue
+            _check_key(key, origin)
+            try:
+                own[key] = Setting(_value(key, value_node), origin)
+            except (yaml.YAMLError, ValueError) as error:
+                raise ConfigError(
+                    f"{key} ({origin}) cannot be read ({' '.join(str(error).split())}); write a plain value."
+                ) from None
 
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path} holds no mapping; write `section:` and `  key: value` lines.")
     walk(root, "")
+    own.pop("extends", None)
     return {**settings, **own}
 
 
@@ -446,8 +484,9 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
             raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
         _check_key(key, origin)
         try:
-            settings[key] = Setting(yaml.safe_load(value) if value else "", origin)
-        except yaml.YAMLError:
+            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            settings[key] = Setting("" if node is None else _value(key, node), origin)
+        except (yaml.YAMLError, ValueError):
             raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it.") from None
     return settings
 

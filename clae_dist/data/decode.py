@@ -7,8 +7,10 @@ torchvision's decoder for plain JPEGs, which is faster, and falls back to Pillow
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,8 +52,7 @@ class Inspection:
 def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
     """Decodes an image in full and says what is wrong with it, if anything. Never raises for bad bytes."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is whether the pixels come out
+        with warnings.catch_warnings(action="ignore"):  # what matters is whether the pixels come out
             return _inspect(data, max_pixels)
     except DecodeError as error:
         return Inspection(problem=str(error))
@@ -74,8 +75,15 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     """uint8 (3, H, W), RGB, of one encoded image.
 
     EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits a channel become 8; transparency is laid on
-    white; of an animation the first frame is taken. Colour profiles are not applied. Raises DecodeError with the reason.
+    white; of an animation the first frame is taken. Colour profiles are not applied. The strides are those of an interleaved
+    image, as decoders write it. Raises DecodeError with the reason.
     """
+    # Pillow warns of odd metadata; torchvision 0.29, with every call, that its decoders will move to another package.
+    with warnings.catch_warnings(action="ignore"):
+        return _decode_rgb(data)
+
+
+def _decode_rgb(data: bytes) -> torch.Tensor:
     frame = _plain_jpeg_frame(data)
     if frame:
         pixels = _decode_jpeg(data)
@@ -85,7 +93,7 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     import torch
 
     image = _open(data)
-    pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
     return _turn(pixels, _orientation(image))
 
 
@@ -143,7 +151,7 @@ def _turn(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     if orientation >= 5:  # 5 to 8: rows and columns swapped
         pixels = pixels.transpose(1, 2)
     dims = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    return pixels.flip(dims).contiguous() if dims or orientation == 5 else pixels
+    return pixels.flip(dims) if dims else pixels
 
 
 def _plain_jpeg_frame(data: bytes) -> int:
@@ -163,12 +171,22 @@ def _plain_jpeg_frame(data: bytes) -> int:
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
-    """uint8 (3, H, W) from torchvision's decoder, orientation not applied; None where it refuses."""
+    """uint8 (3, H, W) from torchvision's decoder, orientation not applied; None where it refuses or is no longer there."""
+    decoder = _torchvision_decoder()
+    if decoder is None:
+        return None
     import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
 
     try:
-        pixels: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        return pixels
+        return decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except RuntimeError:  # Pillow, asked next, decodes it or says why not
         return None
+
+
+@functools.cache
+def _torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:  # a torchvision without decoders: Pillow does it all
+        return None
+    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)

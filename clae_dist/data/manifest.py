@@ -130,7 +130,7 @@ def write_manifest(
 
 
 def check_shard(folder: str | Path, shard: Shard, how: Literal["sha256", "size"] = "sha256") -> None:
-    """Compares a shard and its index with the manifest. Raises DataError naming the file, what was expected and what is there."""
+    """Compares a shard and its index with the manifest. Raises DataError: which file, what was expected, what is there."""
     path, index = Path(folder) / shard.name, Path(folder) / shard.index_name
     for file in (path, index):
         if not file.is_file():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from clae_dist.doctor.finding import Finding
 
@@ -47,25 +48,33 @@ def _all_reduce_in_two_processes(timeout_s: float, num_gpus: int) -> tuple[list[
         shared["CUDA_VISIBLE_DEVICES"] = ""
     if "lo" in (name for _, name in socket.if_nameindex()):
         shared.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-        environment = {**os.environ, **shared, **{key: str(value) for key, value in place.items()}}
-        command = [sys.executable, "-c", code]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    deadline = time.monotonic() + timeout_s
+    processes: list[subprocess.Popen[str]] = []
     try:
-        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+        for rank in range(2):
+            place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+            environment = {**os.environ, **shared, **{key: str(value) for key, value in place.items()}}
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes))
+        _wait(processes, timeout_s)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+        outputs = [process.communicate() for process in processes]
     for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True)):
-        if process.returncode:
+        if process.returncode > 0:
             last = (errors.strip().splitlines() or ["no message"])[-1]
             raise RuntimeError(f"rank {rank} failed ({last})")
     answers = [json.loads(out.strip().splitlines()[-1]) for out, _ in outputs]
     return [answer["sum"] for answer in answers], max(answer["round_trip_s"] for answer in answers)
+
+
+def _wait(processes: list[subprocess.Popen[str]], timeout_s: float) -> None:
+    """Returns when all have ended or one has failed, for which the other would wait. Raises TimeoutExpired."""
+    deadline = time.monotonic() + timeout_s
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired("two ranks", timeout_s)
+        time.sleep(0.05)
 
 
 def one_rank() -> None:

@@ -51,7 +51,13 @@ CHARTS = (
         "While training: a part of the train split as bank, a part of the test split as queries.",
         (Curve("knn_accuracy", "kNN", THIRD, "o-"),),
     ),
-    Chart("learning_rate", "Learning rate", "Warm-up, then the schedule.", (Curve("learning_rate", "learning rate", CLEAN),), from_zero=True),
+    Chart(
+        "learning_rate",
+        "Learning rate",
+        "Warm-up, then the schedule.",
+        (Curve("learning_rate", "learning rate", CLEAN),),
+        from_zero=True,
+    ),
     Chart(
         "attack_loss",
         "Loss before and after the attack",
@@ -96,8 +102,19 @@ CHARTS = (
         (Curve("wrong_sign_share", "wrong signs", FOURTH),),
         from_zero=True,
     ),
-    Chart("alignment", "Alignment", "Mean ‖a − b‖² of positives: lower is closer.", (Curve("alignment", "alignment", CLEAN),), from_zero=True),
-    Chart("uniformity", "Uniformity", "log mean exp(−2‖a − b‖²) of negatives: lower is more spread.", (Curve("uniformity", "uniformity", CLEAN),)),
+    Chart(
+        "alignment",
+        "Alignment",
+        "Mean ‖a − b‖² of positives: lower is closer.",
+        (Curve("alignment", "alignment", CLEAN),),
+        from_zero=True,
+    ),
+    Chart(
+        "uniformity",
+        "Uniformity",
+        "log mean exp(−2‖a − b‖²) of negatives: lower is more spread.",
+        (Curve("uniformity", "uniformity", CLEAN),),
+    ),
     Chart("speed", "Images per second", "All ranks together.", (Curve("images_per_s", "images/s", CLEAN),), from_zero=True),
     Chart(
         "shares",
@@ -121,7 +138,7 @@ def draw_chart(record: Record, chart: Chart) -> bytes | None:
         scale = 255 if curve.key == "delta_linf" else 1
         marker = "o" if "o" in curve.style or len(x) == 1 else None
         line = curve.style.replace("o", "")
-        axes.plot(x, [scale * v for v in y], line, marker=marker, markersize=4, color=curve.colour, label=curve.label, linewidth=1.7)
+        axes.plot(x, [scale * v for v in y], line, marker=marker, markersize=4, color=curve.colour, label=curve.label, lw=1.7)
     if chart.name == "knn":
         _mark_evaluation(axes, record)
     if chart.from_zero:
@@ -141,7 +158,14 @@ def _mark_evaluation(axes: Axes, record: Record) -> None:
 
 def _legend(axes: Axes, columns: int) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, fontsize=7.5, labelcolor=INK, handlelength=1.6, borderpad=0
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=7.5,
+        labelcolor=INK,
+        handlelength=1.6,
+        borderpad=0,
     )
 
 

@@ -18,12 +18,12 @@ from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.knn import knn_accuracy, nearest
 from clae_dist.evaluation.linear import linear_probe
 from clae_dist.models import PretrainModel, build_model
+from clae_dist.runs.checkpoint import load_model
 
 FILE_NAME = "evaluation.json"
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # of the report's page of nearest neighbours
 
 Say = Callable[[str], None]
-LoadModel = Callable[[Path], tuple[Config, PretrainModel, dict[str, Any]]]
 
 
 class _Progress:
@@ -41,18 +41,18 @@ class _Progress:
             return
         self._said = now
         rate = self._done / max(now - self._started, 1e-9)
-        left = f"{(self._total - self._done) / rate:.0f} s left" if self._done < self._total else f"in {now - self._started:.1f} s"
+        to_do = self._total - self._done
+        left = f"{to_do / rate:.0f} s left" if to_do else f"in {now - self._started:.1f} s"
         self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
 
 
-def evaluate_run(run_dir: Path, load_model: LoadModel, say: Say = print) -> dict[str, Any]:
+def evaluate_run(run_dir: Path, say: Say = print) -> dict[str, Any]:
     """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
 
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
     the same decoded pixels in the same pass, with the same settings. All of the train split is the bank and the probe's
     training set, all of the test split is classified. Accuracies are percent, and null for sets without labels.
-    `load_model` is training.checkpoint.load_model: the layer above hands it in. Raises ConfigError without a checkpoint
-    and DataError for unusable shards.
+    Raises ConfigError without a checkpoint and DataError for unusable shards.
     """
     started = time.perf_counter()
     config, trained, info = load_model(run_dir)
@@ -78,7 +78,7 @@ def evaluate_run(run_dir: Path, load_model: LoadModel, say: Say = print) -> dict
     if config.data.test_split in manifest.splits:
         result.update(_compare(config, build_model(config).to(device), trained.to(device), manifest, device, say))
     else:
-        say(f"{manifest.folder} has no {config.data.test_split!r} split, so nothing is classified; prepare the set with one to evaluate it.")
+        say(f"{manifest.folder} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
     result["wall_s"] = round(time.perf_counter() - started, 2)
     write_atomically(run_dir / FILE_NAME, (json.dumps(result, indent=2) + "\n").encode())
     say(f"wrote {run_dir / FILE_NAME} after {result['wall_s']:.0f} s")
@@ -89,13 +89,13 @@ def _compare(
     config: Config, untrained: PretrainModel, trained: PretrainModel, manifest: Manifest, device: torch.device, say: Say
 ) -> dict[str, Any]:
     """Accuracies of both encoders and the neighbours in the trained one's features."""
-    splits = {
-        split: EvaluationSet(manifest, split, config.data.image_size) for split in (config.data.train_split, config.data.test_split)
-    }
-    (bank_before, bank), (test_before, test) = (
-        extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=_Progress(say, f"features, {split}", len(images)))
-        for split, images in splits.items()
-    )
+
+    def features(split: str) -> list[Features]:
+        images = EvaluationSet(manifest, split, config.data.image_size)
+        progress = _Progress(say, f"features, {split}", len(images))
+        return extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress)
+
+    (bank_before, bank), (test_before, test) = features(config.data.train_split), features(config.data.test_split)
     result: dict[str, Any] = {"neighbours": _neighbours(bank, test, config.seed)}
     if not (bank.labelled and test.labelled):
         say("this set has images without a class: no accuracies. Prepare it from class folders to get them.")
@@ -115,7 +115,8 @@ def _accuracies(config: Config, when: str, bank: Features, test: Features, devic
     say(f"kNN {when} pretraining: {knn:.2f} % ({time.perf_counter() - started:.1f} s)")
     started = time.perf_counter()
     probe = linear_probe(bank, test, settings.linear_epochs, settings.linear_learning_rate, config.seed, device)
-    say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % (penalty {probe.penalty:g}; {time.perf_counter() - started:.1f} s)")
+    wall_s = time.perf_counter() - started
+    say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % (penalty {probe.penalty:g}; {wall_s:.1f} s)")
     return {
         f"knn_{when}": knn,
         f"linear_{when}": probe.accuracy,
@@ -142,9 +143,9 @@ def _neighbours(bank: Features, test: Features, seed: int) -> list[dict[str, Any
         {
             "id": int(test.ids_N[row]),
             "label": int(test.labels_N[row]),
-            "neighbour_ids": bank.ids_N[near.row_QK[q]].tolist(),
-            "neighbour_labels": bank.labels_N[near.row_QK[q]].tolist(),
-            "cosines": [round(cosine, 4) for cosine in near.cosine_QK[q].tolist()],
+            "neighbour_ids": bank.ids_N[near.rows[q]].tolist(),
+            "neighbour_labels": bank.labels_N[near.rows[q]].tolist(),
+            "cosines": [round(cosine, 4) for cosine in near.cosines[q].tolist()],
         }
         for q, row in enumerate(chosen)
     ]

@@ -33,9 +33,9 @@ class Gathers(Protocol):
 class Features:
     """Features (N, F) float32, labels (N,) int64 (-1: none) and ids (N,) int64 of the same images, on the CPU."""
 
-    features_NF: torch.Tensor
-    labels_N: torch.Tensor
-    ids_N: torch.Tensor
+    features_NF: torch.Tensor  # noqa: N815 - dimensions
+    labels_N: torch.Tensor  # noqa: N815
+    ids_N: torch.Tensor  # noqa: N815
 
     def __len__(self) -> int:
         return self.features_NF.shape[0]

@@ -18,8 +18,8 @@ from clae_dist.evaluation.features import Features
 class Neighbours:
     """The K nearest of the bank for every query, nearest first: cosines (Q, K) and rows of the bank (Q, K)."""
 
-    cosine_QK: torch.Tensor
-    row_QK: torch.Tensor
+    cosines: torch.Tensor
+    rows: torch.Tensor
 
 
 def nearest(
@@ -80,10 +80,10 @@ def classify(bank: Features, query_QF: torch.Tensor, k: int, temperature: float)
     """The class (Q,) with the largest sum of votes exp(cosine / temperature) among the k nearest; the lower class on ties."""
     near = nearest(query_QF, bank.features_NF.to(query_QF.device), k)
     # Relative to the nearest neighbour, which cannot overflow and leaves the order of the sums as it is.
-    vote_QK = ((near.cosine_QK - near.cosine_QK[:, :1]).double() / temperature).exp()
+    vote_QK = ((near.cosines - near.cosines[:, :1]).double() / temperature).exp()
     labels_N = bank.labels_N.to(query_QF.device)
     votes_QC = vote_QK.new_zeros((len(vote_QK), int(labels_N.max()) + 1))
-    return votes_QC.scatter_add_(1, labels_N[near.row_QK], vote_QK).argmax(dim=1)
+    return votes_QC.scatter_add_(1, labels_N[near.rows], vote_QK).argmax(dim=1)
 
 
 def knn_accuracy(bank: Features, queries: Features, k: int, temperature: float, device: torch.device | str = "cpu") -> float:

@@ -28,11 +28,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class _Head:
-    weight_FC: torch.Tensor
-    bias_C: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
 
     def accuracy(self, x_NF: torch.Tensor, y_N: torch.Tensor) -> float:
-        return 100 * float(((x_NF @ self.weight_FC + self.bias_C).argmax(dim=1) == y_N).double().mean())
+        return 100 * float(((x_NF @ self.weight + self.bias).argmax(dim=1) == y_N).double().mean())
 
 
 def linear_probe(
@@ -92,10 +92,10 @@ def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:
 
 def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: _Head, penalty: float, iterations: int) -> _Head:
     """L-BFGS in weights scaled by the root of a bound-like estimate of the curvature (Boehning 1992) along each feature."""
-    curvature_F = x_NF.square().mean(dim=0) / len(start.bias_C) + penalty
+    curvature_F = x_NF.square().mean(dim=0) / len(start.bias) + penalty
     scale_F1 = curvature_F.rsqrt()[:, None]
-    scaled_FC = (start.weight_FC / scale_F1).requires_grad_()
-    bias_C = start.bias_C.clone().requires_grad_()
+    scaled_FC = (start.weight / scale_F1).requires_grad_()
+    bias_C = start.bias.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
         [scaled_FC, bias_C], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-6, line_search_fn="strong_wolfe"
     )

@@ -55,7 +55,9 @@ def page(title: str, body: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -83,7 +85,8 @@ def charts(figures: Sequence[str]) -> str:
 
 
 def card(what: str, value: str, below: str = "") -> str:
-    return f'<div class="card"><div class="what">{escape(what)}</div><div class="value">{escape(value)}</div><div class="what">{escape(below)}</div></div>'
+    lines = [("what", what), ("value", value), ("what", below)]
+    return '<div class="card">' + "".join(f'<div class="{css}">{escape(text)}</div>' for css, text in lines) + "</div>"
 
 
 def comparison_card(what: str, before: float | None, after: float | None) -> str:
@@ -92,7 +95,8 @@ def comparison_card(what: str, before: float | None, after: float | None) -> str
         return card(what, "–", "not evaluated yet")
     points = after - before
     css = "" if points >= 0 else ' class="worse"'
-    bars = "".join(f'<div class="bar{css_bar}" style="width:{value:.1f}%"></div>' for css_bar, value in (("", before), (" after", after)))
+    widths = (("bar", before), ("bar after", after))
+    bars = "".join(f'<div class="{bar}" style="width:{value:.1f}%"></div>' for bar, value in widths)
     return (
         f'<div class="card"><div class="what">{escape(what)}, before → after</div>'
         f'<div class="value">{before:.1f} → {after:.1f} %<small{css}>{points:+.1f}</small></div>{bars}</div>'
@@ -128,5 +132,6 @@ def configuration(text: str) -> str:
 
 def definitions(pairs: Mapping[str, object]) -> str:
     """Names and values, for versions and digests."""
-    rows = "\n".join(f"<tr><td>{escape(name)}</td><td class=mono>{escape(str(value))}</td></tr>" for name, value in pairs.items())
+    cells = ((escape(name), escape(str(value))) for name, value in pairs.items())
+    rows = "\n".join(f'<tr><td>{name}</td><td class="mono">{value}</td></tr>' for name, value in cells)
     return f'<div class="table"><table>\n{rows}\n</table></div>'

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clae_dist.evaluation.attacked import Attacked, amplification
 from clae_dist.evaluation.curves import INK, RIGHT, WRONG, png
@@ -21,8 +22,8 @@ def draw_triples(attacked: Attacked) -> bytes:
     count, factor = min(NUM_TRIPLES, len(attacked.clean)), amplification(attacked)
     delta = attacked.adversarial - attacked.clean
     rows = (("clean", attacked.clean), (f"δ × {factor}", 0.5 + factor * delta), ("adversarial", attacked.adversarial))
-    figure = Figure(figsize=(1.05 * count + 0.45, 3.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+    tight = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=(1.05 * count + 0.45, 3.3), layout=tight)
     for r, (name, images) in enumerate(rows):
         for c in range(count):
             axes = figure.add_subplot(3, count, r * count + c + 1)
@@ -42,7 +43,15 @@ def draw_neighbours(
     columns = 1 + max(len(images) for images in neighbour_images)
     figure = Figure(figsize=(1.06 * columns + 0.25, 1.22 * len(queries)))
     grid = figure.add_gridspec(
-        len(queries), columns + 1, width_ratios=[1, 0.22, *[1] * (columns - 1)], wspace=0.08, hspace=0.28, left=0.01, right=0.99, top=0.97, bottom=0.02
+        len(queries),
+        columns + 1,
+        width_ratios=[1, 0.22, *[1] * (columns - 1)],
+        wspace=0.08,
+        hspace=0.28,
+        left=0.01,
+        right=0.99,
+        top=0.97,
+        bottom=0.02,
     )
     for r, query in enumerate(queries):
         axes = figure.add_subplot(grid[r, 0])

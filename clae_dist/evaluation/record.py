@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def _read_lines(path: Path) -> list[Line]:
             found.append(json.loads(text))
         except ValueError:
             if number < len(lines):
-                raise ConfigError(f"{path}:{number} is not valid JSON; the file was edited or damaged, delete that line.") from None
+                raise ConfigError(f"{path}:{number} is not valid JSON; the file was damaged, delete that line.") from None
     return found
 
 
@@ -89,7 +90,7 @@ def training_seconds(raw: Sequence[Line]) -> float | None:
     times = [line["time_s"] for line in raw if "time_s" in line]
     if not times:
         return None
-    ends = [time for time, following in zip(times, times[1:], strict=False) if following < time]
+    ends = [time for time, following in itertools.pairwise(times) if following < time]
     return sum(ends) + times[-1]
 
 
@@ -146,7 +147,10 @@ def summary_table(summary: Mapping[str, Any], compare: Mapping[str, Any] | None 
         ["linear probe, before → after", *(change(run.get("linear_before"), run.get("linear_after")) for run in runs)],
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows]
+    lines = []
+    for name, *values in rows:
+        cells = [name.ljust(widths[0]), *(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * (sum(widths) + 2 * len(runs)))
     lines.append("")
     for run in runs:

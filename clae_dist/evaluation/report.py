@@ -19,9 +19,10 @@ from clae_dist.data.manifest import DataError, Manifest, load_manifest, write_at
 from clae_dist.evaluation import page
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
-from clae_dist.evaluation.evaluate import LoadModel, Say
+from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
 from clae_dist.evaluation.record import Record, number, read_record, summarise
+from clae_dist.runs.checkpoint import load_model
 
 ATTACK_BATCH = 256  # images that are each other's negatives in the pictures of the attack
 SECTIONS = (
@@ -40,11 +41,11 @@ SECTIONS = (
 )
 
 
-def write_report(run_dir: Path, load_model: LoadModel, say: Say = print) -> Path:
+def write_report(run_dir: Path, say: Say = print) -> Path:
     """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
 
     What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
-    `load_model` is training.checkpoint.load_model: the layer above hands it in. Raises ConfigError without a run.
+    Raises ConfigError without a run.
     """
     started = time.perf_counter()
     record = read_record(run_dir)
@@ -55,7 +56,7 @@ def write_report(run_dir: Path, load_model: LoadModel, say: Say = print) -> Path
     manifest = _manifest(record, say)
     body = [_title(record, summary, manifest), _results(record, summary)]
     body += [part for name, lead, names in SECTIONS for part in _curves(record, name, lead, names, album)]
-    body += _attack_page(record, manifest, load_model, album, say)
+    body += _attack_page(record, manifest, album, say)
     body += _neighbour_page(record, manifest, album)
     body += _settings(record, summary)
     for old in set(folder.glob("*.png")) - album.written:
@@ -107,7 +108,9 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
     cards = [
         page.comparison_card("kNN", summary["knn_before"], summary["knn_after"]),
         page.comparison_card("Linear probe", summary["linear_before"], summary["linear_after"]),
-        page.card("Images per second, median", number(summary["images_per_s"]), f"training time {number(summary['wall_s'], ',.0f', ' s')}"),
+        page.card(
+            "Images per second", number(summary["images_per_s"]), f"{number(summary['wall_s'], ',.0f', ' s')} of training"
+        ),
         page.card("Images seen", number(summary["images_seen"]), f"loss {number(summary['loss'], '.3f')} at the end"),
     ]
     parts = ['<div class="cards">\n' + "\n".join(cards) + "\n</div>"]
@@ -119,18 +122,19 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
         parts.append(page.note("The set has no labels or no test split, so there are no accuracies."))
     else:
         rows = [
-            ["untrained encoder", number(evaluation["knn_before"], ".2f", " %"), number(evaluation["linear_before"], ".2f", " %")],
-            ["after pretraining", number(evaluation["knn_after"], ".2f", " %"), number(evaluation["linear_after"], ".2f", " %")],
-            ["chance", *[number(100 / evaluation["num_classes"] if evaluation.get("num_classes") else None, ".2f", " %")] * 2],
+            ["untrained encoder", *(number(evaluation[f"{kind}_before"], ".2f", " %") for kind in ("knn", "linear"))],
+            ["after pretraining", *(number(evaluation[f"{kind}_after"], ".2f", " %") for kind in ("knn", "linear"))],
+            ["guessing", *[number(100 / evaluation["num_classes"], ".2f", " %")] * 2],
         ]
         parts.append(page.table(rows, [f"{evaluation['test_images']:,} test images", "kNN", "linear probe"]))
         parts.append(
-            f'<p class="soft">Frozen features of the clean route, {evaluation["train_images"]:,} train images: weighted kNN with '
-            f"K = {evaluation['knn_k']}, τ = {evaluation['knn_temperature']:g}; logistic regression, its penalty chosen on a held-out "
-            "tenth of the train split. The untrained encoder has the run’s own initial weights.</p>"
+            f'<p class="soft">Frozen features of the clean route, {evaluation["train_images"]:,} train images: weighted kNN '
+            f"with K = {evaluation['knn_k']}, τ = {evaluation['knn_temperature']:g}; logistic regression, its penalty "
+            "chosen on a held-out tenth of the train split. The untrained encoder has the run’s own initial weights.</p>"
         )
         if record.lines and evaluation["images_seen"] != summary["images_seen"]:
-            parts.append(page.note(f"Evaluated after {evaluation['images_seen']:,} images; the run has since logged up to {summary['images_seen']:,}."))
+            later = f"{summary['images_seen']:,} images"
+            parts.append(page.note(f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {later}."))
     return "\n".join(parts)
 
 
@@ -152,7 +156,7 @@ def _absent(record: Record, chosen: list[Chart]) -> list[str]:
     return [page.note(f"Not logged by this run: {', '.join(missing)}{reason}.")]
 
 
-def _attack_page(record: Record, manifest: Manifest | None, load_model: LoadModel, album: _Album, say: Say) -> list[str]:
+def _attack_page(record: Record, manifest: Manifest | None, album: _Album, say: Say) -> list[str]:
     title = page.heading("Clean, perturbation, adversarial")
     if manifest is None:
         return [title, page.note("The shards of this run are not where config.yaml says, so no images can be shown.")]
@@ -164,7 +168,8 @@ def _attack_page(record: Record, manifest: Manifest | None, load_model: LoadMode
     batch, _ = images.images(images.ids)
     attacked = attack_images(config, model.to("cuda" if torch.cuda.is_available() else "cpu"), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
-    return [title, page.picture(album.keep("adversarial", draw_triples(attacked)), *_attack_caption(attacked, info), css="pixels")]
+    png = album.keep("adversarial", draw_triples(attacked))
+    return [title, page.picture(png, *_attack_caption(attacked, info), css="pixels")]
 
 
 def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]:
@@ -174,8 +179,8 @@ def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]
     title = f"Loss {attacked.loss_before:.3f} → {attacked.loss_after:.3f} with ε = {epsilon}"
     others = "; the attacked view is the mirrored image" if attack.anchor == "other" else ""
     return title, (
-        f"After {info['images_seen']:,} images, {mine}, on {len(attacked.clean)} unaugmented train images that are each other’s "
-        f"negatives{others}. The middle row is the change, amplified {amplification(attacked)} times around grey."
+        f"After {info['images_seen']:,} images, {mine}, on {len(attacked.clean)} unaugmented train images that are each "
+        f"other’s negatives{others}. The middle row is the change, amplified {amplification(attacked)} times around grey."
     )
 
 
@@ -183,7 +188,7 @@ def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) ->
     title = page.heading("Nearest neighbours of test images")
     found = (record.evaluation or {}).get("neighbours")
     if not found:
-        return [title, page.note("Nearest neighbours come with an evaluation on a test split, which this run does not have yet.")]
+        return [title, page.note("They come with an evaluation on a test split, which this run does not have yet.")]
     if manifest is None or manifest.digest != (record.evaluation or {})["manifest_digest"]:
         return [title, page.note("The images that were evaluated are not where config.yaml says, so they cannot be shown.")]
     data = record.config.data
@@ -214,8 +219,6 @@ def _settings(record: Record, summary: dict[str, Any]) -> list[str]:
     return [
         page.heading("Versions"),
         page.definitions(versions),
-        page.heading("Configuration", "Resolved: every value, and where it comes from. Values that are not defaults stand out."),
+        page.heading("Configuration", "Resolved: every value and where it comes from. What is not a default stands out."),
         page.configuration(record.config_text),
     ]
-
-

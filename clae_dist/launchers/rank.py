@@ -9,7 +9,7 @@ from typing import TextIO
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
-from clae_dist.training.checkpoint import CheckpointError
+from clae_dist.runs.checkpoint import CheckpointError
 from clae_dist.training.run import train
 from clae_dist.world import RankError, connect
 

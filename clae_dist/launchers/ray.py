@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,12 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clae_dist.config import Config, ConfigError, build, flatten, Setting
+from clae_dist.config import Config, ConfigError, Setting, build, flatten
+from clae_dist.data.manifest import write_atomically
 from clae_dist.launchers.local import default_workers
-from clae_dist.launchers.rank import FAILED, UNEXPECTED, Ending, run_rank
-from clae_dist.training.folder import STOP_FILE
+from clae_dist.launchers.rank import FAILED, Ending, run_rank
+from clae_dist.runs.folder import STOP_FILE
 
 _POLL_S = 0.2
+_ENDING = ".ending.json"  # what rank 0 leaves in the run folder for this process
 
 
 def _import_ray() -> Any:
@@ -35,11 +38,10 @@ def _import_ray() -> Any:
 
 def _rank_main(settings: dict[str, Any]) -> None:
     """On a worker: the launcher's process group is there already."""
-    import ray.train
-
     config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
     ending = run_rank(config, settings["origins"], settings["debug"], None)
-    ray.train.report({"code": ending.code, "message": ending.message})
+    if os.environ.get("RANK") == "0":
+        write_atomically(config.folder / _ENDING, json.dumps(vars(ending)).encode())
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -92,11 +94,12 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], workers: int, debug:
             failure_config=FailureConfig(max_failures=config.launch.max_failures),
         ),
     )
-    result: dict[str, Any] = {}
+    result: dict[str, Exception] = {}
+    (folder / _ENDING).unlink(missing_ok=True)
 
     def fit() -> None:
         try:
-            result["metrics"] = trainer.fit().metrics
+            trainer.fit()
         except Exception as error:  # crosses the thread: handled below
             result["error"] = error
 
@@ -112,8 +115,9 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], workers: int, debug:
         if debug:
             raise result["error"]
         return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
-    metrics = result.get("metrics") or {"code": UNEXPECTED, "message": "the workers ended without a word; see --debug"}
-    return Ending(metrics["code"], metrics["message"])
+    ending = Ending(**json.loads((folder / _ENDING).read_text()))
+    (folder / _ENDING).unlink()
+    return ending
 
 
 def _root_cause(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from clae_dist.training.folder import STOP_FILE
+from clae_dist.runs.folder import STOP_FILE
 
 
 class StopRequest:

@@ -29,8 +29,8 @@ from clae_dist.models.norms import untouched_statistics
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.parallel.optim import learning_rate_at
 from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, new_run_key
-from clae_dist.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from clae_dist.training.folder import Identity, open_run_folder
+from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from clae_dist.runs.folder import Identity, open_run_folder
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.world import World
 

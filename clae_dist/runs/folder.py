@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from clae_dist import __version__
 from clae_dist.config import Config, ConfigError, flatten, from_yaml, shapes_result, to_yaml
-from clae_dist.data.manifest import Manifest
+from clae_dist.data.manifest import Manifest, write_atomically
 from clae_dist.world import World
 
 STOP_FILE = "STOP"  # a launcher that cannot signal its ranks asks them to stop by making this file
@@ -42,16 +41,6 @@ def git_revision() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return revision + ("+changes" if dirty else "")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or all of the new."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_identity(run_dir: Path) -> Identity:
@@ -84,8 +73,8 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         current: dict[str, Any] = {**vars(identity), "world_size": world.size, "backend": config.parallel.backend}
-        write_atomically(folder / "config.yaml", to_yaml(config, origins))
-        write_atomically(folder / "run.json", json.dumps(current, indent=2) + "\n")
+        write_atomically(folder / "config.yaml", to_yaml(config, origins).encode())
+        write_atomically(folder / "run.json", (json.dumps(current, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder.") from None
     return Identity(**current)

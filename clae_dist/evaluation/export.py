@@ -1,0 +1,164 @@
+"""`clae export`: the encoder's weights and a config.json that timm or torchvision load without this package."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from clae_dist import __version__
+from clae_dist.config import Config, ConfigError, flatten, shapes_result
+from clae_dist.evaluation.export_readme import readme
+from clae_dist.evaluation.record import read_record
+from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_encoder
+from clae_dist.models.norms import single_route_state
+from clae_dist.runs.checkpoint import load_model
+
+FORMAT = "clae-dist encoder 1"
+WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
+
+
+def export_encoder(run_dir: Path, destination: Path | None = None) -> Path:
+    """Writes the newest checkpoint's encoder into `destination` (RUN/export) and returns that folder.
+
+    encoder.safetensors holds the clean route under the key names of the plain timm or torchvision model, config.json what
+    builds that model and what its input is, README.md the lines that load it. The folder appears whole or not at all; an
+    older export there is replaced.
+    Raises ConfigError without a checkpoint, and for a destination that holds something else.
+    """
+    config, model, info = load_model(run_dir)
+    destination = destination or run_dir / "export"
+    if destination.exists() and not _replaceable(destination):
+        raise ConfigError(f"the destination is {str(destination)!r}, which holds other files; name a new folder.")
+    state = _exported_state(config, model.encoder)
+    description = _describe(config, info, read_record(run_dir).identity, model.feature_dim)
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        save_file(
+            state, partial / WEIGHTS, metadata={"format": "pt", **{key: _text(value) for key, value in description.items()}}
+        )
+        (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+        (partial / README).write_text(readme(description))
+        _replace_folder(partial, destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return destination
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG, README}
+
+
+def _replace_folder(partial: Path, destination: Path) -> None:
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = destination.with_name(partial.name + ".old")
+    if destination.exists():
+        destination.replace(old)
+    partial.replace(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _exported_state(config: Config, encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """The clean route under plain names; checked against a freshly built plain encoder."""
+    state = single_route_state(encoder.state_dict())
+    plain, _ = build_encoder(config.model, config.data.image_size)
+    plain.load_state_dict(state, strict=True)
+    if config.model.encoder == "small_resnet":
+        state = {_timm_name(key): value for key, value in state.items()}
+    return {
+        key: value.detach().to(torch.float32 if value.is_floating_point() else value.dtype).clone().contiguous()
+        for key, value in state.items()
+    }
+
+
+def _timm_name(key: str) -> str:
+    """A name of SmallResNet's state as timm's ResNet calls it."""
+    parts = key.split(".")
+    if parts[0] == "blocks":
+        parts[:2] = [f"layer{int(parts[1]) + 1}", "0"]
+        return ".".join("downsample" if part == "shortcut" else part for part in parts)
+    return ".".join([{"stem": "conv1", "bn": "bn1"}[parts[0]], *parts[1:]])
+
+
+def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, Any], feature_dim: int) -> dict[str, Any]:
+    """What config.json holds."""
+    size = config.data.image_size
+    plain, _ = build_encoder(config.model, size)
+    family, _, name = config.model.encoder.partition("/")
+    library, architecture, arguments = {
+        "small_resnet": lambda: ("timm", "resnet18", _small_resnet_arguments()),
+        "timm": lambda: ("timm", name, {"img_size": size} if _timm_takes_size(name) else {}),
+        "torchvision": lambda: ("torchvision", name, {"image_size": size} if name.startswith("vit_") else {}),
+    }[family]()
+    return {
+        "format": FORMAT,
+        "library": library,
+        "architecture": architecture,
+        "arguments": arguments,
+        "stem": _stem(config, plain),
+        "head": "" if library == "timm" else _head(plain),
+        "num_features": feature_dim,
+        "input_size": [3, size, size],
+        "mean": list(config.model.mean),
+        "std": list(config.model.std),
+        "encoder": config.model.encoder,
+        "method": "CLAE" if config.attack.name != "none" else "SimCLR",
+        "images_seen": info["images_seen"],
+        "step": info["step"],
+        "manifest_digest": identity.get("manifest_digest", ""),
+        "config_digest": config_digest(config),
+        "package_version": __version__,
+    }
+
+
+def config_digest(config: Config) -> str:
+    """sha256 over canonical JSON of every setting that shapes a run's result."""
+    settings = {key: value for key, value in flatten(config).items() if shapes_result(key)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _small_resnet_arguments() -> dict[str, Any]:
+    """SmallResNet as a timm ResNet of basic blocks; "deep" sets the stem's width, whose convolution is then replaced."""
+    widths = SMALL_RESNET_WIDTHS
+    return {"layers": [1] * len(widths), "channels": list(widths), "stem_type": "deep", "stem_width": widths[0] // 2}
+
+
+def _timm_takes_size(name: str) -> bool:
+    """As models.encoders decides it."""
+    import timm
+
+    return "img_size" in inspect.signature(timm.models.model_entrypoint(name)).parameters or name.startswith(("vit_", "deit"))
+
+
+def _stem(config: Config, plain: nn.Module) -> dict[str, int] | None:
+    """The 3x3 convolution that replaces conv1, without a max-pool; None for an encoder as its library makes it."""
+    if isinstance(plain, SmallResNet):
+        conv = plain.stem
+    elif config.model.stem != "imagenet" and isinstance(getattr(plain, "maxpool", None), nn.Identity):
+        conv = plain.get_submodule("conv1")
+    else:
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.kernel_size == (3, 3)
+    return {"out_channels": conv.out_channels, "stride": conv.stride[0]}
+
+
+def _head(plain: nn.Module) -> str:
+    """The attribute of a torchvision model that was replaced by the identity."""
+    return next(name for name in ("fc", "classifier", "heads", "head") if isinstance(getattr(plain, name, None), nn.Identity))

@@ -1,0 +1,61 @@
+"""README.md of an exported encoder: what it is, and working lines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_BUILD = {
+    "timm": """import timm
+
+encoder = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **config["arguments"])""",
+    "torchvision": """import torchvision
+
+encoder = torchvision.models.get_model(config["architecture"], weights=None, **config["arguments"])
+setattr(encoder, config["head"], torch.nn.Identity())  # no classifier""",
+}
+_STEM = """
+stem = config["stem"]  # for small images: 3x3, no max-pool
+encoder.conv1 = torch.nn.Conv2d(3, stem["out_channels"], 3, stem["stride"], padding=1, bias=False)
+encoder.maxpool = torch.nn.Identity()"""
+_LOAD = """import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+{build}
+
+encoder.load_state_dict(load_file(folder / "encoder.safetensors"), strict=True)
+encoder.eval()
+
+mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+
+def features(images):
+    \"\"\"(n, {num_features}) from float RGB images (n, 3, {side}, {side}) in [0, 1].\"\"\"
+    with torch.no_grad():
+        return encoder((images - mean) / std).flatten(1)
+"""
+
+
+def readme(description: Mapping[str, Any]) -> str:
+    """The text for an export that `description` (config.json) describes."""
+    build = _BUILD[description["library"]]
+    imports, _, construction = build.partition("\n\n")
+    reading = 'folder = Path(".")  # of this README\nconfig = json.loads((folder / "config.json").read_text())'
+    lines = f"{imports}\n\n{reading}\n{construction}"
+    if description["stem"]:
+        lines += _STEM
+    code = _LOAD.format(build=lines, num_features=description["num_features"], side=description["input_size"][1])
+    return f"""# {description["encoder"]}, pretrained with {description["method"]}
+
+The encoder after {description["images_seen"]:,} images, without projector or classifier, from clae-dist
+{description["package_version"]}. `encoder.safetensors` holds the weights, `config.json` the architecture, the pixel statistics
+and where the encoder comes from (digests of the set of images and of the configuration). Loading it takes torch, safetensors
+and {description["library"]}:
+
+```python
+{code}```
+
+Train further from here as with any {description["library"]} model; its batch-norm statistics are those of the clean images.
+"""

@@ -1,0 +1,212 @@
+"""From a listing of files to the plan of the shards: classes, splits, keys, order. Pure: no reading, no writing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from clae_dist.data.manifest import DataError
+from data_prep.settings import Settings
+from data_prep.sources import Entry, Listing
+
+_HELD_OUT = {"test": "test", "val": "val", "valid": "val", "validation": "val"}  # folder: split
+_WAY_OUT = "The folder should hold one folder of images a class, or train/ and test/ (or val/) that do."
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to be written: where its bytes are, its key in the shard, its label (-1: none)."""
+
+    entry: Entry
+    key: str
+    label: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    name: str
+    split: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and what a user should know about it."""
+
+    classes: tuple[str, ...]
+    shards: tuple[ShardPlan, ...]
+    splits_from: str  # "folders", "drawn" or "none"
+    notes: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(shard.samples) for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Images by split and class (class "": unlabelled), with their paths below the class folders' parent."""
+
+    images: dict[str, dict[str, list[tuple[str, Entry]]]]
+    given: bool  # the splits are those of the folders
+    notes: list[str]
+
+
+def make_plan(listing: Listing, settings: Settings, where: str) -> Plan:
+    """Classes, splits and shards of what `where` holds. Raises DataError for layouts that cannot be meant."""
+    if not listing.entries:
+        also = f" (but {len(listing.ignored)} other files, such as {listing.ignored[0]})" if listing.ignored else ""
+        raise DataError(f"{where} holds no images{also}. {_WAY_OUT}")
+    layout = _arrange(listing, where)
+    classes = tuple(sorted({name for groups in layout.images.values() for name in groups if name}))
+    for name in classes:
+        if not name.isprintable():
+            raise DataError(f"{where} has the class folder {name!r}, whose name is not valid text; rename it.")
+    labels = {"": -1, **{name: label for label, name in enumerate(classes)}}
+    samples = {
+        split: [Sample(entry, key, labels[name]) for name, key, entry in _with_keys(groups)]
+        for split, groups in layout.images.items()
+    }
+    splits_from = "folders" if layout.given else "drawn" if settings.test_share else "none"
+    if splits_from == "drawn":
+        samples = _draw_test_split(samples["train"], settings)
+    shards = [shard for split in sorted(samples, reverse=True) for shard in _cut(split, samples[split], settings)]
+    notes = list(layout.notes)
+    if listing.ignored:
+        notes.append(
+            f"{len(listing.ignored)} files are no images by their names and were left out, such as {listing.ignored[0]}."
+        )
+    return Plan(classes, tuple(shards), splits_from, tuple(notes))
+
+
+def _arrange(listing: Listing, where: str) -> _Layout:
+    tops = {path.split("/")[0] for path in listing.folders}
+    tops_with_images = {entry.path.split("/")[0] for entry in listing.entries if "/" in entry.path}
+    direct = [entry.path for entry in listing.entries if "/" not in entry.path]
+    if direct and tops_with_images:
+        raise DataError(
+            f"{where} holds {len(direct)} images, such as {direct[0]}, beside folders of images, such as "
+            f"{min(tops_with_images)}/; move them into a class folder or away."
+        )
+    if direct:
+        images = {"train": {"": [(entry.path, entry) for entry in listing.entries]}}
+        return _Layout(images, False, ["The images lie in no class folders: they get no labels (-1)."])
+    held_out = sorted(tops & set(_HELD_OUT))
+    if "train" in tops and held_out:
+        return _arrange_splits(listing, ["train", *held_out], tops_with_images, where)
+    root = "train/" if tops == {"train"} and all(entry.path.count("/") >= 2 for entry in listing.entries) else ""
+    groups = _by_class(listing, root, where)
+    _refuse_empty({name for name, images in groups.items() if not images}, where)
+    return _Layout({"train": groups}, False, [])
+
+
+def _arrange_splits(listing: Listing, folders: list[str], tops_with_images: set[str], where: str) -> _Layout:
+    """Split folders over class folders. A single held-out folder is the split "test", whatever it is called."""
+    others = sorted(tops_with_images - set(folders))
+    if others:
+        raise DataError(
+            f"{where} has the split folders {', '.join(folders)} and also images in {', '.join(others)}; move those away."
+        )
+    names = {folder: _HELD_OUT.get(folder, folder) for folder in folders}
+    notes = []
+    if len(folders) == 2 and names[folders[1]] != "test":
+        names[folders[1]] = "test"
+        notes.append(f"The folder {folders[1]}/ becomes the split test.")
+    if len(set(names.values())) < len(names):
+        raise DataError(f"{where} has {' and '.join(folders[1:])}, which mean the same; keep one of them.")
+    images = {names[folder]: _by_class(listing, folder + "/", where) for folder in folders}
+    every_class = {name for groups in images.values() for name in groups}
+    full = {split: {name for name, found in groups.items() if found} for split, groups in images.items()}
+    _refuse_empty(every_class - set().union(*full.values()), where)
+    for split, present in full.items():
+        if not present:
+            raise DataError(f"{where} has no images for the split {split}. {_WAY_OUT}")
+        missing = sorted(every_class - present)
+        if missing:
+            notes.append(f"The split {split} has no images of {_some(missing)}.")
+    return _Layout(images, True, notes)
+
+
+def _by_class(listing: Listing, root: str, where: str) -> dict[str, list[tuple[str, Entry]]]:
+    """Images below `root` ("" or "folder/") by class folder; folders without images have an empty list."""
+    groups: dict[str, list[tuple[str, Entry]]] = {
+        path[len(root) :]: [] for path in listing.folders if path.startswith(root) and "/" not in path[len(root) :]
+    }
+    for entry in listing.entries:
+        if not entry.path.startswith(root):
+            continue
+        below = entry.path[len(root) :]
+        if "/" not in below:
+            raise DataError(f"{where} has the image {entry.path} in no class folder; move it into one or away. {_WAY_OUT}")
+        groups[below.split("/")[0]].append((below, entry))
+    return groups
+
+
+def _refuse_empty(empty: set[str], where: str) -> None:
+    if empty:
+        folders = "class folders" if len(empty) > 1 else "the class folder"
+        raise DataError(
+            f"{where} has {folders} {_some(sorted(empty))} without images; remove what is no class, or put its images there."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _with_keys(groups: dict[str, list[tuple[str, Entry]]]) -> Iterable[tuple[str, str, Entry]]:
+    """(class, key, entry) for every image of a split; keys are unique and mean one thing to WebDataset's readers."""
+    taken: set[str] = set()
+    for name in sorted(groups):
+        for path, entry in groups[name]:
+            key = plain = _safe_key(path)
+            number = 1
+            while key in taken:  # a.jpg beside a.png, or a.b.jpg beside a_b.jpg
+                number += 1
+                key = f"{plain}-{number}"
+            taken.add(key)
+            yield name, key, entry
+
+
+def _safe_key(path: str) -> str:
+    """The path without its extension and without dots (the first one ends a key) or anything else that is not plain."""
+    key = re.sub(r"[^\w/-]", "_", path.rpartition(".")[0])
+    return re.sub(r"^__+", "", key) or "_"  # readers skip names such as __meta__/…
+
+
+def _rank(salt: str, settings: Settings, key: str) -> bytes:
+    """A number drawn by (seed, key): sorting by it is a permutation that no library's generator can change."""
+    return hashlib.blake2b(f"{settings.seed}/{salt}/{key}".encode(errors="surrogateescape"), digest_size=16).digest()
+
+
+def _draw_test_split(samples: list[Sample], settings: Settings) -> dict[str, list[Sample]]:
+    """The same share of every class, at least one image of each class that has two, never all of them."""
+    by_label: defaultdict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_label[sample.label].append(sample)
+    train, test = [], []
+    for group in by_label.values():
+        group.sort(key=lambda sample: _rank("draw", settings, sample.key))
+        count = min(len(group) - 1, max(1, round(settings.test_share * len(group))))
+        test += group[:count]
+        train += group[count:]
+    return {"train": train, "test": test} if test else {"train": train}
+
+
+def _cut(split: str, samples: list[Sample], settings: Settings) -> list[ShardPlan]:
+    """Shards of (almost) equal counts within both limits, in a seeded permutation of the samples."""
+    samples = sorted(samples, key=lambda sample: _rank(split, settings, sample.key))
+    sizes = [2048 + -(-sample.entry.size // 512) * 512 for sample in samples]  # two headers and the label's block, rounded up
+    num_shards = max(1, -(-len(samples) // settings.shard_samples), -(-sum(sizes) // settings.shard_bytes))
+    while num_shards < len(samples):
+        bounds = [len(samples) * shard // num_shards for shard in range(num_shards + 1)]
+        if all(sum(sizes[a:b]) <= settings.shard_bytes for a, b in pairwise(bounds)):
+            break
+        num_shards += max(1, num_shards // 50)
+    num_shards = max(1, min(num_shards, len(samples)))
+    bounds = [len(samples) * shard // num_shards for shard in range(num_shards + 1)]
+    return [ShardPlan(f"{split}-{i:06d}.tar", split, tuple(samples[bounds[i] : bounds[i + 1]])) for i in range(num_shards)]

@@ -1,0 +1,105 @@
+"""Runs tasks in spawned worker processes, or in this one; results come back as they are finished.
+
+Why not a pool of the standard library: its workers live on when the parent is killed, and hang when a worker is.
+Here a worker ends when its pipe does, and a worker's death is an error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar, cast
+
+from clae_dist.data.manifest import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Work = Callable[[Task, Callable[[int], None]], Result]
+
+
+def run_tasks(
+    work: Work[Task, Result], tasks: Sequence[Task], num_workers: int, progress: Callable[[int], None]
+) -> Generator[Result, None, None]:
+    """Yields the results of `work(task, report)` in order of completion; `progress(n)` is called about once a second.
+
+    What `work` raises is raised here. `num_workers` 0 works in this process. Closing the generator ends the workers.
+    """
+    if num_workers == 0:
+        for task in tasks:
+            yield work(task, progress)
+        return
+    workers = _start(work, min(num_workers, len(tasks)))
+    try:
+        yield from _collect(workers, list(tasks), progress)
+    finally:
+        for connection, process in workers.items():
+            connection.close()
+            process.kill()  # they only write temporary files
+            process.join()
+
+
+def _start(work: Work[Any, Any], count: int) -> dict[Connection, Any]:
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, Any] = {}
+    # Ctrl-C goes to the whole process group. The workers inherit a mask that blocks it: the parent alone reacts.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = process
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return workers
+
+
+def _collect(workers: dict[Connection, Any], tasks: list[Any], progress: Callable[[int], None]) -> Iterator[Any]:
+    pending = tasks[::-1]
+    busy = set()
+    for connection in workers:
+        connection.send(pending.pop())
+        busy.add(connection)
+    while busy:
+        for connection in cast("list[Connection]", wait(list(busy), timeout=1.0)):
+            try:
+                kind, value = connection.recv()
+            except EOFError:
+                workers[connection].join()
+                raise DataError(
+                    f"a worker process died (exit code {workers[connection].exitcode}; -9 is what a machine short of memory "
+                    f"does); run the same command with fewer --workers, it goes on where it was."
+                ) from None
+            if kind == "progress":
+                progress(value)
+            elif kind == "failed":
+                raise value
+            else:
+                busy.discard(connection)
+                if pending:
+                    connection.send(pending.pop())
+                    busy.add(connection)
+                yield value
+        progress(0)
+
+
+def _serve(connection: Connection, work: Work[Any, Any]) -> None:
+    """The worker: tasks in, results out, until the parent closes the pipe or is gone."""
+    try:
+        while True:
+            task = connection.recv()
+            try:
+                result = work(task, lambda count: connection.send(("progress", count)))
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            except Exception as error:
+                error.add_note("".join(traceback.format_exception(error)))
+                connection.send(("failed", error))
+                return
+            connection.send(("done", result))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return

@@ -1,0 +1,74 @@
+"""Compares shards with their manifest and names everything that differs."""
+
+from __future__ import annotations
+
+import mmap
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, Shard, check_shard, load_manifest
+
+
+def verify(folder: Path, num_threads: int = 2) -> list[str]:
+    """Every difference, one line each; empty for a whole set. Raises DataError when there is no manifest to compare with."""
+    if not (folder / FILE_NAME).is_file():
+        load_manifest(folder)  # says what is missing
+    try:
+        manifest = load_manifest(folder)
+    except DataError as error:
+        return [str(error)]
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    with ThreadPoolExecutor(num_threads) as threads:  # hashing releases the interpreter's lock
+        found = [line for lines in threads.map(lambda shard: _verify_shard(manifest, shard), shards) for line in lines]
+    expected = {name for shard in shards for name in (shard.name, shard.index_name)}
+    for path in sorted([*folder.glob("*.tar"), *folder.glob("*.index.npy")]):
+        if path.name not in expected:
+            found.append(f"{path} is not in the manifest; remove it.")
+    return found
+
+
+def _verify_shard(manifest: Manifest, shard: Shard) -> list[str]:
+    try:
+        check_shard(manifest.folder, shard)
+        index = manifest.index(shard)
+    except DataError as error:
+        return [str(error)]
+    return _verify_index(manifest, shard, index)
+
+
+def _verify_index(manifest: Manifest, shard: Shard, index: np.ndarray) -> list[str]:
+    """Whether every row of the index points at a member of the tar, by the header in front of the bytes."""
+    path = manifest.folder / shard.name
+    offsets, sizes, labels = index.T
+    found = []
+    outside = (offsets < 512) | (sizes < 1) | (offsets + sizes > shard.bytes)
+    if outside.any():
+        row = int(outside.argmax())
+        found.append(
+            f"{path}: the index points outside the shard for {outside.sum()} samples, first row {row}: {index[row].tolist()}."
+        )
+    wrong = (labels < -1) | (labels >= len(manifest.classes))
+    if wrong.any():
+        row = int(wrong.argmax())
+        found.append(
+            f"{path}: {wrong.sum()} labels are outside -1 to {len(manifest.classes) - 1}, first in row {row}: {labels[row]}."
+        )
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for inside in np.flatnonzero(~outside).tolist():
+            offset, size = int(offsets[inside]), int(sizes[inside])
+            if not _is_header(content[offset - 512 : offset], size):
+                found.append(f"{path}: row {inside} of the index points at no member of {size} bytes.")
+                break
+    if len(np.unique(offsets)) != shard.samples:
+        found.append(f"{path}: {shard.samples - len(np.unique(offsets))} samples of the index point at the same bytes.")
+    return found
+
+
+def _is_header(block: bytes, size: int) -> bool:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size == size
+    except tarfile.HeaderError:
+        return False

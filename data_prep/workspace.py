@@ -1,0 +1,150 @@
+"""The folder that is being filled: which plan it belongs to, what is finished in it, what must go.
+
+While it is filled it holds `plan.json` (the input's fingerprint and the settings), a record in `.parts/` for every finished
+shard, and temporary files `.tmp-*`. When it is complete, `manifest.json` is there and `.parts/` is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clae_dist.data.manifest import FILE_NAME, DataError, Shard, write_atomically
+from data_prep.write import ShardResult
+
+QUARANTINE = "quarantine.jsonl"
+_PLAN = "plan.json"
+_PARTS = ".parts"
+_LOCK = ".lock"
+
+
+class Workspace:
+    """One destination folder, used by one process at a time. Create it through `open_workspace`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scratch = folder.parent / f".{folder.name}.unpacked"  # beside the folder: same disk, and never part of the set
+        self._parts = folder / _PARTS
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / FILE_NAME).exists()
+
+    def claim(self, fingerprint: str, settings: dict[str, Any]) -> bool:
+        """True when this very plan was begun here before, False for an empty folder. Raises DataError for anything else."""
+        path = self.folder / _PLAN
+        if not path.exists():
+            others = sorted(
+                item.name for item in self.folder.iterdir() if item.name != _LOCK and not item.name.startswith(".tmp-")
+            )
+            if others:
+                raise DataError(f"{self.folder} is not empty (it holds {others[0]}); name a new folder.")
+            return False
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            known, known_fingerprint = plan["settings"], plan["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({error}); delete {self.folder} or name a new folder.") from None
+        differs = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in settings.items() if known.get(key) != value]
+        if known_fingerprint != fingerprint:
+            differs.append("the images are not the same files (names, sizes or times)")
+        if differs:
+            raise DataError(f"{self.folder} holds another set: {'; '.join(differs)}. Name a new folder, or delete that one.")
+        return True
+
+    def begin(self, fingerprint: str, settings: dict[str, Any]) -> None:
+        """Writes down the plan; from here on the folder belongs to it."""
+        content = json.dumps({"fingerprint": fingerprint, "settings": settings}, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(self.folder / _PLAN, content.encode())
+        self._parts.mkdir(exist_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """What an interrupted run may have left: half-written shards and an unpacked archive."""
+        for leftover in self.folder.glob(".tmp-*"):
+            leftover.unlink()
+        for leftover in self._parts.glob(".tmp-*"):
+            leftover.unlink()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def temporary(self, name: str) -> Path:
+        """A name for a file that is not finished; it holds this process's id, so that no two runs write to the same one."""
+        return self.folder / f".tmp-{os.getpid()}-{name}"
+
+    def finished(self) -> dict[str, ShardResult]:
+        """Results of the shards that are in place, by name."""
+        results = {}
+        for path in sorted(self._parts.glob("[!.]*.json")):
+            part = json.loads(path.read_text(encoding="utf-8"))
+            shard = Shard(**part["shard"]) if part["shard"] else None
+            tar = self.folder / part["name"]
+            if shard and not (
+                tar.is_file() and tar.stat().st_size == shard.bytes and (self.folder / shard.index_name).is_file()
+            ):
+                continue  # removed or damaged by hand since: write it again
+            bad = tuple((path, reason) for path, reason in part["bad"])
+            results[part["name"]] = ShardResult(part["name"], shard, bad, tar, tar)
+        return results
+
+    def finish(self, result: ShardResult) -> None:
+        """Gives a shard and its index their names, then records the shard as finished."""
+        if result.shard:
+            os.replace(result.index, self.folder / result.shard.index_name)
+            os.replace(result.tar, self.folder / result.shard.name)
+            _sync_folder(self.folder)
+        else:
+            result.tar.unlink()
+        shard = dataclasses.asdict(result.shard) if result.shard else None
+        part = json.dumps({"name": result.plan_name, "shard": shard, "bad": result.bad})
+        write_atomically(self._parts / f"{result.plan_name}.json", part.encode())
+
+    def write_quarantine(self, bad: list[tuple[str, str]]) -> None:
+        """One JSON object a line: the path of an image that was set aside, and why."""
+        if bad:
+            lines = [json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in sorted(bad)]
+            write_atomically(self.folder / QUARANTINE, "".join(lines).encode())
+
+    def complete(self) -> None:
+        """After the manifest is written: the records are no longer needed."""
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+
+@contextmanager
+def open_workspace(folder: Path) -> Iterator[Workspace]:
+    """Locks `folder`, creating it; leaves no temporary file and no empty folder behind. Raises DataError when it is in use."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / _LOCK
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is writing to {folder}; wait for it, or name a new folder.") from None
+        workspace = Workspace(folder)
+        try:
+            yield workspace
+        finally:
+            if (folder / _PLAN).exists() or workspace.scratch.exists():
+                workspace.remove_leftovers()
+            lock.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""One shard: read its images, check each, write the good ones with WebDataset's writer, read the offsets back."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from clae_dist.data.decode import inspect
+from clae_dist.data.manifest import DataError, Shard, file_sha256
+from data_prep.plan import Sample, ShardPlan
+
+REPORT_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to be written to `tar` and `index`, which are temporary names: only the parent gives them their own."""
+
+    plan: ShardPlan
+    tar: Path
+    index: Path
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """`shard` is None when no image of it was good. `bad` holds (path, reason)."""
+
+    plan_name: str
+    shard: Shard | None
+    bad: tuple[tuple[str, str], ...]
+    tar: Path
+    index: Path
+
+
+def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardResult:
+    """Writes one shard and calls `report` with the number of images done since the last call.
+
+    The same images give the same bytes: times, owners and modes are fixed. Raises DataError for a source that changed
+    meanwhile, OSError when the disk cannot be read or written.
+    """
+    with task.tar.open("wb") as stream:
+        written, bad = _write_tar(task, stream, report)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if not written:
+        return ShardResult(task.plan.name, None, tuple(bad), task.tar, task.index)
+    _read_back(task.tar, written)
+    with task.index.open("wb") as stream:
+        np.save(stream, np.array([(one.offset, one.size, one.label) for one in written], np.int64))
+        stream.flush()
+        os.fsync(stream.fileno())
+    size, sha256, index_sha256 = task.tar.stat().st_size, file_sha256(task.tar), file_sha256(task.index)
+    shard = Shard(task.plan.name, len(written), size, sha256, index_sha256)
+    return ShardResult(task.plan.name, shard, tuple(bad), task.tar, task.index)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A row of the index, and what the bytes must be when they are read back."""
+
+    offset: int
+    size: int
+    label: int
+    crc: int
+
+
+def _write_tar(
+    task: ShardTask, stream: IO[bytes], report: Callable[[int], None]
+) -> tuple[list[_Written], list[tuple[str, str]]]:
+    """The rows of the index and the bad images' (path, reason), in the order of the plan."""
+    from webdataset.writer import TarWriter
+
+    written: list[_Written] = []
+    bad: list[tuple[str, str]] = []
+    done, last = 0, time.monotonic()
+    # mtime is an int: a float would add a pax header with its fraction to every member.
+    writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+    with _Reader() as reader:
+        for sample in task.plan.samples:
+            data = reader.read(sample)
+            found = inspect(data, task.max_pixels)
+            if found.problem:
+                bad.append((sample.entry.path, found.problem))
+            else:
+                # Label and image in two calls, which write the same as one does, so that the image's bytes come last.
+                writer.write({"__key__": sample.key, "cls": str(sample.label).encode()})
+                writer.write({"__key__": sample.key, found.extension: data})
+                offset = writer.tarstream.offset - -(-len(data) // 512) * 512
+                written.append(_Written(offset, len(data), sample.label, zlib.crc32(data)))
+                writer.tarstream.members.clear()  # tarfile keeps them all; nobody asks for them here
+            done += 1
+            if time.monotonic() - last > REPORT_EVERY_S:
+                report(done)
+                done, last = 0, time.monotonic()
+    writer.close()
+    report(done)
+    return written, bad
+
+
+class _Reader:
+    """Reads images one after the other and keeps the file open while it stays the same (an archive)."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._descriptor = -1
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def read(self, sample: Sample) -> bytes:
+        """The encoded bytes. Raises DataError when they are not as many as when the plan was made."""
+        entry = sample.entry
+        if entry.file != self._name:
+            self._close()
+            self._descriptor, self._name = os.open(entry.file, os.O_RDONLY), entry.file
+        data = os.pread(self._descriptor, entry.size, entry.offset)
+        grown = entry.offset == 0 and os.fstat(self._descriptor).st_size > entry.size  # offset 0: the file is the image
+        if len(data) != entry.size or grown:
+            raise DataError(
+                f"{entry.path} no longer has {entry.size} bytes: the source changes. Wait for that, then start anew."
+            )
+        return data
+
+    def _close(self) -> None:
+        if self._name:
+            os.close(self._descriptor)
+            self._name = ""
+
+
+def _read_back(tar: Path, written: list[_Written]) -> None:
+    """Asserts that every row of the index points behind a header of a file of that size, at the image's very bytes."""
+    with tar.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for row in written:
+            header = content[row.offset - 512 : row.offset]
+            assert header[257:262] == b"ustar", f"{tar}: no file starts at {row.offset}"
+            assert int(header[124:135], 8) == row.size, f"{tar}: no file starts at {row.offset}"
+            assert zlib.crc32(content[row.offset : row.offset + row.size]) == row.crc, f"{tar}: other bytes at {row.offset}"

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs every check: lint, format, types, import rules, shell scripts, tests.
+#
+#   ./launch/test.sh                    all of it (tests marked slow only where CI=true)
+#   ./launch/test.sh -k gather          what follows goes to pytest
+#
+# Stops at the first check that fails. The last lines are pytest's own.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$here"
+echo "== environment"
+env=$("$here/launch/env.sh" | tail -1)
+# shellcheck source=/dev/null
+source "$env/bin/activate"
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # this checkout, wherever the environment points
+
+check() {
+  local heading=$1 start=$SECONDS
+  shift
+  printf '\n== %s: %s\n' "$heading" "$*"
+  "$@" || { printf '== %s failed after %d s\n' "$heading" $((SECONDS - start)); exit 1; }
+  printf '== %s: fine, %d s\n' "$heading" $((SECONDS - start))
+}
+
+check lint ruff check .
+check format ruff format --check .
+check types mypy
+check "import rules" lint-imports --no-logo
+check "shell scripts" shellcheck launch/*.sh .ci/run
+
+marks=()
+if [ "${CI:-}" = true ]; then marks=(-m "slow or not slow"); fi
+printf '\n== tests: pytest%s\n' "${*:+ $*}${marks:+ (slow ones too)}"
+exec pytest "${marks[@]}" "$@"

@@ -1,0 +1,136 @@
+"""The manifest: what was written is what is read, and nothing that differs passes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clae_dist.data import manifest as manifests
+from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard, file_sha256, load_manifest, write_manifest
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    """A file that stands for a shard of two samples, with its index."""
+    (tmp_path / "train-000000.tar").write_bytes(bytes(range(256)) * 10)
+    np.save(tmp_path / "train-000000.index.npy", np.array([[512, 100, 0], [1536, 90, 1]], np.int64))
+    shas = [file_sha256(tmp_path / name) for name in ("train-000000.tar", "train-000000.index.npy")]
+    return Shard("train-000000.tar", 2, 2560, *shas)
+
+
+def write(folder: Path, shard: Shard, **changes: object) -> Manifest:
+    settings: dict[str, object] = dict(
+        name="set", source="here", licence="none", classes=("a", "é"), quarantined=0, preparation={"seed": 0}
+    )
+    return write_manifest(folder, splits={"train": (shard,)}, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path, shard: Shard) -> None:
+    written = write(tmp_path, shard)
+    assert load_manifest(tmp_path) == written
+    assert written.num_samples("train") == 2
+    assert written.index(shard).tolist() == [[512, 100, 0], [1536, 90, 1]]
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "train-000000.index.npy", "train-000000.tar"]
+
+
+def test_the_digest_covers_everything_but_the_time(tmp_path: Path, shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write(tmp_path, shard)
+
+    class Later(manifests.datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> manifests.datetime:
+            return manifests.datetime(2001, 1, 1)
+
+    monkeypatch.setattr(manifests, "datetime", Later)
+    later = write(tmp_path, shard)
+    assert later.created != first.created
+    assert later.digest == first.digest
+    assert write(tmp_path, replace(shard, samples=3)).digest != first.digest
+    assert write(tmp_path, shard, preparation={"seed": 1}).digest != first.digest
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path, shard: Shard) -> None:
+    write(tmp_path, shard)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"here"', '"there"'))
+    with pytest.raises(DataError, match="does not match its digest"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"text"', "null"])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="is not a manifest"):
+        load_manifest(tmp_path)
+
+
+def test_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "clae-dist shards 99"}))
+    with pytest.raises(DataError, match="'clae-dist shards 99', this version reads 'clae-dist shards 1'"):
+        load_manifest(tmp_path)
+
+
+def test_missing_folder_and_missing_manifest_say_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder; name the folder"):
+        load_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"has no manifest.json; name the folder"):
+        load_manifest(tmp_path)
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones(tmp_path: Path, shard: Shard) -> None:
+    with pytest.raises(DataError, match="no split 'val'; it has train"):
+        write(tmp_path, shard).num_samples("val")
+
+
+def test_an_index_of_another_length_is_refused(tmp_path: Path, shard: Shard) -> None:
+    manifest = write(tmp_path, shard)
+    np.save(tmp_path / shard.index_name, np.zeros((5, 3), np.int64))
+    with pytest.raises(DataError, match=r"holds int64 \(5, 3\), the manifest expects int64 \(2, 3\)"):
+        manifest.index(shard)
+    (tmp_path / shard.index_name).write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be read"):
+        manifest.index(shard)
+
+
+def test_check_shard_accepts_what_was_written(tmp_path: Path, shard: Shard) -> None:
+    check_shard(tmp_path, shard)
+    check_shard(tmp_path, shard, "size")
+
+
+def test_check_shard_names_what_differs(tmp_path: Path, shard: Shard) -> None:
+    path, index = tmp_path / shard.name, tmp_path / shard.index_name
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    for how in ("size", "sha256"):
+        with pytest.raises(DataError, match=r"train-000000.tar is 2559 bytes, the manifest expects 2560"):
+            check_shard(tmp_path, shard, how)  # type: ignore[arg-type]
+    path.write_bytes(good[:100] + b"X" + good[101:])
+    check_shard(tmp_path, shard, "size")  # what the cheap check cannot see
+    with pytest.raises(DataError, match=r"train-000000.tar has sha256 .* the manifest expects"):
+        check_shard(tmp_path, shard)
+    path.write_bytes(good)
+    np.save(index, np.zeros((2, 3), np.int64))
+    with pytest.raises(DataError, match=r"train-000000.index.npy has sha256"):
+        check_shard(tmp_path, shard)
+    index.unlink()
+    with pytest.raises(DataError, match=r"train-000000.index.npy is missing"):
+        check_shard(tmp_path, shard, "size")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b"old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifests.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        manifests.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["manifest.json"]

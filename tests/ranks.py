@@ -1,0 +1,85 @@
+"""A pool of gloo processes that lives for the whole test session; each test hands it a function.
+
+Importing torch costs seconds a process, so ranks are started once. `run(4, function, *arguments)` calls
+function(world, *arguments) on four ranks and returns their results in the order of ranks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clae_dist.world import World
+
+MAX_RANKS = 4
+_TIMEOUT_S = 120.0
+
+
+class RankPool:
+    """MAX_RANKS processes with a process group for each world size from 1 to MAX_RANKS."""
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[Any, Any]] = []
+
+    def _start(self) -> None:
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        for rank in range(MAX_RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._store.port, theirs, sys.path), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The results of function(world, *arguments), one a rank. Raises AssertionError with the ranks' tracebacks."""
+        if not self._ranks:
+            self._start()
+        chosen = self._ranks[:world_size]
+        for _, pipe in chosen:
+            pipe.send_bytes(pickle.dumps((world_size, function, arguments)))
+        results, failures = [], []
+        for rank, (_, pipe) in enumerate(chosen):
+            if not pipe.poll(_TIMEOUT_S):
+                failures.append(f"rank {rank} gave no answer in {_TIMEOUT_S:.0f} s")
+                break
+            ok, value = pickle.loads(pipe.recv_bytes())
+            (results if ok else failures).append(value)
+        if failures:
+            self.close()  # what is left of the group cannot be trusted; the next test starts anew
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._ranks = []
+
+
+def _serve(rank: int, port: int, pipe: Any, path: list[str]) -> None:
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=60))
+    groups = {size: dist.new_group(range(size)) for size in range(1, MAX_RANKS + 1)}
+    while True:
+        try:
+            size, function, arguments = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        world = World(rank, size, rank, size, torch.device("cpu"), groups[size] if size > 1 else None)
+        try:
+            answer: tuple[bool, Any] = (True, function(world, *arguments))
+        except BaseException:
+            answer = (False, f"rank {rank}: {traceback.format_exc()}")
+        pipe.send_bytes(pickle.dumps(answer))

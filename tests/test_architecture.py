@@ -1,0 +1,83 @@
+"""Rules about the code that neither ruff nor import-linter can state."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OURS = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+    for package in ("clae_dist", "data_prep")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+VENDORS = {
+    "ray": ["clae_dist/launchers/ray.py"],
+    "mlflow": ["clae_dist/tracking/mlflow.py"],
+    "webdataset": ["clae_dist/data/", "data_prep/"],
+}
+ENVIRONMENT = ["clae_dist/world.py", "clae_dist/launchers/", "clae_dist/cli.py", "data_prep/__main__.py"]
+
+
+def attributes(tree: ast.AST) -> Iterator[str]:
+    """The dotted text of every attribute, such as "torch.distributed.barrier"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and module of every import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_the_code_was_found() -> None:
+    assert {"clae_dist/config.py", "clae_dist/world.py", "clae_dist/contrast/objectives.py"} <= set(OURS)
+
+
+def test_only_world_starts_or_ends_process_groups() -> None:
+    forbidden = {"init_process_group", "destroy_process_group", "new_group"}
+    for name, tree in OURS.items():
+        words = {word for text in attributes(tree) for word in text.split(".")} | {
+            m.rsplit(".", 1)[-1] for _, m in imports(tree)
+        }
+        assert name == "clae_dist/world.py" or not words & forbidden, (
+            f"{name} uses {words & forbidden}; world.connect does that"
+        )
+
+
+def test_vendors_are_imported_where_they_are_used_and_nowhere_else() -> None:
+    for name, tree in OURS.items():
+        for line, module in imports(tree):
+            homes = VENDORS.get(module.split(".")[0], [name])
+            assert any(name.startswith(home) for home in homes), f"{name}:{line} imports {module}; {homes} may"
+
+
+def test_environment_variables_are_read_at_the_edges() -> None:
+    """Inside, what a run does depends on its Config and World alone. Writing for a child or a vendor is something else."""
+    for name, tree in OURS.items():
+        if any(name.startswith(home) for home in ENVIRONMENT):
+            continue
+        reads = [text for text in attributes(tree) if text in ("os.getenv", "os.environ.get")]
+        subscripts = [node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)]
+        reads += [ast.unparse(node) for node in subscripts if ast.unparse(node.value) == "os.environ"]
+        assert not reads, f"{name} reads {reads}"
+
+
+def test_no_file_for_odds_and_ends() -> None:
+    stems = {Path(name).stem for name in OURS}
+    assert not stems & {"utils", "util", "helpers", "misc", "common"}
+
+
+def test_the_algorithm_knows_no_ranks() -> None:
+    """A rank inside an objective or an attack is how the other ranks' negatives get lost."""
+    for name in ("clae_dist/contrast/objectives.py", "clae_dist/contrast/adversary.py"):
+        ours = [module for _, module in imports(OURS[name]) if "distributed" in module or "clae_dist" in module]
+        assert not ours, f"{name} imports {ours}"
+        backward = [text for text in attributes(OURS[name]) if text.endswith(".backward")]
+        assert not backward, f"{name}: an attack takes autograd.grad of its input and fills no parameter gradients"

@@ -1,0 +1,314 @@
+"""Config: what a user can write, and what every mistake says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from clae_dist.config import (
+    FIELDS,
+    Config,
+    ConfigError,
+    build,
+    flatten,
+    from_yaml,
+    parse_overrides,
+    resolve,
+    shapes_result,
+    to_yaml,
+)
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def overridden(*overrides: str) -> Config:
+    return build(parse_overrides(list(overrides)))
+
+
+# ---- where values come from ----
+
+
+def test_defaults_need_no_recipe() -> None:
+    config, origins = resolve(None)
+    assert config == Config()
+    assert set(origins.values()) == {"default"}
+    assert set(origins) == set(FIELDS)
+
+
+def test_every_value_knows_where_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path, "batch:\n  global_size: 512\nseed: 1\n", "base.yaml")
+    recipe = write(tmp_path, "extends: base.yaml\nseed: 2\nattack:\n  alpha: 0.5\n")
+    config, origins = resolve(recipe, ["attack.alpha=0.25"])
+    assert (config.batch.global_size, config.seed, config.attack.alpha) == (512, 2, 0.25)
+    assert origins["batch.global_size"] == f"{tmp_path / 'base.yaml'}:2"
+    assert origins["seed"] == f"{recipe}:2"
+    assert origins["attack.alpha"] == "command line"
+    assert origins["model.encoder"] == "default"
+
+
+def test_extends_loses_to_the_file_itself_wherever_it_stands(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 1\nname: base\n", "base.yaml")
+    config, _ = resolve(write(tmp_path, "seed: 2\nextends: base.yaml\n"))
+    assert (config.seed, config.name) == (2, "base")
+
+
+def test_recipes_that_extend_each_other_are_named(tmp_path: Path) -> None:
+    """Endless recursion, once."""
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    with pytest.raises(ConfigError, match=r"a\.yaml.*b\.yaml.*a\.yaml.* extends itself"):
+        resolve(tmp_path / "a.yaml")
+
+
+def test_a_recipe_that_is_extended_and_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+        resolve(write(tmp_path, "extends: nowhere.yaml\n"))
+
+
+def test_texts_in_a_recipe_stay_as_they_were_written(tmp_path: Path) -> None:
+    """run_dir: 2026_11 was the number 202611, once."""
+    config, _ = resolve(write(tmp_path, "name: 007\nrun_dir: 2026_11\ndata:\n  shards:\n  train_split: yes\n"))
+    assert (config.name, config.run_dir, config.data.shards, config.data.train_split) == ("007", "2026_11", "", "yes")
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ConfigError, match="is not a text in UTF-8"):
+        resolve(tmp_path / "recipe.yaml")
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    assert resolve(write(tmp_path, "# nothing\n"))[0] == Config()
+
+
+def test_an_override_with_an_equals_sign_in_its_value() -> None:
+    assert overridden("tracking.uri=http://host/?a=b").tracking.uri == "http://host/?a=b"
+
+
+# ---- mistakes in keys ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "batch:\n  global_sise: 4\n",
+            r"batch\.global_sise \(.*recipe\.yaml:2\) is not a known key; did you mean batch\.global_size\?",
+        ),
+        ("optim:\n  alpha: 1\n", r"optim\.alpha .* is not a known key; did you mean attack\.alpha\?"),
+        ("epsilon: 0.1\n", r"epsilon .* is not a known key; did you mean attack\.epsilon\?"),
+        ("zzzqqq: 1\n", r"zzzqqq .* is not a known key; `clae config CONFIG` lists the known ones"),
+        ("attack: 3\n", r"attack \(.*:1\) is a section; set one of its keys: attack\.name, attack\.epsilon"),
+        ("attack:\n", r"attack \(.*:1\) is a section"),
+        ("seed:\n  more: 1\n", r"seed\.more .* is not a known key; did you mean seed\?"),
+        ("seed: 1\nseed: 2\n", r"seed is set twice in .*recipe\.yaml:1 and .*recipe\.yaml:2\); keep one"),
+        ("batch:\n  global_size: 4\nseed: 0\nbatch:\n  global_size: 8\n", r"batch\.global_size is set twice .*:2 and .*:5"),
+        ("extends: a.yaml\nextends: b.yaml\n", r"extends is set twice"),
+        ("- 1\n", r"holds no mapping"),
+        ("a: [1\n", r"is not valid YAML"),
+        ("a: *b\n", r"is not valid YAML"),
+        ("seed: !!python/name:os.system\n", r"seed \(.*:1\) cannot be read .*write a plain value"),
+        ("seed: !!int abc\n", r"seed \(.*:1\) cannot be read"),
+        ("seed: \x07\n", r"is not valid YAML"),
+    ],
+)
+def test_a_key_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path, "", "a.yaml")
+    write(tmp_path, "", "b.yaml")
+    with pytest.raises(ConfigError, match=message):
+        resolve(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.global_siz=4", r"batch\.global_siz \(command line\) is not a known key; did you mean batch\.global_size\?"),
+        ("batch.global_size", r"'batch\.global_size' is not an override; write section\.key=value"),
+        ("batch=4", r"batch \(command line\) is a section; set one of its keys: batch\.global_size"),
+        ("data.shards=[1", r"data\.shards is '\[1' \(command line\), which is not valid YAML; quote it"),
+    ],
+)
+def test_an_override_that_cannot_be_used(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        overridden(override)
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read \(No such file or directory\); name a recipe"):
+        resolve("nothing.yaml")
+
+
+# ---- types ----
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E-3", 1e-3), ("4/255", 4 / 255), ("0.5", 0.5), ("1", 1.0), ("3e-4", 3e-4), ("8 / 255", 8 / 255)],
+)
+def test_numbers_as_papers_write_them(text: str, value: float, tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-3 as a text."""
+    assert overridden(f"attack.epsilon={text}").attack.epsilon == value
+    assert resolve(write(tmp_path, f"attack:\n  epsilon: {text}\n"))[0].attack.epsilon == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=one", r"seed is 'one' \(command line\); it wants a whole number"),
+        ("seed=1.5", r"seed is 1\.5 .* it wants a whole number"),
+        ("seed=true", r"seed is True .* it wants a whole number"),
+        ("seed=", r"seed is '' .* it wants a whole number"),
+        ("attack.epsilon=big", r"attack\.epsilon is 'big' .* it wants a number"),
+        ("attack.epsilon=1/0", r"attack\.epsilon is '1/0' .* it wants a number"),
+        ("attack.epsilon=a/b", r"it wants a number"),
+        ("attack.epsilon=.nan", r"it wants a finite number"),
+        ("attack.epsilon=.inf", r"it wants a finite number"),
+        ("attack.epsilon=true", r"it wants a finite number"),
+        ("attack.epsilon=[1]", r"it wants a finite number"),
+        ("attack.clip=1", r"attack\.clip is 1 .* it wants true or false"),
+        ("attack.clip=maybe", r"it wants true or false"),
+        ("attack.anchor=sam", r"attack\.anchor is 'sam' .* one of same, other \(did you mean same\?\)"),
+        ("optim.name=adam", r"optim\.name is 'adam' .* one of adamw, sgd, lars \(did you mean adamw\?\)"),
+        ("optim.name=[adamw]", r"optim\.name is \['adamw'\] .* one of adamw, sgd, lars"),
+        ("model.mean=[0.5, 0.5]", r"model\.mean is \[0\.5, 0\.5\] .* a list of 3 numbers, such as \[0\.5, 0\.5, 0\.5\]"),
+        ("model.mean=0.5", r"a list of 3 numbers"),
+        ("model.mean=[0.5, x, 0.5]", r"model\.mean\[1\] is 'x' .* it wants a number"),
+        ("name=[a]", r"name is \['a'\] .* it wants a text"),
+        ("name={a: b}", r"name is \{'a': 'b'\} .* it wants a text"),
+    ],
+)
+def test_a_value_of_the_wrong_type(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        overridden(override)
+
+
+def test_types_that_fit_without_being_asked() -> None:
+    assert overridden("seed=1e3").seed == 1000
+    assert overridden("batch.global_size=128.0").batch.global_size == 128
+    assert [overridden(f"name={text}").name for text in ("2024", "007", "2026_11", "yes", "'a b'")] == [
+        "2024",
+        "007",
+        "2026_11",
+        "yes",
+        "a b",
+    ]
+    assert overridden("attack.name=none").attack.name == "none"
+    assert overridden("attack.name=null").attack.name == "none"
+    assert overridden("run_dir=").run_dir == ""
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.image_size=4", "data.streams=-1", "data.shuffle_shards=0", "data.workers=-2",
+        "augment.flip=1.5", "augment.jitter=-0.1", "augment.grey=2", "augment.blur=-1",
+        "augment.brightness=-1", "augment.contrast=-1", "augment.saturation=-1", "augment.hue=0.6",
+        "augment.crop_scale=[0, 1]", "augment.crop_scale=[0.5, 0.2]", "augment.crop_scale=[0.5, 1.2]",
+        "augment.crop_ratio=[0, 1]", "augment.blur_sigma=[0, 1]",
+        "batch.global_size=1",
+        "model.projector_hidden=-1", "model.projector_dim=1", "model.std=[0, 1, 1]",
+        "model.adversarial_norm_momentum=0", "model.adversarial_norm_momentum=1.1",
+        "objective.temperature=0",
+        "attack.epsilon=-1", "attack.alpha=-1", "attack.start_epoch=-1",
+        "optim.learning_rate=0", "optim.reference_batch=0", "optim.momentum=1", "optim.weight_decay=-1",
+        "optim.warmup_epochs=-1", "optim.clip_norm=-1",
+        "train.epochs=0", "train.log_every=0", "train.diagnose_every=0", "train.checkpoint_every=0",
+        "train.checkpoint_keep=0", "train.knn_every=-1", "train.threads=-1",
+        "launch.workers=-1", "launch.max_failures=-1",
+        "evaluation.knn_k=0", "evaluation.knn_bank=0", "evaluation.linear_epochs=0", "evaluation.batch_size=0",
+        "evaluation.knn_temperature=0", "evaluation.linear_learning_rate=-1",
+        "name=a/b", "name=''", "name=..", "seed=-1", "seed=9223372036854775808",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_names_its_key_and_where_it_was_written(override: str, tmp_path: Path) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as error:
+        overridden(override)
+    assert str(error.value).startswith(f"{key} is ")
+    assert str(error.value).endswith("[command line]")
+    assert ";" in str(error.value), "no way out"
+    section, dot, name = key.rpartition(".")
+    recipe = write(tmp_path, f"{section}:\n  {name}: {value}\n" if dot else f"{name}: {value}\n")
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml:{2 if dot else 1}\]$"):
+        resolve(recipe)
+
+
+def test_values_that_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match=r"data\.streams is 7, which does not divide batch\.global_size 256; 8 would do"):
+        overridden("data.streams=7")
+    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs is 10, but train\.epochs is 5; warm up for less"):
+        overridden("train.epochs=5")
+    assert overridden("train.epochs=0.5", "optim.warmup_epochs=0").train.epochs == 0.5
+
+
+# ---- what is derived ----
+
+
+def test_rows_per_rank() -> None:
+    assert [overridden("batch.global_size=256").rows_per_rank(world) for world in (1, 2, 4, 8)] == [256, 128, 64, 32]
+    with pytest.raises(ConfigError, match=r"batch\.global_size is 1000, but 48 ranks need equal rows; 960 or 1008 would do"):
+        overridden("batch.global_size=1000").rows_per_rank(48)
+    with pytest.raises(ConfigError, match=r"batch\.global_size is 4, but 8 ranks need equal rows; 8 would do"):
+        overridden("batch.global_size=4").rows_per_rank(8)
+    with pytest.raises(ConfigError, match=r"data\.streams is 4, which 8 ranks cannot share equally; data\.streams=8 would do"):
+        overridden("batch.global_size=16", "data.streams=4").rows_per_rank(8)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_the_way_out_for_streams_is_one(world_size: int) -> None:
+    """Every number of streams that an error proposes must work."""
+    for streams in (1, 2, 3, 4, 6, 8, 12, 24):
+        config = overridden("batch.global_size=24", f"data.streams={streams}")
+        try:
+            assert config.rows_per_rank(world_size) == 24 // world_size
+        except ConfigError as error:
+            proposed = str(error).split("data.streams=")[1].split(" ")[0]
+            assert overridden("batch.global_size=24", f"data.streams={proposed}").rows_per_rank(world_size)
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("linear", 1.2), ("sqrt", 0.6), ("none", 0.3)])
+def test_learning_rate_scaling(scaling: str, rate: float) -> None:
+    config = overridden("batch.global_size=1024", f"optim.scaling={scaling}")
+    assert config.learning_rate() == pytest.approx(rate, rel=1e-12)  # one multiplication in float64
+
+
+def test_only_what_cannot_change_the_result_may_differ_in_a_continued_run() -> None:
+    free = {key for key in FIELDS if not shapes_result(key)}
+    assert {"data.workers", "train.log_every", "tracking.name", "run_dir", "launch.launcher"} <= free
+    assert not free & {"seed", "batch.global_size", "attack.epsilon", "optim.learning_rate", "data.streams", "train.epochs"}
+
+
+# ---- to YAML and back ----
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES], ids=lambda path: "defaults" if path is None else path.stem)
+def test_to_yaml_and_back_is_the_same_config(recipe: Path | None, tmp_path: Path) -> None:
+    config, origins = resolve(recipe)
+    assert from_yaml(write(tmp_path, to_yaml(config))) == config
+    assert from_yaml(write(tmp_path, to_yaml(config, comments=origins))) == config
+
+
+def test_texts_that_yaml_would_read_as_something_else_survive(tmp_path: Path) -> None:
+    config = Config(name="007", run_dir="a: b # 'c'", attack=dataclasses.replace(Config().attack, epsilon=1e-300))
+    data = dataclasses.replace(config.data, shards="null", train_split="yes", test_split="1e3")
+    config = dataclasses.replace(config, data=data)
+    assert from_yaml(write(tmp_path, to_yaml(config))) == config
+
+
+def test_flatten_names_every_field_once() -> None:
+    assert list(flatten(Config())) == list(FIELDS)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]

@@ -1,0 +1,61 @@
+"""The lines a user reads while a run goes."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from clae_dist.tracking.console import ConsoleTracker, duration
+
+METRICS = {
+    "step": 120,
+    "epoch": 2.31,
+    "time_s": 60.0,
+    "loss": 5.12344,
+    "loss_clean": 5.0,
+    "loss_adversarial": 5.2,
+    "images_per_s": 512.4,
+    "data_wait_share": 3.2,
+    "attack_share": 37.0,
+    "learning_rate": 0.0123456,
+}
+
+
+def test_a_training_line() -> None:
+    stream = io.StringIO()
+    ConsoleTracker(stream, total_steps=1560, global_size=256).log(METRICS, images_seen=120 * 256)
+    assert stream.getvalue() == (
+        "step  120/1560  epoch   2.31  loss 5.1234 (clean 5.0000, adversarial 5.2000)     512 images/s  "
+        "data wait   3 %  attack  37 %  lr 0.0123   left 11:59\n"
+    )
+
+
+def test_lines_of_one_run_align() -> None:
+    stream = io.StringIO()
+    console = ConsoleTracker(stream, total_steps=1560, global_size=256)
+    for step, speed, rate in ((1, 9.0, 1e-4), (1559, 51234.0, 0.3)):
+        console.log({**METRICS, "step": step, "images_per_s": speed, "learning_rate": rate}, step * 256)
+    columns = [
+        [line.index(word) for word in ("epoch", "loss", "images/s", "lr", "left")] for line in stream.getvalue().splitlines()
+    ]
+    assert columns[0] == columns[1]
+
+
+def test_knn_has_a_line_of_its_own_and_diagnostics_have_none() -> None:
+    stream = io.StringIO()
+    console = ConsoleTracker(stream, total_steps=10, global_size=4)
+    console.log({"step": 5, "epoch": 1.0, "knn_accuracy": 43.219}, 20)
+    console.log({"step": 5, "epoch": 1.0, "delta_linf": 0.01}, 20)
+    assert stream.getvalue() == "step  5/10  epoch   1.00  kNN accuracy 43.22 %\n"
+
+
+def test_plain_simclr_has_no_adversarial_column() -> None:
+    stream = io.StringIO()
+    ConsoleTracker(stream, total_steps=10, global_size=4).log({"step": 1, "loss": 2.0}, 4)
+    assert stream.getvalue() == "step  1/10  loss 2.0000\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (7387, "2:03:07"), (352987, "4 d 02:03:07")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

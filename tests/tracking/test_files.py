@@ -1,0 +1,42 @@
+"""metrics.jsonl survives a kill at any byte, and a continued run does not double its lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clae_dist.tracking import MetricsFile
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_on_disk_as_soon_as_they_are_logged(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, print)
+    file.log({"step": 1, "loss": 2.5}, images_seen=64)
+    assert lines(tmp_path / "metrics.jsonl") == [{"images_seen": 64, "step": 1, "loss": 2.5}]
+    file.close("finished")
+
+
+@pytest.mark.parametrize("torn", ['{"images_seen": 192, "lo', '{"images_seen": 192}', '{"loss": 1}\n', "\x00\x00\x00\n"])
+def test_a_line_cut_off_by_a_kill_is_taken_away(tmp_path: Path, torn: str) -> None:
+    path, said = tmp_path / "metrics.jsonl", []
+    path.write_text('{"images_seen": 64, "loss": 3.0}\n{"images_seen": 128, "loss": 2.0}\n' + torn)
+    file = MetricsFile(path, 1000, said.append)
+    file.log({"loss": 1.0}, images_seen=192)
+    file.close("finished")
+    assert [line["images_seen"] for line in lines(path)] == [64, 128, 192]
+    assert said == ["metrics.jsonl: took away 1 lines (1 of them cut off); the run goes on at image 1000"]
+
+
+def test_lines_after_the_checkpoint_are_not_doubled_by_the_replay(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"images_seen": {64 * step}, "loss": {step}}}\n' for step in range(1, 6)))
+    file = MetricsFile(path, 3 * 64, print)
+    file.log({"loss": 4}, images_seen=4 * 64)
+    file.close("finished")
+    assert lines(path) == [{"images_seen": 64 * step, "loss": step} for step in range(1, 5)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]

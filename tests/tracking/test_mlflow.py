@@ -1,0 +1,135 @@
+"""A real MLflow store: an sqlite file that is asked back through the vendor's client, and servers that are not there."""
+
+from __future__ import annotations
+
+import io
+import math
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.config import Config, Tracking, Train, flatten
+from clae_dist.tracking import Trackers, build_trackers, new_run_key
+from clae_dist.tracking.background import BackgroundTracker
+
+mlflow = pytest.importorskip("mlflow")
+TAGS = {"package_version": "0.1.0", "git_revision": "0123abcd", "manifest_digest": "sha256:feed"}
+
+
+def build(config: Config, run_dir: Path, run_key: str, stream: io.StringIO, seen: int = 0) -> Trackers:
+    return build_trackers(config, run_dir, run_key, tags=TAGS, total_steps=10, resume_images_seen=seen, stream=stream)
+
+
+@pytest.fixture(scope="module")
+def client_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """One run that was stopped and continued, in a store that did not exist before. The tables take seconds to make."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_dir, run_key, stream = folder / "first", new_run_key(), io.StringIO()
+    (folder / "export").mkdir()
+    (folder / "export/encoder.safetensors").write_bytes(b"weights")
+    (folder / "report").mkdir()
+    (folder / "report/report.html").write_text("<p>report</p>")
+
+    trackers = build(Config(name="first"), run_dir, run_key, stream)
+    for step in range(1, 4):
+        trackers.log({"step": step, "loss": 3.0 - step, "grad_norm": math.inf if step == 1 else 1.0}, 256 * step)
+    trackers.close("stopped")
+    # images 512 is the checkpoint; the third step is trained and logged again
+    trackers = build(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=512)
+    for step in range(3, 5):
+        trackers.log({"step": step, "loss": 3.0 - step}, 256 * step)
+    trackers.log_artifacts(folder / "report", "report")
+    trackers.log_artifacts(folder / "report/report.html", "single")
+    trackers.log_model(folder / "export", "sha256:feed")
+    trackers.close("finished")
+    assert not any(word in stream.getvalue() for word in ("is away", "refused", "did not")), stream.getvalue()
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client, client.get_run(trackers.run_id), folder
+
+
+def test_one_run_with_its_state(client_and_run: tuple[Any, Any, Path]) -> None:
+    client, run, _ = client_and_run
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "first"
+    experiment = client.get_experiment_by_name("clae-dist")
+    assert [found.info.run_id for found in client.search_runs([experiment.experiment_id])] == [run.info.run_id]
+
+
+def test_metrics_are_keyed_by_images_seen(client_and_run: tuple[Any, Any, Path]) -> None:
+    client, run, _ = client_and_run
+    history = {(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")}
+    assert history == {(256, 2.0), (512, 1.0), (768, 0.0), (1024, -1.0)}  # the replay fell on its own steps
+
+
+def test_parameters_are_the_resolved_config_and_tags_say_what_ran(client_and_run: tuple[Any, Any, Path]) -> None:
+    _, run, _ = client_and_run
+    assert run.data.params == {key: str(value) for key, value in flatten(Config(name="first")).items()}
+    assert TAGS.items() <= run.data.tags.items()
+    assert run.data.tags["mlflow.source.git.commit"] == "0123abcd"
+    assert run.data.tags["continued.train.log_every"] == "3"  # MLflow's parameters cannot change
+
+
+def test_artifacts_lie_beside_the_database(client_and_run: tuple[Any, Any, Path]) -> None:
+    client, run, folder = client_and_run
+    assert run.info.artifact_uri.startswith((folder / "mlartifacts").as_uri())
+    names = [item.path for kind in ("report", "single") for item in client.list_artifacts(run.info.run_id, kind)]
+    assert names == ["report/report.html", "single/report.html"]
+
+
+def test_the_encoder_is_a_logged_model_of_files_with_the_manifests_digest(client_and_run: tuple[Any, Any, Path]) -> None:
+    client, run, folder = client_and_run
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, str(model.status), model.source_run_id) == ("encoder", "READY", run.info.run_id)
+    assert (model.params["manifest_digest"], model.params["images_seen"]) == ("sha256:feed", "1024")
+    assert model.tags["manifest_digest"] == "sha256:feed"
+    files = sorted(item.path for item in client.list_logged_model_artifacts(model.model_id))
+    assert files == ["MLmodel", "encoder.safetensors"]
+    assert model.artifact_location.startswith((folder / "mlartifacts").as_uri())
+
+
+def test_system_metrics_of_a_longer_run(tmp_path: Path, client_and_run: tuple[Any, Any, Path]) -> None:
+    from clae_dist.tracking.mlflow import MlflowStore
+
+    client, _, folder = client_and_run
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    store = MlflowStore(uri, Config(), "second", new_run_key(), {}, print)
+    store.system_metrics_every_s = 0.2
+    tracker = BackgroundTracker(store, print)
+    deadline = time.monotonic() + 20
+    while not (tracker.run_id and "system/cpu_utilization_percentage" in client.get_run(tracker.run_id).data.metrics):
+        assert time.monotonic() < deadline, "no system metrics after 20 s"
+        time.sleep(0.1)
+    tracker.close("failed")
+    assert client.get_run(tracker.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("server", ["dead", "silent"])
+def test_a_server_that_is_away_does_not_slow_a_step(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dead: the connection is refused. silent: it is accepted and never answered."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    stream = io.StringIO()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if server == "silent":
+            listener.listen(5)
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        trackers = build(Config(tracking=Tracking(uri=uri)), tmp_path / "run", new_run_key(), stream)
+        slowest = 0.0
+        for step in range(200):
+            start = time.perf_counter()
+            trackers.log({"step": step, "loss": 1.0}, step)
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.01)
+        start = time.perf_counter()
+        trackers.close("finished")
+    text = stream.getvalue()
+    assert slowest < 0.5, "a step waited for MLflow"  # the request takes 1 s; half of that leaves room for a busy machine
+    assert time.perf_counter() - start < 15
+    assert text.count("is away") == 1
+    assert "did not get 200 rows of metrics; the run folder has all of it." in text
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 200
