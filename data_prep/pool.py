@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
@@ -62,29 +63,38 @@ def _collect(workers: dict[Connection, Any], tasks: list[Any], progress: Callabl
     pending = tasks[::-1]
     busy = set()
     for connection in workers:
-        connection.send(pending.pop())
+        with _alive(workers[connection]):
+            connection.send(pending.pop())
         busy.add(connection)
     while busy:
         for connection in cast("list[Connection]", wait(list(busy), timeout=1.0)):
-            try:
+            with _alive(workers[connection]):
                 kind, value = connection.recv()
-            except EOFError:
-                workers[connection].join()
-                raise DataError(
-                    f"a worker process died (exit code {workers[connection].exitcode}; -9 is what a machine short of memory "
-                    f"does); run the same command with fewer --workers, it goes on where it was."
-                ) from None
+                if kind == "done":
+                    busy.discard(connection)
+                    if pending:
+                        connection.send(pending.pop())
+                        busy.add(connection)
             if kind == "progress":
                 progress(value)
             elif kind == "failed":
                 raise value
             else:
-                busy.discard(connection)
-                if pending:
-                    connection.send(pending.pop())
-                    busy.add(connection)
                 yield value
         progress(0)
+
+
+@contextmanager
+def _alive(process: Any) -> Iterator[None]:
+    """Turns a pipe's end into an error that says what happened to the worker."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        process.join()
+        raise DataError(
+            f"a worker process died (exit code {process.exitcode}; -9 is what a machine short of memory does); "
+            f"run the same command with fewer --workers, it goes on where it was."
+        ) from None
 
 
 def _serve(connection: Connection, work: Work[Any, Any]) -> None:
@@ -94,12 +104,12 @@ def _serve(connection: Connection, work: Work[Any, Any]) -> None:
             task = connection.recv()
             try:
                 result = work(task, lambda count: connection.send(("progress", count)))
-            except (BrokenPipeError, ConnectionResetError):
+            except ConnectionError:
                 return
             except Exception as error:
                 error.add_note("".join(traceback.format_exception(error)))
                 connection.send(("failed", error))
                 return
             connection.send(("done", result))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, ConnectionError):
         return

@@ -134,9 +134,19 @@ def config_digest(config: Config) -> str:
 
 
 def _small_resnet_arguments() -> dict[str, Any]:
-    """SmallResNet as a timm ResNet of basic blocks; "deep" sets the stem's width, whose convolution is then replaced."""
+    """SmallResNet as a timm ResNet of one basic block a stage.
+
+    timm's ResNet has four stages, so those that are left over hold no blocks. "deep" sets the stem's width (twice
+    stem_width); its convolution is replaced by config.json's `stem`.
+    """
     widths = SMALL_RESNET_WIDTHS
-    return {"layers": [1] * len(widths), "channels": list(widths), "stem_type": "deep", "stem_width": widths[0] // 2}
+    empty = 4 - len(widths)
+    return {
+        "layers": [1] * len(widths) + [0] * empty,
+        "channels": [*widths, *widths[-1:] * empty],
+        "stem_type": "deep",
+        "stem_width": widths[0] // 2,
+    }
 
 
 def _timm_takes_size(name: str) -> bool:
@@ -149,7 +159,7 @@ def _timm_takes_size(name: str) -> bool:
 def _stem(config: Config, plain: nn.Module) -> dict[str, int] | None:
     """The 3x3 convolution that replaces conv1, without a max-pool; None for an encoder as its library makes it."""
     if isinstance(plain, SmallResNet):
-        conv = plain.stem
+        conv: nn.Module = plain.stem
     elif config.model.stem != "imagenet" and isinstance(getattr(plain, "maxpool", None), nn.Identity):
         conv = plain.get_submodule("conv1")
     else:

@@ -55,18 +55,15 @@ def _unknown(name: str, family: str, known: list[str]) -> ConfigError:
     return ConfigError(f"model.encoder is '{family}/{name}', which {family} does not have; {hint}")
 
 
-def use_cifar_stem(encoder: nn.Module) -> None:
-    """A ResNet's 7x7 stride-2 convolution and max-pool become a 3x3 convolution alone (Chen et al. 2020, B.9). In place.
+def has_resnet_stem(encoder: nn.Module) -> bool:
+    """Whether the encoder begins as the original ResNet does: one convolution, then max-pool."""
+    return isinstance(getattr(encoder, "conv1", None), nn.Conv2d) and hasattr(encoder, "maxpool")
 
-    Raises ConfigError for encoders without such a stem.
-    """
-    conv = getattr(encoder, "conv1", None)
-    if not isinstance(conv, nn.Conv2d) or not hasattr(encoder, "maxpool"):
-        raise ConfigError(
-            f"model.stem is 'cifar', which is defined for ResNets, not for {type(encoder).__name__}; "
-            "use model.stem=imagenet, or an encoder made for small images, such as small_resnet."
-        )
-    encoder.conv1 = nn.Conv2d(3, conv.out_channels, 3, 1, padding=1, bias=False)
+
+def use_cifar_stem(encoder: nn.Module) -> None:
+    """A ResNet's 7x7 stride-2 convolution and max-pool become a 3x3 convolution alone (Chen et al. 2020, B.9). In place."""
+    assert has_resnet_stem(encoder)
+    encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, 1, padding=1, bias=False)
     encoder.maxpool = nn.Identity()
 
 
@@ -116,8 +113,12 @@ def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
             f"model.encoder is {config.encoder!r}; use small_resnet, timm/NAME or torchvision/NAME, such as timm/{name or family}."
         )
     encoder = FAMILIES[family](name, image_size)
-    wants_cifar = config.stem == "cifar" or (config.stem == "auto" and image_size <= 64 and hasattr(encoder, "maxpool"))
-    if wants_cifar and family != "small_resnet":
+    if config.stem == "cifar" and not has_resnet_stem(encoder):
+        raise ConfigError(
+            f"model.stem is 'cifar', which is defined for ResNets with one 7x7 convolution, not for {config.encoder}; "
+            "use model.stem=imagenet, or an encoder made for small images, such as small_resnet."
+        )
+    if config.stem == "cifar" or (config.stem == "auto" and image_size <= 64 and has_resnet_stem(encoder)):
         use_cifar_stem(encoder)
     was_training = encoder.training
     with torch.no_grad():

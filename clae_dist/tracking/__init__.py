@@ -12,12 +12,21 @@ from clae_dist.tracking.files import MetricsFile
 from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Status, Tracker, Trackers
 
-__all__ = ["MetricsFile", "NullTracker", "Status", "Tracker", "Trackers", "build_trackers", "new_run_key"]
+__all__ = ["MetricsFile", "NullTracker", "Status", "Tracker", "Trackers", "build_trackers", "check_tracking", "new_run_key"]
 
 
 def new_run_key() -> str:
     """A name for a new run. Keep it in the run folder: by it a continued run finds its MLflow run."""
     return uuid.uuid4().hex
+
+
+def check_tracking(config: Config, run_dir: Path) -> None:
+    """Raises ConfigError for tracking that cannot work on this machine; changes nothing and asks no server."""
+    if config.tracking.name == "mlflow":
+        from clae_dist.tracking import mlflow
+
+        mlflow.require_mlflow()
+        mlflow.store_uri(config, run_dir)
 
 
 def build_trackers(
@@ -30,11 +39,13 @@ def build_trackers(
     resume_images_seen: int,
     stream: IO[str],
 ) -> Trackers:
-    """The trackers of rank 0; other ranks use NullTracker.
+    """The trackers of rank 0; other ranks use NullTracker. Building them again adds to the same run (a report, a model).
 
     `tags` say what the run is (package_version, git_revision, manifest_digest); `resume_images_seen` is the checkpoint's,
     0 for a new run; `stream` is the console. Raises ConfigError for tracking that cannot work on this machine.
     """
+
+    check_tracking(config, run_dir)
 
     def say(text: str) -> None:
         print(text, file=stream, flush=True)
@@ -45,10 +56,9 @@ def build_trackers(
         from clae_dist.tracking import mlflow
         from clae_dist.tracking.background import BackgroundTracker
 
-        mlflow.require_mlflow()
         uri = mlflow.store_uri(config, run_dir)
         store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say)
-        others.append(BackgroundTracker(store, say))
+        others.append(BackgroundTracker(store, say, images_seen=resume_images_seen))
         page = mlflow.page_command(uri)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trackers(MetricsFile(run_dir / "metrics.jsonl", resume_images_seen, say), others, say, page)

@@ -58,7 +58,14 @@ class BackgroundTracker:
     """
 
     def __init__(
-        self, store: Store, say: Say, capacity: int = 10_000, close_timeout_s: float = 30.0, retry_s: float = 15.0
+        self,
+        store: Store,
+        say: Say,
+        *,
+        images_seen: int = 0,
+        capacity: int = 10_000,
+        close_timeout_s: float = 30.0,
+        retry_s: float = 15.0,
     ) -> None:
         self._store, self._say, self._retry_s, self._close_timeout_s = store, say, retry_s, close_timeout_s
         self._rows: deque[Row] = deque()
@@ -68,7 +75,7 @@ class BackgroundTracker:
         self._capacity = capacity
         self._lost_rows = 0
         self._lost_jobs: list[str] = []
-        self._last_images_seen = 0
+        self._last_images_seen = images_seen
         self._status: Status | None = None
         self._away = self._has_refused = False
         self._changed = threading.Condition()

@@ -34,7 +34,6 @@ class MetricsFile:
         pass
 
     def close(self, status: Status) -> None:
-        pass
         self._file.close()
 
     def _trim(self, resume_images_seen: int, say: Say) -> None:

@@ -24,6 +24,7 @@ SERVER_DEFAULTS = {  # of mlflow's own variables, where the user set none
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; mlflow's 120 would outlast a run's end
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # we try again ourselves, and say so
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training run calls nobody but the server it was given
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 

@@ -24,9 +24,14 @@ def shard(tmp_path: Path) -> Shard:
 
 
 def write(folder: Path, shard: Shard, **changes: object) -> Manifest:
-    settings: dict[str, object] = dict(
-        name="set", source="here", licence="none", classes=("a", "é"), quarantined=0, preparation={"seed": 0}
-    )
+    settings: dict[str, object] = {
+        "name": "set",
+        "source": "here",
+        "licence": "none",
+        "classes": ("a", "é"),
+        "quarantined": 0,
+        "preparation": {"seed": 0},
+    }
     return write_manifest(folder, splits={"train": (shard,)}, **{**settings, **changes})  # type: ignore[arg-type]
 
 

@@ -11,7 +11,9 @@ from clae_dist.data.order import Order
 SIZES = (70, 31, 64, 1, 50, 40)  # 256 samples in uneven shards
 
 
-def order(global_size: int = 16, streams: int = 8, shuffle_shards: int = 2, seed: int = 0, sizes: tuple[int, ...] = SIZES) -> Order:
+def order(
+    global_size: int = 16, streams: int = 8, shuffle_shards: int = 2, seed: int = 0, sizes: tuple[int, ...] = SIZES
+) -> Order:
     return Order(sizes, global_size, streams, shuffle_shards, seed)
 
 

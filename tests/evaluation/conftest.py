@@ -17,6 +17,7 @@ from PIL import Image
 
 from clae_dist.config import Config, resolve, to_yaml
 from clae_dist.data.manifest import Shard, write_manifest
+from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.features import Features
 from clae_dist.models import build_model
 from clae_dist.runs.checkpoint import save_checkpoint
@@ -163,11 +164,7 @@ def _line(images_seen: int, **values: float) -> dict[str, float]:
 @pytest.fixture
 def metrics() -> list[dict[str, float]]:
     """Every key once a step; the run was started again after 128 images, so 96 and 128 appear twice."""
-    keys = (
-        "loss loss_clean loss_adversarial learning_rate grad_norm images_per_s data_wait_share attack_share delta_linf delta_l2 "
-        "attack_loss_before attack_loss_after cos_positive cos_positive_adversarial cos_negative_mean "
-        "cos_negative_mean_adversarial cos_negative_hardest cos_negative_hardest_adversarial alignment uniformity wrong_sign_share"
-    ).split()
+    keys = ["loss", "grad_norm", *(curve.key for chart in CHARTS for curve in chart.curves if curve.key != "knn_accuracy")]
     first = [_line(n, time_s=n / 32, **dict.fromkeys(keys, 9.0)) for n in (32, 64, 96, 128)]
     second = [_line(n, time_s=n / 32 - 2, **dict.fromkeys(keys, float(n) / 32)) for n in (96, 128, 160, 192, 224)]
     return [_line(0, time_s=0.5, knn_accuracy=40.0), *first, *second, _line(224, time_s=5.5, knn_accuracy=55.0)]

@@ -41,6 +41,9 @@ def client_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, 
     trackers = build(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=512)
     for step in range(3, 5):
         trackers.log({"step": step, "loss": 3.0 - step}, 256 * step)
+    trackers.close("finished")
+    # `clae report` and `clae export` come later and add to the same run
+    trackers = build(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=1024)
     trackers.log_artifacts(folder / "report", "report")
     trackers.log_artifacts(folder / "report/report.html", "single")
     trackers.log_model(folder / "export", "sha256:feed")

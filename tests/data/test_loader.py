@@ -1,0 +1,115 @@
+"""Batches from real shards: the same for every number of ranks and loader processes, and from any step on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clae_dist.config import Batch, Config, Data
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.data.loader import Batch as Views
+from clae_dist.data.loader import load
+from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.shards import ShardReader
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.world import World
+
+STEPS = 10  # an epoch (40 images, batches of 8: 5 steps) and the next
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 40, 20, num_shards=3)
+
+
+def batches(manifest: Manifest, rank: int = 0, size: int = 1, workers: int = 0, first: int = 0) -> list[Views]:
+    config = Config(data=Data(image_size=16, streams=4, shuffle_shards=2, workers=workers), batch=Batch(global_size=8))
+    return list(load(manifest, config, replace(World.single("cpu"), rank=rank, size=size), first, STEPS))
+
+
+def together(parts: list[Views]) -> Views:
+    return Views(*[torch.cat(tensors, dim=1 if tensors[0].dim() > 1 else 0) for tensors in zip(*parts, strict=True)])
+
+
+def assert_same(found: Views, wanted: Views) -> None:
+    for name, a, b in zip(Views._fields, found, wanted, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on machines with fewer cores
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_same_pixels_for_every_number_of_ranks_and_workers(manifest: Manifest, size: int, workers: int) -> None:
+    wanted = batches(manifest)
+    parts = [batches(manifest, rank, size, workers if rank == 0 else 0) for rank in range(size)]
+    for step in range(STEPS):
+        assert_same(together([part[step] for part in parts]), wanted[step])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_from_any_step_on(manifest: Manifest, workers: int) -> None:
+    wanted = batches(manifest)
+    for found, same in zip(batches(manifest, workers=workers, first=7), wanted[7:], strict=True):
+        assert_same(found, same)
+
+
+def test_an_epoch_shows_every_image_once_with_its_label(manifest: Manifest) -> None:
+    found = batches(manifest)
+    for epoch in (found[:5], found[5:]):
+        ids = torch.cat([batch.ids for batch in epoch])
+        assert sorted(ids.tolist()) == list(range(40))
+        assert torch.equal(torch.cat([batch.labels for batch in epoch]), ids % 2)
+    assert not torch.equal(found[0].ids, found[5].ids)
+
+
+def test_the_two_views_and_two_epochs_of_an_image_differ(manifest: Manifest) -> None:
+    found = batches(manifest)
+    first, second = found[0], together(found[5:])
+    assert not torch.equal(first.views[0], first.views[1])
+    assert not torch.equal(first.draws[0], first.draws[1])
+    again = int((second.ids == first.ids[0]).nonzero())
+    assert not torch.equal(second.draws[0, again], first.draws[0, 0])
+
+
+def test_a_shard_cut_short_is_named(manifest: Manifest, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    broken = write_synthetic_set(folder, 40, 20, num_shards=3)
+    shard = folder / broken.splits["train"][1].name
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    reader = ShardReader(broken, "train")
+    reader.read(0, 0)
+    with pytest.raises(DataError, match=r"train-000001\.tar has \d+ bytes, but the manifest says \d+"):
+        reader.read(1, 0)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    broken = write_synthetic_set(folder, 10, 20)
+    shard = folder / broken.splits["train"][0].name
+    offset = int(broken.index(broken.splits["train"][0])[3, 0])
+    data = bytearray(shard.read_bytes())
+    data[offset : offset + 8] = b"notaJPEG"
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"sample 3 of train-000000\.tar cannot be decoded"):
+        ShardReader(broken, "train").read(0, 3)
+
+
+def test_evaluation_batches_cover_a_split_once_however_it_is_shared(manifest: Manifest) -> None:
+    split = EvaluationSet(manifest, "test", 16)
+    assert len(split) == 40
+    parts = [list(split.batches(7, start=rank, step=3)) for rank in range(3)]
+    ids = np.concatenate([batch_ids for part in parts for _, _, batch_ids in part])
+    assert sorted(ids) == list(range(40))
+    images, labels, ids_0 = parts[0][0]
+    assert images.shape == (7, 3, 16, 16)
+    assert torch.equal(labels, ids_0 % 2)
+    assert len(EvaluationSet(manifest, "test", 16, limit=9, seed=1)) == 9
+
+
+def test_a_split_that_is_not_there(manifest: Manifest) -> None:
+    with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
+        ShardReader(manifest, "val")

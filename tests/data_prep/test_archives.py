@@ -1,0 +1,98 @@
+"""Archives: the same shards as from the folder, and nothing written for those that are unsafe or damaged."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.data.manifest import DataError, Manifest
+
+Run = Callable[..., Manifest]
+
+
+@pytest.mark.parametrize("mode, suffix", [("w", "tar"), ("w:gz", "tar.gz"), ("w:bz2", "tar.bz2"), ("w:xz", "tar.xz")])
+def test_an_archive_gives_the_shards_of_its_folder(
+    tmp_path: Path, make_folder: Any, archive: Any, run: Run, content: Any, mode: str, suffix: str
+) -> None:
+    source = make_folder({"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 2})
+    path = archive(source, tmp_path / f"set.{suffix}", mode)
+    assert run(path, tmp_path / "a").digest == run(source, tmp_path / "b").digest
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]  # nothing unpacked is left
+
+
+def test_a_leading_folder_is_no_class(tmp_path: Path, make_folder: Any, archive: Any, run: Run, content: Any) -> None:
+    make_folder({"images/cat": 4, "images/dog": 4}, "outer")
+    path = archive(tmp_path / "outer", tmp_path / "set.tar")
+    assert run(path, tmp_path / "a").classes == ("cat", "dog")
+    run(tmp_path / "outer" / "images", tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def with_member(path: Path, member: tarfile.TarInfo, data: bytes = b"") -> Path:
+    member.size = len(data)
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "cat/../../outside.jpg"])
+def test_members_outside_the_folder_are_refused(tmp_path: Path, encoded: Any, run: Run, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    path = with_member(tmp_path / "in" / "set.tar", tarfile.TarInfo(name), encoded(0))
+    with pytest.raises(DataError, match=r"set.tar is not safe to unpack: .*outside.*nothing was written"):
+        run(path, tmp_path / "in" / "dst")
+    assert os.listdir(tmp_path) == ["in"]
+    assert os.listdir(tmp_path / "in") == ["set.tar"]
+
+
+def test_links_and_devices_are_refused(tmp_path: Path, run: Run) -> None:
+    member = tarfile.TarInfo("cat/a.jpg")
+    member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with pytest.raises(DataError, match="is not safe to unpack"):
+        run(with_member(tmp_path / "a.tar", member), tmp_path / "dst")
+    member.linkname = "b.jpg"
+    with pytest.raises(DataError, match=r"holds cat/a.jpg as a link"):
+        run(with_member(tmp_path / "b.tar", member), tmp_path / "dst")
+    member.type = tarfile.CHRTYPE
+    with pytest.raises(DataError, match="is not safe to unpack"):
+        run(with_member(tmp_path / "c.tar", member), tmp_path / "dst")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_cut_short_is_refused_wherever_it_is_cut(
+    tmp_path: Path, make_folder: Any, archive: Any, run: Run, mode: str
+) -> None:
+    """Guards against tarfile, which takes a missing header for the end and would give fewer images without a word."""
+    path = archive(make_folder({"cat": 4}), tmp_path / "set.tar", mode)
+    whole = path.read_bytes()
+    # a plain tar: folder header, then blocks of a header and an image of one or two blocks
+    for length in [512, 1024, 1536, 2048, 2560] if mode == "w" else [len(whole) // 2, len(whole) - 4]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"is cut short or damaged|is no whole tar|is damaged"):
+            run(path, tmp_path / "dst")
+        assert not (tmp_path / "dst").exists()
+        assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_damaged_header_in_the_middle_is_refused(tmp_path: Path, make_folder: Any, archive: Any, run: Run) -> None:
+    path = archive(make_folder({"cat": 4}), tmp_path / "set.tar", "w")
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[2].offset
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cut short or damaged after 1 images"):
+        run(path, tmp_path / "dst")
+
+
+def test_what_is_no_tar_is_refused(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "set.zip").write_bytes(b"PK\3\4" + bytes(2000))
+    with pytest.raises(DataError, match=r"no whole tar archive .*; name a folder or a .tar"):
+        run(tmp_path / "set.zip", tmp_path / "dst")

@@ -1,0 +1,125 @@
+"""`python -m data_prep`: exit codes, one readable line for an error, progress; and the workers' failures."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.__main__ import main
+from data_prep.progress import Progress
+
+WORKERS_FAIL = """
+import os
+from clae_dist.data.manifest import DataError
+from data_prep.pool import run_tasks
+
+def work(task, report):
+    report(1)
+    if task == "die":
+        os._exit(9)
+    if task == "fail":
+        raise DataError("the source changes")
+    return task
+
+if __name__ == "__main__":
+    for tasks in (["a", "b", "c", "d", "e"], ["die", "a"], ["a", "fail"]):
+        counts = []
+        try:
+            print(sorted(run_tasks(work, tasks, 2, counts.append)), sum(counts))
+        except DataError as error:
+            print("DataError:", error)
+"""
+
+
+def test_a_run_from_folder_to_verified_shards(tmp_path: Path, make_folder: Any, command: Any) -> None:
+    source, folder = make_folder({"cat": 10, "dog": 10}), tmp_path / "dst"
+    done = command("imagefolder", source, folder, "--workers", 1, "--max-bad", "2%", "--shard-bytes", "1M", "--licence", "CC0")
+    assert done.returncode == 0, done.stderr
+    assert "src: 20 images, 2 classes, 2 shards." in done.stdout
+    assert "a test split of 10% of every class is drawn with seed 0" in done.stdout
+    assert f"{folder}: train 18, test 2" in done.stdout
+    assert "20 of 20 images" in done.stderr
+    assert main(["verify", str(folder)]) == 0
+    (folder / "test-000000.tar").write_bytes(b"")
+    assert main(["verify", str(folder)]) == 1
+    assert main(["verify", str(tmp_path)]) == 2
+
+
+def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["imagefolder", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--workers", "0"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("data_prep: ")
+    assert "nowhere does not exist; name a folder of class folders" in said
+    with pytest.raises(ValueError, match="does not exist"):
+        main([*words, "--debug"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["imagefold"],
+        ["imagefolder", "a"],
+        ["imagefolder", "a", "b", "--max-bad", "200%"],
+        ["imagefolder", "a", "b", "--max-pixels", "inf"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["imagefolder"], ["verify"], ["demo"]])
+def test_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
+    assert "exit codes: 0 done; 1 verify found differences" in capsys.readouterr().out
+
+
+def test_demo_takes_its_paths_from_the_environment(
+    tmp_path: Path, make_folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLAE_DATA", str(make_folder({"cat": 4, "dog": 4}, "mine")))
+    assert main(["demo", str(tmp_path / "dst"), "--workers", "0"]) == 0
+    assert f"Images: {tmp_path / 'mine'}, as you asked." in capsys.readouterr().out
+    other = make_folder({"owl": 4}, "other")
+    assert main(["demo", str(tmp_path / "dst2"), "--data", str(other), "--workers", "0"]) == 0
+    assert f"Images: {other}" in capsys.readouterr().out
+
+
+def test_a_worker_that_dies_or_fails_is_an_error_and_not_a_hang(tmp_path: Path, command: Any) -> None:
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS_FAIL)
+    done = command(script=script)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "['a', 'b', 'c', 'd', 'e'] 5"
+    assert "a worker process died (exit code 9" in lines[1]
+    assert lines[2] == "DataError: the source changes"
+
+
+def test_progress_is_one_line_on_a_terminal_and_rare_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = [0.0]
+    monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
+    for stream, expected in ((Terminal(), 41), (io.StringIO(), 3)):
+        progress = Progress(1000, already_done=200, stream=stream)
+        for _ in range(40):
+            now[0] += 0.25
+            progress.add(10)
+        progress.close()
+        text = stream.getvalue()
+        assert text.count("images/s") == expected
+        assert text.count("\n") == (1 if expected == 41 else expected)
+        assert "600 of 1000 images, 40 images/s, 10 s left" in text

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from clae_dist.config import ConfigError, from_yaml
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.data.manifest import DataError, load_manifest
+from clae_dist.evaluation.evaluate import evaluate_run
+from clae_dist.evaluation.features import extract
+from clae_dist.evaluation.knn import knn_accuracy
+from clae_dist.evaluation.linear import linear_probe
+from clae_dist.models import build_model
+from clae_dist.runs.checkpoint import load_model
+
+MakeRun = Callable[..., Path]
+
+
+def test_before_and_after_are_the_initial_and_the_trained_encoder(make_run: MakeRun) -> None:
+    """Settings, pixels and mode are the same for both; only the weights differ."""
+    run = make_run()
+    said: list[str] = []
+    found = evaluate_run(run, said.append)
+    config = from_yaml(run / "config.yaml")
+    manifest = load_manifest(config.data.shards)
+    for when, model in (("before", build_model(config)), ("after", load_model(run)[1])):
+        train, test = (extract(model, EvaluationSet(manifest, split, 16), "cpu", 500) for split in ("train", "test"))
+        assert found[f"knn_{when}"] == knn_accuracy(train, test, 20, config.evaluation.knn_temperature)
+        assert found[f"linear_{when}"] == linear_probe(train, test, seed=config.seed).accuracy
+    assert found["knn_before"] > 80  # three plain colours
+    assert (found["train_images"], found["test_images"], found["images_seen"]) == (150, 30, 224)
+    assert found["manifest_digest"] == manifest.digest
+    assert json.loads((run / "evaluation.json").read_text()) == found
+    assert any("images/s" in line for line in said)
+
+
+def test_can_be_repeated_and_leaves_no_partial_file(make_run: MakeRun) -> None:
+    run = make_run()
+    first, second = ({**evaluate_run(run, _quiet), "wall_s": 0} for _ in range(2))
+    assert first == second
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "evaluation.json", "run.json"]
+
+
+def test_neighbours_are_drawn_over_the_classes(make_run: MakeRun) -> None:
+    shown = evaluate_run(make_run(), _quiet)["neighbours"]
+    assert len(shown) == 8
+    assert sorted(query["label"] for query in shown[:3]) == [0, 1, 2]
+    assert len({query["id"] for query in shown}) == 8
+    assert all(query["cosines"] == sorted(query["cosines"], reverse=True) for query in shown)
+
+
+@pytest.mark.parametrize("test_split", [True, False])
+def test_without_labels_or_test_split_there_are_no_accuracies(
+    make_run: MakeRun, shards: Callable[..., Path], test_split: bool
+) -> None:
+    said: list[str] = []
+    found = evaluate_run(make_run(data=shards(labelled=False, test=test_split)), said.append)
+    assert [found[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after")] == [None] * 4
+    assert bool(found["neighbours"]) == test_split
+    assert any("no accuracies" in line for line in said)
+
+
+def test_a_run_without_checkpoint_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match="holds no checkpoint yet; start `clae train`"):
+        evaluate_run(make_run(checkpoint=False), _quiet)
+
+
+def test_shards_that_are_gone_are_named(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        evaluate_run(make_run(data=tmp_path / "nowhere"), _quiet)
+
+
+def test_runs_in_double_precision_too(make_run: MakeRun) -> None:
+    found = evaluate_run(make_run("train.precision=float64", "attack.name=none"), _quiet)
+    assert torch.tensor(found["knn_after"]).isfinite()
+
+
+def _quiet(_: str) -> None: ...

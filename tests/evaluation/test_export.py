@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from clae_dist.config import ConfigError, from_yaml
+from clae_dist.evaluation.export import config_digest, export_encoder
+from clae_dist.runs.checkpoint import load_model
+
+MakeRun = Callable[..., Path]
+
+ENCODERS = (
+    ("small_resnet", 16, "timm"),
+    ("timm/resnet18", 32, "timm"),
+    ("timm/vit_tiny_patch16_224", 32, "timm"),
+    ("torchvision/resnet18", 32, "torchvision"),
+    ("torchvision/resnet18", 72, "torchvision"),  # above 64 pixels: the ImageNet stem
+)
+
+# Runs the README's own lines, folder by folder, where `import clae_dist` fails: as on a machine that does not have it.
+_RUN_SNIPPETS = """
+import os, re, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "clae_dist":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    (code,) = re.findall(r"```python\\n(.*?)```", open("README.md").read(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    torch.save(names["features"](torch.load("images.pt")), "features.pt")
+"""
+
+
+def test_loads_without_this_package(make_run: MakeRun, tmp_path: Path) -> None:
+    """The exact lines of each export's README, in a process that cannot import clae_dist."""
+    runs = []
+    for number, (encoder, size, library) in enumerate(ENCODERS):
+        runs.append(make_run(f"model.encoder={encoder}", f"data.image_size={size}", run_dir=tmp_path / str(number)))
+        export = export_encoder(runs[-1])
+        assert export == runs[-1] / "export"
+        assert json.loads((export / "config.json").read_text())["library"] == library
+        torch.save(torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0)), export / "images.pt")
+    command = [sys.executable, "-c", _RUN_SNIPPETS, *(str(run / "export") for run in runs)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for run in runs:
+        with torch.no_grad():
+            expected = load_model(run)[1].features(torch.load(run / "export" / "images.pt"), route="clean")
+        # float32: the same network, built by another library's blocks
+        torch.testing.assert_close(torch.load(run / "export" / "features.pt"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_says_where_the_encoder_comes_from(make_run: MakeRun) -> None:
+    run = make_run()
+    export = export_encoder(run)
+    config = json.loads((export / "config.json").read_text())
+    assert config["images_seen"] == 224
+    assert config["manifest_digest"] == "d" * 64
+    assert config["config_digest"] == config_digest(from_yaml(run / "config.yaml"))
+    assert config["input_size"] == [3, 16, 16]
+    assert config["mean"] == [0.485, 0.456, 0.406]
+    with safe_open(export / "encoder.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+        metadata = file.metadata()
+    assert metadata["manifest_digest"] == "d" * 64
+    assert json.loads(metadata["std"]) == config["std"]
+    assert {path.name for path in export.iterdir()} == {"encoder.safetensors", "config.json", "README.md"}
+
+
+def test_holds_the_clean_route(make_run: MakeRun) -> None:
+    """Exporting the adversarial route would load just as well, and be wrong."""
+    run = make_run("model.encoder=timm/resnet18", "data.image_size=32")
+    weights = load_file(export_encoder(run) / "encoder.safetensors")
+    state = load_model(run)[1].encoder.state_dict()
+    (clean,) = (value for key, value in state.items() if key.startswith("bn1.") and "clean" in key and "running_mean" in key)
+    (adversarial,) = (
+        v for key, v in state.items() if key.startswith("bn1.") and "adversarial" in key and "running_mean" in key
+    )
+    assert torch.equal(weights["bn1.running_mean"], clean)
+    assert not torch.equal(clean, adversarial)
+
+
+def test_the_digest_of_the_configuration_ignores_where_things_lie(make_run: MakeRun, tmp_path: Path) -> None:
+    one, moved, other = (
+        from_yaml(make_run(*settings, checkpoint=False, run_dir=tmp_path / name) / "config.yaml")
+        for name, settings in (("a", []), ("b", ["data.workers=3", "run_dir=elsewhere"]), ("c", ["objective.temperature=0.2"]))
+    )
+    assert config_digest(one) == config_digest(moved) != config_digest(other)
+
+
+def test_replaces_an_older_export_and_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    destination = tmp_path / "deep" / "encoder"
+    for _ in range(2):
+        assert export_encoder(run, destination) == destination
+    assert [path.name for path in destination.parent.iterdir()] == ["encoder"]
+    (destination / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="which holds other files; name a new folder"):
+        export_encoder(run, destination)
+    assert (destination / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_without_checkpoint_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        export_encoder(make_run(checkpoint=False))

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from clae_dist.config import Attack, ConfigError, resolve
+from clae_dist.evaluation.attacked import amplification, attack_images
+from clae_dist.evaluation.curves import CHARTS
+from clae_dist.evaluation.evaluate import evaluate_run
+from clae_dist.evaluation.record import merge_lines, read_record, summarise, summary_table, training_seconds
+from clae_dist.evaluation.report import write_report
+from clae_dist.models import build_model
+
+MakeRun = Callable[..., Path]
+Metrics = list[dict[str, float]]
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects what the page refers to and what it says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def pictures(self) -> list[Image.Image]:
+        prefix = "data:image/png;base64,"
+        assert all(reference.startswith(prefix) for reference in self.references)
+        found = [Image.open(io.BytesIO(base64.b64decode(reference.removeprefix(prefix)))) for reference in self.references]
+        for image in found:
+            image.load()
+        return found
+
+
+@pytest.fixture
+def write_metrics(metrics: Metrics) -> Callable[[Path], None]:
+    def write(run: Path) -> None:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+
+    return write
+
+
+def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
+    run = make_run()
+    write_metrics(run)
+    evaluate_run(run, _quiet)
+    path = write_report(run, _quiet)
+    assert path == run / "report" / "report.html"
+    page = Page(path)
+    assert len(page.pictures()) == len(CHARTS) + 2
+    names = {png.stem for png in (run / "report").glob("*.png")}
+    assert names == {chart.name for chart in CHARTS} | {"adversarial", "neighbours"}
+    assert "tiny <run>" in page.text  # a name is text, never markup
+    for text in ("CLAE", "kNN", "Linear probe", "untrained encoder", "command line", "manifest digest", "data.shards"[5:]):
+        assert text in page.text, text
+    assert not any(address in path.read_text() for address in ("http:", "https:", "@import", "url("))
+
+
+def test_of_a_key_logged_twice_the_last_value_wins(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
+    run = make_run()
+    write_metrics(run)
+    record = read_record(run)
+    assert record.series("loss") == ([32, 64, 96, 128, 160, 192, 224], [9, 9, 3, 4, 5, 6, 7])
+    # The kNN line of image 224 repeats it, and takes nothing away from the training line.
+    assert record.series("knn_accuracy") == ([0, 224], [40, 55])
+    summary = summarise(record)
+    assert (summary["loss"], summary["images_seen"], summary["images_per_s"]) == (7, 224, 6)
+    assert summary["wall_s"] == 4 + 5.5  # both starts
+    assert (summary["world_size"], summary["backend"]) == (2, "ddp")
+
+
+def test_merging_and_seconds_of_nothing() -> None:
+    assert merge_lines([]) == []
+    assert training_seconds([]) is None
+
+
+def test_what_is_missing_is_said(make_run: MakeRun) -> None:
+    run = make_run(checkpoint=False)
+    page = Page(write_report(run, _quiet))
+    assert page.pictures() == []
+    for text in ("no metrics yet", "has not been evaluated yet", "holds no checkpoint yet", "come with an evaluation"):
+        assert text in page.text, text
+    summary = json.loads((run / "summary.json").read_text())
+    expected = dict.fromkeys(("images_seen", "images_per_s", "loss", "knn_before", "knn_after", "linear_after", "wall_s"))
+    assert expected.items() <= summary.items()
+    assert "–" in summary_table(summary)
+
+
+def test_a_line_that_is_still_being_written_is_left_out(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
+    run = make_run(checkpoint=False)
+    write_metrics(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"images_seen": 256, "los')
+    assert summarise(read_record(run))["images_seen"] == 224
+
+
+def test_a_damaged_line_is_named(make_run: MakeRun) -> None:
+    run = make_run(checkpoint=False)
+    (run / "metrics.jsonl").write_text('{"images_seen": 1}\n{"images_s\n{"images_seen": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2 is not valid JSON"):
+        read_record(run)
+
+
+def test_shards_that_have_moved_are_no_obstacle(
+    make_run: MakeRun, write_metrics: Callable[[Path], None], tmp_path: Path
+) -> None:
+    run = make_run(data=tmp_path / "gone")
+    write_metrics(run)
+    page = Page(write_report(run, _quiet))
+    assert len(page.pictures()) == len(CHARTS)
+    assert "not where config.yaml says" in page.text
+
+
+def test_plain_simclr_is_shown_under_the_default_attack(make_run: MakeRun) -> None:
+    page = Page(write_report(make_run("attack.name=none"), _quiet))
+    assert "SimCLR" in page.text
+    assert "the default attack, because this run has none" in page.text
+    assert len(page.pictures()) == 1
+
+
+def test_pictures_of_an_earlier_report_are_taken_away(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
+    run = make_run(checkpoint=False)
+    write_metrics(run)
+    write_report(run, _quiet)
+    (run / "metrics.jsonl").unlink()
+    write_report(run, _quiet)
+    assert list((run / "report").iterdir()) == [run / "report" / "report.html"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.yaml"):
+        write_report(tmp_path, _quiet)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attack.epsilon=0.02"],
+        ["attack.epsilon=0.1", "attack.unit=normalised", "model.std=[0.2,0.2,0.2]"],
+        ["attack.anchor=other"],
+    ],
+)
+def test_the_pictured_attack_keeps_to_epsilon_and_raises_the_loss(overrides: list[str]) -> None:
+    config = resolve(None, ["model.encoder=small_resnet", "data.image_size=16", *overrides])[0]
+    model = build_model(config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randint(0, 256, (48, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = attack_images(config, model, images)
+    epsilon = 0.02 if config.attack.epsilon in (0.02, 0.1) else Attack().epsilon
+    largest = (found.adversarial - found.clean).abs().max()
+    assert float(largest) == pytest.approx(epsilon, abs=1e-6)  # float32 pixels
+    assert found.adversarial.min() >= 0
+    assert found.adversarial.max() <= 1
+    assert found.loss_after > found.loss_before
+    assert amplification(found) == int(0.5 / float(largest))
+    assert not model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_table_puts_two_runs_side_by_side() -> None:
+    clae: dict[str, Any] = {
+        "method": "CLAE",
+        "images_seen": 512000,
+        "images_per_s": 312.4,
+        "loss": 4.5678,
+        "knn_before": 31.23,
+        "knn_after": 43.21,
+        "linear_before": 38.0,
+        "linear_after": 55.55,
+        "wall_s": 100.2,
+        "report": "runs/a/report/report.html",
+        "checkpoints": "runs/a/checkpoints",
+    }
+    alone = summary_table(clae)
+    for text in (
+        "512,000",
+        "312",
+        "4.568",
+        "31.2 % → 43.2 %",
+        "38.0 % → 55.5 %",
+        "runs/a/report/report.html",
+        "runs/a/checkpoints",
+    ):
+        assert text in alone, text
+    both = summary_table(clae, {**clae, "method": "SimCLR", "knn_after": None, "report": "runs/b/report/report.html"})
+    header, *_ = both.splitlines()
+    assert header.split() == ["CLAE", "SimCLR"]
+    assert "runs/b/report/report.html" in both
+    columns = [line for line in both.splitlines() if line.startswith(("images seen", "loss"))]
+    assert len({len(line) for line in columns}) == 1  # aligned
+
+
+def _quiet(_: str) -> None: ...

@@ -1,0 +1,162 @@
+"""Encoders by name, routes of norm layers, and the global batch norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from clae_dist.config import Attack, Config, ConfigError, Data, Model
+from clae_dist.models import build_model
+from clae_dist.models.encoders import build_encoder
+from clae_dist.models.norms import GlobalBatchNorm, RoutedNorm, add_routes, route_parameters, set_route, single_route_state, untouched_statistics
+from clae_dist.world import World
+from tests.ranks import RankPool
+
+
+def model_of(encoder: str, image_size: int = 32, **settings: object) -> nn.Module:
+    return build_model(Config(data=Data(image_size=image_size), model=Model(encoder=encoder, projector_dim=8, **settings)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoder", ["small_resnet", "torchvision/resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"])
+def test_encoders_give_unit_rows(encoder: str) -> None:
+    model = model_of(encoder).eval()
+    z = model(torch.rand(2, 3, 32, 32), "adversarial")
+    assert z.shape == (2, 8)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
+    assert model.features(torch.rand(2, 3, 32, 32)).shape == (2, model.feature_dim)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("timm/resnet5", "did you mean timm/resnet"),
+        ("torchvision/resnet19", "did you mean torchvision/resnet"),
+        ("resnet50", "use small_resnet, timm/NAME or torchvision/NAME, such as timm/resnet50"),
+        ("small_resnet/x", "use small_resnet"),
+    ],
+)
+def test_an_unknown_encoder_names_the_nearest(encoder: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_encoder(Model(encoder=encoder), 32)
+
+
+def test_cifar_stem_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="defined for ResNets with one 7x7 convolution, not for timm/vit"):
+        build_encoder(Model(encoder="timm/vit_tiny_patch16_224", stem="cifar"), 32)
+
+
+def test_cifar_stem_keeps_the_resolution() -> None:
+    small, _ = build_encoder(Model(encoder="torchvision/resnet18"), 32)
+    large, _ = build_encoder(Model(encoder="torchvision/resnet18"), 224)
+    assert small.conv1.stride == (1, 1)
+    assert small.conv1.kernel_size == (3, 3)
+    assert large.conv1.stride == (2, 2)
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    first = model_of("small_resnet").state_dict()
+    torch.manual_seed(123)  # the global generator has no say
+    second = model_of("small_resnet").state_dict()
+    other = build_model(Config(seed=1, data=Data(image_size=32), model=Model(encoder="small_resnet", projector_dim=8))).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_routes_share_weights_but_not_norms() -> None:
+    model = model_of("small_resnet")
+    x = torch.rand(8, 3, 32, 32)
+    clean, adversarial = model(x, "clean"), model(x, "adversarial")
+    torch.testing.assert_close(clean, adversarial)  # both routes start equal
+    for parameter in route_parameters(model, "adversarial"):
+        nn.init.normal_(parameter)
+    assert not torch.allclose(model(x, "clean"), model(x, "adversarial"))
+    torch.testing.assert_close(model(x, "clean"), clean)
+
+
+def test_a_route_touches_its_own_statistics_only() -> None:
+    model = model_of("small_resnet").train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.rand(8, 3, 32, 32), "adversarial")
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert changed
+    assert all(".adversarial." in name for name in changed)
+
+
+def test_untouched_statistics_uses_batch_statistics_and_leaves_no_trace() -> None:
+    model = model_of("timm/resnet10t").train()
+    x = torch.rand(8, 3, 32, 32)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with untouched_statistics(model):
+        inside = model(x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    torch.testing.assert_close(model(x), inside)
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_simclr_without_attack_has_one_route() -> None:
+    model = build_model(Config(data=Data(image_size=32), model=Model(encoder="small_resnet"), attack=Attack(name="none")))
+    assert not any(isinstance(m, RoutedNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize("encoder", ["small_resnet", "timm/resnet10t"])
+def test_single_route_state_loads_into_the_plain_encoder(encoder: str) -> None:
+    model = model_of(encoder).eval()
+    plain, _ = build_encoder(Model(encoder=encoder), 32)
+    plain.load_state_dict(single_route_state(model.encoder.state_dict()), strict=True)
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(plain.eval()((x - model.mean) / model.std).flatten(1), model.features(x))
+
+
+# ---- batch norm over the global batch ----
+
+
+def make_norm(group: object) -> GlobalBatchNorm:
+    norm = nn.BatchNorm2d(5, momentum=0.3).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-1, 2, 5))
+        norm.bias.copy_(torch.linspace(1, -1, 5))
+    return GlobalBatchNorm(norm, group)  # type: ignore[arg-type]
+
+
+def rows() -> torch.Tensor:
+    x = torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x + torch.arange(12, dtype=torch.float64).view(12, 1, 1, 1) + 100  # ranks' means far apart, and far from zero
+
+
+def on_rank(world: World, _: int) -> tuple[torch.Tensor, ...]:
+    norm = make_norm(world.group).train()
+    x = rows().chunk(world.size)[world.rank].clone().requires_grad_()
+    y = norm(x)
+    (y.sin() * y.detach().cos()).sum().backward()
+    inner = norm.inner
+    return y.detach(), x.grad, inner.weight.grad, inner.bias.grad, inner.running_mean, inner.running_var, inner.num_batches_tracked  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_global_batch_norm_equals_one_process(ranks: RankPool, world_size: int) -> None:
+    found = ranks.run(world_size, on_rank, 0)
+    y, x_grad, weight_grad, bias_grad, mean, variance, count = on_rank(World.single("cpu"), 0)
+    tight = {"atol": 1e-10, "rtol": 0}  # float64, values around 100
+    torch.testing.assert_close(torch.cat([f[0] for f in found]), y, **tight)
+    torch.testing.assert_close(torch.cat([f[1] for f in found]), x_grad, **tight)
+    torch.testing.assert_close(sum(f[2] for f in found), weight_grad, **tight)
+    torch.testing.assert_close(sum(f[3] for f in found), bias_grad, **tight)
+    for f in found:
+        torch.testing.assert_close(f[4], mean, **tight)
+        torch.testing.assert_close(f[5], variance, **tight)
+        assert f[6] == count == 1
+
+
+def test_global_batch_norm_evaluates_with_running_statistics() -> None:
+    norm = make_norm(None).eval()
+    x = rows()
+    torch.testing.assert_close(norm(x), norm.inner(x))
+
+
+def test_routes_then_global_statistics_keep_both() -> None:
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert add_routes(encoder, 0.01) == 1
+    set_route(encoder, "adversarial")
+    assert isinstance(encoder[1], RoutedNorm)
+    assert encoder[1].adversarial.momentum == 0.01
