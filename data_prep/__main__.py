@@ -15,6 +15,16 @@ OK, DIFFERENCES, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _EXIT_CODES = """exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 130 interrupted"""
 
+_ALL = """\
+Images in, WebDataset shards and a manifest out.
+
+  python -m data_prep imagefolder photos/ shards/photos    # a folder of class folders, or a tar archive of one
+  python -m data_prep verify shards/photos                 # is everything as the manifest says?
+  python -m data_prep demo shards/demo                     # the images of the quickstart
+
+Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --help` tells the options.
+"""
+
 _IMAGEFOLDER = """\
 Writes the images of SRC as WebDataset shards with a manifest into DST.
 
@@ -77,9 +87,7 @@ for _kind, _name in (
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m data_prep", description=__doc__ and "Images in, shards out.", epilog=_EXIT_CODES
-    )
+    parser = argparse.ArgumentParser("python -m data_prep", description=_ALL, epilog=_EXIT_CODES, formatter_class=raw)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

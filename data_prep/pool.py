@@ -27,6 +27,7 @@ def run_tasks(
     """Yields the results of `work(task, report)` in order of completion; `progress(n)` is called about once a second.
 
     What `work` raises is raised here. `num_workers` 0 works in this process. Closing the generator ends the workers.
+    To be called from the main thread. Raises DataError when a worker dies.
     """
     if num_workers == 0:
         for task in tasks:
@@ -45,8 +46,9 @@ def run_tasks(
 def _start(work: Work[Any, Any], count: int) -> dict[Connection, Any]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
-    # Ctrl-C goes to the whole process group. The workers inherit a mask that blocks it: the parent alone reacts.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C goes to the whole process group; the workers inherit that it is ignored, and the parent alone reacts.
+    # (A blocked signal would not do: multiprocessing unblocks it when it starts its resource tracker.)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
@@ -55,7 +57,7 @@ def _start(work: Work[Any, Any], count: int) -> dict[Connection, Any]:
             theirs.close()
             workers[ours] = process
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
     return workers
 
 

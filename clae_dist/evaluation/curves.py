@@ -67,7 +67,7 @@ CHARTS = (
     Chart(
         "cos_positive",
         "Cosine of positives",
-        "Two views of one image. The attack pulls them apart.",
+        "Of two clean views of an image, and of a view and the adversarial image.",
         (Curve("cos_positive", "clean", CLEAN), Curve("cos_positive_adversarial", "adversarial", ADVERSARIAL)),
     ),
     Chart(
@@ -82,38 +82,31 @@ CHARTS = (
         ),
     ),
     Chart(
-        "delta_l2",
-        "‖δ‖₂ of the perturbation",
-        "Mean over images, pixel values in [0, 1].",
-        (Curve("delta_l2", "L2", ADVERSARIAL),),
-        from_zero=True,
-    ),
-    Chart(
-        "delta_linf",
-        "‖δ‖∞ of the perturbation",
-        "Mean over images, in 255ths of the pixel range: the ε of the attack.",
-        (Curve("delta_linf", "L∞", ADVERSARIAL),),
+        "delta",
+        "Size of the perturbation δ",
+        "Mean over images: L2 norm in pixel values of [0, 1], L∞ in 255ths of them.",
+        (Curve("delta_linf", "L∞ · 255", ADVERSARIAL), Curve("delta_l2", "L2", CLEAN)),
         from_zero=True,
     ),
     Chart(
         "wrong_sign_share",
-        "Wrong attack signs with local negatives only, %",
-        "Pixel signs that one rank's own negatives would have got wrong.",
+        "Wrong attack signs, %",
+        "Share of pixel signs that one rank's own negatives alone would have got wrong.",
         (Curve("wrong_sign_share", "wrong signs", FOURTH),),
         from_zero=True,
     ),
     Chart(
         "alignment",
-        "Alignment",
-        "Mean ‖a − b‖² of positives: lower is closer.",
-        (Curve("alignment", "alignment", CLEAN),),
-        from_zero=True,
+        "Alignment and uniformity",
+        "Mean ‖a − b‖² of positives; log mean exp(−2‖a − b‖²) of negatives. Lower is better for both.",
+        (Curve("alignment", "alignment", CLEAN), Curve("uniformity", "uniformity", THIRD)),
     ),
     Chart(
-        "uniformity",
-        "Uniformity",
-        "log mean exp(−2‖a − b‖²) of negatives: lower is more spread.",
-        (Curve("uniformity", "uniformity", CLEAN),),
+        "grad_norm",
+        "Gradient norm",
+        "Over all parameters, before clipping.",
+        (Curve("grad_norm", "gradient norm", CLEAN),),
+        from_zero=True,
     ),
     Chart("speed", "Images per second", "All ranks together.", (Curve("images_per_s", "images/s", CLEAN),), from_zero=True),
     Chart(
@@ -132,7 +125,7 @@ def draw_chart(record: Record, chart: Chart) -> bytes | None:
     series = [(curve, x, y) for curve, x, y in series if x]
     if not series:
         return None
-    figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+    figure = Figure(figsize=(4.1, 2.45), layout="constrained")
     axes = figure.add_subplot()
     for curve, x, y in series:
         scale = 255 if curve.key == "delta_linf" else 1
@@ -162,7 +155,7 @@ def _legend(axes: Axes, columns: int) -> None:
         bbox_to_anchor=(-0.01, 1.0),
         ncols=columns,
         frameon=False,
-        fontsize=7.5,
+        fontsize=8.5,
         labelcolor=INK,
         handlelength=1.6,
         borderpad=0,
@@ -173,14 +166,14 @@ def plain_axes(axes: Axes) -> None:
     """Two spines, a faint grid, images seen below."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=8, length=3)
+    axes.tick_params(colors=INK, labelsize=9, length=3)
     axes.grid(axis="y", color=INK, alpha=0.22, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlim(left=0)
-    axes.set_xlabel("images seen", fontsize=8, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("images seen", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def short(count: float) -> str:

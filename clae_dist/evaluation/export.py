@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from clae_dist import __version__
@@ -44,9 +44,8 @@ def export_encoder(run_dir: Path, destination: Path | None = None) -> Path:
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        save_file(
-            state, partial / WEIGHTS, metadata={"format": "pt", **{key: _text(value) for key, value in description.items()}}
-        )
+        metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
+        (partial / WEIGHTS).write_bytes(save(state, metadata))
         (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
         (partial / README).write_text(readme(description))
         _replace_folder(partial, destination)
@@ -107,7 +106,7 @@ def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, An
         "torchvision": lambda: ("torchvision", name, {"image_size": size} if name.startswith("vit_") else {}),
     }[family]()
     return {
-        "format": FORMAT,
+        "format_version": FORMAT,
         "library": library,
         "architecture": architecture,
         "arguments": arguments,

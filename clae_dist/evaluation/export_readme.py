@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _BUILD = {
-    "timm": """import timm
-
-encoder = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **config["arguments"])""",
-    "torchvision": """import torchvision
-
-encoder = torchvision.models.get_model(config["architecture"], weights=None, **config["arguments"])
+    "timm": """encoder = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **config["arguments"])""",
+    "torchvision": """encoder = torchvision.models.get_model(config["architecture"], weights=None, **config["arguments"])
 setattr(encoder, config["head"], torch.nn.Identity())  # no classifier""",
 }
 _STEM = """
@@ -22,7 +18,9 @@ _LOAD = """import json
 from pathlib import Path
 
 import torch
+import {library}
 from safetensors.torch import load_file
+
 {build}
 
 encoder.load_state_dict(load_file(folder / "encoder.safetensors"), strict=True)
@@ -41,16 +39,16 @@ def features(images):
 def readme(description: Mapping[str, Any]) -> str:
     """The text for an export that `description` (config.json) describes."""
     build = _BUILD[description["library"]]
-    imports, _, construction = build.partition("\n\n")
     reading = 'folder = Path(".")  # of this README\nconfig = json.loads((folder / "config.json").read_text())'
-    lines = f"{imports}\n\n{reading}\n{construction}"
+    lines = f"{reading}\n{build}"
     if description["stem"]:
         lines += _STEM
-    code = _LOAD.format(build=lines, num_features=description["num_features"], side=description["input_size"][1])
+    side = description["input_size"][1]
+    code = _LOAD.format(library=description["library"], build=lines, num_features=description["num_features"], side=side)
     return f"""# {description["encoder"]}, pretrained with {description["method"]}
 
-The encoder after {description["images_seen"]:,} images, without projector or classifier, from clae-dist
-{description["package_version"]}. `encoder.safetensors` holds the weights, `config.json` the architecture, the pixel statistics
+The encoder after {description["images_seen"]:,} images, without projector or classifier (clae-dist
+{description["package_version"]}). `encoder.safetensors` holds the weights, `config.json` the architecture, the pixel statistics
 and where the encoder comes from (digests of the set of images and of the configuration). Loading it takes torch, safetensors
 and {description["library"]}:
 

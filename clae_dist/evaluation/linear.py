@@ -87,7 +87,12 @@ def _blank_head(x_NF: torch.Tensor, num_classes: int) -> _Head:
 
 def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:
     """(F, F) orthonormal: turned onto them, the features are uncorrelated, and the same problem is solved in fewer steps."""
-    return torch.linalg.eigh(x_NF.T.double() @ x_NF.double() / len(x_NF)).eigenvectors.to(x_NF.dtype)
+    width = x_NF.shape[1]
+    covariance_FF = torch.zeros((width, width), dtype=torch.float64, device=x_NF.device)
+    for rows_nF in x_NF.split(65_536):  # a double-precision copy of all of ImageNet's features would not fit
+        rows_nF = rows_nF.double()
+        covariance_FF += rows_nF.T @ rows_nF / len(x_NF)
+    return torch.linalg.eigh(covariance_FF).eigenvectors.to(x_NF.dtype)
 
 
 def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: _Head, penalty: float, iterations: int) -> _Head:

@@ -17,12 +17,12 @@ body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5
 main { max-width: 1120px; margin: 0 auto; padding: 28px 16px 56px; }
 h1 { font-size: 1.9rem; margin: 0; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 44px 0 4px; }
-p { margin: 4px 0 12px; max-width: 76ch; }
+p { margin: 4px 0 12px; max-width: 92ch; }
 .soft, figcaption, .note { color: var(--soft); }
 .tag { display: inline-block; font-size: 0.8rem; font-weight: 600; padding: 2px 10px; border-radius: 99px; color: #fff;
   background: var(--adversarial); vertical-align: 0.45em; margin-left: 8px; }
 .tag.SimCLR { background: var(--clean); }
-.cards { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); margin: 22px 0 8px; }
+.cards { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(235px, 100%), 1fr)); margin: 22px 0 8px; }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); margin-top: 14px; }
 .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; margin: 0; }
 .card .what { font-size: 0.86rem; color: var(--soft); }
@@ -37,7 +37,7 @@ figure img { width: 100%; height: auto; display: block; margin-top: 8px; }
 figure.pixels { overflow-x: auto; margin-top: 12px; }
 figure.pixels img { min-width: 560px; max-width: 980px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.93rem; font-variant-numeric: tabular-nums; }
-.table { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 12px; margin-top: 12px; }
+.table { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 12px; margin: 12px 0; }
 th, td { text-align: left; padding: 7px 16px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; font-size: 0.84rem; }
@@ -98,8 +98,8 @@ def comparison_card(what: str, before: float | None, after: float | None) -> str
     widths = (("bar", before), ("bar after", after))
     bars = "".join(f'<div class="{bar}" style="width:{value:.1f}%"></div>' for bar, value in widths)
     return (
-        f'<div class="card"><div class="what">{escape(what)}, before → after</div>'
-        f'<div class="value">{before:.1f} → {after:.1f} %<small{css}>{points:+.1f}</small></div>{bars}</div>'
+        f'<div class="card"><div class="what">{escape(what)}, %, before → after</div>'
+        f'<div class="value">{before:.1f} → {after:.1f}<small{css}>{points:+.1f}</small></div>{bars}</div>'
     )
 
 

@@ -98,13 +98,14 @@ def summarise(record: Record) -> dict[str, Any]:
     """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
     rates = record.series("images_per_s")[1]
-    losses = record.series("loss")[1]
+    losses, clean = record.series("loss")[1], record.series("loss_clean")[1]
     return {
         "name": record.config.name,
         "method": "CLAE" if record.attacked else "SimCLR",
         "images_seen": int(record.lines[-1]["images_seen"]) if record.lines else None,
         "images_per_s": statistics.median(rates) if rates else None,
         "loss": losses[-1] if losses else None,
+        "loss_clean": clean[-1] if clean else None,  # comparable between CLAE and SimCLR, whose loss it is
         **{key: evaluation.get(key) for key in ("knn_before", "knn_after", "linear_before", "linear_after")},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
@@ -143,6 +144,7 @@ def summary_table(summary: Mapping[str, Any], compare: Mapping[str, Any] | None 
         ["images/s", *(number(run.get("images_per_s")) for run in runs)],
         ["training time", *(number(run.get("wall_s"), ",.0f", " s") for run in runs)],
         ["loss", *(number(run.get("loss"), ".3f") for run in runs)],
+        ["loss between clean views", *(number(run.get("loss_clean"), ".3f") for run in runs)],
         ["kNN, before → after", *(change(run.get("knn_before"), run.get("knn_after")) for run in runs)],
         ["linear probe, before → after", *(change(run.get("linear_before"), run.get("linear_after")) for run in runs)],
     ]

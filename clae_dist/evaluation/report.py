@@ -26,18 +26,18 @@ from clae_dist.runs.checkpoint import load_model
 
 ATTACK_BATCH = 256  # images that are each other's negatives in the pictures of the attack
 SECTIONS = (
-    ("Learning", "", ("loss", "knn", "learning_rate")),
+    ("Learning", "", ("loss", "knn", "grad_norm")),
     (
         "The attack",
         "One step against the loss of the whole global batch, bounded by ε.",
-        ("attack_loss", "delta_l2", "delta_linf", "wrong_sign_share"),
+        ("attack_loss", "delta", "wrong_sign_share"),
     ),
     (
         "The embedding space",
         "Positives should be near each other, negatives spread over the sphere.",
-        ("cos_positive", "cos_negative", "alignment", "uniformity"),
+        ("cos_positive", "cos_negative", "alignment"),
     ),
-    ("Speed", "", ("speed", "shares")),
+    ("Schedule and speed", "", ("learning_rate", "speed", "shares")),
 )
 
 
@@ -95,7 +95,7 @@ def _title(record: Record, summary: dict[str, Any], manifest: Manifest | None) -
         record.config.model.encoder,
         f"{manifest.name}, {manifest.num_samples(record.config.data.train_split):,} images" if manifest else "",
         f"{record.config.data.image_size} px",
-        f"{record.config.train.epochs:g} epochs",
+        f"{record.config.train.epochs:g} epoch{'' if record.config.train.epochs == 1 else 's'}",
         f"batch {record.config.batch.global_size}" + (f" on {summary['world_size']} ranks" if summary["world_size"] else ""),
     ]
     method = escape(summary["method"])

@@ -59,7 +59,8 @@ class DdpBackend:
         with untouched_statistics(self.model):
             for _ in range(2):  # the second forward rebuilds the buckets
                 self.backward(sum((self.embed(blank, route).sum() for route in ("clean", *ROUTES)), blank.new_zeros(())))
-        self.optimizer.zero_grad(set_to_none=False)
+        # To None, as after every step: DDP averages a gradient that it finds in its bucket by another rounding.
+        self.optimizer.zero_grad()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")

@@ -71,7 +71,7 @@ def load_checkpoint(run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            say(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); trying the one before.")
+            say(f"{path} cannot be read ({" ".join(repr(error).split())[:120]}); trying the one before.")
             continue
         return state
     if found:

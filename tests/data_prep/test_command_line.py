@@ -60,18 +60,11 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["imagefold"],
-        ["imagefolder", "a"],
-        ["imagefolder", "a", "b", "--max-bad", "200%"],
-        ["imagefolder", "a", "b", "--max-pixels", "inf"],
-    ],
+    "words", ["", "imagefold", "imagefolder a", "imagefolder a b --max-bad 200%", "imagefolder a b --max-pixels inf"]
 )
-def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(words)
+        main(words.split())
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
 

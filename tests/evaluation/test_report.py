@@ -178,7 +178,7 @@ def test_the_pictured_attack_keeps_to_epsilon_and_raises_the_loss(overrides: lis
     assert found.adversarial.min() >= 0
     assert found.adversarial.max() <= 1
     assert found.loss_after > found.loss_before
-    assert amplification(found) == int(0.5 / float(largest))
+    assert amplification(found) == int(1 / 3 / float(largest))
     assert not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

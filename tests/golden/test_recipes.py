@@ -27,7 +27,8 @@ def test_a_recipe_resolves_to_what_was_reviewed(recipe: Path) -> None:
     golden = HERE / recipe
     reviewed = golden.read_text() if golden.exists() else ""
     difference = "".join(difflib.unified_diff(reviewed.splitlines(True), resolved(recipe).splitlines(True), "reviewed", "now"))
-    assert not difference, f"\n{difference}\nif this is meant: python tests/golden/test_recipes.py"
+    if difference:
+        pytest.fail(f"\n{difference}\nif this is meant: python tests/golden/test_recipes.py", pytrace=False)
 
 
 def test_no_golden_file_without_a_recipe() -> None:

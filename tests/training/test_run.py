@@ -1,0 +1,293 @@
+"""Whole runs on real gloo ranks: resuming, stopping, failing together. All weights are compared bit for bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clae_dist.config import Attack, Batch, Config, ConfigError, Data, Model, Optim, Tracking, Train
+from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.runs.checkpoint import CheckpointError, find_checkpoints, load_checkpoint, load_model
+from clae_dist.runs.folder import STOP_FILE
+from clae_dist.training import run as training
+from clae_dist.world import RankError, World
+from tests.ranks import RankPool
+
+STEPS = 8  # two epochs of 100 images in batches of 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
+
+
+def recipe(shards: Manifest, run_dir: Path, precision: str = "float32", **train: Any) -> Config:
+    return Config(
+        run_dir=str(run_dir),
+        data=Data(shards=str(shards.folder), image_size=16, workers=0),
+        batch=Batch(global_size=24),
+        model=Model(encoder="small_resnet", projector_dim=16),
+        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.5),
+        train=Train(**{"epochs": 2, "precision": precision, "log_every": 1, "diagnose_every": 3, "knn_every": 1, "checkpoint_every": 3, "threads": 1, **train}),
+        tracking=Tracking(name="none"),
+    )
+
+
+def train_on(world: World, config: Config, lose_at: int = 0) -> str:
+    """Trains; at step `lose_at` every rank fails as if the machine were lost (a half-written checkpoint is left behind)."""
+    real = training.pretrain_step
+    count = 0
+
+    def step(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == lose_at:
+            (config.folder / "checkpoints" / "step-00000099.partial").write_bytes(b"half")
+            raise InterruptedError("lost")
+        return real(*arguments)
+
+    training.pretrain_step = step
+    try:
+        return training.train(config, {}, world, io.StringIO()).status
+    except InterruptedError:
+        return "lost"
+    finally:
+        training.pretrain_step = real
+
+
+def final(config: Config) -> dict[str, Any]:
+    state = load_checkpoint(config.folder, lambda text: pytest.fail(text))
+    assert state is not None
+    assert state["step"] == STEPS
+    return state
+
+
+def assert_bitwise(found: Any, wanted: Any) -> None:
+    if isinstance(wanted, torch.Tensor):
+        assert torch.equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_bitwise(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        for a, b in zip(found, wanted, strict=True):
+            assert_bitwise(a, b)
+    else:
+        assert found == wanted
+
+
+def logged(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: RankPool, shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Config]:
+    """The configuration of a run that nothing disturbed, by world size."""
+    done: dict[int, Config] = {}
+
+    def of(world_size: int) -> Config:
+        if world_size not in done:
+            config = recipe(shards, tmp_path_factory.mktemp("undisturbed") / "run")
+            assert ranks.run(world_size, train_on, config) == ["finished"] * world_size
+            done[world_size] = config
+        return done[world_size]
+
+    return of
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_lost_run_goes_on_to_the_same_bits(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config], world_size: int
+) -> None:
+    """Three ranks: where DDP put a gradient in its buckets decides the last bit of a sum (parallel/ddp.py)."""
+    config = recipe(shards, tmp_path / "run")
+    assert ranks.run(world_size, train_on, config, 6) == ["lost"] * world_size
+    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000003.pt"]
+    assert ranks.run(world_size, train_on, config) == ["finished"] * world_size
+    assert_bitwise(final(config), final(undisturbed(world_size)))
+    timeless = [
+        [{key: value for key, value in line.items() if key not in ("time_s", "images_per_s") and "share" not in key} for line in logged(c)]
+        for c in (config, undisturbed(world_size))
+    ]
+    assert timeless[0] == timeless[1]  # what was logged after the checkpoint and lost is logged once
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+    config = recipe(shards, tmp_path / "run")
+    config.folder.mkdir()
+    (config.folder / STOP_FILE).touch()
+    assert ranks.run(3, train_on, config) == ["stopped"] * 3
+    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000001.pt"]
+    (config.folder / STOP_FILE).unlink()
+    assert ranks.run(3, train_on, config) == ["finished"] * 3
+    assert_bitwise(final(config), final(undisturbed(3)))
+
+
+def test_a_damaged_checkpoint_is_passed_over(ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+    config = recipe(shards, tmp_path / "run")
+    ranks.run(1, train_on, config, 8)
+    newest, older = find_checkpoints(config.folder)
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    said: list[str] = []
+    state = load_checkpoint(config.folder, said.append)
+    assert state is not None
+    assert state["step"] == 3
+    assert "step-00000006.pt cannot be read" in said[0]
+    assert ranks.run(1, train_on, config) == ["finished"]
+    assert_bitwise(final(config), final(undisturbed(1)))
+    newest = find_checkpoints(config.folder)[0]
+    for path in find_checkpoints(config.folder):
+        path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="none of the 3 checkpoints can be read"):
+        load_checkpoint(config.folder, said.append)
+
+
+def test_world_sizes_train_to_the_same_weights(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """The same images, pixels, negatives and attack in every global batch: only the order of summation differs."""
+    states = {}
+    for world_size in (1, 2, 4):
+        config = recipe(shards, tmp_path / f"run{world_size}", precision="float64")
+        ranks.run(world_size, train_on, config)
+        states[world_size] = final(config)["model"]
+    for world_size in (2, 4):
+        for name, value in states[1].items():
+            torch.testing.assert_close(states[world_size][name], value, atol=1e-8, rtol=0)  # float64 over 8 steps of Adam
+
+
+def test_what_is_logged(undisturbed: Callable[[int], Config]) -> None:
+    lines = logged(undisturbed(3))
+    assert [line["images_seen"] for line in lines if "loss" in line] == [24 * (i + 1) for i in range(STEPS)]
+    measured = [line for line in lines if "wrong_sign_share" in line]
+    assert [line["step"] for line in measured] == [1, 4, 7]
+    for line in measured:
+        assert 0 < line["wrong_sign_share"] < 100
+        assert line["attack_loss_after"] > line["attack_loss_before"]
+        assert 0 < line["delta_linf"] <= 4 / 255 + 1e-6
+        assert line["cos_negative_hardest"] >= line["cos_negative_mean"]
+        assert line["alignment"] == pytest.approx(2 - 2 * line["cos_positive"], abs=1e-5)  # float32
+    assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
+
+
+def test_diagnosing_changes_nothing(ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+    config = recipe(shards, tmp_path / "run", diagnose_every=1, knn_every=0.5, log_every=2)
+    ranks.run(3, train_on, config)
+    assert_bitwise(final(config)["model"], final(undisturbed(3))["model"])
+
+
+def test_a_finished_run_says_so(ranks: RankPool, undisturbed: Callable[[int], Config]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed(3).folder.rglob("*.pt")}
+    assert ranks.run(3, train_on, undisturbed(3)) == ["finished"] * 3
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed(3).folder.rglob("*.pt")}
+
+
+def test_a_delayed_attack_is_plain_simclr_before_it(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """A step that leaves out one route made DDP's next forward raise."""
+    config = replace(recipe(shards, tmp_path / "run"), attack=Attack(start_epoch=1.0))
+    assert ranks.run(2, train_on, config) == ["finished"] * 2
+    assert [line["step"] for line in logged(config) if "loss_adversarial" in line] == [5, 6, 7, 8]
+
+
+def test_local_norms_train_and_save_one_set_of_statistics(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    config = replace(recipe(shards, tmp_path / "run"), model=Model(encoder="small_resnet", projector_dim=16, norm="local"))
+    assert ranks.run(2, train_on, config) == ["finished"] * 2
+    assert load_model(config.folder)[2] == {"step": STEPS, "images_seen": STEPS * 24}
+
+
+# ---- failing together ----
+
+
+def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
+    """The type and text of what train() raises on this rank."""
+    if action == "one rank's loss is not finite":
+        real = training.pretrain_step
+
+        def step(run: Any, batch: Any, alpha: float) -> Any:
+            poison = torch.nan if world.rank == 1 else 1.0
+            views = run.augment(batch)
+            return real(replace(run, augment=lambda batch: (views[0] * poison, views[1])), batch, alpha)
+
+        training.pretrain_step = step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if action == "the disk is full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # a checkpoint has more bytes, nothing else has
+    try:
+        training.train(config, {}, world, io.StringIO())
+    except (RankError, CheckpointError, ConfigError, DataError) as error:
+        return type(error).__name__, str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if action == "one rank's loss is not finite":
+            training.pretrain_step = real
+    return "none", ""
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_names_the_one(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    config = replace(recipe(shards, tmp_path / "run"), model=Model(encoder="small_resnet", norm="local"))
+    found = ranks.run(3, outcome, config, "one rank's loss is not finite")
+    assert len(set(found)) == 1
+    assert found[0][0] == "RankError"
+    assert "the loss is not finite" in found[0][1]
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_the_old_checkpoint(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
+) -> None:
+    config = recipe(shards, tmp_path / "run")
+    ranks.run(3, train_on, config, 5)
+    found = ranks.run(3, outcome, config, "the disk is full")
+    assert len(set(found)) == 1
+    assert found[0][0] == "CheckpointError"
+    assert "the checkpoint of step 6 could not be written" in found[0][1]
+    assert "step-00000003.pt is untouched" in found[0][1]
+    assert not (config.folder / "checkpoints" / "step-00000006.partial").exists()
+    assert ranks.run(3, train_on, config) == ["finished"] * 3
+    assert_bitwise(final(config), final(undisturbed(3)))
+
+
+def test_a_run_folder_of_another_configuration_is_refused(ranks: RankPool, shards: Manifest, undisturbed: Callable[[int], Config]) -> None:
+    config = undisturbed(3)
+    other = replace(config, objective=replace(config.objective, temperature=0.1), train=replace(config.train, log_every=7))
+    found = ranks.run(3, outcome, other)
+    assert len(set(found)) == 1
+    assert found[0][0] == "ConfigError"
+    assert "belongs to another configuration: objective.temperature was 0.5 and is 0.1." in found[0][1]
+
+
+def test_other_images_in_the_same_run_are_refused(ranks: RankPool, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+    others = write_synthetic_set(tmp_path / "shards", 96, 16)
+    config = replace(undisturbed(3), data=replace(undisturbed(3).data, shards=str(others.folder)))
+    assert "the images were" in ranks.run(3, outcome, config)[0][1]
+
+
+def test_a_changed_shard_ends_all_ranks_with_its_name(ranks: RankPool, tmp_path: Path) -> None:
+    changed = write_synthetic_set(tmp_path / "shards", 100, 16, num_shards=3)
+    path = changed.folder / changed.splits["train"][1].name
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    found = ranks.run(2, outcome, recipe(changed, tmp_path / "run"))
+    assert len(set(found)) == 1
+    assert found[0][0] == "DataError"
+    assert "train-000001.tar has sha256" in found[0][1]
+
+
+def test_fewer_images_than_one_global_batch(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    config = replace(recipe(shards, tmp_path / "run"), batch=Batch(global_size=128))
+    assert ranks.run(2, outcome, config)[1] == (
+        "DataError",
+        "the train split has 100 images, fewer than batch.global_size 128; use batch.global_size=64 or more images.",
+    )
+
+
+def test_a_batch_that_ranks_cannot_share(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    config = replace(recipe(shards, tmp_path / "run"), batch=Batch(global_size=32))
+    assert ranks.run(3, outcome, config)[0] == ("ConfigError", "batch.global_size is 32, but 3 ranks need equal rows; 30 or 33 would do.")
