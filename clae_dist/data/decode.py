@@ -78,18 +78,17 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     white; of an animation the first frame is taken. Colour profiles are not applied. The strides are those of an interleaved
     image, as decoders write it. Raises DecodeError with the reason.
     """
-    # Pillow warns of odd metadata; torchvision 0.29, with every call, that its decoders will move to another package.
-    with warnings.catch_warnings(action="ignore"):
-        return _decode_rgb(data)
-
-
-def _decode_rgb(data: bytes) -> torch.Tensor:
     frame = _plain_jpeg_frame(data)
-    if frame:
-        pixels = _decode_jpeg(data)
-        if pixels is not None:
-            # Only an APP1 segment (EXIF, XMP) can hold an orientation; without one, a second look at the header is saved.
-            return _turn(pixels, _orientation(_open(data))) if data.find(b"\xff\xe1", 2, frame) > 0 else pixels
+    # Only an APP1 segment (EXIF, XMP) can hold an orientation; without one, a second look at the header is saved.
+    upright = frame > 0 and data.find(b"\xff\xe1", 2, frame) < 0
+    pixels = _decode_jpeg(data) if frame else None
+    if pixels is not None and upright:
+        return pixels
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata
+        return _turn(pixels, _orientation(_open(data))) if pixels is not None else _pillow_rgb(data)
+
+
+def _pillow_rgb(data: bytes) -> torch.Tensor:
     import torch
 
     image = _open(data)
@@ -185,8 +184,12 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
 
 @functools.cache
 def _torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    import torch
+
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:  # a torchvision without decoders: Pillow does it all
+        from torchvision.io import ImageReadMode
+
+        decode = torch.ops.image.decode_jpeg  # its Python wrapper warns with every call, at a third of the time of a small image
+    except (ImportError, AttributeError):  # a torchvision without decoders: Pillow does it all
         return None
-    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
+    return lambda data: decode(data, ImageReadMode.RGB.value, False)

@@ -35,7 +35,8 @@ class DdpBackend:
     """Backend (contrast/step.py) over DDP; a single process goes without the wrapper."""
 
     def __init__(self, config: Config, model: PretrainModel, world: World) -> None:
-        self.model = model.to(world.device)
+        # Interleaved channels: on this project's CPUs a third faster than planes, and what tensor cores want.
+        self.model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision, self.precision_reason = choose_precision(config.train.precision, world.device)
         self.optimizer = make_optimizer(config.optim, config.learning_rate(), self.model)
         self._clip_norm = config.optim.clip_norm

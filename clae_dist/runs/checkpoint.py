@@ -71,7 +71,8 @@ def load_checkpoint(run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            say(f"{path} cannot be read ({" ".join(repr(error).split())[:120]}); trying the one before.")
+            reason = " ".join(repr(error).split())[:120]
+            say(f"{path} cannot be read ({reason}); trying the one before.")
             continue
         return state
     if found:
