@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clae_dist import __version__
+
+if TYPE_CHECKING:
+    from clae_dist.config import Config
 
 _EXIT_CODES = """\
 exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank failed; 5 storage;
@@ -16,7 +21,9 @@ exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank f
 """
 
 _CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
-_OVERRIDES_HELP = "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
+_OVERRIDES_HELP = (
+    "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
+)
 _RUN_HELP = "the folder of a run, such as runs/clae"
 
 
@@ -31,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, *, recipe: bool = False, run: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(
+            name, help=summary, description=summary, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         sub.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's own log")
         if recipe:
             sub.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
@@ -40,13 +49,20 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("run", metavar="RUN", type=Path, help=_RUN_HELP)
         return sub
 
-    train = command("train", "pretrain an encoder; on a run that was interrupted, go on where its newest checkpoint is", recipe=True)
+    train = command(
+        "train", "pretrain an encoder; on a run that was interrupted, go on where its newest checkpoint is", recipe=True
+    )
     train.add_argument("--launcher", choices=("ray", "torchrun", "local"), help="who starts the ranks (over launch.launcher)")
     command("config", "print the resolved settings, and where each comes from", recipe=True)
-    dry_run = command("dry-run", "build everything of a recipe and run one step with tiny sizes, leaving nothing behind", recipe=True)
+    dry_run = command(
+        "dry-run", "build everything of a recipe and run one step with tiny sizes, leaving nothing behind", recipe=True
+    )
     dry_run.add_argument("--launcher", choices=("ray", "local"), help="who starts the ranks (default: launch.launcher)")
     command("evaluate", "kNN and linear probe of a run's encoder, before and after pretraining", run=True)
-    command("report", "write a run's report (HTML, PNGs) and summary.json, and print the table", run=True)
+    report = command("report", "write a run's report (HTML, PNGs) and summary.json, and print the table", run=True)
+    report.add_argument(
+        "--compare", type=Path, metavar="RUN", help="another run that has a report, for the table's second column"
+    )
     export = command("export", "write the encoder as safetensors that timm or torchvision load without this package", run=True)
     export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
     doctor = commands.add_parser("doctor", help="check versions, devices, collectives, shards, disk, shared memory, MLflow")
@@ -56,11 +72,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+    """The settings of recipe, command line and environment."""
     from clae_dist.config import resolve
-    from clae_dist.launchers import start
 
     config, origins = resolve(arguments.config, arguments.overrides)
+    store = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if store and not config.tracking.uri:
+        config = replace(config, tracking=replace(config.tracking, uri=store))
+        origins["tracking.uri"] = "MLFLOW_TRACKING_URI"
+    return config, origins
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from clae_dist.launchers import start
+
+    config, origins = _resolve(arguments)
     if arguments.launcher:
         config = replace(config, launch=replace(config.launch, launcher=arguments.launcher))
         origins["launch.launcher"] = "command line"
@@ -71,51 +98,52 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from clae_dist.config import resolve, to_yaml
+    from clae_dist.config import to_yaml
 
-    config, origins = resolve(arguments.config, arguments.overrides)
+    config, origins = _resolve(arguments)
     print(to_yaml(config, origins), end="")
     return 0
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:
-    from clae_dist.config import resolve
     from clae_dist.launchers.dry_run import dry_run
 
-    config, origins = resolve(arguments.config, arguments.overrides)
+    config, origins = _resolve(arguments)
     if arguments.launcher:
         config = replace(config, launch=replace(config.launch, launcher=arguments.launcher))
     ending = dry_run(config, origins, arguments.debug)
-    print(f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}", file=sys.stderr if ending.code else sys.stdout)
+    print(
+        f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}",
+        file=sys.stderr if ending.code else sys.stdout,
+    )
     return ending.code
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from clae_dist.evaluation.evaluate import evaluate_run
+    from clae_dist.training.finish import evaluate
 
-    evaluate_run(arguments.run)
+    evaluate(arguments.run)
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from clae_dist.evaluation.report import write_report
+    from clae_dist.training.finish import report
 
-    write_report(arguments.run)
+    report(arguments.run, arguments.compare)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from clae_dist.evaluation.export import export_encoder
+    from clae_dist.training.finish import export
 
-    print(export_encoder(arguments.run, arguments.to))
+    export(arguments.run, arguments.to)
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from clae_dist.config import resolve
     from clae_dist.doctor import run_doctor
 
-    config = resolve(arguments.config, arguments.overrides)[0] if arguments.config else None
+    config = _resolve(arguments)[0] if arguments.config else None
     return run_doctor(config, print)
 
 

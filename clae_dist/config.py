@@ -232,18 +232,18 @@ class Evaluation:
     knn_temperature: float = 0.1
     knn_bank: int = _no_effect(10_000)  # while training: train images of the kNN bank; `clae evaluate` takes all
     knn_queries: int = _no_effect(2_000)  # while training: test images; `clae evaluate` takes all
-    linear_epochs: int = 100
-    linear_learning_rate: float = 0.0  # 0: the best of a small grid on a tenth of the train split held out
+    linear_iterations: int = 100  # of L-BFGS
+    linear_penalty: float = 0.0  # L2; 0: the best of a small grid on a tenth of the train split held out
     batch_size: int = _no_effect(500)
 
     def __post_init__(self) -> None:
-        for key in ("knn_k", "knn_bank", "knn_queries", "linear_epochs", "batch_size"):
+        for key in ("knn_k", "knn_bank", "knn_queries", "linear_iterations", "batch_size"):
             _require(getattr(self, key) >= 1, f"evaluation.{key}", getattr(self, key), "use at least 1.")
         _require(self.knn_temperature > 0, "evaluation.knn_temperature", self.knn_temperature, "use a positive number.")
         _require(
-            self.linear_learning_rate >= 0,
-            "evaluation.linear_learning_rate",
-            self.linear_learning_rate,
+            self.linear_penalty >= 0,
+            "evaluation.linear_penalty",
+            self.linear_penalty,
             "use 0 (search) or more.",
         )
 

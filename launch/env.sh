@@ -16,7 +16,7 @@ fail() { say "$*"; exit 1; }
 find_python() {
   local candidate
   for candidate in "${CLAE_PYTHON:-}" python3 python3.13 python3.12 python3.11; do
-    [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
+    { [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1; } || continue
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
       return

@@ -21,7 +21,9 @@ class OneLayer(nn.Module):
         return torch.relu(self.norm(self.conv(x))).mean((2, 3))
 
 
-def small_model(norm: str, seed: int, group: torch.distributed.ProcessGroup | None = None, mean: float = 0.5, std: float = 0.5) -> PretrainModel:
+def small_model(
+    norm: str, seed: int, group: torch.distributed.ProcessGroup | None = None, mean: float = 0.5, std: float = 0.5
+) -> PretrainModel:
     """A float64 model; with norm "batch" it has two routes and the global batch's statistics over `group`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

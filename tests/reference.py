@@ -59,7 +59,14 @@ def embed(state: dict[str, torch.Tensor], images: torch.Tensor, route: str, mean
 
 
 def clae_loss_and_delta(
-    state: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, epsilon: float, std: float, mean: float, temperature: float, alpha: float
+    state: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    epsilon: float,
+    std: float,
+    mean: float,
+    temperature: float,
+    alpha: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One CLAE step of the original: same-view anchor, ε in normalised units, no clipping. Returns loss and δ (in pixels)."""
     frozen = {name: value.detach() for name, value in state.items()}

@@ -46,7 +46,9 @@ def gather_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup | None) -> torch
     return rows_BD if group is None else _GatherRows.apply(rows_BD, group)
 
 
-def contrast_on_global_batch(objective: Any, a_BD: torch.Tensor, b_BD: torch.Tensor, temperature: float, world: Any) -> torch.Tensor:
+def contrast_on_global_batch(
+    objective: Any, a_BD: torch.Tensor, b_BD: torch.Tensor, temperature: float, world: Any
+) -> torch.Tensor:
     """This rank's share of `objective` (objectives.py) with the negatives of all ranks of `world`."""
     pair_N2D = gather_rows(torch.stack([a_BD, b_BD], dim=1), world.group)
     return objective(a_BD, b_BD, pair_N2D[:, 0], pair_N2D[:, 1], world.rank * a_BD.shape[0], temperature)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -18,11 +18,13 @@ from clae_dist.contrast.gather import contrast_on_global_batch
 from clae_dist.contrast.objectives import OBJECTIVES
 from clae_dist.world import World
 
+Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes (models/norms.py)
+
 
 class TrainingBackend(Protocol):
     """What a parallel backend (clae_dist/parallel) does for the step."""
 
-    def embed(self, images: torch.Tensor, route: str) -> torch.Tensor: ...
+    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
     def backward(self, loss: torch.Tensor) -> None: ...
     def update(self) -> torch.Tensor: ...
 
@@ -37,7 +39,7 @@ class Pretraining:
     temperature: float
     pixel_std: torch.Tensor  # (1, 3, 1, 1): an ε in normalised units times this is an ε in pixels
     augment: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # batch -> x, y: (B, 3, S, S) in [0, 1] on the device
-    attack_embed: Callable[[torch.Tensor, str], torch.Tensor]  # images, route -> unit rows, beside the backend
+    attack_embed: Callable[[torch.Tensor, Route], torch.Tensor]  # images, route -> unit rows, beside the backend
     untouched: Callable[[], AbstractContextManager[None]]  # inside, forwards leave no trace in the model
     attack_statistics: Callable[[], AbstractContextManager[None]]  # the same for the attack, unless it is asked to leave one
     backend: TrainingBackend
@@ -75,7 +77,8 @@ def adversarial_view(
     """
     contrast = contrast or run.contrast
     if run.attack.anchor == "other":
-        start, anchor = y, _constant(run, x)
+        start = y
+        anchor: torch.Tensor | None = _constant(run, x)
     else:
         start = x
         anchor = _constant(run, x) if run.attack.cost == "original" else None  # exact: z(x') at x' = x is the anchor
@@ -111,7 +114,9 @@ def pretrain_step(run: Pretraining, batch: Any, alpha: float) -> StepMetrics:
         adversarial = run.contrast(a, c)
         loss = clean + alpha * adversarial
 
-    run.world.agree(loss.detach().isfinite(), "the loss is not finite; a lower optim.learning_rate or optim.clip_norm=1 may help")
+    run.world.agree(
+        loss.detach().isfinite(), "the loss is not finite; a lower optim.learning_rate or optim.clip_norm=1 may help"
+    )
     run.backend.backward(loss)
     grad_norm = run.backend.update()
     return StepMetrics(loss.detach(), clean.detach(), None if adversarial is None else adversarial.detach(), grad_norm)

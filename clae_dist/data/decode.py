@@ -189,7 +189,9 @@ def _torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
     try:
         from torchvision.io import ImageReadMode
 
-        decode = torch.ops.image.decode_jpeg  # its Python wrapper warns with every call, at a third of the time of a small image
+        decode = (
+            torch.ops.image.decode_jpeg
+        )  # its Python wrapper warns with every call, at a third of the time of a small image
     except (ImportError, AttributeError):  # a torchvision without decoders: Pillow does it all
         return None
     return lambda data: decode(data, ImageReadMode.RGB.value, False)

@@ -31,7 +31,9 @@ class EvaluationSet:
         views = [centre_view(image, self._image_size) for image, _ in pairs]
         return torch.stack(views), torch.tensor([label for _, label in pairs])
 
-    def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, batch_size: int, start: int = 0, step: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Images, labels and ids of every `step`-th batch from the `start`-th on: ranks share a set with (rank, size)."""
         for first in range(start * batch_size, len(self.ids), step * batch_size):
             ids = self.ids[first : first + batch_size]

@@ -57,7 +57,9 @@ class TwoViews(Dataset[Batch]):
         size, rows = self._config.data.image_size, len(places.ids)
         # One line of numbers a view and sample, whoever asks: two world sizes train on the same pixels.
         draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epoch, places.ids) for view in (0, 1)])
-        images, labels = zip(*(self._reader.read(s, r) for s, r in zip(places.shards.tolist(), places.rows.tolist(), strict=True)), strict=True)
+        images, labels = zip(
+            *(self._reader.read(s, r) for s, r in zip(places.shards.tolist(), places.rows.tolist(), strict=True)), strict=True
+        )
         heights, widths = np.array([image.shape[1:] for image in images]).T
         views = torch.empty((2, rows, 3, size, size), dtype=torch.uint8)
         for view in (0, 1):
@@ -75,14 +77,14 @@ def make_order(config: Config, reader: ShardReader) -> Order:
 
 
 def num_workers(config: Config, local_size: int) -> int:
-    """Loader processes for each of `local_size` ranks on this machine: what was asked for, or the cores left over by the ranks."""
+    """Loader processes for each of `local_size` ranks on this machine: as asked, or the cores that the ranks leave."""
     if config.data.workers >= 0:
         return config.data.workers
     return max(0, min(8, len(os.sched_getaffinity(0)) // local_size - 1))
 
 
 def _forkserver() -> BaseContext:
-    """A forked child of a process with gloo's and torch's threads may deadlock; the fork server has none, and imports torch once."""
+    """A forked child of a process with gloo's and torch's threads may deadlock; the server has none, and imports torch once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context

@@ -102,7 +102,7 @@ def _compare(
         return result
     result["knn_k"] = min(config.evaluation.knn_k, len(bank))
     result["knn_temperature"] = config.evaluation.knn_temperature
-    result["linear_iterations"] = config.evaluation.linear_epochs
+    result["linear_iterations"] = config.evaluation.linear_iterations
     for when, bank_features, test_features in (("before", bank_before, test_before), ("after", bank, test)):
         result.update(_accuracies(config, when, bank_features, test_features, device, say))
     return result
@@ -114,7 +114,7 @@ def _accuracies(config: Config, when: str, bank: Features, test: Features, devic
     knn = knn_accuracy(bank, test, settings.knn_k, settings.knn_temperature, device)
     say(f"kNN {when} pretraining: {knn:.2f} % ({time.perf_counter() - started:.1f} s)")
     started = time.perf_counter()
-    probe = linear_probe(bank, test, settings.linear_epochs, settings.linear_learning_rate, config.seed, device)
+    probe = linear_probe(bank, test, settings.linear_iterations, settings.linear_penalty, config.seed, device)
     wall_s = time.perf_counter() - started
     say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % (penalty {probe.penalty:g}; {wall_s:.1f} s)")
     return {

@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from types import FrameType
 
 import torch
@@ -33,7 +36,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results: SimpleQueue[Ending] = context.SimpleQueue()
     ranks = [
         context.Process(target=_rank_main, args=(rank, workers, store.port, os.getpid(), config, origins, debug, results))
         for rank in range(workers)
@@ -59,7 +62,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[multiprocessing.process.BaseProcess], results: multiprocessing.SimpleQueue[Ending]) -> Ending:  # type: ignore[type-arg]
+def _watch(ranks: Sequence[BaseProcess], results: SimpleQueue[Ending]) -> Ending:
     """Waits for the ranks. When one fails, the others get a moment to say why, then are ended."""
     alive = {process.sentinel: rank for rank, process in enumerate(ranks)}
     lost: dict[int, int] = {}
@@ -68,9 +71,9 @@ def _watch(ranks: list[multiprocessing.process.BaseProcess], results: multiproce
         if not ready:
             break
         for sentinel in ready:
-            rank = alive.pop(sentinel)  # type: ignore[arg-type, index]
+            rank = alive.pop(sentinel)  # type: ignore[arg-type]
             code = ranks[rank].exitcode
-            if code not in (OK, STOPPED) and not (code == FAILED):
+            if code not in (OK, STOPPED, FAILED):
                 lost[rank] = code if code is not None else UNEXPECTED
     if not results.empty():
         return results.get()
@@ -80,7 +83,14 @@ def _watch(ranks: list[multiprocessing.process.BaseProcess], results: multiproce
 
 
 def _rank_main(
-    rank: int, size: int, port: int, parent: int, config: Config, origins: dict[str, str], debug: bool, results: object
+    rank: int,
+    size: int,
+    port: int,
+    parent: int,
+    config: Config,
+    origins: dict[str, str],
+    debug: bool,
+    results: SimpleQueue[Ending],
 ) -> None:
     _die_with(parent)
     os.environ.update(
@@ -94,7 +104,7 @@ def _rank_main(
     )
     ending = run_rank(config, origins, debug, sys.stdout if rank == 0 else None)
     if rank == 0:
-        results.put(ending)  # type: ignore[attr-defined]
+        results.put(ending)
     sys.exit(ending.code if ending.code in (OK, STOPPED) else FAILED)
 
 

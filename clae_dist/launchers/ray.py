@@ -32,7 +32,10 @@ def _import_ray() -> Any:
         import ray
         import ray.train.torch
     except ImportError as error:
-        raise ConfigError(f"launch.launcher is 'ray', but Ray Train cannot be imported ({error}); pip install 'ray[train]', or use --launcher local.") from None
+        raise ConfigError(
+            f"launch.launcher is 'ray', but Ray Train cannot be imported ({error}); "
+            "pip install 'ray[train]', or use --launcher local."
+        ) from None
     return ray
 
 

@@ -62,8 +62,9 @@ def has_resnet_stem(encoder: nn.Module) -> bool:
 
 def use_cifar_stem(encoder: nn.Module) -> None:
     """A ResNet's 7x7 stride-2 convolution and max-pool become a 3x3 convolution alone (Chen et al. 2020, B.9). In place."""
-    assert has_resnet_stem(encoder)
-    encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, 1, padding=1, bias=False)
+    conv = encoder.conv1
+    assert isinstance(conv, nn.Conv2d)
+    encoder.conv1 = nn.Conv2d(3, conv.out_channels, 3, 1, padding=1, bias=False)
     encoder.maxpool = nn.Identity()
 
 
@@ -110,7 +111,8 @@ def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
     family, _, name = config.encoder.partition("/")
     if family not in FAMILIES or bool(name) != (family != "small_resnet"):
         raise ConfigError(
-            f"model.encoder is {config.encoder!r}; use small_resnet, timm/NAME or torchvision/NAME, such as timm/{name or family}."
+            f"model.encoder is {config.encoder!r}; "
+            f"use small_resnet, timm/NAME or torchvision/NAME, such as timm/{name or family}."
         )
     encoder = FAMILIES[family](name, image_size)
     if config.stem == "cifar" and not has_resnet_stem(encoder):

@@ -18,7 +18,9 @@ class PretrainModel(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, encoder: nn.Module, feature_dim: int, hidden: int, dim: int, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self, encoder: nn.Module, feature_dim: int, hidden: int, dim: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ):
         super().__init__()
         self.feature_dim = feature_dim
         self.encoder = encoder

@@ -75,17 +75,24 @@ class GlobalBatchNorm(nn.Module):
             return norm(x)
         y, mean, variance = _GlobalBatchNorm.apply(x, norm.weight, norm.bias, norm.eps, self.group)
         if norm.track_running_stats:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert norm.num_batches_tracked is not None
+            assert norm.momentum is not None
             with torch.no_grad():
                 count = x.numel() // x.shape[1] * dist.get_world_size(self.group)
                 norm.num_batches_tracked.add_(1)
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
                 norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
         # timm's BatchNormAct2d carries its dropout and activation with it.
-        return norm.act(norm.drop(y)) if hasattr(norm, "act") and hasattr(norm, "drop") else y
+        after = [layer for name in ("drop", "act") if isinstance(layer := getattr(norm, name, None), nn.Module)]
+        for layer in after:
+            y = layer(y)
+        return y
 
 
 class RoutedNorm(nn.Module):
-    """Two batch norms in the place of one: `clean` and `adversarial`, each with its own weights and statistics (Xie et al. 2020)."""
+    """Two batch norms in the place of one, each with its own weights and statistics (Xie et al. 2020)."""
 
     def __init__(self, clean: nn.Module, adversarial: nn.Module) -> None:
         super().__init__()

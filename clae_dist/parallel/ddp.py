@@ -17,7 +17,9 @@ from clae_dist.world import World
 
 # Broadcasting buffers before a forward would overwrite what an earlier forward of the same backward has saved.
 _SIGNATURE = inspect.signature(DistributedDataParallel.__init__).parameters
-_LEAVE_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _SIGNATURE else "broadcast_buffers": False}
+_LEAVE_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _SIGNATURE else "broadcast_buffers": False
+}
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -113,4 +115,3 @@ class DdpBackend:
         for buffer in self.model.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(self._world.mean(buffer))
-

@@ -29,6 +29,15 @@ class Identity:
     run_key: str
     started: float  # seconds since 1970, of the first start
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """What trackers and exports call the run."""
+        return {
+            "package_version": self.package_version,
+            "git_revision": self.git_revision,
+            "manifest_digest": self.manifest_digest,
+        }
+
 
 def git_revision() -> str:
     """The checkout's commit, with "+changes" where files differ from it; "" outside of a checkout."""

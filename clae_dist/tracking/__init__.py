@@ -10,9 +10,19 @@ from clae_dist.config import Config
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.files import MetricsFile
 from clae_dist.tracking.null import NullTracker
-from clae_dist.tracking.tracker import Status, Tracker, Trackers
+from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
 
-__all__ = ["MetricsFile", "NullTracker", "Status", "Tracker", "Trackers", "build_trackers", "check_tracking", "new_run_key"]
+__all__ = [
+    "MetricsFile",
+    "NullTracker",
+    "Status",
+    "Tracker",
+    "Trackers",
+    "build_trackers",
+    "continue_tracking",
+    "check_tracking",
+    "new_run_key",
+]
 
 
 def new_run_key() -> str:
@@ -27,6 +37,20 @@ def check_tracking(config: Config, run_dir: Path) -> None:
 
         mlflow.require_mlflow()
         mlflow.store_uri(config, run_dir)
+
+
+def continue_tracking(
+    config: Config, run_dir: Path, run_key: str, *, tags: dict[str, str], images_seen: int, say: Say
+) -> Tracker:
+    """A tracker that adds results, a report or a model to a run whose training has ended. Raises ConfigError."""
+    check_tracking(config, run_dir)
+    if config.tracking.name == "none":
+        return NullTracker()
+    from clae_dist.tracking import mlflow
+    from clae_dist.tracking.background import BackgroundTracker
+
+    store = mlflow.MlflowStore(mlflow.store_uri(config, run_dir), config, run_dir.resolve().name, run_key, tags, say)
+    return BackgroundTracker(store, say, images_seen=images_seen)
 
 
 def build_trackers(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -20,18 +19,20 @@ from clae_dist.contrast.step import Pretraining, StepMetrics, pretrain_step
 from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.loader import Batch, load, num_workers
+from clae_dist.data.loader import Batch, load
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest
-from clae_dist.evaluation.features import extract, gather
+from clae_dist.evaluation.export import export_encoder
+from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.knn import knn_accuracy
 from clae_dist.models import build_model
 from clae_dist.models.norms import untouched_statistics
 from clae_dist.parallel import Backend, make_backend
-from clae_dist.parallel.optim import learning_rate_at
-from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, new_run_key
-from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from clae_dist.runs.checkpoint import load_checkpoint, save_checkpoint
 from clae_dist.runs.folder import Identity, open_run_folder
+from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, check_tracking, new_run_key
+from clae_dist.training.clock import Clock
 from clae_dist.training.guard import StopRequest, listen_for_stop
+from clae_dist.training.plan import Plan, describe
 from clae_dist.world import World
 
 Say = Callable[[str], None]
@@ -43,74 +44,61 @@ class Outcome:
 
     status: Status
     step: int
-    images_seen: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The length of a run, in steps."""
+def train(config: Config, origins: dict[str, str], world: World, stream: TextIO = sys.stdout) -> Outcome:
+    """Trains to the end of the configuration, or from where the run folder's newest checkpoint is.
 
-    steps_per_epoch: int
-    total: int
-    warmup: int
-    attack_from: int
-    knn_every: int  # 0: never
+    Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
+    CheckpointError, on every rank the same.
+    """
 
-    @staticmethod
-    def of(config: Config, num_samples: int) -> Plan:
-        """Raises DataError when there are fewer images than one global batch."""
-        steps = num_samples // config.batch.global_size
-        if not steps:
-            raise DataError(
-                f"the {config.data.train_split} split has {num_samples} images, fewer than batch.global_size "
-                f"{config.batch.global_size}; use batch.global_size={_power_of_two_below(num_samples)} or more images."
-            )
-        return Plan(
-            steps,
-            max(1, round(config.train.epochs * steps)),
-            round(config.optim.warmup_epochs * steps),
-            round(config.attack.start_epoch * steps),
-            round(config.train.knn_every * steps),
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, file=stream, flush=True)
+
+    config.rows_per_rank(world.size)
+    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    manifest = open_data(config, world, say)
+    plan = Plan.of(config, manifest.num_samples(config.data.train_split))
+
+    def open_folder() -> Identity:
+        check_tracking(config, config.folder)
+        return open_run_folder(config, origins, manifest, world, new_run_key())
+
+    identity: Identity = world.run_on_main(open_folder)
+    backend = make_backend(config, build_model(config, world.group), world)
+    first_step = _resume(config, world, backend, say)
+    for line in describe(plan, world, backend):
+        say(line)
+    if first_step:
+        say(f"resuming after step {first_step}")
+    if first_step >= plan.total:
+        say("this run is finished already; give another run_dir or name to start a new one.")
+        return Outcome("finished", first_step)
+
+    tracker: Trackers | NullTracker = NullTracker()
+    if world.is_main:
+        seen = plan.images_seen(first_step)
+        tracker = build_trackers(
+            config,
+            config.folder,
+            identity.run_key,
+            tags=identity.tags,
+            total_steps=plan.total,
+            resume_images_seen=seen,
+            stream=stream,
         )
-
-
-def _power_of_two_below(number: int) -> int:
-    return 1 << max(1, number.bit_length() - 1)
-
-
-class Clock:
-    """Seconds spent, by name, since the last `read`; waits for the device only while `exact`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spent: dict[str, float] = {}
-        self._since = time.perf_counter()
-        self.exact = device.type == "cpu"
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spent[name] = self._spent.get(name, 0.0) + self._now() - start
-
-    def _now(self) -> float:
-        if self.exact and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def read(self) -> tuple[float, dict[str, float]]:
-        """Seconds in all and by name since the last call."""
-        now = self._now()
-        total, spent = now - self._since, self._spent
-        self._since, self._spent = now, {}
-        return total, spent
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What happens inside (evaluation, checkpoints) does not count."""
-        start = self._now()
-        yield
-        self._since += self._now() - start
+    status: Status = "failed"
+    try:
+        with listen_for_stop(config.folder) as stop:
+            outcome = _Loop(config, world, backend, manifest, plan, tracker, stop, say).run(first_step)
+        if world.is_main and outcome.status == "finished" and config.tracking.name != "none":
+            tracker.log_model(export_encoder(config.folder), manifest.digest)
+        status = outcome.status
+    finally:
+        tracker.close(status)
+    return outcome
 
 
 def open_data(config: Config, world: World, say: Say) -> Manifest:
@@ -135,20 +123,34 @@ def open_data(config: Config, world: World, say: Say) -> Manifest:
     failures = [text for text in world.gather_objects(failure) if text]
     if failures:
         raise DataError(failures[0])
-    say(f"data: {manifest.name}, {len(shards)} shards checked ({config.data.verify}) in {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    say(f"data: {manifest.name}, {len(shards)} shards checked ({config.data.verify}) in {seconds:.1f} s")
     return manifest
+
+
+def _resume(config: Config, world: World, backend: Backend, say: Say) -> int:
+    """Loads the newest whole checkpoint, if any; returns the number of steps that are done."""
+    state = load_checkpoint(config.folder, say)
+    step = 0
+    if state is not None:
+        backend.load_state(state)
+        step = int(state["step"])
+    world.agree(
+        step == world.broadcast(step), f"ranks found different checkpoints; is {config.folder} on storage that all hosts share?"
+    )
+    return step
 
 
 def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
     """What a step works with, from the parts of a run."""
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
 
-    def two_views(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (
-            augment(batch.views[view].to(world.device, non_blocking=True).float() / 255, batch.draws[view], config.augment).to(dtype)
-            for view in (0, 1)
-        )
-        return x, y
+    def view(batch: Batch, number: int) -> torch.Tensor:
+        images = batch.views[number].to(world.device, non_blocking=True).float() / 255
+        return augment(images, batch.draws[number], config.augment).to(dtype)
+
+    def untouched() -> AbstractContextManager[None]:
+        return untouched_statistics(backend.model)
 
     return Pretraining(
         world=world,
@@ -156,171 +158,129 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         objective=config.objective.name,
         temperature=config.objective.temperature,
         pixel_std=backend.model.std,
-        augment=two_views,
+        augment=lambda batch: (view(batch, 0), view(batch, 1)),
         attack_embed=backend.attack_embed,
-        untouched=lambda: untouched_statistics(backend.model),
-        attack_statistics=(lambda: untouched_statistics(backend.model)) if config.attack.statistics == "untouched" else nullcontext,
+        untouched=untouched,
+        attack_statistics=untouched if config.attack.statistics == "untouched" else nullcontext,
         backend=backend,
         timed=clock.timed,
     )
 
 
-def train(config: Config, origins: dict[str, str], world: World, stream: IO[str] = sys.stdout) -> Outcome:
-    """Trains to the end of the configuration, or from where the run folder's newest checkpoint is.
+class _Loop:
+    """The loop over steps, with what happens every so often."""
 
-    Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
-    CheckpointError, on every rank the same.
-    """
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        backend: Backend,
+        manifest: Manifest,
+        plan: Plan,
+        tracker: Trackers | NullTracker,
+        stop: StopRequest,
+        say: Say,
+    ) -> None:
+        self.config, self.world, self.backend, self.manifest = config, world, backend, manifest
+        self.plan, self.tracker, self.stop, self.say = plan, tracker, stop, say
+        self.clock = Clock(world.device)
+        self.started = time.time()
+        self.step = self.saved = self.logged = 0
 
-    def say(text: str) -> None:
-        if world.is_main:
-            print(text, file=stream, flush=True)
+    def run(self, first_step: int) -> Outcome:
+        """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop."""
+        plan, every = self.plan, self.config.train
+        self.step = self.saved = self.logged = first_step
+        run = make_pretraining(self.config, self.world, self.backend, self.clock)
+        batches = load(self.manifest, self.config, self.world, first_step, plan.total)
+        if first_step == 0 and plan.knn_every:
+            self._log(self._knn())
+        self.backend.model.train()
+        self.clock.read()
+        while self.step < plan.total:
+            with self.clock.timed("data"):
+                batch = next(batches)
+            measured: dict[str, float] = {}
+            if self.step % every.diagnose_every == 0:
+                with self.clock.stopped():
+                    measured = diagnose(run, batch)
+            self._seed()
+            rate = plan.learning_rate(self.step)
+            self.backend.set_learning_rate(rate)
+            self.clock.exact = (self.step + 1) % every.log_every == 0
+            metrics = pretrain_step(run, batch, plan.alpha(self.step))
+            self.step += 1
+            if self.step % every.log_every == 0 or self.step == plan.total or measured:
+                self._log({**self._losses(metrics), "learning_rate": rate, **self._speed(), **measured})
+            with self.clock.stopped():
+                if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):
+                    self._log(self._knn())
+                (stopping,) = self.world.flags_anywhere(self.stop.made())
+                if stopping or self.step == plan.total or self.step % every.checkpoint_every == 0:
+                    self._save()
+            if stopping and self.step < plan.total:
+                reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
+                self.say(f"stopped after step {self.step} ({reason}); saved. The same command goes on from there.")
+                return Outcome("stopped", self.step)
+        self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images; saved in {self.config.folder}")
+        return Outcome("finished", self.step)
 
-    config.rows_per_rank(world.size)
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    manifest = open_data(config, world, say)
-    identity: Identity = world.run_on_main(lambda: open_run_folder(config, origins, manifest, world, new_run_key()))
-    plan = Plan.of(config, manifest.num_samples(config.data.train_split))
+    def _seed(self) -> None:
+        """Dropout and the like draw from the step's own seed: a resumed run draws what the first would have drawn."""
+        torch.manual_seed(int(hashed(self.config.seed, self.step, self.world.rank)[0] >> np.uint64(1)))
 
-    backend = make_backend(config, build_model(config, world.group), world)
-    state = load_checkpoint(config.folder, say)
-    first_step = 0
-    if state is not None:
-        backend.load_state(state)
-        first_step = state["step"]
-    world.agree(first_step == world.broadcast(first_step), "ranks read different checkpoints; is run_dir on storage that all hosts share?")
-    _describe(config, world, backend, manifest, plan, first_step, say)
-    if first_step >= plan.total:
-        say(f"this run is finished already ({first_step} steps); give another run_dir or name to start a new one.")
-        return Outcome("finished", first_step, first_step * config.batch.global_size)
+    def _log(self, values: dict[str, float]) -> None:
+        place = {
+            "step": self.step,
+            "epoch": self.step / self.plan.steps_per_epoch,
+            "time_s": round(time.time() - self.started, 3),
+        }
+        self.tracker.log({**place, **values}, self.plan.images_seen(self.step))
 
-    tracker: Trackers | NullTracker = NullTracker()
-    if world.is_main:
-        tags = {key: str(getattr(identity, key)) for key in ("package_version", "git_revision", "manifest_digest")}
-        images_seen = first_step * config.batch.global_size
-        tracker = build_trackers(
-            config, config.folder, identity.run_key, tags=tags, total_steps=plan.total, resume_images_seen=images_seen, stream=stream
-        )
-    status: Status = "failed"
-    try:
-        with listen_for_stop(config.folder) as stop:
-            outcome = _loop(config, world, backend, manifest, plan, first_step, tracker, stop, say)
-        status = outcome.status
-    finally:
-        tracker.close(status)
-    return outcome
+    def _losses(self, metrics: StepMetrics) -> dict[str, float]:
+        """Means over the ranks: the losses of the global batch."""
+        named = {
+            "loss": metrics.loss,
+            "loss_clean": metrics.clean,
+            "loss_adversarial": metrics.adversarial,
+            "grad_norm": metrics.grad_norm,
+        }
+        present = {name: value for name, value in named.items() if value is not None}
+        means = self.world.mean(torch.stack([value.double() for value in present.values()]))
+        return dict(zip(present, means.tolist(), strict=True))
 
+    def _speed(self) -> dict[str, float]:
+        seconds, spent = self.clock.read()
+        num_images = (self.step - self.logged) * self.config.batch.global_size
+        self.logged = self.step
+        return {
+            "images_per_s": num_images / seconds,
+            "data_wait_share": 100 * spent.get("data", 0.0) / seconds,
+            "attack_share": 100 * spent.get("attack", 0.0) / seconds,
+        }
 
-def _loop(
-    config: Config,
-    world: World,
-    backend: Backend,
-    manifest: Manifest,
-    plan: Plan,
-    first_step: int,
-    tracker: Trackers | NullTracker,
-    stop: StopRequest,
-    say: Say,
-) -> Outcome:
-    clock = Clock(world.device)
-    run = make_pretraining(config, world, backend, clock)
-    batches = load(manifest, config, world, first_step, plan.total)
-    started = time.time()
-    saved = first_step
-    step = first_step
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        self.backend.average_local_statistics()
+        state = {**self.backend.state(), "step": self.step, "images_seen": self.plan.images_seen(self.step)}
+        keep = self.config.train.checkpoint_keep
+        self.world.run_on_main(lambda: save_checkpoint(self.config.folder, self.step, state, keep) and None)
+        self.saved = self.step
 
-    def save() -> None:
-        nonlocal saved
-        if saved != step:
-            backend.average_local_statistics()
-            state = {**backend.state(), "step": step, "images_seen": step * config.batch.global_size}
-            world.run_on_main(lambda: save_checkpoint(config.folder, step, state, config.train.checkpoint_keep))
-            saved = step
+    def _knn(self) -> dict[str, float]:
+        """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split."""
+        config, world = self.config, self.world
+        if not self.manifest.classes or config.data.test_split not in self.manifest.splits:
+            return {}
+        self.backend.average_local_statistics()
+        settings = config.evaluation
 
-    def log(values: dict[str, float]) -> None:
-        place = {"step": step, "epoch": step / plan.steps_per_epoch, "time_s": time.time() - started}
-        tracker.log({**place, **values}, step * config.batch.global_size)
+        def features(split: str, limit: int) -> Features:
+            images = EvaluationSet(self.manifest, split, config.data.image_size, limit)
+            share = extract(self.backend.model, images, world.device, settings.batch_size, world.rank, world.size)
+            return gather(share, world)
 
-    if first_step == 0 and plan.knn_every:
-        log(_knn(config, world, backend, manifest))
-    backend.model.train()
-    clock.read()
-    steps_since_log = 0
-    while step < plan.total:
-        with clock.timed("data"):
-            batch = next(batches)
-        # Dropout and the like draw from the step's own seed: a resumed run draws what the first would have drawn.
-        torch.manual_seed(int(hashed(config.seed, step, world.rank)[0] >> np.uint64(1)))
-        rate = learning_rate_at(step, plan.total, plan.warmup, config.learning_rate(), config.optim.schedule)
-        backend.set_learning_rate(rate)
-        alpha = config.attack.alpha if config.attack.name != "none" and step >= plan.attack_from else 0.0
-        measured: dict[str, float] = {}
-        if step % config.train.diagnose_every == 0:
-            with clock.stopped():
-                measured = diagnose(run, batch)
-        metrics = pretrain_step(run, batch, alpha)
-        step += 1
-        steps_since_log += 1
-        if step % config.train.log_every == 0 or step == plan.total or measured:
-            losses = _mean_losses(metrics, world)
-            seconds, spent = clock.read()
-            speed = {
-                "learning_rate": rate,
-                "images_per_s": steps_since_log * config.batch.global_size / seconds,
-                "data_wait_share": 100 * spent.get("data", 0.0) / seconds,
-                "attack_share": 100 * spent.get("attack", 0.0) / seconds,
-            }
-            steps_since_log = 0
-            log({**losses, **speed, **measured})
-        with clock.stopped():
-            if plan.knn_every and (step % plan.knn_every == 0 or step == plan.total):
-                log(_knn(config, world, backend, manifest))
-            (stopping,) = world.flags_anywhere(stop.made())
-            if stopping or step == plan.total or step % config.train.checkpoint_every == 0:
-                save()
-        if stopping and step < plan.total:
-            reason = next(filter(None, world.gather_objects(stop.reason)))
-            say(f"stopped after step {step} ({reason}); saved. The same command goes on from there.")
-            return Outcome("stopped", step, step * config.batch.global_size)
-    say(f"finished: {step} steps, {step * config.batch.global_size} images; checkpoint {find_checkpoints(config.folder)[0] if world.is_main else ''}")
-    return Outcome("finished", step, step * config.batch.global_size)
-
-
-def _mean_losses(metrics: StepMetrics, world: World) -> dict[str, float]:
-    named = {"loss": metrics.loss, "loss_clean": metrics.clean, "loss_adversarial": metrics.adversarial, "grad_norm": metrics.grad_norm}
-    present = {name: value for name, value in named.items() if value is not None}
-    values = world.mean(torch.stack([value.double() for value in present.values()]))
-    return dict(zip(present, values.tolist(), strict=True))
-
-
-def _knn(config: Config, world: World, backend: Backend, manifest: Manifest) -> dict[str, float]:
-    """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split."""
-    if not manifest.classes or config.data.test_split not in manifest.splits:
-        return {}
-    backend.average_local_statistics()
-    settings = config.evaluation
-    bank, queries = (
-        gather(extract(backend.model, EvaluationSet(manifest, split, config.data.image_size, limit), world.device, settings.batch_size, world.rank, world.size), world)
-        for split, limit in ((config.data.train_split, settings.knn_bank), (config.data.test_split, settings.knn_queries))
-    )
-    return {"knn_accuracy": knn_accuracy(bank, queries, settings.knn_k, settings.knn_temperature, world.device)}
-
-
-def _describe(config: Config, world: World, backend: Backend, manifest: Manifest, plan: Plan, first_step: int, say: Say) -> None:
-    """Decisions, with their reasons."""
-    rows, size = config.rows_per_rank(world.size), config.batch.global_size
-    total = manifest.num_samples(config.data.train_split)
-    hosts = sorted(set(world.gather_objects(platform.node())))
-    parameters = sum(p.numel() for p in backend.model.parameters())
-    say(f"ranks: {world.size} on {len(hosts)} host(s), {world.device.type}, {torch.get_num_threads()} torch thread(s) each; {config.parallel.backend}")
-    say(f"precision: {backend.precision} ({backend.precision_reason})")
-    say(f"model: {config.model.encoder} with projector, {parameters:,} parameters, {config.model.norm} batch statistics")
-    say(f"batch: {size} images = {world.size} x {rows}; {config.num_streams} canonical streams; {num_workers(config, world.local_size)} loader process(es) a rank")
-    left_out = total - plan.steps_per_epoch * size
-    say(f"epoch: {total} images = {plan.steps_per_epoch} steps" + (f"; {left_out} sit out, other ones each epoch" if left_out else ""))
-    say(f"length: {plan.total} steps, {config.train.epochs:g} epochs; peak learning rate {config.learning_rate():.4g} ({config.optim.name}, {config.optim.scaling} scaling)")
-    if config.attack.name != "none":
-        a = config.attack
-        say(f"attack: {a.name}, epsilon {a.epsilon:.4g} ({a.unit}), anchor {a.anchor}, cost {a.cost}, alpha {a.alpha:g}, on the global batch's negatives")
-    if first_step:
-        say(f"resuming after step {first_step}")
+        bank = features(config.data.train_split, settings.knn_bank)
+        queries = features(config.data.test_split, settings.knn_queries)
+        return {"knn_accuracy": knn_accuracy(bank, queries, settings.knn_k, settings.knn_temperature, world.device)}

@@ -11,7 +11,8 @@ from clae_dist.config import Batch, Data, Train, resolve
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.parallel.ddp import DdpBackend
-from clae_dist.training.run import Clock, make_pretraining
+from clae_dist.training.clock import Clock
+from clae_dist.training.run import make_pretraining
 from clae_dist.world import World
 from tests import reference
 from tests.networks import small_model

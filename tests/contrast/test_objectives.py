@@ -46,7 +46,9 @@ def test_the_order_of_images_does_not_matter(name: str) -> None:
     a, b = unit_rows(0), unit_rows(1)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     objective = OBJECTIVES[name]
-    torch.testing.assert_close(objective(a, b, a, b, 0, 0.2), objective(a[order], b[order], a[order], b[order], 0, 0.2), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        objective(a, b, a, b, 0, 0.2), objective(a[order], b[order], a[order], b[order], 0, 0.2), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

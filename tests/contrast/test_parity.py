@@ -56,7 +56,10 @@ class KeepsGradients(DdpBackend):
 def run_step(world: World, norm: str, objective: str, attack: Attack, wrong: str = "") -> Found:
     """One training step on this rank's rows, by the code that trains."""
     config = Config(
-        data=Data(image_size=SIDE), batch=Batch(global_size=N), optim=Optim(name="sgd", warmup_epochs=0), train=Train(precision="float64")
+        data=Data(image_size=SIDE),
+        batch=Batch(global_size=N),
+        optim=Optim(name="sgd", warmup_epochs=0),
+        train=Train(precision="float64"),
     )
     with wrong_gather(wrong):
         backend = KeepsGradients(config, small_model(norm, 3, world.group), world)
@@ -132,7 +135,11 @@ def test_ranks_compute_the_gradient_of_one_process(ranks: RankPool, world_size: 
 
 @pytest.mark.parametrize(
     ("objective", "attack"),
-    [("instance", Attack(epsilon=EPSILON)), ("nt_xent", Attack(epsilon=EPSILON, anchor="other")), ("nt_xent", Attack(epsilon=EPSILON, cost="original"))],
+    [
+        ("instance", Attack(epsilon=EPSILON)),
+        ("nt_xent", Attack(epsilon=EPSILON, anchor="other")),
+        ("nt_xent", Attack(epsilon=EPSILON, cost="original")),
+    ],
     ids=["instance", "other anchor", "original cost"],
 )
 def test_variants_compute_the_gradient_of_one_process(ranks: RankPool, objective: str, attack: Attack) -> None:

@@ -9,7 +9,20 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from clae_dist.config import Augment
-from clae_dist.data.augment import AUGMENT_DRAWS, BLUR, BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, JITTER, ORDER, SATURATION, SIGMA, augment
+from clae_dist.data.augment import (
+    AUGMENT_DRAWS,
+    BLUR,
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GREY,
+    HUE,
+    JITTER,
+    ORDER,
+    SATURATION,
+    SIGMA,
+    augment,
+)
 from clae_dist.data.views import CROP_DRAWS, centre_view, crop_boxes, resized_crop
 
 NOTHING = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
@@ -22,7 +35,17 @@ def images(count: int = 6, side: int = 20) -> torch.Tensor:
 def draws(count: int = 6, **columns: float) -> torch.Tensor:
     table = torch.full((count, AUGMENT_DRAWS), 0.5)
     for name, value in columns.items():
-        table[:, {"order": ORDER, "brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE, "sigma": SIGMA}[name]] = value
+        table[
+            :,
+            {
+                "order": ORDER,
+                "brightness": BRIGHTNESS,
+                "contrast": CONTRAST,
+                "saturation": SATURATION,
+                "hue": HUE,
+                "sigma": SIGMA,
+            }[name],
+        ] = value
     return table
 
 
@@ -49,7 +72,9 @@ def test_boxes_are_distributed_as_torchvision_s() -> None:
     transform = v2.RandomResizedCrop(224, scale=(0.08, 1.0))
     torch.manual_seed(0)
     image = torch.empty(3, 375, 500, dtype=torch.uint8)
-    theirs = np.array([[transform.make_params([image])[key] for key in ("top", "left", "height", "width")] for _ in range(4000)])
+    theirs = np.array(
+        [[transform.make_params([image])[key] for key in ("top", "left", "height", "width")] for _ in range(4000)]
+    )
     ours = boxes(4000, 375, 500)
     # Means of 4,000 draws with standard deviations below 110 pixels: five standard errors are 9 pixels (12 for a difference).
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 12
@@ -102,7 +127,12 @@ def test_each_colour_operation_is_torchvision_s(name: str, draw: float) -> None:
     strengths = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, name: 0.4}
     out = augment(images(), draws(**{name: draw}), Augment(**{**NOTHING, "jitter": 1.0, **strengths}))
     factor = (2 * draw - 1) * 0.4 + (0 if name == "hue" else 1)
-    adjust = {"brightness": tv.adjust_brightness, "contrast": tv.adjust_contrast, "saturation": tv.adjust_saturation, "hue": tv.adjust_hue}[name]
+    adjust = {
+        "brightness": tv.adjust_brightness,
+        "contrast": tv.adjust_contrast,
+        "saturation": tv.adjust_saturation,
+        "hue": tv.adjust_hue,
+    }[name]
     torch.testing.assert_close(out, adjust(images(), factor), atol=2e-5, rtol=0)  # float32, through hue and back
 
 

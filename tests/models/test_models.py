@@ -9,7 +9,15 @@ from torch import nn
 from clae_dist.config import Attack, Config, ConfigError, Data, Model
 from clae_dist.models import build_model
 from clae_dist.models.encoders import build_encoder
-from clae_dist.models.norms import GlobalBatchNorm, RoutedNorm, add_routes, route_parameters, set_route, single_route_state, untouched_statistics
+from clae_dist.models.norms import (
+    GlobalBatchNorm,
+    RoutedNorm,
+    add_routes,
+    route_parameters,
+    set_route,
+    single_route_state,
+    untouched_statistics,
+)
 from clae_dist.world import World
 from tests.ranks import RankPool
 
@@ -18,7 +26,10 @@ def model_of(encoder: str, image_size: int = 32, **settings: object) -> nn.Modul
     return build_model(Config(data=Data(image_size=image_size), model=Model(encoder=encoder, projector_dim=8, **settings)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("encoder", ["small_resnet", "torchvision/resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "encoder",
+    ["small_resnet", "torchvision/resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"],
+)
 def test_encoders_give_unit_rows(encoder: str) -> None:
     model = model_of(encoder).eval()
     z = model(torch.rand(2, 3, 32, 32), "adversarial")
@@ -58,7 +69,9 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     first = model_of("small_resnet").state_dict()
     torch.manual_seed(123)  # the global generator has no say
     second = model_of("small_resnet").state_dict()
-    other = build_model(Config(seed=1, data=Data(image_size=32), model=Model(encoder="small_resnet", projector_dim=8))).state_dict()
+    other = build_model(
+        Config(seed=1, data=Data(image_size=32), model=Model(encoder="small_resnet", projector_dim=8))
+    ).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
@@ -130,7 +143,15 @@ def on_rank(world: World, _: int) -> tuple[torch.Tensor, ...]:
     y = norm(x)
     (y.sin() * y.detach().cos()).sum().backward()
     inner = norm.inner
-    return y.detach(), x.grad, inner.weight.grad, inner.bias.grad, inner.running_mean, inner.running_var, inner.num_batches_tracked  # type: ignore[return-value]
+    return (
+        y.detach(),
+        x.grad,
+        inner.weight.grad,
+        inner.bias.grad,
+        inner.running_mean,
+        inner.running_var,
+        inner.num_batches_tracked,
+    )  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -37,7 +37,18 @@ def recipe(shards: Manifest, run_dir: Path, precision: str = "float32", **train:
         batch=Batch(global_size=24),
         model=Model(encoder="small_resnet", projector_dim=16),
         optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.5),
-        train=Train(**{"epochs": 2, "precision": precision, "log_every": 1, "diagnose_every": 3, "knn_every": 1, "checkpoint_every": 3, "threads": 1, **train}),
+        train=Train(
+            **{
+                "epochs": 2,
+                "precision": precision,
+                "log_every": 1,
+                "diagnose_every": 3,
+                "knn_every": 1,
+                "checkpoint_every": 3,
+                "threads": 1,
+                **train,
+            }
+        ),
         tracking=Tracking(name="none"),
     )
 
@@ -115,13 +126,18 @@ def test_a_lost_run_goes_on_to_the_same_bits(
     assert ranks.run(world_size, train_on, config) == ["finished"] * world_size
     assert_bitwise(final(config), final(undisturbed(world_size)))
     timeless = [
-        [{key: value for key, value in line.items() if key not in ("time_s", "images_per_s") and "share" not in key} for line in logged(c)]
+        [
+            {key: value for key, value in line.items() if key not in ("time_s", "images_per_s") and "share" not in key}
+            for line in logged(c)
+        ]
         for c in (config, undisturbed(world_size))
     ]
     assert timeless[0] == timeless[1]  # what was logged after the checkpoint and lost is logged once
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
+) -> None:
     config = recipe(shards, tmp_path / "run")
     config.folder.mkdir()
     (config.folder / STOP_FILE).touch()
@@ -132,10 +148,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks: RankPool, shards: Manifes
     assert_bitwise(final(config), final(undisturbed(3)))
 
 
-def test_a_damaged_checkpoint_is_passed_over(ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
+) -> None:
     config = recipe(shards, tmp_path / "run")
     ranks.run(1, train_on, config, 8)
-    newest, older = find_checkpoints(config.folder)
+    newest, _ = find_checkpoints(config.folder)
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     said: list[str] = []
     state = load_checkpoint(config.folder, said.append)
@@ -177,7 +195,9 @@ def test_what_is_logged(undisturbed: Callable[[int], Config]) -> None:
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
 
 
-def test_diagnosing_changes_nothing(ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+def test_diagnosing_changes_nothing(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
+) -> None:
     config = recipe(shards, tmp_path / "run", diagnose_every=1, knn_every=0.5, log_every=2)
     ranks.run(3, train_on, config)
     assert_bitwise(final(config)["model"], final(undisturbed(3))["model"])
@@ -253,7 +273,9 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_old_checkpoint(
     assert_bitwise(final(config), final(undisturbed(3)))
 
 
-def test_a_run_folder_of_another_configuration_is_refused(ranks: RankPool, shards: Manifest, undisturbed: Callable[[int], Config]) -> None:
+def test_a_run_folder_of_another_configuration_is_refused(
+    ranks: RankPool, shards: Manifest, undisturbed: Callable[[int], Config]
+) -> None:
     config = undisturbed(3)
     other = replace(config, objective=replace(config.objective, temperature=0.1), train=replace(config.train, log_every=7))
     found = ranks.run(3, outcome, other)
@@ -262,7 +284,9 @@ def test_a_run_folder_of_another_configuration_is_refused(ranks: RankPool, shard
     assert "belongs to another configuration: objective.temperature was 0.5 and is 0.1." in found[0][1]
 
 
-def test_other_images_in_the_same_run_are_refused(ranks: RankPool, tmp_path: Path, undisturbed: Callable[[int], Config]) -> None:
+def test_other_images_in_the_same_run_are_refused(
+    ranks: RankPool, tmp_path: Path, undisturbed: Callable[[int], Config]
+) -> None:
     others = write_synthetic_set(tmp_path / "shards", 96, 16)
     config = replace(undisturbed(3), data=replace(undisturbed(3).data, shards=str(others.folder)))
     assert "the images were" in ranks.run(3, outcome, config)[0][1]
@@ -290,4 +314,7 @@ def test_fewer_images_than_one_global_batch(ranks: RankPool, shards: Manifest, t
 
 def test_a_batch_that_ranks_cannot_share(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = replace(recipe(shards, tmp_path / "run"), batch=Batch(global_size=32))
-    assert ranks.run(3, outcome, config)[0] == ("ConfigError", "batch.global_size is 32, but 3 ranks need equal rows; 30 or 33 would do.")
+    assert ranks.run(3, outcome, config)[0] == (
+        "ConfigError",
+        "batch.global_size is 32, but 3 ranks need equal rows; 30 or 33 would do.",
+    )

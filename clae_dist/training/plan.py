@@ -1,0 +1,95 @@
+"""What a run is going to do, and saying so with the reasons."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from clae_dist.config import Config
+from clae_dist.data.loader import num_workers
+from clae_dist.data.manifest import DataError
+from clae_dist.parallel import Backend
+from clae_dist.parallel.optim import learning_rate_at
+from clae_dist.world import World
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run, in steps."""
+
+    config: Config
+    num_samples: int
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    attack_from: int
+    knn_every: int  # 0: never
+
+    @staticmethod
+    def of(config: Config, num_samples: int) -> Plan:
+        """Raises DataError when there are fewer images than one global batch."""
+        size = config.batch.global_size
+        steps = num_samples // size
+        if not steps:
+            raise DataError(
+                f"the {config.data.train_split} split has {num_samples} images, fewer than batch.global_size {size}; "
+                f"use batch.global_size={1 << max(1, num_samples.bit_length() - 1)} or more images."
+            )
+
+        def in_steps(epochs: float, at_least: int = 0) -> int:
+            return max(at_least, round(epochs * steps)) if epochs else 0
+
+        return Plan(
+            config,
+            num_samples,
+            steps,
+            total=in_steps(config.train.epochs, at_least=1),
+            warmup=in_steps(config.optim.warmup_epochs),
+            attack_from=in_steps(config.attack.start_epoch),
+            knn_every=in_steps(config.train.knn_every, at_least=1),
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate_at(step, self.total, self.warmup, self.config.learning_rate(), self.config.optim.schedule)
+
+    def alpha(self, step: int) -> float:
+        """The weight of the adversarial term in a step; 0: nothing is attacked."""
+        attack = self.config.attack
+        return attack.alpha if attack.name != "none" and step >= self.attack_from else 0.0
+
+    def images_seen(self, step: int) -> int:
+        return step * self.config.batch.global_size
+
+
+def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
+    """Lines for the console: decisions, with their reasons. A collective: every rank must exhaust it."""
+    config = plan.config
+    size, rows, attack = config.batch.global_size, config.rows_per_rank(world.size), config.attack
+    hosts = sorted(set(world.gather_objects(platform.node())))
+    yield (
+        f"ranks: {world.size} on {len(hosts)} host(s), {world.device.type}, {torch.get_num_threads()} torch thread(s) each; "
+        f"{config.parallel.backend}"
+    )
+    yield f"precision: {backend.precision} ({backend.precision_reason})"
+    parameters = sum(parameter.numel() for parameter in backend.model.parameters())
+    yield f"model: {config.model.encoder} with projector, {parameters:,} parameters, {config.model.norm} batch statistics"
+    yield (
+        f"batch: {size} images = {world.size} x {rows}; {config.num_streams} canonical streams; "
+        f"{num_workers(config, world.local_size)} loader process(es) a rank"
+    )
+    left_out = plan.num_samples - plan.steps_per_epoch * size
+    rest = f"; {left_out} sit out, other ones each epoch" if left_out else ""
+    yield f"epoch: {plan.num_samples} images = {plan.steps_per_epoch} steps{rest}"
+    yield (
+        f"length: {plan.total} steps, {config.train.epochs:g} epochs; peak learning rate {config.learning_rate():.4g} "
+        f"({config.optim.name}, {config.optim.scaling} scaling)"
+    )
+    if attack.name != "none":
+        yield (
+            f"attack: {attack.name}, epsilon {attack.epsilon:.4g} ({attack.unit}), anchor {attack.anchor}, cost {attack.cost}, "
+            f"alpha {attack.alpha:g}, on the global batch's negatives"
+        )
