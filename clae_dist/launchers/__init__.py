@@ -13,8 +13,9 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
     """Trains under the launcher that `launch.launcher` names. Raises ConfigError and DataError."""
     import importlib
 
-    from clae_dist.runs.folder import STOP_FILE
+    from clae_dist.runs.folder import STOP_FILE, make_folder
 
+    make_folder(config.folder)
     (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
     ending: Ending = launcher.launch(config, origins, debug)

@@ -8,18 +8,24 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from multiprocessing.queues import SimpleQueue
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from clae_dist.config import Config
-from clae_dist.launchers.rank import FAILED, OK, STOPPED, UNEXPECTED, Ending, run_rank
+from clae_dist.launchers.rank import FAILED, UNEXPECTED, Ending, RankBroke, run_rank
 
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
+
+
+@dataclass(frozen=True)
+class _Rank:
+    process: SpawnProcess
+    ending: Connection  # what run_rank returned comes through it
 
 
 def default_workers() -> int:
@@ -36,61 +42,58 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    results: SimpleQueue[Ending] = context.SimpleQueue()
-    ranks = [
-        context.Process(target=_rank_main, args=(rank, workers, store.port, os.getpid(), config, origins, debug, results))
-        for rank in range(workers)
-    ]
-    for process in ranks:
+    ranks = []
+    for rank in range(workers):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank_main, args=(rank, workers, store.port, os.getpid(), config, origins, debug, theirs), name=f"rank-{rank}"
+        )
         process.start()
+        theirs.close()
+        ranks.append(_Rank(process, ours))
 
     def forward(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
-            if process.pid and process.is_alive():
-                os.kill(process.pid, number)
+        for rank in ranks:
+            if rank.process.pid and rank.process.is_alive():
+                os.kill(rank.process.pid, number)
 
-    # The terminal sends Ctrl-C to the ranks itself; SIGTERM comes to this process alone.
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward), signal.SIGINT: signal.signal(signal.SIGINT, forward)}
+    # The terminal sends Ctrl-C to the ranks itself; a signal to this process alone is handed on.
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return _watch(ranks, results)
+        return _watch(ranks)
     finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        for rank in ranks:
+            if rank.process.is_alive():
+                rank.process.kill()
+            rank.process.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[BaseProcess], results: SimpleQueue[Ending]) -> Ending:
-    """Waits for the ranks. When one fails, the others get a moment to say why, then are ended."""
-    alive = {process.sentinel: rank for rank, process in enumerate(ranks)}
+def _watch(ranks: Sequence[_Rank]) -> Ending:
+    """Waits for the ranks. When one is lost, the others get a moment to end by themselves."""
+    alive: dict[object, int] = {rank.process.sentinel: number for number, rank in enumerate(ranks)}
     lost: dict[int, int] = {}
     while alive:
-        ready = wait(list(alive), timeout=_GRACE_S if lost else None)
+        ready = wait([ranks[number].process.sentinel for number in alive.values()], timeout=_GRACE_S if lost else None)
         if not ready:
             break
         for sentinel in ready:
-            rank = alive.pop(sentinel)  # type: ignore[arg-type]
-            code = ranks[rank].exitcode
-            if code not in (OK, STOPPED, FAILED):
-                lost[rank] = code if code is not None else UNEXPECTED
-    if not results.empty():
-        return results.get()
-    rank, code = next(iter(lost.items()))
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Ending(FAILED, f"rank {rank} of {len(ranks)} {how}. The same command goes on from the newest checkpoint.")
+            number = alive.pop(sentinel)
+            process = ranks[number].process
+            process.join()
+            if process.exitcode:
+                lost[number] = process.exitcode
+    if lost:
+        number, code = next(iter(lost.items()))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return Ending(FAILED, f"rank {number} of {len(ranks)} {how}. The same command goes on from the newest checkpoint.")
+    endings = [rank.ending.recv() for rank in ranks if rank.ending.poll()]
+    return max(endings, key=lambda ending: ending.code == UNEXPECTED)  # the first that broke, else rank 0's
 
 
 def _rank_main(
-    rank: int,
-    size: int,
-    port: int,
-    parent: int,
-    config: Config,
-    origins: dict[str, str],
-    debug: bool,
-    results: SimpleQueue[Ending],
+    rank: int, size: int, port: int, parent: int, config: Config, origins: dict[str, str], debug: bool, ending: Connection
 ) -> None:
     _die_with(parent)
     os.environ.update(
@@ -102,10 +105,10 @@ def _rank_main(
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    ending = run_rank(config, origins, debug, sys.stdout if rank == 0 else None)
-    if rank == 0:
-        results.put(ending)
-    sys.exit(ending.code if ending.code in (OK, STOPPED) else FAILED)
+    try:
+        ending.send(run_rank(config, origins, debug, sys.stdout if rank == 0 else None))
+    except RankBroke as error:
+        ending.send(Ending(UNEXPECTED, str(error)))
 
 
 def _die_with(parent: int) -> None:

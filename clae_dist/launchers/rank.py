@@ -56,10 +56,14 @@ class Console:
             self._also.flush()
 
 
-def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
-    """Trains as the rank that the environment names. What the user can mend comes back as an Ending; the rest is raised.
+class RankBroke(RuntimeError):
+    """An error that is not the user's to mend; the message is a line, the traceback is in the run folder."""
 
-    Errors that are not the user's to mend are raised, so that a launcher that restarts ranks sees them.
+
+def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
+    """Trains as the rank that the environment names. What the user can mend comes back as an Ending.
+
+    Raises RankBroke for anything else, so that a launcher that restarts ranks sees it.
     """
     with connect() as world:
         stream = Console(config, also)
@@ -69,4 +73,10 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
             if debug and world.is_main:
                 traceback.print_exc(file=sys.stderr)
             return Ending(exit_code(error), str(error))
+        except Exception as error:
+            log = config.folder / f"error-rank-{world.rank}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc())
+            what = " ".join(str(error).split())[:200]
+            raise RankBroke(f"rank {world.rank} of {world.size}: {type(error).__name__}: {what} (traceback: {log})") from error
         return Ending(STOPPED if outcome.status == "stopped" else OK, "")

@@ -6,7 +6,7 @@ import os
 import sys
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.launchers.rank import Ending, run_rank
+from clae_dist.launchers.rank import UNEXPECTED, Ending, RankBroke, run_rank
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -17,5 +17,8 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             "start with `torchrun --nproc-per-node=2 -m clae_dist train CONFIG --launcher torchrun`, or use --launcher local."
         )
     is_main = os.environ["RANK"] == "0"
-    ending = run_rank(config, origins, debug, sys.stdout if is_main else None)
+    try:
+        ending = run_rank(config, origins, debug, sys.stdout if is_main else None)
+    except RankBroke as error:
+        return Ending(UNEXPECTED, str(error))
     return ending if is_main else Ending(ending.code, "")  # all ranks raise the same; one says it

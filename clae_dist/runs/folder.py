@@ -60,6 +60,14 @@ def read_identity(run_dir: Path) -> Identity:
         raise ConfigError(f"RUN is {str(run_dir)!r}, whose run.json cannot be read ({error}); name the folder of a run.") from None
 
 
+def make_folder(folder: Path) -> None:
+    """Raises ConfigError when a run's folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be made ({error.strerror}); name another folder.") from None
+
+
 def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
     """Makes the run's folder, or checks that it is this run's. To be called on one rank.
 
@@ -79,9 +87,9 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
             )
     else:
         identity = Identity(__version__, git_revision(), manifest.digest, world.size, config.parallel.backend, run_key, time.time())
+    make_folder(folder)
+    current: dict[str, Any] = {**vars(identity), "world_size": world.size, "backend": config.parallel.backend}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        current: dict[str, Any] = {**vars(identity), "world_size": world.size, "backend": config.parallel.backend}
         write_atomically(folder / "config.yaml", to_yaml(config, origins).encode())
         write_atomically(folder / "run.json", (json.dumps(current, indent=2) + "\n").encode())
     except OSError as error:

@@ -1,0 +1,189 @@
+"""Runs as users start them, killed and stopped from outside. Whatever happens, they end with the same bits.
+
+Nothing here waits by the clock: the console is read line by line until the run is where it should be disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.launchers.rank import FAILED, OK, STOPPED
+from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+data: {image_size: 16, workers: 0}
+batch: {global_size: 16}
+model: {encoder: small_resnet, projector_dim: 16}
+optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
+train: {epochs: 4, log_every: 1, diagnose_every: 100, knn_every: 0, checkpoint_every: 4}
+tracking: {name: none}
+"""  # 24 steps
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Manifest) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE + f"name: small\nlaunch: {{workers: 2}}\n")
+    return path
+
+
+def command(recipe: Path, shards: Manifest, run_dir: Path, launcher: str, *more: str) -> list[str]:
+    start = [sys.executable, "-m"]
+    if launcher == "torchrun":
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
+    train = ["clae_dist", "train", str(recipe), f"data.shards={shards.folder}", f"run_dir={run_dir}", *more, "--launcher", launcher]
+    return [*start, *train]
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """The process, in a session of its own; whatever is left of it is killed at the end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        for member in family:
+            member.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """What the process has said, up to the first line that holds `words`."""
+    said = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    pytest.fail(f"the run ended before {words!r}:\n{said}")
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    return process.wait(), rest
+
+
+def run(arguments: list[str]) -> str:
+    """The console of a run that must finish."""
+    with started(arguments) as process:
+        code, said = finish(process)
+    assert code == OK, said
+    assert "finished: 24 steps" in said
+    return said
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    state = load_checkpoint(run_dir, pytest.fail)
+    assert state is not None
+    assert state["step"] == 24
+    return state["model"]
+
+
+def assert_bitwise(run_dir: Path, other: Path) -> None:
+    found, wanted = weights(run_dir), weights(other)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    marks = ("RayTrainWorker", "multiprocessing.spawn")
+    return [child for child in children if any(mark in " ".join(child.cmdline()) for mark in marks)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path, shards: Manifest) -> Path:
+    """The folder of a local run on two ranks that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(command(recipe, shards, run_dir, "local"))
+    return run_dir
+
+
+def test_torchrun_trains_to_the_same_bits(recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path) -> None:
+    run(command(recipe, shards, tmp_path / "run", "torchrun"))
+    assert_bitwise(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_kill_minus_9_of_a_rank_then_the_same_command_again(
+    launcher: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+) -> None:
+    arguments = command(recipe, shards, tmp_path / "run", launcher, "launch.max_failures=0")
+    with started(arguments) as process:
+        read_until(process, "step 10/24")
+        ranks = ranks_of(process)
+        assert len(ranks) == 2
+        ranks[1].kill()
+        code, said = finish(process)
+    assert code == FAILED, said
+    assert "was killed by SIGKILL" in said or "ray" in launcher, said
+    assert "The same command goes on from the newest checkpoint" in said
+    assert len(said.splitlines()) < 12, said  # readable
+    assert 4 <= int(find_checkpoints(tmp_path / "run")[0].stem.removeprefix("step-")) < 24
+    assert "resuming after step" in run(arguments)
+    assert_bitwise(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path) -> None:
+    with started(command(recipe, shards, tmp_path / "run", "ray")) as process:
+        read_until(process, "step 10/24")
+        ranks_of(process)[0].kill()
+        code, said = finish(process)
+    assert code == OK, said
+    assert "resuming after step" in said
+    assert_bitwise(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(("launcher", "number"), [("local", signal.SIGTERM), ("ray", signal.SIGINT)])
+def test_a_signal_saves_and_leaves(
+    launcher: str, number: signal.Signals, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+) -> None:
+    """checkpoint_every is 1000 here: the checkpoint is the one that the signal asked for."""
+    arguments = command(recipe, shards, tmp_path / "run", launcher, "train.checkpoint_every=1000")
+    with started(arguments) as process:
+        read_until(process, "step  5/24")
+        process.send_signal(number)
+        code, said = finish(process)
+    assert code == STOPPED, said
+    assert "saved. The same command goes on from there." in said
+    (checkpoint,) = find_checkpoints(tmp_path / "run")
+    assert 5 <= int(checkpoint.stem.removeprefix("step-")) < 24
+    run(arguments)
+    assert_bitwise(tmp_path / "run", undisturbed)
+
+
+def test_no_rank_outlives_a_launcher_that_was_killed(recipe: Path, shards: Manifest, tmp_path: Path) -> None:
+    with started(command(recipe, shards, tmp_path / "run", "local")) as process:
+        read_until(process, "step  5/24")
+        ranks = ranks_of(process)
+        process.kill()
+        gone, alive = psutil.wait_procs(ranks, timeout=60)
+    assert len(gone) == 2
+    assert alive == []
