@@ -1,0 +1,111 @@
+"""The main job, as a user starts it: ./launch/quickstart.sh, from images to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def quickstart(*arguments: str) -> str:
+    """What the script says; it must end well."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "CLAE_DATA")}
+    done = subprocess.run(
+        [str(ROOT / "launch" / "quickstart.sh"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Real ones where they are (satellite patches of ten kinds of land), else squares whose colour tells their class."""
+    real = SHARED / "eurosat.tar"
+    if real.is_file():
+        return real
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("blue", "green", "red")):
+        for split, count in (("train", 160), ("test", 40)):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 160, (40, 40, 3), dtype=np.uint8)
+                pixels[:, :, number] += 90
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.jpg")
+    return tmp_path / "images"
+
+
+def test_the_whole_job_on_a_small_budget(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    small = ["train.epochs=1", "optim.warmup_epochs=0", "train.log_every=2", "train.diagnose_every=3"]
+    said = quickstart("--data", str(images), "--run-dir", str(run_dir), *small)
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["backend"] == "ddp"
+    assert summary["images_seen"] > 0
+    assert summary["images_per_s"] > 0
+    assert summary["wall_s"] > 0
+    assert np.isfinite(summary["loss"])
+    for key in ("knn_before", "knn_after", "linear_before", "linear_after"):
+        assert 0 < summary[key] <= 100
+
+    assert "ray: starting 2 worker(s)" in said
+    assert "on the global batch's negatives" in said
+    assert "mlflow ui --backend-store-uri sqlite:///" in said
+    assert "kNN" in said.rsplit("== Report", 1)[1]
+    assert "<html" in (run_dir / "report" / "report.html").read_text()
+    assert list((run_dir / "export").glob("*.safetensors"))
+    assert list((run_dir / "checkpoints").glob("step-*.pt"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert any("wrong_sign_share" in line for line in lines)
+
+    question = """
+import sys, json
+from mlflow import MlflowClient
+client = MlflowClient(sys.argv[1])
+runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+print(json.dumps({r.info.run_name: [r.info.status, sorted(r.data.metrics), r.data.params.get("batch.global_size"),
+    [a.path for a in client.list_artifacts(r.info.run_id)], r.data.tags.get("manifest_digest", "")] for r in runs}))
+"""
+    store = f"sqlite:///{run_dir}/mlflow.db"
+    answer = subprocess.run([sys.executable, "-W", "ignore", "-c", question, store], capture_output=True, text=True, check=True)
+    runs = json.loads(answer.stdout.splitlines()[-1])
+    assert set(runs) == {"run"}
+    status, metrics, batch, artifacts, digest = runs["run"]
+    assert status == "FINISHED"
+    assert {"loss", "knn_after", "wrong_sign_share"} <= set(metrics)
+    assert int(batch) > 0
+    assert "report" in artifacts
+    assert digest == summary["manifest_digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not (SHARED / "cifar10-train.tar.gz").is_file(), reason="needs CIFAR-10 in ../shared/data")
+def test_the_quickstart_teaches_the_encoder_something(tmp_path: Path) -> None:
+    """Ten points of kNN over the encoder's own random initialisation, on all of CIFAR-10's test split; SimCLR beside it."""
+    run_dir = tmp_path / "run"
+    said = quickstart("--run-dir", str(run_dir), "--compare", "simclr")
+    summary, simclr = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, run_dir / "simclr"))
+    assert simclr["images_seen"] == pytest.approx(summary["images_seen"] * 11 / 6, rel=0.01)
+    assert f"{simclr['knn_after']:.2f}" in said.rsplit("== Report", 1)[1]
+    again = quickstart("--run-dir", str(run_dir))
+    assert "this run is finished already" in again
+    assert json.loads((run_dir / "summary.json").read_text())["knn_after"] == summary["knn_after"]
+    assert summary["knn_after"] - summary["knn_before"] >= 10
+    assert summary["linear_after"] > summary["linear_before"]
