@@ -26,6 +26,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, group: dist.ProcessGroup) -> Any:
         rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy where channels are interleaved
+        if x.dtype in (torch.bfloat16, torch.float16):
+            rows = rows.float()  # statistics and what is summed over ranks keep float32
         own_mean = rows.mean(0)
         own = torch.stack([own_mean, (rows - own_mean).square_().mean(0)])  # (2, C); six times as fast as var_mean on a CPU
         everyone = own.new_empty((dist.get_world_size(group), *own.shape))

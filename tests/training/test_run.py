@@ -216,6 +216,19 @@ def test_a_delayed_attack_is_plain_simclr_before_it(ranks: RankPool, shards: Man
     assert [line["step"] for line in logged(config) if "loss_adversarial" in line] == [5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("norm", ["global", "local"])
+def test_bfloat16_trains_close_to_float32(ranks: RankPool, shards: Manifest, tmp_path: Path, norm: str) -> None:
+    first = {}
+    for precision in ("float32", "bfloat16"):
+        config = recipe(shards, tmp_path / precision, precision=precision, epochs=1, knn_every=0)
+        config = replace(config, model=replace(config.model, norm=norm), optim=replace(config.optim, warmup_epochs=0))
+        assert ranks.run(2, train_on, config) == ["finished"] * 2
+        first[precision] = logged(config)[0]
+    assert first["bfloat16"]["loss"] == pytest.approx(first["float32"]["loss"], rel=0.01)  # 8 bits of mantissa
+    assert first["bfloat16"]["loss"] != first["float32"]["loss"]
+    assert first["bfloat16"]["grad_norm"] == pytest.approx(first["float32"]["grad_norm"], rel=0.1)
+
+
 def test_local_norms_train_and_save_one_set_of_statistics(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = replace(recipe(shards, tmp_path / "run"), model=Model(encoder="small_resnet", projector_dim=16, norm="local"))
     assert ranks.run(2, train_on, config) == ["finished"] * 2
