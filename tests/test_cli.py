@@ -22,7 +22,9 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return code, error
 
 
-def test_config_prints_values_that_read_back_and_where_they_come_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_config_prints_values_that_read_back_and_where_they_come_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["config", RECIPE, "batch.global_size=512", "attack.epsilon=8/255"]) == 0
     printed = capsys.readouterr().out
     assert "global_size: 512  # command line" in printed

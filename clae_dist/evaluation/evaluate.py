@@ -76,7 +76,7 @@ def evaluate_run(run_dir: Path, say: Say = print) -> dict[str, Any]:
         "neighbours": [],
     }
     if config.data.test_split in manifest.splits:
-        result.update(_compare(config, build_model(config).to(device), trained.to(device), manifest, device, say))
+        result.update(_compare(config, build_model(config), trained, manifest, device, say))
     else:
         say(f"{manifest.folder} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
     result["wall_s"] = round(time.perf_counter() - started, 2)
@@ -89,6 +89,8 @@ def _compare(
     config: Config, untrained: PretrainModel, trained: PretrainModel, manifest: Manifest, device: torch.device, say: Say
 ) -> dict[str, Any]:
     """Accuracies of both encoders and the neighbours in the trained one's features."""
+    for model in (untrained, trained):
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(split: str) -> list[Features]:
         images = EvaluationSet(manifest, split, config.data.image_size)

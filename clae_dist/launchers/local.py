@@ -46,26 +46,28 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     for rank in range(workers):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_rank_main, args=(rank, workers, store.port, os.getpid(), config, origins, debug, theirs), name=f"rank-{rank}"
+            target=_rank_main,
+            args=(rank, workers, store.port, os.getpid(), config, origins, debug, theirs),
+            name=f"rank-{rank}",
         )
         process.start()
         theirs.close()
         ranks.append(_Rank(process, ours))
 
     def forward(number: int, frame: FrameType | None) -> None:
-        for rank in ranks:
-            if rank.process.pid and rank.process.is_alive():
-                os.kill(rank.process.pid, number)
+        for process in (rank.process for rank in ranks):
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
 
     # The terminal sends Ctrl-C to the ranks itself; a signal to this process alone is handed on.
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return _watch(ranks)
     finally:
-        for rank in ranks:
-            if rank.process.is_alive():
-                rank.process.kill()
-            rank.process.join()
+        for process in (rank.process for rank in ranks):
+            if process.is_alive():
+                process.kill()
+            process.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from clae_dist.config import ConfigError, Model
 
-SMALL_RESNET_WIDTHS = (32, 64, 128)
+SMALL_RESNET_WIDTHS = (32, 64, 128, 256)
 
 
 class _ResidualBlock(nn.Module):

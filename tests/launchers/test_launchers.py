@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Manifest) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(RECIPE + f"name: small\nlaunch: {{workers: 2}}\n")
+    path.write_text(RECIPE + "name: small\nlaunch: {workers: 2}\n")
     return path
 
 
@@ -49,7 +49,16 @@ def command(recipe: Path, shards: Manifest, run_dir: Path, launcher: str, *more:
     start = [sys.executable, "-m"]
     if launcher == "torchrun":
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
-    train = ["clae_dist", "train", str(recipe), f"data.shards={shards.folder}", f"run_dir={run_dir}", *more, "--launcher", launcher]
+    train = [
+        "clae_dist",
+        "train",
+        str(recipe),
+        f"data.shards={shards.folder}",
+        f"run_dir={run_dir}",
+        *more,
+        "--launcher",
+        launcher,
+    ]
     return [*start, *train]
 
 
@@ -58,7 +67,13 @@ def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
     """The process, in a session of its own; whatever is left of it is killed at the end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT, start_new_session=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
     )
     try:
         yield process
