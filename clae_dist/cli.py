@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = """\
 exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank failed; 5 storage;
-            75 stopped on request with everything saved (start the same command again); 130 ended at once by Ctrl-C
+            75 stopped on request with everything saved (start the same command again); 130 ended at once by Ctrl-C;
+            doctor: 1 where it found a problem
 """
 
 _CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--launcher", choices=("ray", "torchrun", "local"), help="who starts the ranks (over launch.launcher)")
     command("config", "print the resolved settings, and where each comes from", recipe=True)
     dry_run = command(
-        "dry-run", "build everything of a recipe and run one step with tiny sizes, leaving nothing behind", recipe=True
+        "dry-run",
+        "build ranks, data, model and optimiser of a recipe and run one tiny step; no tracking, no evaluation",
+        recipe=True,
     )
     dry_run.add_argument("--launcher", choices=("ray", "local"), help="who starts the ranks (default: launch.launcher)")
     command("evaluate", "kNN and linear probe of a run's encoder, before and after pretraining", run=True)
@@ -160,7 +163,12 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code. A user's mistake is one readable line, with --debug its traceback, too."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes no settings after an option
+        if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     try:
         return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt:

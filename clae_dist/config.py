@@ -230,6 +230,7 @@ class Evaluation:
 
     knn_k: int = 200
     knn_temperature: float = 0.1
+    train_images: int = 0  # kNN bank and probe's training set of `clae evaluate`; 0: the whole train split
     knn_bank: int = _no_effect(10_000)  # while training: train images of the kNN bank; `clae evaluate` takes all
     knn_queries: int = _no_effect(2_000)  # while training: test images; `clae evaluate` takes all
     linear_iterations: int = 100  # of L-BFGS
@@ -239,6 +240,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         for key in ("knn_k", "knn_bank", "knn_queries", "linear_iterations", "batch_size"):
             _require(getattr(self, key) >= 1, f"evaluation.{key}", getattr(self, key), "use at least 1.")
+        _require(self.train_images >= 0, "evaluation.train_images", self.train_images, "use 0 (all) or more.")
         _require(self.knn_temperature > 0, "evaluation.knn_temperature", self.knn_temperature, "use a positive number.")
         _require(
             self.linear_penalty >= 0,
@@ -483,6 +485,9 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
         if not equals:
             raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
         _check_key(key, origin)
+        if FIELDS[key][1] is str:  # a path may hold what YAML would read as a comment or a mapping
+            settings[key] = Setting("" if value == "null" else value, origin)
+            continue
         try:
             node = yaml.compose(value, Loader=yaml.SafeLoader)
             settings[key] = Setting("" if node is None else _value(key, node), origin)

@@ -38,9 +38,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.group is not None:
-            dist.barrier(self.group)
+    @property
+    def collectives(self) -> str:
+        """What carries tensors between the ranks: "nccl", "gloo", or "none" in a single process."""
+        return "none" if self.group is None else "nccl" if self.device.type == "cuda" else "gloo"
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (anything that pickles), on every rank."""
@@ -79,6 +80,12 @@ class World:
             failed = [rank for rank, fine in enumerate(self.gather_objects(bool(ok))) if not fine]
             raise RankError(f"{message} (on rank {', '.join(map(str, failed))} of {self.size})")
 
+    def raise_together(self, kind: type[Exception], problem: str) -> None:
+        """Raises kind(problem) on every rank, with the problem of the first rank that has one; "" is none. A collective."""
+        problems = [text for text in self.gather_objects(problem) if text]
+        if problems:
+            raise kind(problems[0])
+
     def run_on_main(self, action: Any) -> Any:
         """`action()` on rank 0, its result everywhere; what it raises is raised on every rank, so that none waits."""
         result: Any = None
@@ -108,12 +115,14 @@ def connect(timeout_s: float = 600.0) -> Iterator[World]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
     started_here = not dist.is_initialized()
+    # A launcher's group that carries only the CPU's tensors, or more ranks than GPUs (NCCL wants one each): the CPU.
+    use_gpu = gpus >= local_size if started_here else gpus > 0 and "nccl" in dist.get_backend_config()
+    device = torch.device("cuda", local_rank % gpus) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
     if started_here:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
     try:
         yield World(rank, size, local_rank, local_size, device, dist.group.WORLD)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ Images in, WebDataset shards and a manifest out.
 
   python -m data_prep imagefolder photos/ shards/photos    # a folder of class folders, or a tar archive of one
   python -m data_prep verify shards/photos                 # is everything as the manifest says?
+  python -m data_prep info shards/photos                   # which images, how many, of which classes
   python -m data_prep demo shards/demo                     # the images of the quickstart
 
 Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --help` tells the options.
@@ -117,22 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument(
         "--max-pixels", type=_pixels, default=100_000_000, metavar="N", help="larger images are bad (default 100e6)"
     )
-    folder.add_argument(
-        "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
-    )
-    folder.add_argument(
-        "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
-    )
     check = command(
         "verify", "compare shards with their manifest", "Reads every shard of DST and names all that differs from the manifest."
     )
     check.add_argument("destination", metavar="DST", type=Path, help="folder that imagefolder or demo wrote")
+    about = command("info", "what the manifest says", "Prints the manifest of DST: images by split, classes, origin, digest.")
+    about.add_argument("destination", metavar="DST", type=Path, help="folder that imagefolder or demo wrote")
+    about.add_argument("--json", action="store_true", help="as JSON, for scripts")
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
     demo.add_argument("destination", metavar="DST", type=Path, help="folder for the shards")
     demo.add_argument("--data", metavar="PATH", type=Path, default=None, help="your own folder or archive")
-    demo.add_argument(
-        "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
-    )
+    for preparing in (folder, demo):
+        preparing.add_argument(
+            "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
+        )
+        preparing.add_argument(
+            "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
+        )
     return parser
 
 
@@ -170,14 +173,26 @@ def _verify(args: argparse.Namespace) -> int:
     return DIFFERENCES if differences else OK
 
 
+def _info(args: argparse.Namespace) -> int:
+    from clae_dist.data.manifest import load_manifest
+    from data_prep.info import describe, facts
+
+    manifest = load_manifest(args.destination)
+    _say(json.dumps(facts(manifest), indent=1, ensure_ascii=False) if args.json else "\n".join(describe(manifest)))
+    return OK
+
+
 def _demo(args: argparse.Namespace) -> int:
     from data_prep.demo import prepare_demo
 
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(os.environ.get("CLAE_CACHE") or os.path.join(home, "clae-dist"))
     named = args.data or (Path(os.environ["CLAE_DATA"]) if os.environ.get("CLAE_DATA") else None)
-    prepare_demo(args.destination, named, cache, num_workers=args.workers, say=_say)
+    prepare_demo(args.destination, named, cache, max_bad=args.max_bad, num_workers=args.workers, say=_say)
     return OK
+
+
+_COMMANDS = {"imagefolder": _imagefolder, "verify": _verify, "info": _info, "demo": _demo}
 
 
 def _say(text: str) -> None:
@@ -195,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return {"imagefolder": _imagefolder, "verify": _verify, "demo": _demo}[args.command](args)
+        return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print("data_prep: interrupted; run the same command again to go on where it was.", file=sys.stderr)
         return INTERRUPTED

@@ -23,10 +23,12 @@ _DIGITS_LICENCE = "CC BY 4.0 (Optical Recognition of Handwritten Digits, E. Alpa
 _CONNECT_TIMEOUT_S = 20.0
 
 
-def prepare_demo(folder: Path, data: Path | None, cache: Path, *, num_workers: int, say: Say = print) -> Manifest:
+def prepare_demo(
+    folder: Path, data: Path | None, cache: Path, *, max_bad: float = 0.01, num_workers: int, say: Say = print
+) -> Manifest:
     """Prepares the quickstart's images in `folder` and says which they are. Raises DataError."""
     source, settings = choose(data, cache, say)
-    return prepare(source, folder, settings, num_workers=num_workers, say=say)
+    return prepare(source, folder, settings, max_bad=max_bad, num_workers=num_workers, say=say)
 
 
 def choose(data: Path | None, cache: Path, say: Say) -> tuple[Source, Settings]:

@@ -6,10 +6,11 @@
 # It lives in ${CLAE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/clae-dist}, keyed by a hash of what pyproject.toml asks for and of
 # the Python version, so that a second checkout reuses it. An install that was interrupted is started over (from pip's
 # own download cache). The `clae` command in it runs the checkout you stand in; elsewhere, the one that ran env.sh last.
+#
+# CLAE_PYTHON names another Python, CLAE_FREE_GB (default 9) what must be free for an install.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cache=${CLAE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/clae-dist}
 say() { printf 'env: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
@@ -34,22 +35,28 @@ asked = [project["requires-python"], project["dependencies"], project["optional-
 print(hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12])
 PY
 )
+cache=${CLAE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/clae-dist}
+mkdir -p "$cache" || fail "$cache cannot be made; name a folder that can be written in CLAE_CACHE."
+cache=$(cd "$cache" && pwd)
 env=$cache/env-$key
 
 install() {
+  local needed_gb=${CLAE_FREE_GB:-9} free_kb
   say "creating $env with $("$python" --version) (about 6 GB; 4 to 10 minutes the first time)"
-  local free_kb
   free_kb=$(df -Pk "$cache" | awk 'NR == 2 { print $4 }')
-  [ "$free_kb" -gt 9000000 ] || fail "$cache has $((free_kb / 1000000)) GB free and the install needs 9; free some or set CLAE_CACHE to another disk."
+  [ "$free_kb" -ge $((needed_gb * 1000000)) ] ||
+    fail "$cache has $((free_kb / 1000000)) GB free and the install needs $needed_gb; free some or set CLAE_CACHE to another disk."
   rm -rf "$env"
   "$python" -m venv "$env" || fail "$python cannot make virtual environments; on Debian: apt-get install python3-venv."
-  "$env/bin/python" -m pip install --quiet --upgrade pip >&2
+  "$env/bin/python" -m pip install --quiet --retries 1 --upgrade pip >"$env/upgrade.log" 2>&1 ||
+    say "pip could not upgrade itself; going on with $("$env/bin/python" -m pip --version | cut -d ' ' -f 1-2) (log: $env/upgrade.log)"
   "$env/bin/python" - "$here/pyproject.toml" >"$env/requirements.txt" <<'PY'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 print(*project["dependencies"], *sum(project["optional-dependencies"].values(), []), sep="\n")
 PY
   say "installing: $(tr '\n' ' ' <"$env/requirements.txt")"
+  # pip inherits the lock: should this script be killed, the next one waits until its pip is gone, and starts over then.
   "$env/bin/python" -m pip install --progress-bar off --requirement "$env/requirements.txt" >"$env/install.log" 2>&1 &
   local pip_pid=$! seconds=0
   trap 'kill "$pip_pid" 2>/dev/null; exit 130' INT TERM
@@ -62,7 +69,6 @@ PY
   touch "$env/.complete"
 }
 
-mkdir -p "$cache"
 exec 9>"$cache/env-$key.lock"
 flock -n 9 || { say "another process is installing $env; waiting for it"; flock 9; }
 if [ -e "$env/.complete" ] && "$env/bin/python" -c '' 2>/dev/null; then
@@ -70,16 +76,22 @@ if [ -e "$env/.complete" ] && "$env/bin/python" -c '' 2>/dev/null; then
 else
   install
 fi
+replace() { cat >"$1.$$" && mv "$1.$$" "$1"; } # as a whole: another process may be reading it
 site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf '%s\n' "$here" >"$site/clae_dist.pth.$$" && mv "$site/clae_dist.pth.$$" "$site/clae_dist.pth"
-cat >"$env/bin/clae.$$" <<EOF_CLAE
-#!$env/bin/python
-import os, sys
+printf '%s\n' "$here" | replace "$site/clae_dist.pth"
+# A file of its own, with a guard: processes that multiprocessing spawns import it again.
+replace "$env/bin/clae_main.py" <<'PY'
+import os
+import sys
+
 if os.path.isfile("clae_dist/cli.py"):  # a checkout: run it, whichever checkout made this environment
     sys.path.insert(0, os.getcwd())
 from clae_dist.cli import main
+
 if __name__ == "__main__":
     sys.exit(main())
-EOF_CLAE
-chmod +x "$env/bin/clae.$$" && mv "$env/bin/clae.$$" "$env/bin/clae"
+PY
+# Not `#!$env/bin/python`: such a line can hold neither spaces nor a long path.
+printf '#!/usr/bin/env bash\nexec %q %q "$@"\n' "$env/bin/python" "$env/bin/clae_main.py" | replace "$env/bin/clae.new"
+chmod +x "$env/bin/clae.new" && mv "$env/bin/clae.new" "$env/bin/clae"
 printf '%s\n' "$env"

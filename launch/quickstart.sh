@@ -6,72 +6,192 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: ./launch/quickstart.sh [--data PATH] [--run-dir DIR] [--compare simclr] [--workers N] [key=value …]
+usage: ./launch/quickstart.sh [--data PATH] [--run-dir DIR] [--compare simclr] [--workers N] [--max-bad SHARE] [--dry-run]
+                              [key=value …]
 
   --data PATH        a folder of class folders, or an archive of one (default: CLAE_DATA; else CIFAR-10, found in
                      ../shared/data or downloaded; without a network, scikit-learn's digits)
   --run-dir DIR      where everything goes (default: runs/quickstart)
   --compare simclr   plain SimCLR, too, for the same compute: 11/6 of the epochs (about twice the time in all)
   --workers N        ranks (default: one a GPU, rounded down to a power of two; 2 without GPUs)
+  --max-bad SHARE    stop above this share of images that cannot be decoded (default: 1%)
+  --dry-run          print the commands in their order, and run nothing
   key=value          settings over configs/quickstart.yaml, such as train.epochs=4
+
+The recipe's epochs are for CIFAR-10's 50,000 images. Other sets get as many epochs as make the same number of images, and
+fewer than two batches of images get a smaller batch, unless train.epochs and batch.global_size are given here.
 TEXT
 }
+wrong() { printf 'quickstart: %s\n' "$*" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-data=() run_dir=runs/quickstart compare="" workers="" settings=()
+recipe=configs/quickstart.yaml
+data=() max_bad=() run_dir=$(realpath -ms runs/quickstart) compare="" workers="" dry="" settings=()
+[ -z "${CLAE_DATA:-}" ] || data=(--data "$(realpath -ms "$CLAE_DATA")")
 while [ $# -gt 0 ]; do
   case $1 in
-    --data | --run-dir | --compare | --workers)
-      [ $# -ge 2 ] || { echo "quickstart: $1 needs a value; see --help." >&2; exit 2; }
+    --data | --run-dir | --compare | --workers | --max-bad)
+      [ -n "${2:-}" ] || wrong "$1 needs a value; see --help."
       case $1 in
-        --data) data=(--data "$(realpath -m "$2")") ;;
-        --run-dir) run_dir=$2 ;;
+        --data) data=(--data "$(realpath -ms "$2")") ;; # relative to where you stand, like --run-dir; links keep their names
+        --run-dir) run_dir=$(realpath -ms "$2") ;;
         --compare) compare=$2 ;;
         --workers) workers=$2 ;;
+        --max-bad) max_bad=(--max-bad "$2") ;;
       esac
       shift 2 ;;
+    --dry-run) dry=yes; shift ;;
     -h | --help) usage; exit 0 ;;
+    run_dir=*) wrong "$1 is --run-dir here." ;;
+    data.shards=*) wrong "$1: the shards are made from --data here; for others, use clae train." ;;
+    launch.workers=*) workers=${1#*=}; shift ;;
     *=*) settings+=("$1"); shift ;;
-    *) echo "quickstart: $1 is not an option; see --help." >&2; exit 2 ;;
+    *) wrong "$1 is not an option; see --help." ;;
   esac
 done
-case $compare in "" | simclr) ;; *) echo "quickstart: --compare $compare is not known; use --compare simclr." >&2; exit 2 ;; esac
-run_dir=$(realpath -m "$run_dir")
-[ -z "${CLAE_DATA:-}" ] || CLAE_DATA=$(realpath -m "$CLAE_DATA")
+case $compare in "" | simclr) ;; *) wrong "--compare $compare is not known; use --compare simclr." ;; esac
+case $workers in *[!0-9]* | 0*) wrong "--workers is $workers; use a whole number from 1." ;; esac
+[ -z "${CLAE_CACHE:-}" ] || CLAE_CACHE=$(realpath -ms "$CLAE_CACHE")
 cd "$here"
 
-started=$SECONDS
-step() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); shift; printf '$ %s\n' "$*"; "$@"; }
+# ---- running a step, and how it ends ----
 
-if [ -z "$workers" ]; then
-  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-  workers=2
-  if [ "$gpus" -gt 0 ]; then workers=1; while [ $((workers * 2)) -le "$gpus" ]; do workers=$((workers * 2)); done; fi
+started=$SECONDS
+interrupted=""
+trap 'interrupted=yes' INT # the step gets Ctrl-C, too, saves and ends; then it is our turn
+
+ended() { # ended STEP CODE
+  [ -z "$interrupted" ] || set -- "$1" "$2" stopped
+  case ${3:-$2} in
+    0) return ;;
+    stopped | 75 | 130) printf '\nquickstart: stopped during "%s"; the same command goes on from there.\n' "$1" >&2 ;;
+    *) printf '\nquickstart: "%s" failed (exit code %s); the reason stands above.\n' "$1" "$2" >&2 ;;
+  esac
+  exit "$(($2 ? $2 : 130))"
+}
+
+show() { printf '$'; printf ' %q' "$@"; printf '\n'; }
+
+step() { # step HEADING COMMAND …
+  local heading=$1 code=0
+  shift
+  printf '\n== %s' "$heading"
+  [ -n "$dry" ] || printf ' (%d s)' $((SECONDS - started))
+  printf '\n'
+  show "$@"
+  [ -z "$dry" ] || return 0
+  "$@" || code=$?
+  ended "$heading" $code
+}
+
+# ---- numbers ----
+
+given() { # given KEY: its value among the settings, the last one; fails without
+  local setting value
+  for setting in ${settings[@]+"${settings[@]}"}; do [ "${setting%%=*}" != "$1" ] || value=${setting#*=}; done
+  [ -n "${value+set}" ] && printf '%s\n' "$value"
+}
+
+in_recipe() { awk -v key="$1:" '$1 == key { print $2; exit }' "$recipe"; }
+
+product() { # product A B: A·B without an exponent, which YAML would read as a text
+  LC_ALL=C awk -v a="$1" -v b="$2" 'BEGIN { text = sprintf("%.6f", a * b); sub(/\.?0+$/, "", text); print text }'
+}
+
+count_workers() { # sets workers: one a GPU that torch can use, rounded down to a power of two; 2 without
+  local gpus
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)') || ended "Counting GPUs" $?
+  if [ "$gpus" -eq 0 ]; then workers=2; echo "ranks: 2 (no GPU that torch can use)"; return; fi
+  workers=1
+  while [ $((workers * 2)) -le "$gpus" ]; do workers=$((workers * 2)); done
+  echo "ranks: $workers ($gpus GPU(s), rounded down to a power of two)"
+}
+
+plan() { # plan IMAGES: sets batch, epochs, and the settings that follow from the number of train images
+  local images=$1 recipe_batch factor=1 key
+  recipe_batch=$(in_recipe global_size)
+  batch=$(given batch.global_size) || {
+    batch=$recipe_batch
+    if [ "$images" -lt "$batch" ]; then
+      while [ "$batch" -gt 2 ] && [ $((batch * 2)) -gt "$images" ]; do batch=$((batch / 2)); done
+      planned+=(batch.global_size="$batch")
+      echo "batch: $batch, as there are only $images train images; two batches an epoch at least"
+    fi
+  }
+  if epochs=$(given train.epochs); then
+    factor=$(LC_ALL=C awk -v a="$epochs" -v b="$(in_recipe epochs)" 'BEGIN { printf "%.9f", a / b }')
+  else # what does not fill a batch sits an epoch out: whole batches count
+    factor=$(LC_ALL=C awk -v images="$images" -v batch="$batch" -v its="$recipe_batch" 'BEGIN {
+      here = batch + 0 > 0 ? int(images / batch) * batch : 0
+      printf "%.9f", int(50000 / its) * its / (here ? here : images)
+    }')
+    epochs=$(product "$(in_recipe epochs)" "$factor")
+    planned+=(train.epochs="$epochs")
+    echo "epochs: $epochs, for as many images as $(in_recipe epochs) epochs of CIFAR-10"
+  fi
+  for key in train.knn_every optim.warmup_epochs; do
+    given "$key" >/dev/null || planned+=("$key=$(product "$(in_recipe "${key#*.}")" "$factor")")
+  done
+}
+
+# ---- the job ----
+
+printf '== Environment\n'
+show "$here/launch/env.sh"
+if [ -n "$dry" ]; then
+  env=ENVIRONMENT workers=${workers:-WORKERS}
+else
+  code=0
+  env=$("$here/launch/env.sh" | tail -1) || code=$?
+  ended Environment $code
+  export PATH=$env/bin:$PATH
+  export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+  started=$SECONDS # what comes now is the system's own time
+  [ -n "$workers" ] || count_workers
 fi
 
-echo "== Environment"
-env=$("$here/launch/env.sh" | tail -1)
-# shellcheck disable=SC1091
-source "$env/bin/activate"
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-started=$SECONDS # what comes now is the system's own time
-
 shards=$run_dir/shards
-common=(data.shards="$shards" launch.workers="$workers" tracking.uri="sqlite:///$run_dir/mlflow.db" ${settings[@]+"${settings[@]}"})
+step "Shards" python -m data_prep demo "$shards" ${data[@]+"${data[@]}"} ${max_bad[@]+"${max_bad[@]}"}
 
-step "Shards" python -m data_prep demo "$shards" ${data[@]+"${data[@]}"}
-step "Pretraining: CLAE on $workers rank(s)" clae train configs/quickstart.yaml "${common[@]}" run_dir="$run_dir"
+planned=()
+if [ -n "$dry" ]; then
+  epochs=$(given train.epochs) || epochs=EPOCHS
+  for setting in train.epochs=EPOCHS train.knn_every=KNN_EVERY optim.warmup_epochs=WARMUP_EPOCHS; do
+    given "${setting%%=*}" >/dev/null || planned+=("$setting")
+  done
+else
+  split=$(given data.train_split) || split=train
+  images=$(python -m data_prep info "$shards" --json |
+    python -c 'import json, sys; print(json.load(sys.stdin)["splits"].get(sys.argv[1], 0))' "$split") || ended "Counting images" $?
+  [ "$images" -gt 0 ] || wrong "data.train_split is $split, which $shards does not have; see: python -m data_prep info $shards"
+  plan "$images"
+fi
+uri=sqlite:///$run_dir/mlflow.db
+common=(data.shards="$shards" launch.workers="$workers" tracking.uri="$uri" "${planned[@]}" ${settings[@]+"${settings[@]}"})
+
+train=(clae train "$recipe" "${common[@]}")
+
+step "Pretraining: CLAE on $workers rank(s)" "${train[@]}" run_dir="$run_dir"
 step "Evaluation" clae evaluate "$run_dir"
 report=(clae report "$run_dir")
 if [ -n "$compare" ]; then
   # The same compute: an exact CLAE step costs 11 units, a SimCLR step 6 (forward of one view 1, its backward 2).
-  epochs=$(clae config configs/quickstart.yaml "${common[@]}" | awk '$1 == "epochs:" { printf "%.4f", $2 * 11 / 6; exit }')
-  step "Pretraining: SimCLR, the same compute" clae train configs/quickstart.yaml "${common[@]}" \
-    attack.name=none train.epochs="$epochs" name=quickstart-simclr run_dir="$run_dir/simclr"
+  more="EPOCHS*11/6"
+  [ "$epochs" = EPOCHS ] || more=$(product "$epochs" 1.8333333333)
+  step "Pretraining: SimCLR, the same compute" "${train[@]}" \
+    attack.name=none train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
   step "Evaluation: SimCLR" clae evaluate "$run_dir/simclr"
   step "Report: SimCLR" clae report "$run_dir/simclr"
   report+=(--compare "$run_dir/simclr")
 fi
 step "Encoder" clae export "$run_dir"
 step "Report" "${report[@]}"
-printf '\nDone in %d s after installation. MLflow'"'"'s page: %s/bin/mlflow ui --backend-store-uri sqlite:///%s/mlflow.db\n' $((SECONDS - started)) "$env" "$run_dir"
+
+if [ -n "$dry" ]; then
+  printf '\nDry run: nothing was run. Names in capitals follow from the GPUs and from the number of train images; see --help.\n'
+  exit 0
+fi
+printf '\nDone in %d s after installation.\n' $((SECONDS - started))
+if [ "$(given tracking.name || true)" != none ] && ! given tracking.uri >/dev/null; then
+  printf "MLflow's page: %q -m mlflow ui --backend-store-uri %q\n" "$env/bin/python" "$uri"
+fi

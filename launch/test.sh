@@ -11,8 +11,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 echo "== environment"
 env=$("$here/launch/env.sh" | tail -1)
-# shellcheck source=/dev/null
-source "$env/bin/activate"
+export PATH=$env/bin:$PATH
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # this checkout, wherever the environment points
 
 check() {
@@ -23,13 +22,14 @@ check() {
   printf '== %s: fine, %d s\n' "$heading" $((SECONDS - start))
 }
 
-check lint ruff check .
-check format ruff format --check .
-check types mypy
-check "import rules" lint-imports --no-logo
+# `python -m` rather than the scripts in bin: those begin with a line that cannot hold every path.
+check lint python -m ruff check .
+check format python -m ruff format --check .
+check types python -m mypy
+check "import rules" python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
 check "shell scripts" shellcheck launch/*.sh .ci/run
 
 marks=()
 if [ "${CI:-}" = true ]; then marks=(-m "slow or not slow"); fi
 printf '\n== tests: pytest%s\n' "${*:+ $*}${marks:+ (slow ones too)}"
-exec pytest "${marks[@]}" "$@"
+exec python -m pytest "${marks[@]}" "$@"

@@ -54,6 +54,21 @@ def test_a_setting_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_p
     assert words in error
 
 
+def test_settings_may_follow_options_and_paths_stay_as_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """argparse took no settings after --launcher; YAML cut a path at " #"."""
+    odd = tmp_path / "my #1: x"
+    shards = write_synthetic_set(odd / "shards", 64, 16).folder
+    settings = [f"data.shards={shards}", f"run_dir={odd / 'run'}", "tracking.name=none", "data.image_size=16", "data.workers=0"]
+    more = ["model.encoder=small_resnet", "batch.global_size=32", "train.epochs=1", "train.knn_every=0"]
+    assert main(["train", RECIPE, *settings, "--launcher", "local", "launch.workers=1", *more]) == 0
+    assert (odd / "run" / "checkpoints" / "step-00000002.pt").is_file()
+    with pytest.raises(SystemExit):
+        main(["train", RECIPE, "--launcher", "local", "--epochs"])
+    assert "unrecognized arguments: --epochs" in capsys.readouterr().err
+
+
 def test_data_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     settings = [f"data.shards={tmp_path / 'nowhere'}", f"run_dir={tmp_path / 'run'}", "tracking.name=none"]
     code, error = failing(capsys, "train", RECIPE, *settings, "--launcher", "local")

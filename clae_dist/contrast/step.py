@@ -30,20 +30,15 @@ class TrainingBackend(Protocol):
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    """What a step works with."""
+class Attacking:
+    """What an attack works with."""
 
     world: World
     attack: Attack
     objective: str
     temperature: float
     pixel_std: torch.Tensor  # (1, 3, 1, 1): an ε in normalised units times this is an ε in pixels
-    augment: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # batch -> x, y: (B, 3, S, S) in [0, 1] on the device
     attack_embed: Callable[[torch.Tensor, Route], torch.Tensor]  # images, route -> unit rows, beside the backend
-    untouched: Callable[[], AbstractContextManager[None]]  # inside, forwards leave no trace in the model
-    attack_statistics: Callable[[], AbstractContextManager[None]]  # the same for the attack, unless it is asked to leave one
-    backend: TrainingBackend
-    timed: Callable[[str], AbstractContextManager[None]]  # where the time goes
 
     def contrast(self, a_BD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
         return contrast_on_global_batch(OBJECTIVES[self.objective], a_BD, b_BD, self.temperature, self.world)
@@ -52,6 +47,17 @@ class Pretraining:
     def epsilon(self) -> float | torch.Tensor:
         """In pixels of [0, 1]."""
         return self.attack.epsilon if self.attack.unit == "pixel" else self.attack.epsilon * self.pixel_std
+
+
+@dataclass(frozen=True)
+class Pretraining(Attacking):
+    """What a step works with."""
+
+    augment: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # batch -> x, y: (B, 3, S, S) in [0, 1] on the device
+    untouched: Callable[[], AbstractContextManager[None]]  # inside, forwards leave no trace in the model
+    attack_statistics: Callable[[], AbstractContextManager[None]]  # the same for the attack, unless it is asked to leave one
+    backend: TrainingBackend
+    timed: Callable[[str], AbstractContextManager[None]]  # where the time goes
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class StepMetrics:
 
 
 def adversarial_view(
-    run: Pretraining,
+    run: Attacking,
     x: torch.Tensor,
     y: torch.Tensor,
     contrast: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -91,7 +97,7 @@ def adversarial_view(
 
 
 @torch.no_grad()
-def _constant(run: Pretraining, x: torch.Tensor) -> torch.Tensor:
+def _constant(run: Attacking, x: torch.Tensor) -> torch.Tensor:
     return run.attack_embed(x, "adversarial")
 
 

@@ -6,19 +6,24 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from clae_dist.data.draws import permutation
+from clae_dist.data.loader import forkserver, leave_signals_to_the_rank
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import centre_view
 
 
 class EvaluationSet:
-    """A split, or a seeded choice of `limit` of its images (0: all)."""
+    """A split, or a seeded choice of `limit` of its images (0: all). `workers` processes read ahead; 0: none, in this one."""
 
-    def __init__(self, manifest: Manifest, split: str, image_size: int, limit: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, manifest: Manifest, split: str, image_size: int, limit: int = 0, seed: int = 0, workers: int = 0
+    ) -> None:
         self._reader = ShardReader(manifest, split)
         self._image_size = image_size
+        self._workers = workers
         total = sum(self._reader.sizes)
         self.ids = np.arange(total) if not 0 < limit < total else np.sort(permutation(total, seed)[:limit])
 
@@ -35,6 +40,24 @@ class EvaluationSet:
         self, batch_size: int, start: int = 0, step: int = 1
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Images, labels and ids of every `step`-th batch from the `start`-th on: ranks share a set with (rank, size)."""
-        for first in range(start * batch_size, len(self.ids), step * batch_size):
-            ids = self.ids[first : first + batch_size]
-            yield *self.images(ids), torch.from_numpy(ids)
+        loader = DataLoader(
+            _Batches(self, batch_size),
+            batch_size=None,
+            sampler=range(start * batch_size, len(self.ids), step * batch_size),
+            num_workers=self._workers,
+            prefetch_factor=2 if self._workers else None,
+            worker_init_fn=leave_signals_to_the_rank,
+            multiprocessing_context=forkserver() if self._workers else None,
+        )
+        yield from loader
+
+
+class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """`self[first]` is the batch of an evaluation set that begins with its image number `first`."""
+
+    def __init__(self, images: EvaluationSet, batch_size: int) -> None:
+        self._images, self._batch_size = images, batch_size
+
+    def __getitem__(self, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids = self._images.ids[first : first + self._batch_size]
+        return *self._images.images(ids), torch.from_numpy(ids)

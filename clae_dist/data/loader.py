@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -83,11 +84,16 @@ def num_workers(config: Config, local_size: int) -> int:
     return max(0, min(8, len(os.sched_getaffinity(0)) // local_size - 1))
 
 
-def _forkserver() -> BaseContext:
+def forkserver() -> BaseContext:
     """A forked child of a process with gloo's and torch's threads may deadlock; the server has none, and imports torch once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def leave_signals_to_the_rank(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the rank still needs its batches to end in good order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
@@ -102,6 +108,7 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=world.device.type == "cuda",
-            multiprocessing_context=_forkserver() if workers else None,
+            worker_init_fn=leave_signals_to_the_rank,
+            multiprocessing_context=forkserver() if workers else None,
         )
     )

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from clae_dist.config import Attack, Config
-from clae_dist.contrast.adversary import perturb
-from clae_dist.contrast.objectives import OBJECTIVES
+from clae_dist.contrast.step import Attacking, adversarial_view
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
+from clae_dist.world import World
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,26 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     With attack.name "none" it is the default attack. With anchor "other", the other view is the mirrored image.
     """
     attack = config.attack if config.attack.name != "none" else Attack()
+    run = Attacking(
+        world=World.single(model.mean.device),
+        attack=attack,
+        objective=config.objective.name,
+        temperature=config.objective.temperature,
+        pixel_std=model.std,
+        attack_embed=lambda images, route: model(images, route=route),
+    )
     clean = images_n3SS.to(model.mean.device, model.mean.dtype) / 255
-    objective, temperature = OBJECTIVES[config.objective.name], config.objective.temperature
+    mirrored = clean.flip(3)
     training = model.training
     model.train()
     with untouched_statistics(model):
+        found = adversarial_view(run, clean, mirrored)
         with torch.no_grad():
-            anchor = model(clean, route="adversarial")
-        start = clean.flip(3) if attack.anchor == "other" else clean
-
-        def loss_of(x_try: torch.Tensor) -> torch.Tensor:
-            z_try = model(x_try, route="adversarial")
-            return objective(anchor, z_try, anchor, z_try, 0, temperature)
-
-        epsilon = attack.epsilon if attack.unit == "pixel" else attack.epsilon * model.std
-        found = perturb(start, loss_of, epsilon, (0.0, 1.0) if attack.clip else None)
-        with torch.no_grad():
-            loss_after = loss_of(found.images)
+            anchor, attacked = (model(images, route="adversarial") for images in (clean, found.images))
+            loss_after = run.contrast(anchor, attacked)
     model.train(training)
     return Attacked(
-        clean=start.float().cpu(),
+        clean=(mirrored if attack.anchor == "other" else clean).float().cpu(),
         adversarial=found.images.float().cpu(),
         loss_before=float(found.loss_before),
         loss_after=float(loss_after),

@@ -146,7 +146,7 @@ def _mark_evaluation(axes: Axes, record: Record) -> None:
     """The full evaluation's value beside those on parts of the splits."""
     if record.evaluation and record.evaluation.get("knn_after") is not None:
         x, y = record.evaluation["images_seen"], record.evaluation["knn_after"]
-        axes.plot([x], [y], linestyle="none", marker="D", markersize=6, color=ADVERSARIAL, label="evaluation, whole splits")
+        axes.plot([x], [y], linestyle="none", marker="D", markersize=6, color=ADVERSARIAL, label="evaluation, all test images")
 
 
 def _legend(axes: Axes, columns: int) -> None:

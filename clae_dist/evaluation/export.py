@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from clae_dist import __version__
 from clae_dist.config import Config, ConfigError, flatten, shapes_result
 from clae_dist.evaluation.export_readme import readme
 from clae_dist.evaluation.record import read_record
-from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_encoder
+from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_encoder, library_arguments
 from clae_dist.models.norms import single_route_state
 from clae_dist.runs.checkpoint import load_model
 
@@ -100,11 +99,11 @@ def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, An
     size = config.data.image_size
     plain, _ = build_encoder(config.model, size)
     family, _, name = config.model.encoder.partition("/")
-    library, architecture, arguments = {
-        "small_resnet": lambda: ("timm", "resnet18", _small_resnet_arguments()),
-        "timm": lambda: ("timm", name, {"img_size": size} if _timm_takes_size(name) else {}),
-        "torchvision": lambda: ("torchvision", name, {"image_size": size} if name.startswith("vit_") else {}),
-    }[family]()
+    library, architecture, arguments = (
+        ("timm", "resnet18", _small_resnet_arguments())
+        if family == "small_resnet"
+        else (family, name, library_arguments(family, name, size))
+    )
     return {
         "format_version": FORMAT,
         "library": library,
@@ -146,13 +145,6 @@ def _small_resnet_arguments() -> dict[str, Any]:
         "stem_type": "deep",
         "stem_width": widths[0] // 2,
     }
-
-
-def _timm_takes_size(name: str) -> bool:
-    """As models.encoders decides it."""
-    import timm
-
-    return "img_size" in inspect.signature(timm.models.model_entrypoint(name)).parameters or name.startswith(("vit_", "deit"))
 
 
 def _stem(config: Config, plain: nn.Module) -> dict[str, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ class Record:
     config_text: str
     identity: dict[str, Any]
     lines: list[Line]
-    train_s: float | None
+    train_s: float | None  # seconds of training: time_s counts on over restarts
     evaluation: dict[str, Any] | None
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
@@ -42,14 +41,14 @@ def read_record(run_dir: Path) -> Record:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
-    raw = _read_lines(run_dir / "metrics.jsonl")
+    lines = merge_lines(_read_lines(run_dir / "metrics.jsonl"))
     return Record(
         run_dir=run_dir,
         config=from_yaml(path),
         config_text=path.read_text(),
         identity=_read_json(run_dir / "run.json") or {},
-        lines=merge_lines(raw),
-        train_s=training_seconds(raw),
+        lines=lines,
+        train_s=max((line["time_s"] for line in lines if "time_s" in line), default=None),
         evaluation=_read_json(run_dir / "evaluation.json"),
     )
 
@@ -85,15 +84,6 @@ def merge_lines(raw: Sequence[Line]) -> list[Line]:
     return [merged[images_seen] for images_seen in sorted(merged)]
 
 
-def training_seconds(raw: Sequence[Line]) -> float | None:
-    """Seconds of training over all starts of the run: time_s begins at 0 with each of them."""
-    times = [line["time_s"] for line in raw if "time_s" in line]
-    if not times:
-        return None
-    ends = [time for time, following in itertools.pairwise(times) if following < time]
-    return sum(ends) + times[-1]
-
-
 def summarise(record: Record) -> dict[str, Any]:
     """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
@@ -109,12 +99,14 @@ def summarise(record: Record) -> dict[str, Any]:
         **{key: evaluation.get(key) for key in ("knn_before", "knn_after", "linear_before", "linear_after")},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
+        "collectives": record.identity.get("collectives"),
         "wall_s": record.train_s,
         "evaluation_wall_s": evaluation.get("wall_s"),
         "encoder": record.config.model.encoder,
         "epochs": record.config.train.epochs,
         "global_batch": record.config.batch.global_size,
         "train_images": evaluation.get("train_images"),
+        "bank_images": evaluation.get("bank_images"),
         "test_images": evaluation.get("test_images"),
         "manifest_digest": record.identity.get("manifest_digest") or evaluation.get("manifest_digest"),
         "package_version": record.identity.get("package_version"),

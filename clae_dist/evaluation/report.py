@@ -126,11 +126,13 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
             ["after pretraining", *(number(evaluation[f"{kind}_after"], ".2f", " %") for kind in ("knn", "linear"))],
             ["guessing", *[number(100 / evaluation["num_classes"], ".2f", " %")] * 2],
         ]
-        parts.append(page.table(rows, [f"{evaluation['test_images']:,} test images", "kNN", "linear probe"]))
+        bank = f"{evaluation['bank_images']:,} train images"
+        tested = f"all {evaluation['test_images']:,} test images"
+        parts.append(page.table(rows, [tested, f"kNN (bank of {bank})", f"linear probe (fitted to {bank})"]))
         parts.append(
-            f'<p class="soft">Frozen features of the clean route, {evaluation["train_images"]:,} train images: weighted kNN '
-            f"with K = {evaluation['knn_k']}, τ = {evaluation['knn_temperature']:g}; logistic regression, its penalty "
-            "chosen on a held-out tenth of the train split. The untrained encoder has the run’s own initial weights.</p>"
+            f'<p class="soft">Frozen features of the clean route: weighted kNN with K = {evaluation["knn_k"]}, '
+            f"τ = {evaluation['knn_temperature']:g}; logistic regression, its penalty chosen on a held-out tenth of those "
+            "train images. The untrained encoder has the run’s own initial weights.</p>"
         )
         if record.lines and evaluation["images_seen"] != summary["images_seen"]:
             later = f"{summary['images_seen']:,} images"
@@ -199,8 +201,8 @@ def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) ->
     png = album.keep("neighbours", draw_neighbours(found, query_images, neighbour_images, manifest.classes))
     verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "this set has no classes"
     caption = (
-        "Left: test images, drawn by the run’s seed, one a class before a second of any. Right: the nearest of the whole train "
-        "split by cosine, nearest first; green frames have the same class."
+        "Left: test images, drawn by the run’s seed, one a class before a second of any. Right: the nearest of the kNN’s bank "
+        "by cosine, nearest first; green frames have the same class."
     )
     return [title, page.picture(png, verdict[0].upper() + verdict[1:], caption, css="pixels")]
 
@@ -212,7 +214,7 @@ def _settings(record: Record, summary: dict[str, Any]) -> list[str]:
         "trained with clae-dist": identity.get("package_version", "–"),
         "git revision": identity.get("git_revision") or "–",
         "manifest digest": summary["manifest_digest"] or "–",
-        "backend": f"{identity.get('backend', '–')}, {identity.get('world_size', '–')} ranks",
+        "backend": "{} over {}, {} ranks".format(*(identity.get(key, "–") for key in ("backend", "collectives", "world_size"))),
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
         "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }

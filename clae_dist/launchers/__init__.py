@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
     from clae_dist.launchers.rank import Ending
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Ranks may run in other folders than this process (Ray's do), and a run is evaluated from anywhere."""
+    shards = os.path.abspath(config.data.shards) if config.data.shards else ""
+    uri = config.tracking.uri
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        uri = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
+    return replace(
+        config,
+        run_dir=str(config.folder.absolute()),
+        data=replace(config.data, shards=shards),
+        tracking=replace(config.tracking, uri=uri),
+    )
 
 
 def start(config: Config, origins: dict[str, str], debug: bool = False) -> Ending:
@@ -15,6 +31,7 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
 
     from clae_dist.runs.folder import STOP_FILE, make_folder
 
+    config = _with_absolute_paths(config)
     make_folder(config.folder)
     (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")

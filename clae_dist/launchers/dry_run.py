@@ -42,5 +42,5 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             tracking=replace(config.tracking, name="none"),
         )
         ending = start(tiny, origins, debug)
-    message = f"{config.model.encoder} on {workers} rank(s), one step of {size} {images}"
+    message = f"{config.model.encoder} on {workers} rank(s), one step of {size} {images}; tracking and evaluation were left out"
     return replace(ending, message=ending.message if ending.code else message)

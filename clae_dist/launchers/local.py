@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.config import Config
-from clae_dist.launchers.rank import FAILED, UNEXPECTED, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import FAILED, OK, STOPPED, UNEXPECTED, Ending, RankBroke, run_rank
 
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
 
@@ -38,7 +38,10 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     workers = config.launch.workers or default_workers()
     config.rows_per_rank(workers)
     if workers == 1:
-        return run_rank(config, origins, debug, sys.stdout)
+        try:
+            return run_rank(config, origins, debug, sys.stdout)
+        except RankBroke as error:
+            return Ending(error.code, str(error))
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -54,13 +57,19 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         theirs.close()
         ranks.append(_Rank(process, ours))
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    # Ranks ignore the terminal's Ctrl-C: one request is handed on, by this process, once.
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
         for process in (rank.process for rank in ranks):
             if process.pid and process.is_alive():
-                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGTERM)
 
-    # The terminal sends Ctrl-C to the ranks itself; a signal to this process alone is handed on.
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return _watch(ranks)
     finally:
@@ -73,31 +82,35 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
 
 
 def _watch(ranks: Sequence[_Rank]) -> Ending:
-    """Waits for the ranks. When one is lost, the others get a moment to end by themselves."""
+    """Waits for the ranks. When one has failed, the others get a moment to end by themselves; the first failure counts."""
     alive: dict[object, int] = {rank.process.sentinel: number for number, rank in enumerate(ranks)}
-    lost: dict[int, int] = {}
+    endings: list[Ending] = []
+    killed: list[Ending] = []
     while alive:
-        ready = wait([ranks[number].process.sentinel for number in alive.values()], timeout=_GRACE_S if lost else None)
+        failed = killed or any(ending.code not in (OK, STOPPED) for ending in endings)
+        ready = wait([ranks[number].process.sentinel for number in alive.values()], timeout=_GRACE_S if failed else None)
         if not ready:
             break
         for sentinel in ready:
             number = alive.pop(sentinel)
-            process = ranks[number].process
+            process, ending = ranks[number].process, ranks[number].ending
             process.join()
             if process.exitcode:
-                lost[number] = process.exitcode
-    if lost:
-        number, code = next(iter(lost.items()))
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return Ending(FAILED, f"rank {number} of {len(ranks)} {how}. The same command goes on from the newest checkpoint.")
-    endings = [rank.ending.recv() for rank in ranks if rank.ending.poll()]
-    return max(endings, key=lambda ending: ending.code == UNEXPECTED)  # the first that broke, else rank 0's
+                code = process.exitcode
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                goes_on = "The same command goes on from the newest checkpoint."
+                killed.append(Ending(FAILED, f"rank {number} of {len(ranks)} {how}. {goes_on}"))
+            elif ending.poll():
+                endings.append(ending.recv())
+    # A killed rank is the cause of what the others then saw.
+    return (killed or [ending for ending in endings if ending.code not in (OK, STOPPED)] or endings)[0]
 
 
 def _rank_main(
     rank: int, size: int, port: int, parent: int, config: Config, origins: dict[str, str], debug: bool, ending: Connection
 ) -> None:
     _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
@@ -110,7 +123,7 @@ def _rank_main(
     try:
         ending.send(run_rank(config, origins, debug, sys.stdout if rank == 0 else None))
     except RankBroke as error:
-        ending.send(Ending(UNEXPECTED, str(error)))
+        ending.send(Ending(error.code, str(error)))
 
 
 def _die_with(parent: int) -> None:

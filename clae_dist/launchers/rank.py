@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from dataclasses import dataclass
@@ -56,8 +57,19 @@ class Console:
             self._also.flush()
 
 
+# What the operating system says when it is the disk's fault: on the rank that writes, in the middle of anything.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 class RankBroke(RuntimeError):
-    """An error that is not the user's to mend; the message is a line, the traceback is in the run folder."""
+    """An error that this rank alone has seen; the message is a line, the traceback is in the run folder if it has room."""
+
+    def __init__(self, message: str, code: int = UNEXPECTED) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type[RankBroke], tuple[str, int]]:
+        return RankBroke, (str(self), self.code)
 
 
 def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
@@ -74,9 +86,12 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
                 traceback.print_exc(file=sys.stderr)
             return Ending(exit_code(error), str(error))
         except Exception as error:
+            what = f"rank {world.rank} of {world.size}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            code = STORAGE if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS else UNEXPECTED
             log = config.folder / f"error-rank-{world.rank}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(traceback.format_exc())
-            what = " ".join(str(error).split())[:200]
-            raise RankBroke(f"rank {world.rank} of {world.size}: {type(error).__name__}: {what} (traceback: {log})") from error
+            try:
+                log.write_text(traceback.format_exc())
+            except OSError:
+                raise RankBroke(what, code) from error
+            raise RankBroke(f"{what} (traceback: {log})", code) from error
         return Ending(STOPPED if outcome.status == "stopped" else OK, "")

@@ -90,7 +90,7 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], workers: int, debug:
         _rank_main,
         train_loop_config={"config": {**flatten(config), "run_dir": str(folder)}, "origins": origins, "debug": debug},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=600),
         run_config=RunConfig(
             name=f"ray-{os.getpid()}",
             storage_path=str(folder / "ray"),

@@ -6,7 +6,7 @@ import os
 import sys
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.launchers.rank import UNEXPECTED, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -20,5 +20,5 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     try:
         ending = run_rank(config, origins, debug, sys.stdout if is_main else None)
     except RankBroke as error:
-        return Ending(UNEXPECTED, str(error))
+        return Ending(error.code, str(error))
     return ending if is_main else Ending(ending.code, "")  # all ranks raise the same; one says it

@@ -68,15 +68,24 @@ def use_cifar_stem(encoder: nn.Module) -> None:
     encoder.maxpool = nn.Identity()
 
 
+def library_arguments(family: str, name: str, image_size: int) -> dict[str, Any]:
+    """What timm's or torchvision's constructor of `name` is to be told, here and by whoever loads an export."""
+    if family == "torchvision":
+        if name in ("googlenet", "inception_v3"):
+            return {"aux_logits": False}  # their training-mode forward would return three outputs
+        return {"image_size": image_size} if name.startswith("vit_") else {}
+    import timm
+
+    takes_size = "img_size" in inspect.signature(timm.models.model_entrypoint(name)).parameters
+    return {"img_size": image_size} if takes_size or name.startswith(("vit_", "deit")) else {}
+
+
 def _timm(name: str, image_size: int) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise _unknown(name, "timm", timm.list_models())
-    arguments: dict[str, Any] = {"pretrained": False, "num_classes": 0}
-    if "img_size" in inspect.signature(timm.models.model_entrypoint(name)).parameters or name.startswith(("vit_", "deit")):
-        arguments["img_size"] = image_size
-    return timm.create_model(name, **arguments)
+    return timm.create_model(name, pretrained=False, num_classes=0, **library_arguments("timm", name, image_size))
 
 
 def _torchvision(name: str, image_size: int) -> nn.Module:
@@ -84,7 +93,7 @@ def _torchvision(name: str, image_size: int) -> nn.Module:
 
     if name not in models.list_models(module=models):
         raise _unknown(name, "torchvision", models.list_models(module=models))
-    encoder = models.get_model(name, weights=None, **({"image_size": image_size} if name.startswith("vit_") else {}))
+    encoder = models.get_model(name, weights=None, **library_arguments("torchvision", name, image_size))
     for head in ("fc", "classifier", "heads", "head"):
         if hasattr(encoder, head):
             setattr(encoder, head, nn.Identity())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -70,13 +71,16 @@ def load_checkpoint(run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]
     for path in found:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = " ".join(repr(error).split())[:120]
             say(f"{path} cannot be read ({reason}); trying the one before.")
             continue
         return state
     if found:
-        raise ConfigError(f"run_dir is {str(run_dir)!r}, where none of the {len(found)} checkpoints can be read; delete the folder to start anew.")
+        raise ConfigError(
+            f"run_dir is {str(run_dir)!r}, where none of the {len(found)} checkpoints can be read; "
+            "delete the folder to start anew."
+        )
     return None
 
 

@@ -26,6 +26,7 @@ class Identity:
     manifest_digest: str
     world_size: int
     backend: str
+    collectives: str
     run_key: str
     started: float  # seconds since 1970, of the first start
 
@@ -45,8 +46,12 @@ def git_revision() -> str:
     try:
         if not (here / ".git").exists():
             return ""
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
     return revision + ("+changes" if dirty else "")
@@ -57,7 +62,9 @@ def read_identity(run_dir: Path) -> Identity:
     try:
         return Identity(**json.loads((run_dir / "run.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"RUN is {str(run_dir)!r}, whose run.json cannot be read ({error}); name the folder of a run.") from None
+        raise ConfigError(
+            f"RUN is {str(run_dir)!r}, whose run.json cannot be read ({error}); name the folder of a run."
+        ) from None
 
 
 def make_folder(folder: Path) -> None:
@@ -65,7 +72,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be made ({error.strerror}); name another folder.") from None
+        raise ConfigError(
+            f"run_dir is {str(folder)!r}, which cannot be made ({error.strerror}); name another folder."
+        ) from None
 
 
 def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
@@ -77,21 +86,41 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
         old, identity = from_yaml(folder / "config.yaml"), read_identity(folder)
         before, now = flatten(old), flatten(config)
-        differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
+        differ = [
+            f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]
+        ]
         if identity.manifest_digest != manifest.digest:
-            differ.append(f"the images were {identity.manifest_digest[:12]} and are {manifest.digest[:12]} (digest of the manifest)")
+            differ.append(
+                f"the images were {identity.manifest_digest[:12]} and are {manifest.digest[:12]} (digest of the manifest)"
+            )
         if differ:
             raise ConfigError(
                 f"run_dir is {str(folder)!r}, which belongs to another configuration: {'; '.join(differ)}. "
                 "Give another run_dir, or delete the folder."
             )
     else:
-        identity = Identity(__version__, git_revision(), manifest.digest, world.size, config.parallel.backend, run_key, time.time())
+        identity = Identity(
+            package_version=__version__,
+            git_revision=git_revision(),
+            manifest_digest=manifest.digest,
+            world_size=world.size,
+            backend=config.parallel.backend,
+            collectives=world.collectives,
+            run_key=run_key,
+            started=time.time(),
+        )
     make_folder(folder)
-    current: dict[str, Any] = {**vars(identity), "world_size": world.size, "backend": config.parallel.backend}
+    current: dict[str, Any] = {
+        **vars(identity),
+        "world_size": world.size,
+        "backend": config.parallel.backend,
+        "collectives": world.collectives,
+    }
     try:
         write_atomically(folder / "config.yaml", to_yaml(config, origins).encode())
         write_atomically(folder / "run.json", (json.dumps(current, indent=2) + "\n").encode())
     except OSError as error:
-        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder.") from None
+        raise ConfigError(
+            f"run_dir is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."
+        ) from None
     return Identity(**current)

@@ -42,14 +42,18 @@ def check_tracking(config: Config, run_dir: Path) -> None:
 def continue_tracking(
     config: Config, run_dir: Path, run_key: str, *, tags: dict[str, str], images_seen: int, say: Say
 ) -> Tracker:
-    """A tracker that adds results, a report or a model to a run whose training has ended. Raises ConfigError."""
+    """A tracker that adds results, a report or a model to a run beside or after its training. Raises ConfigError.
+
+    The run's status stays as it is there, whatever `close` says.
+    """
     check_tracking(config, run_dir)
     if config.tracking.name == "none":
         return NullTracker()
     from clae_dist.tracking import mlflow
     from clae_dist.tracking.background import BackgroundTracker
 
-    store = mlflow.MlflowStore(mlflow.store_uri(config, run_dir), config, run_dir.resolve().name, run_key, tags, say)
+    uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
+    store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False)
     return BackgroundTracker(store, say, images_seen=images_seen)
 
 
@@ -63,7 +67,7 @@ def build_trackers(
     resume_images_seen: int,
     stream: IO[str],
 ) -> Trackers:
-    """The trackers of rank 0; other ranks use NullTracker. Building them again adds to the same run (a report, a model).
+    """The trackers of rank 0; other ranks use NullTracker. Building them again continues the training of the same run.
 
     `tags` say what the run is (package_version, git_revision, manifest_digest); `resume_images_seen` is the checkpoint's,
     0 for a new run; `stream` is the console. Raises ConfigError for tracking that cannot work on this machine.

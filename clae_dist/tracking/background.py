@@ -32,7 +32,6 @@ class Store(Protocol):
     """Where things go. Called from one thread only; any exception other than Refused means "away, try again"."""
 
     address: str
-    run_id: str
 
     def open(self) -> None:
         """Find or make the run; may be called again after it failed."""
@@ -82,11 +81,6 @@ class BackgroundTracker:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"tracking {store.address}", daemon=True)
         self._thread.start()
-
-    @property
-    def run_id(self) -> str:
-        """The store's id of the run, "" until it is known."""
-        return self._store.run_id
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         row = Row(dict(metrics), images_seen, int(time.time() * 1000))

@@ -15,7 +15,8 @@ class MetricsFile:
     """Appends lines {"images_seen": n, …} to `path`.
 
     Opening it for a run that goes on at `resume_images_seen` first takes away what a kill left behind: lines that are
-    cut off, and lines of steps after the checkpoint, which are trained and logged again.
+    cut off, and lines of steps after the checkpoint, which are trained and logged again. A run that starts at 0 has no
+    checkpoint: it keeps no line, not even those logged before its first step.
     """
 
     def __init__(self, path: Path, resume_images_seen: int, say: Say) -> None:
@@ -41,7 +42,8 @@ class MetricsFile:
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
         seen = [_images_seen(line) for line in lines]
-        kept = [line for line, images in zip(lines, seen, strict=True) if images is not None and images <= resume_images_seen]
+        last = resume_images_seen or -1
+        kept = [line for line, images in zip(lines, seen, strict=True) if images is not None and images <= last]
         if len(kept) == len(lines):
             return
         torn = f" ({seen.count(None)} of them cut off)" if None in seen else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shlex
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,7 @@ def page_command(uri: str) -> str:
     """What a user types to see the runs."""
     if urlsplit(uri).scheme in ("http", "https"):
         return uri
-    return f"mlflow server --backend-store-uri '{uri}'  # then open http://127.0.0.1:5000"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def require_mlflow() -> None:
@@ -77,14 +78,18 @@ class MlflowStore:
 
     `run_key` is our own name for the run, made before anything starts and kept in the run folder. It is a tag of the
     MLflow run, by which a continued run finds it again, whenever the process that made it was killed.
+    The run's status is that of its training: a store that is not `training` only adds to the run and leaves it alone.
     """
 
-    def __init__(self, uri: str, config: Config, run_name: str, run_key: str, tags: dict[str, str], say: Say) -> None:
+    def __init__(
+        self, uri: str, config: Config, run_name: str, run_key: str, tags: dict[str, str], say: Say, *, training: bool = True
+    ) -> None:
         assert run_key.isalnum(), f"run_key {run_key!r} goes into a query; letters and digits only"
         self.address = f"MLflow at {uri}"
         self.run_id = ""
         self.system_metrics_every_s = 10.0
         self._uri, self._run_name, self._run_key, self._say = uri, run_name, run_key, say
+        self._training = self._ends_run = training
         self._experiment = config.tracking.experiment
         self._params = {key: str(value) for key, value in flatten(config).items()}
         self._tags = {**tags, RUN_KEY_TAG: run_key}
@@ -97,11 +102,14 @@ class MlflowStore:
         with refusals():
             self._experiment_id = find_experiment(self._client, self._uri, self._experiment)
             found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'", max_results=1)
-            if found:
+            if not found:
+                self._create()
+            elif self._training:
                 self._continue(found[0])
             else:
-                self._create()
-        self._start_monitor(resume=bool(found))
+                self.run_id = found[0].info.run_id
+        if self._training:
+            self._start_monitor(resume=bool(found))
 
     def log_rows(self, rows: list[Row]) -> None:
         from mlflow.entities import Metric
@@ -119,12 +127,18 @@ class MlflowStore:
                 self._client.log_artifact(self.run_id, str(path), name)
 
     def log_model(self, export_folder: Path, digest: str, images_seen: int) -> None:
-        """A logged model made of the exported files and an MLmodel without flavors: weights and a config, no pickled code."""
+        """A logged model made of the exported files and an MLmodel without flavors: weights and a config, no pickled code.
+
+        One is enough: nothing happens when the run has the encoder after that many images already.
+        """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.models import Model
 
         facts = {"manifest_digest": digest, "images_seen": str(images_seen)}
         with refusals(), tempfile.TemporaryDirectory() as scratch:
+            outputs = self._client.get_run(self.run_id).outputs
+            if outputs is not None and any(output.step == images_seen for output in outputs.model_outputs):
+                return
             model = self._client.create_logged_model(
                 self._experiment_id, name="encoder", source_run_id=self.run_id, tags=facts, params=facts, model_type="encoder"
             )
@@ -140,10 +154,12 @@ class MlflowStore:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        with refusals():
-            self._client.set_terminated(self.run_id, STATUS[status])
+        if self._ends_run:
+            with refusals():
+                self._client.set_terminated(self.run_id, STATUS[status])
 
     def _create(self) -> None:
+        self._ends_run = True  # a run that MLflow did not know (it was away while training) must not stay "RUNNING"
         # mlflow.* tags by hand: the client sets none, and the fluent API would look at the working folder for them.
         source = {"mlflow.source.name": "clae train", "mlflow.source.type": "LOCAL"}
         if revision := self._tags.get("git_revision"):

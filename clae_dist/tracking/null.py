@@ -12,7 +12,6 @@ class NullTracker:
     """A Tracker that does nothing."""
 
     page = ""
-    run_id = ""
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         pass

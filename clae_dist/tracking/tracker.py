@@ -35,11 +35,6 @@ class Trackers:
         self._say = say
         self.page = page  # the command that opens the tracking page, or ""
 
-    @property
-    def run_id(self) -> str:
-        """MLflow's id of the run: "" until the background thread knows it, and without MLflow."""
-        return next((found for tracker in self._others if (found := getattr(tracker, "run_id", ""))), "")
-
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         self._file.log(metrics, images_seen)
         self._each("log", metrics, images_seen)

@@ -10,13 +10,12 @@ import torch
 
 
 class Clock:
-    """Seconds spent, by name, since the last `read`; the host's, unless `exact` waits for the GPU at every reading."""
+    """Seconds spent, by name, since the last `read`. On a GPU every reading waits for it, as every step does anyway."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spent: dict[str, float] = {}
         self._since = time.perf_counter()
-        self.exact = False
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -25,7 +24,7 @@ class Clock:
         self._spent[name] = self._spent.get(name, 0.0) + self._now() - start
 
     def _now(self) -> float:
-        if self.exact and self._device.type == "cuda":
+        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from clae_dist.runs.folder import STOP_FILE
+
+_ONE_REQUEST_S = 2.0
 
 
 class StopRequest:
@@ -18,6 +21,7 @@ class StopRequest:
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / STOP_FILE
         self.reason = ""
+        self._asked_at = 0.0
 
     def made(self) -> bool:
         if not self.reason and self._file.exists():
@@ -25,19 +29,26 @@ class StopRequest:
         return bool(self.reason)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.reason = signal.Signals(number).name
+        now = time.monotonic()
+        # A terminal and a launcher may both send what a user asked for once; asked again, it means at once.
+        if self.reason and number == signal.SIGINT and now - self._asked_at > _ONE_REQUEST_S:
+            raise KeyboardInterrupt
+        if not self.reason:
+            self.reason, self._asked_at = signal.Signals(number).name, now
 
 
 @contextmanager
 def listen_for_stop(run_dir: Path) -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM only set the request. Outside of the main thread signals are the launcher's affair."""
+    """Inside, SIGINT and SIGTERM only set the request, unless this process ignores them.
+
+    Outside of the main thread signals are the launcher's affair.
+    """
     request = StopRequest(run_dir)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request.on_signal) for number in heard}
     try:
         yield request
     finally:

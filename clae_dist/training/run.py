@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -53,6 +53,11 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
     CheckpointError, on every rank the same.
     """
 
+    with listen_for_stop(config.folder) as stop:
+        return _train(config, origins, world, stream, stop)
+
+
+def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO, stop: StopRequest) -> Outcome:
     def say(text: str) -> None:
         if world.is_main:
             print(text, file=stream, flush=True)
@@ -68,7 +73,7 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
 
     identity: Identity = world.run_on_main(open_folder)
     backend = make_backend(config, build_model(config, world.group), world)
-    first_step = _resume(config, world, backend, say)
+    first_step, train_s = _resume(config, world, backend, say)
     for line in describe(plan, world, backend):
         say(line)
     if first_step:
@@ -91,14 +96,23 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
         )
     status: Status = "failed"
     try:
-        with listen_for_stop(config.folder) as stop:
-            outcome = _Loop(config, world, backend, manifest, plan, tracker, stop, say).run(first_step)
-        if world.is_main and outcome.status == "finished" and config.tracking.name != "none":
-            tracker.log_model(export_encoder(config.folder), manifest.digest)
+        outcome = _Loop(config, world, backend, manifest, plan, tracker, stop, say).run(first_step, train_s)
         status = outcome.status
+        if world.is_main and status == "finished" and config.tracking.name != "none":
+            _log_encoder(config, tracker, manifest, say)
     finally:
         tracker.close(status)
+    if tracker.page:
+        say(f"MLflow's page: {tracker.page}")
     return outcome
+
+
+def _log_encoder(config: Config, tracker: Trackers | NullTracker, manifest: Manifest, say: Say) -> None:
+    """The encoder as a logged model. The run is over and saved: what goes wrong here is said and does not undo it."""
+    try:
+        tracker.log_model(export_encoder(config.folder), manifest.digest)
+    except (ConfigError, OSError) as error:
+        say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
 
 
 def open_data(config: Config, world: World, say: Say) -> Manifest:
@@ -120,25 +134,23 @@ def open_data(config: Config, world: World, say: Say) -> Manifest:
         except DataError as error:
             failure = str(error)
             break
-    failures = [text for text in world.gather_objects(failure) if text]
-    if failures:
-        raise DataError(failures[0])
+    world.raise_together(DataError, failure)
     seconds = time.perf_counter() - started
     say(f"data: {manifest.name}, {len(shards)} shards checked ({config.data.verify}) in {seconds:.1f} s")
     return manifest
 
 
-def _resume(config: Config, world: World, backend: Backend, say: Say) -> int:
-    """Loads the newest whole checkpoint, if any; returns the number of steps that are done."""
+def _resume(config: Config, world: World, backend: Backend, say: Say) -> tuple[int, float]:
+    """Loads the newest whole checkpoint, if any; returns the steps that are done and the seconds that they took."""
     state = load_checkpoint(config.folder, say)
-    step = 0
+    step, train_s = 0, 0.0
     if state is not None:
         backend.load_state(state)
-        step = int(state["step"])
+        step, train_s = int(state["step"]), float(state["train_s"])
     world.agree(
         step == world.broadcast(step), f"ranks found different checkpoints; is {config.folder} on storage that all hosts share?"
     )
-    return step
+    return step, train_s
 
 
 def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
@@ -167,6 +179,14 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     )
 
 
+def _next(batches: Iterator[Batch]) -> tuple[Batch | None, str]:
+    """The next batch, or why this rank cannot have it."""
+    try:
+        return next(batches), ""
+    except DataError as error:
+        return None, str(error)
+
+
 class _Loop:
     """The loop over steps, with what happens every so often."""
 
@@ -184,12 +204,16 @@ class _Loop:
         self.config, self.world, self.backend, self.manifest = config, world, backend, manifest
         self.plan, self.tracker, self.stop, self.say = plan, tracker, stop, say
         self.clock = Clock(world.device)
-        self.started = time.time()
+        self.started = time.perf_counter()
         self.step = self.saved = self.logged = 0
 
-    def run(self, first_step: int) -> Outcome:
-        """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop."""
+    def run(self, first_step: int, train_s: float) -> Outcome:
+        """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop.
+
+        `train_s`: seconds that the steps before took. Raises DataError on every rank when one cannot read its batch.
+        """
         plan, every = self.plan, self.config.train
+        self.started -= train_s
         self.step = self.saved = self.logged = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
         batches = load(self.manifest, self.config, self.world, first_step, plan.total)
@@ -199,7 +223,16 @@ class _Loop:
         self.clock.read()
         while self.step < plan.total:
             with self.clock.timed("data"):
-                batch = next(batches)
+                batch, problem = _next(batches)
+            stopping, broken = self.world.flags_anywhere(self.stop.made(), bool(problem))
+            if broken:
+                self.world.raise_together(DataError, problem)
+            if stopping:
+                self._save()
+                reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
+                self.say(f"stopped after step {self.step} ({reason}); saved. The same command goes on from there.")
+                return Outcome("stopped", self.step)
+            assert batch is not None
             measured: dict[str, float] = {}
             if self.step % every.diagnose_every == 0:
                 with self.clock.stopped():
@@ -207,21 +240,16 @@ class _Loop:
             self._seed()
             rate = plan.learning_rate(self.step)
             self.backend.set_learning_rate(rate)
-            self.clock.exact = (self.step + 1) % every.log_every == 0
             metrics = pretrain_step(run, batch, plan.alpha(self.step))
             self.step += 1
             if self.step % every.log_every == 0 or self.step == plan.total or measured:
                 self._log({**self._losses(metrics), "learning_rate": rate, **self._speed(), **measured})
-            with self.clock.stopped():
-                if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):
+            if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):
+                with self.clock.stopped():
                     self._log(self._knn())
-                (stopping,) = self.world.flags_anywhere(self.stop.made())
-                if stopping or self.step == plan.total or self.step % every.checkpoint_every == 0:
+            if self.step == plan.total or self.step % every.checkpoint_every == 0:
+                with self.clock.stopped():
                     self._save()
-            if stopping and self.step < plan.total:
-                reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
-                self.say(f"stopped after step {self.step} ({reason}); saved. The same command goes on from there.")
-                return Outcome("stopped", self.step)
         self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images; saved in {self.config.folder}")
         return Outcome("finished", self.step)
 
@@ -233,7 +261,7 @@ class _Loop:
         place = {
             "step": self.step,
             "epoch": self.step / self.plan.steps_per_epoch,
-            "time_s": round(time.time() - self.started, 3),
+            "time_s": round(time.perf_counter() - self.started, 3),  # of training, over all starts of this run
         }
         self.tracker.log({**place, **values}, self.plan.images_seen(self.step))
 
@@ -263,7 +291,12 @@ class _Loop:
         if self.saved == self.step:
             return
         self.backend.average_local_statistics()
-        state = {**self.backend.state(), "step": self.step, "images_seen": self.plan.images_seen(self.step)}
+        state = {
+            **self.backend.state(),
+            "step": self.step,
+            "images_seen": self.plan.images_seen(self.step),
+            "train_s": time.perf_counter() - self.started,
+        }
         keep = self.config.train.checkpoint_keep
         self.world.run_on_main(lambda: save_checkpoint(self.config.folder, self.step, state, keep) and None)
         self.saved = self.step
@@ -278,7 +311,13 @@ class _Loop:
 
         def features(split: str, limit: int) -> Features:
             images = EvaluationSet(self.manifest, split, config.data.image_size, limit)
-            share = extract(self.backend.model, images, world.device, settings.batch_size, world.rank, world.size)
+            share, problem = None, ""
+            try:
+                share = extract(self.backend.model, images, world.device, settings.batch_size, world.rank, world.size)
+            except DataError as error:
+                problem = str(error)
+            world.raise_together(DataError, problem)
+            assert share is not None
             return gather(share, world)
 
         bank = features(config.data.train_split, settings.knn_bank)

@@ -110,6 +110,15 @@ def test_evaluation_batches_cover_a_split_once_however_it_is_shared(manifest: Ma
     assert len(EvaluationSet(manifest, "test", 16, limit=9, seed=1)) == 9
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on machines with fewer cores
+@pytest.mark.parametrize(("start", "step"), [(0, 1), (1, 3)])
+def test_evaluation_batches_are_the_same_with_loader_processes(manifest: Manifest, start: int, step: int) -> None:
+    wanted = list(EvaluationSet(manifest, "test", 16, limit=31).batches(4, start, step))
+    found = list(EvaluationSet(manifest, "test", 16, limit=31, workers=2).batches(4, start, step))
+    for batch, same in zip(found, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+
+
 def test_a_split_that_is_not_there(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
         ShardReader(manifest, "val")

@@ -18,7 +18,7 @@ def order(
 
 
 @pytest.mark.parametrize("shuffle_shards", [1, 2, 5, 6, 100])
-@pytest.mark.parametrize("epoch", [0, 1, 7])
+@pytest.mark.parametrize("epoch", [0, 1, 10**8])  # far into a run as at its beginning: nothing comes before
 def test_every_sample_exactly_once_an_epoch(shuffle_shards: int, epoch: int) -> None:
     o = order(shuffle_shards=shuffle_shards)
     steps = range(epoch * o.steps_per_epoch, (epoch + 1) * o.steps_per_epoch)
@@ -60,11 +60,6 @@ def test_epochs_and_seeds_differ() -> None:
     o = order()
     assert not np.array_equal(o.batch(0).ids, o.batch(o.steps_per_epoch).ids)
     assert not np.array_equal(o.batch(0).ids, order(seed=1).batch(0).ids)
-
-
-def test_a_step_far_into_the_run_needs_nothing_before_it() -> None:
-    far = 10**9
-    assert np.array_equal(order().batch(far).ids, order().batch(far).ids)
 
 
 def test_shuffling_mixes_the_shards_of_a_block() -> None:

@@ -143,7 +143,9 @@ def make_run(tmp_path: Path, labelled_shards: Path) -> Callable[..., Path]:
         config, origins = resolve(None, settings)
         (run_dir / "config.yaml").write_text(to_yaml(config, origins))
         identity = {"package_version": "0.1.0", "git_revision": "", "manifest_digest": "d" * 64, "world_size": 2}
-        (run_dir / "run.json").write_text(json.dumps({**identity, "backend": "ddp", "run_key": "k", "started": 0.0}))
+        (run_dir / "run.json").write_text(
+            json.dumps({**identity, "backend": "ddp", "collectives": "gloo", "run_key": "k", "started": 0.0})
+        )
         if checkpoint:
             _save(config, run_dir)
         return run_dir
@@ -166,5 +168,5 @@ def metrics() -> list[dict[str, float]]:
     """Every key once a step; the run was started again after 128 images, so 96 and 128 appear twice."""
     keys = ["loss", "grad_norm", *(curve.key for chart in CHARTS for curve in chart.curves if curve.key != "knn_accuracy")]
     first = [_line(n, time_s=n / 32, **dict.fromkeys(keys, 9.0)) for n in (32, 64, 96, 128)]
-    second = [_line(n, time_s=n / 32 - 2, **dict.fromkeys(keys, float(n) / 32)) for n in (96, 128, 160, 192, 224)]
-    return [_line(0, time_s=0.5, knn_accuracy=40.0), *first, *second, _line(224, time_s=5.5, knn_accuracy=55.0)]
+    second = [_line(n, time_s=n / 32 + 0.25, **dict.fromkeys(keys, float(n) / 32)) for n in (96, 128, 160, 192, 224)]
+    return [_line(0, time_s=0.5, knn_accuracy=40.0), *first, *second, _line(224, time_s=7.75, knn_accuracy=55.0)]

@@ -28,11 +28,12 @@ def test_before_and_after_are_the_initial_and_the_trained_encoder(make_run: Make
     config = from_yaml(run / "config.yaml")
     manifest = load_manifest(config.data.shards)
     for when, model in (("before", build_model(config)), ("after", load_model(run)[1])):
+        model.to(memory_format=torch.channels_last)  # as evaluation does; the other layout rounds differently
         train, test = (extract(model, EvaluationSet(manifest, split, 16), "cpu", 500) for split in ("train", "test"))
         assert found[f"knn_{when}"] == knn_accuracy(train, test, 20, config.evaluation.knn_temperature)
         assert found[f"linear_{when}"] == linear_probe(train, test, seed=config.seed).accuracy
     assert found["knn_before"] > 80  # three plain colours
-    assert (found["train_images"], found["test_images"], found["images_seen"]) == (150, 30, 224)
+    assert (found["train_images"], found["bank_images"], found["test_images"], found["images_seen"]) == (150, 150, 30, 224)
     assert found["manifest_digest"] == manifest.digest
     assert json.loads((run / "evaluation.json").read_text()) == found
     assert any("images/s" in line for line in said)
@@ -43,6 +44,23 @@ def test_can_be_repeated_and_leaves_no_partial_file(make_run: MakeRun) -> None:
     first, second = ({**evaluate_run(run, _quiet), "wall_s": 0} for _ in range(2))
     assert first == second
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "evaluation.json", "run.json"]
+
+
+def test_a_part_of_the_train_split_as_bank(make_run: MakeRun) -> None:
+    """The part is the same whatever the run's seed, so that runs can be compared; all of the test split is classified."""
+    run = make_run("evaluation.train_images=60", "seed=5")
+    said: list[str] = []
+    found = evaluate_run(run, said.append)
+    config = from_yaml(run / "config.yaml")
+    manifest = load_manifest(config.data.shards)
+    model = load_model(run)[1].to(memory_format=torch.channels_last)  # as evaluation does
+    bank, test = (extract(model, EvaluationSet(manifest, split, 16, 60), "cpu", 500) for split in ("train", "test"))
+    assert (len(bank), len(test)) == (60, 30)
+    assert found["knn_after"] == knn_accuracy(bank, test, 20, config.evaluation.knn_temperature)
+    assert found["linear_after"] == linear_probe(bank, test, seed=config.seed).accuracy
+    assert (found["train_images"], found["bank_images"], found["test_images"]) == (150, 60, 30)
+    assert {id_ for query in found["neighbours"] for id_ in query["neighbour_ids"]} <= set(bank.ids_N.tolist())
+    assert any("features, train (60 of 150): 60 of 60 images" in line for line in said)
 
 
 def test_neighbours_are_drawn_over_the_classes(make_run: MakeRun) -> None:

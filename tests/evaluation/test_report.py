@@ -16,7 +16,7 @@ from clae_dist.config import Attack, ConfigError, resolve
 from clae_dist.evaluation.attacked import amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.record import merge_lines, read_record, summarise, summary_table, training_seconds
+from clae_dist.evaluation.record import merge_lines, read_record, summarise, summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.models import build_model
 
@@ -77,7 +77,17 @@ def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], Non
     names = {png.stem for png in (run / "report").glob("*.png")}
     assert names == {chart.name for chart in CHARTS} | {"adversarial", "neighbours"}
     assert "tiny <run>" in page.text  # a name is text, never markup
-    for text in ("CLAE", "kNN", "Linear probe", "untrained encoder", "command line", "manifest digest", "data.shards"[5:]):
+    for text in (
+        "CLAE",
+        "all 30 test images",
+        "kNN (bank of 150 train images)",
+        "ddp over gloo",
+        "Linear probe",
+        "untrained encoder",
+        "command line",
+        "manifest digest",
+        "data.shards"[5:],
+    ):
         assert text in page.text, text
     assert not any(address in path.read_text() for address in ("http:", "https:", "@import", "url("))
 
@@ -91,13 +101,12 @@ def test_of_a_key_logged_twice_the_last_value_wins(make_run: MakeRun, write_metr
     assert record.series("knn_accuracy") == ([0, 224], [40, 55])
     summary = summarise(record)
     assert (summary["loss"], summary["images_seen"], summary["images_per_s"]) == (7, 224, 6)
-    assert summary["wall_s"] == 4 + 5.5  # both starts
-    assert (summary["world_size"], summary["backend"]) == (2, "ddp")
+    assert summary["wall_s"] == 7.75  # time_s counts on over restarts
+    assert (summary["world_size"], summary["backend"], summary["collectives"]) == (2, "ddp", "gloo")
 
 
-def test_merging_and_seconds_of_nothing() -> None:
+def test_merging_nothing() -> None:
     assert merge_lines([]) == []
-    assert training_seconds([]) is None
 
 
 def test_what_is_missing_is_said(make_run: MakeRun) -> None:

@@ -145,11 +145,11 @@ def test_torchrun_trains_to_the_same_bits(recipe: Path, shards: Manifest, tmp_pa
     assert_bitwise(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize(("launcher", "workers"), [("local", 0), ("ray", 1)])
 def test_kill_minus_9_of_a_rank_then_the_same_command_again(
-    launcher: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+    launcher: str, workers: int, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
 ) -> None:
-    arguments = command(recipe, shards, tmp_path / "run", launcher, "launch.max_failures=0")
+    arguments = command(recipe, shards, tmp_path / "run", launcher, "launch.max_failures=0", f"data.workers={workers}")
     with started(arguments) as process:
         read_until(process, "step 10/24")
         ranks = ranks_of(process)
@@ -176,15 +176,21 @@ def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest
     assert_bitwise(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize(("launcher", "number"), [("local", signal.SIGTERM), ("ray", signal.SIGINT)])
+@pytest.mark.parametrize(("launcher", "how"), [("local", "Ctrl-C"), ("local", "SIGTERM"), ("ray", "Ctrl-C")])
 def test_a_signal_saves_and_leaves(
-    launcher: str, number: signal.Signals, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+    launcher: str, how: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """checkpoint_every is 1000 here: the checkpoint is the one that the signal asked for."""
-    arguments = command(recipe, shards, tmp_path / "run", launcher, "train.checkpoint_every=1000")
+    """checkpoint_every is 1000 here: the checkpoint is the one that the signal asked for.
+
+    Ctrl-C reaches every process of a terminal, loaders too; a rank took the launcher's copy of it for a second one.
+    """
+    arguments = command(recipe, shards, tmp_path / "run", launcher, "train.checkpoint_every=1000", "data.workers=1")
     with started(arguments) as process:
         read_until(process, "step  5/24")
-        process.send_signal(number)
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM)
         code, said = finish(process)
     assert code == STOPPED, said
     assert "saved. The same command goes on from there." in said

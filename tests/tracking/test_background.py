@@ -15,7 +15,6 @@ class FakeStore:
     address = "the store"
 
     def __init__(self) -> None:
-        self.run_id = ""
         self.calls: list[Any] = []
         self.away = threading.Event()
         self.hold = threading.Event()  # set: calls go through
@@ -32,7 +31,6 @@ class FakeStore:
 
     def open(self) -> None:
         self._call("open")
-        self.run_id = "abc"
 
     def log_rows(self, rows: list[Row]) -> None:
         self._call("rows", [row.images_seen for row in rows])
@@ -70,7 +68,6 @@ def test_everything_arrives_in_order() -> None:
     assert store.calls[0] == ("open",)
     assert store.calls[-3:] == [("artifacts", "report", "report"), ("model", "export", "d1", 249), ("close", "stopped")]
     assert said == []
-    assert tracker.run_id == "abc"
 
 
 def test_a_row_is_copied_when_it_is_logged() -> None:

@@ -40,3 +40,13 @@ def test_lines_after_the_checkpoint_are_not_doubled_by_the_replay(tmp_path: Path
     file.close("finished")
     assert lines(path) == [{"images_seen": 64 * step, "loss": step} for step in range(1, 5)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_its_start_once(tmp_path: Path) -> None:
+    """kNN at step 0 is logged at 0 images, which is where the next start begins, too: it was there twice."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"images_seen": 0, "knn_accuracy": 30.0}\n{"images_seen": 64, "loss": 3.0}\n')
+    file = MetricsFile(path, 0, print)
+    file.log({"knn_accuracy": 31.0}, images_seen=0)
+    file.close("finished")
+    assert lines(path) == [{"images_seen": 0, "knn_accuracy": 31.0}]

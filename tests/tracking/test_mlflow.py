@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from clae_dist.config import Config, Tracking, Train, flatten
-from clae_dist.tracking import Trackers, build_trackers, new_run_key
+from clae_dist.tracking import Status, Tracker, Trackers, build_trackers, continue_tracking, new_run_key
 from clae_dist.tracking.background import BackgroundTracker
+from clae_dist.tracking.mlflow import page_command
 
 mlflow = pytest.importorskip("mlflow")
 TAGS = {"package_version": "0.1.0", "git_revision": "0123abcd", "manifest_digest": "sha256:feed"}
@@ -21,6 +22,28 @@ TAGS = {"package_version": "0.1.0", "git_revision": "0123abcd", "manifest_digest
 
 def build(config: Config, run_dir: Path, run_key: str, stream: io.StringIO, seen: int = 0) -> Trackers:
     return build_trackers(config, run_dir, run_key, tags=TAGS, total_steps=10, resume_images_seen=seen, stream=stream)
+
+
+def add_to(config: Config, run_dir: Path, run_key: str, stream: io.StringIO, seen: int = 0) -> Tracker:
+    """What `clae evaluate`, `report` and `export` log to."""
+
+    def say(text: str) -> None:
+        print(text, file=stream)
+
+    return continue_tracking(config, run_dir, run_key, tags=TAGS, images_seen=seen, say=say)
+
+
+def run_of(client: Any, run_key: str) -> Any:
+    """The one MLflow run of this key."""
+    (experiment,) = [found for found in client.search_experiments() if found.name == "clae-dist"]
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{run_key}'")
+    return client.get_run(run.info.run_id)
+
+
+def logged_loss(client: Any, run_key: str) -> bool:
+    experiment = client.get_experiment_by_name("clae-dist")
+    found = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{run_key}'")
+    return any("loss" in run.data.metrics for run in found)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +64,17 @@ def client_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, 
     trackers = build(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=512)
     for step in range(3, 5):
         trackers.log({"step": step, "loss": 3.0 - step}, 256 * step)
-    trackers.close("finished")
-    # `clae report` and `clae export` come later and add to the same run
-    trackers = build(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=1024)
-    trackers.log_artifacts(folder / "report", "report")
-    trackers.log_artifacts(folder / "report/report.html", "single")
     trackers.log_model(folder / "export", "sha256:feed")
     trackers.close("finished")
+    # `clae report` and `clae export` come later and add to the same run; that encoder is there already
+    later = add_to(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=1024)
+    later.log_artifacts(folder / "report", "report")
+    later.log_artifacts(folder / "report/report.html", "single")
+    later.log_model(folder / "export", "sha256:feed")
+    later.close("finished")
     assert not any(word in stream.getvalue() for word in ("is away", "refused", "did not")), stream.getvalue()
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    return client, client.get_run(trackers.run_id), folder
+    return client, run_of(client, run_key), folder
 
 
 def test_one_run_with_its_state(client_and_run: tuple[Any, Any, Path]) -> None:
@@ -58,7 +82,8 @@ def test_one_run_with_its_state(client_and_run: tuple[Any, Any, Path]) -> None:
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "first"
     experiment = client.get_experiment_by_name("clae-dist")
-    assert [found.info.run_id for found in client.search_runs([experiment.experiment_id])] == [run.info.run_id]
+    named = client.search_runs([experiment.experiment_id], "attributes.run_name = 'first'")
+    assert [found.info.run_id for found in named] == [run.info.run_id]
 
 
 def test_metrics_are_keyed_by_images_seen(client_and_run: tuple[Any, Any, Path]) -> None:
@@ -103,11 +128,58 @@ def test_system_metrics_of_a_longer_run(tmp_path: Path, client_and_run: tuple[An
     store.system_metrics_every_s = 0.2
     tracker = BackgroundTracker(store, print)
     deadline = time.monotonic() + 20
-    while not (tracker.run_id and "system/cpu_utilization_percentage" in client.get_run(tracker.run_id).data.metrics):
+    while not (store.run_id and "system/cpu_utilization_percentage" in client.get_run(store.run_id).data.metrics):
         assert time.monotonic() < deadline, "no system metrics after 20 s"
         time.sleep(0.1)
     tracker.close("failed")
-    assert client.get_run(tracker.run_id).info.status == "FAILED"
+    assert client.get_run(store.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(("ended", "status"), [("stopped", "KILLED"), ("failed", "FAILED"), (None, "RUNNING")])
+def test_what_comes_after_training_leaves_the_status_as_it_was(
+    client_and_run: tuple[Any, Any, Path], ended: Status | None, status: str
+) -> None:
+    """`clae evaluate` on a stopped run, or beside one that is training, made it FINISHED."""
+    client, _, folder = client_and_run
+    run_dir, run_key, stream = folder / f"ended-{ended}", new_run_key(), io.StringIO()
+    trackers = build(Config(), run_dir, run_key, stream)
+    trackers.log({"step": 1, "loss": 1.0}, 256)
+    if ended:
+        trackers.close(ended)
+    else:
+        deadline = time.monotonic() + 20
+        while not logged_loss(client, run_key):
+            assert time.monotonic() < deadline, "no loss after 20 s"
+            time.sleep(0.1)
+    before = run_of(client, run_key).info
+    assert before.status == status
+    later = add_to(Config(), run_dir, run_key, stream, seen=256)
+    later.log({"knn_after": 43.0}, 256)
+    later.log_model(folder / "export", "sha256:feed")
+    later.close("finished")
+    after = run_of(client, run_key)
+    assert (after.info.status, after.info.end_time) == (before.status, before.end_time)
+    assert after.data.metrics["knn_after"] == 43.0
+    assert [output.step for output in after.outputs.model_outputs] == [256]
+    if not ended:
+        trackers.close("finished")
+        assert run_of(client, run_key).info.status == "FINISHED"
+
+
+def test_a_run_that_was_trained_while_mlflow_was_away_is_made_and_ended_later(client_and_run: tuple[Any, Any, Path]) -> None:
+    client, _, folder = client_and_run
+    run_key = new_run_key()
+    later = add_to(Config(), folder / "unknown", run_key, io.StringIO(), seen=256)
+    later.log({"knn_after": 43.0}, 256)
+    later.close("finished")
+    run = run_of(client, run_key)
+    assert (run.info.status, run.data.metrics["knn_after"]) == ("FINISHED", 43.0)
+
+
+def test_the_page_is_opened_by_a_command_that_a_shell_takes_as_it_is() -> None:
+    assert page_command("sqlite:////a/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
+    assert page_command("sqlite:////a b/it's.db") == """mlflow ui --backend-store-uri 'sqlite:////a b/it'"'"'s.db'"""
+    assert page_command("http://host:5000") == "http://host:5000"
 
 
 @pytest.mark.parametrize("server", ["dead", "silent"])

@@ -53,8 +53,11 @@ def recipe(shards: Manifest, run_dir: Path, precision: str = "float32", **train:
     )
 
 
-def train_on(world: World, config: Config, lose_at: int = 0) -> str:
-    """Trains; at step `lose_at` every rank fails as if the machine were lost (a half-written checkpoint is left behind)."""
+def train_on(world: World, config: Config, lose_at: int = 0, stop_at: int = 0) -> str:
+    """Trains; at step `lose_at` every rank fails as if the machine were lost (a half-written checkpoint is left behind).
+
+    In step `stop_at` the launcher asks to stop.
+    """
     real = training.pretrain_step
     count = 0
 
@@ -64,6 +67,8 @@ def train_on(world: World, config: Config, lose_at: int = 0) -> str:
         if count == lose_at:
             (config.folder / "checkpoints" / "step-00000099.partial").write_bytes(b"half")
             raise InterruptedError("lost")
+        if count == stop_at:
+            (config.folder / STOP_FILE).touch()
         return real(*arguments)
 
     training.pretrain_step = step
@@ -79,6 +84,7 @@ def final(config: Config) -> dict[str, Any]:
     state = load_checkpoint(config.folder, lambda text: pytest.fail(text))
     assert state is not None
     assert state["step"] == STEPS
+    assert state.pop("train_s") > 0
     return state
 
 
@@ -139,22 +145,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
 ) -> None:
     config = recipe(shards, tmp_path / "run")
-    config.folder.mkdir()
-    (config.folder / STOP_FILE).touch()
-    assert ranks.run(3, train_on, config) == ["stopped"] * 3
-    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000001.pt"]
+    assert ranks.run(3, train_on, config, 0, 2) == ["stopped"] * 3
+    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000002.pt"]
     (config.folder / STOP_FILE).unlink()
     assert ranks.run(3, train_on, config) == ["finished"] * 3
     assert_bitwise(final(config), final(undisturbed(3)))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: whole[:100] + b"\0" * 400 + whole[500:]],
+    ids=["cut", "empty", "overwritten"],
+)
 def test_a_damaged_checkpoint_is_passed_over(
-    ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
+    damage: Callable[[bytes], bytes], ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
 ) -> None:
     config = recipe(shards, tmp_path / "run")
     ranks.run(1, train_on, config, 8)
     newest, _ = find_checkpoints(config.folder)
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    whole = newest.read_bytes()
+    newest.write_bytes(damage(whole))
     said: list[str] = []
     state = load_checkpoint(config.folder, said.append)
     assert state is not None
@@ -263,7 +273,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     return "none", ""
 
 
-def test_a_loss_that_is_not_finite_ends_all_ranks_and_names_the_one(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = replace(recipe(shards, tmp_path / "run"), model=Model(encoder="small_resnet", norm="local"))
     found = ranks.run(3, outcome, config, "one rank's loss is not finite")
     assert len(set(found)) == 1
@@ -315,6 +325,21 @@ def test_a_changed_shard_ends_all_ranks_with_its_name(ranks: RankPool, tmp_path:
     assert len(set(found)) == 1
     assert found[0][0] == "DataError"
     assert "train-000001.tar has sha256" in found[0][1]
+
+
+def test_an_image_that_one_rank_cannot_read_ends_all_ranks_with_its_name(ranks: RankPool, tmp_path: Path) -> None:
+    """Without a check of the checksums, only the rank that meets the image can know."""
+    broken = write_synthetic_set(tmp_path / "shards", 100, 16, num_shards=3)
+    path = broken.folder / broken.splits["train"][1].name
+    data = bytearray(path.read_bytes())
+    offset = int(broken.index(broken.splits["train"][1])[3, 0])
+    data[offset : offset + 8] = b"notaJPEG"
+    path.write_bytes(data)
+    config = recipe(broken, tmp_path / "run")
+    found = ranks.run(3, outcome, replace(config, data=replace(config.data, verify="size")))
+    assert len(set(found)) == 1
+    assert found[0][0] == "DataError"
+    assert "sample 3 of train-000001.tar cannot be decoded" in found[0][1]
 
 
 def test_fewer_images_than_one_global_batch(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""launch/quickstart.sh: which commands, in which order, with which settings. `clae`, torch and data_prep are stand-ins here;
+tests/test_main_job.py runs the real ones."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRAINING = ["train.epochs", "train.knn_every", "optim.warmup_epochs", "batch.global_size"]
+
+CLAE = """#!/usr/bin/env bash
+printf ' %q' clae "$@" >>"$LOG"; echo >>"$LOG"
+if [ "$1" = "$WAITS" ]; then trap 'exit 75' INT; touch "$LOG.waiting"; while :; do sleep 0.1; done; fi
+if [ "$1" = "$FAILS" ]; then exit 3; fi
+"""
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *torch.cuda*) echo "$GPUS" ;;
+  *"data_prep info"*) printf '{"splits": {"train": %s, "test": 1}}' "$IMAGES" ;;
+  *"data_prep demo"*) printf ' %q' python "$@" >>"$LOG"; echo >>"$LOG" ;;
+  *) exec "$PYTHON" "$@" ;;
+esac
+"""
+
+
+class Quickstart:
+    """A checkout whose environment is stand-ins; call it from the folder `home`."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.checkout, self.log = home, home / "the checkout", home / "log"
+        for folder in ("launch", "configs", "env/bin"):
+            (self.checkout / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "launch" / "quickstart.sh", self.checkout / "launch")
+        shutil.copy(ROOT / "configs" / "quickstart.yaml", self.checkout / "configs")
+        self._script(
+            "launch/env.sh", f"#!/usr/bin/env bash\necho env: fine >&2\necho {shlex.quote(str(self.checkout / 'env'))}\n"
+        )
+        self._script("env/bin/clae", CLAE)
+        self._script("env/bin/python", PYTHON)
+
+    def _script(self, path: str, text: str) -> None:
+        (self.checkout / path).write_text(text)
+        (self.checkout / path).chmod(0o755)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("CLAE_")}
+        ours = {"LOG": str(self.log), "PYTHON": sys.executable, "GPUS": "0", "IMAGES": "50000", "FAILS": "", "WAITS": ""}
+        return subprocess.Popen(
+            [str(self.checkout / "launch" / "quickstart.sh"), *arguments],
+            cwd=self.home,
+            env={**clean, **ours, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # whatever the test's own caller ignores
+        )
+
+    def __call__(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        process = self.start(*arguments, **environment)
+        said = process.communicate(timeout=60)[0]
+        return process.returncode, said
+
+    def ran(self) -> list[list[str]]:
+        """The commands that were run, as words."""
+        return [shlex.split(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Quickstart:
+    return Quickstart(tmp_path)
+
+
+def shown(said: str) -> list[list[str]]:
+    """The commands that were printed, without the one of the environment."""
+    return [shlex.split(line[2:]) for line in said.splitlines() if line.startswith("$ ")][1:]
+
+
+def settings(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def test_it_runs_what_it_shows_and_a_dry_run_runs_nothing(quickstart: Quickstart) -> None:
+    words = ["--compare", "simclr", "--workers", "3", "train.epochs=6", "seed=4"]
+    code, said = quickstart("--dry-run", *words)
+    assert code == 0, said
+    assert quickstart.ran() == []
+    dry = shown(said)
+    code, said = quickstart(*words)
+    assert code == 0, said
+    assert quickstart.ran() == shown(said)
+    verbs = ["-m", "train", "evaluate", "train", "evaluate", "report", "export", "report"]
+    assert [line[1] for line in dry] == [line[1] for line in shown(said)] == verbs
+    clae, simclr = (settings(line) for line in quickstart.ran() if line[1] == "train")
+    assert clae["launch.workers"] == "3"
+    assert clae["seed"] == simclr["seed"] == "4"
+    assert clae["train.epochs"] == "6"
+    assert float(simclr["train.epochs"]) == pytest.approx(11)
+    assert simclr["attack.name"] == "none"
+    folder = str(quickstart.home / "runs" / "quickstart")
+    assert quickstart.ran()[-1] == ["clae", "report", folder, "--compare", f"{folder}/simclr"]
+
+
+def test_paths_are_relative_to_where_you_stand_and_may_hold_spaces(quickstart: Quickstart) -> None:
+    home = quickstart.home
+    (home / "link-train.tar.gz").symlink_to(home / "elsewhere.tar.gz")  # its name finds link-test.tar.gz beside it
+    code, said = quickstart("--dry-run", "--data", "my photos", "--run-dir", "../a run", "--max-bad", "5%", CLAE_DATA="other")
+    assert code == 0, said
+    run_dir = home.parent / "a run"
+    prepare, train, *_ = shown(said)
+    assert prepare == [
+        "python",
+        "-m",
+        "data_prep",
+        "demo",
+        f"{run_dir}/shards",
+        "--data",
+        f"{home}/my photos",
+        "--max-bad",
+        "5%",
+    ]
+    assert settings(train)["run_dir"] == str(run_dir)
+    assert settings(train)["data.shards"] == f"{run_dir}/shards"
+    assert settings(train)["tracking.uri"] == f"sqlite:///{run_dir}/mlflow.db"
+    for environment, expected in (({}, []), ({"CLAE_DATA": "link-train.tar.gz"}, ["--data", f"{home}/link-train.tar.gz"])):
+        assert shown(quickstart("--dry-run", **environment)[1])[0][5:] == expected
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 1), (2, 2), (3, 2), (8, 8), (13, 8)])
+def test_one_rank_a_gpu_that_torch_can_use(quickstart: Quickstart, gpus: int, workers: int) -> None:
+    code, said = quickstart(GPUS=str(gpus))
+    assert code == 0, said
+    assert settings(quickstart.ran()[1])["launch.workers"] == str(workers)
+    assert f"ranks: {workers} (" in said
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "expected"),
+    [
+        (50_000, [], ["0.4", "0.2", "0.1", "128"]),  # what the recipe says
+        (1_281_167, [], ["0.015587", "0.007793", "0.003897", "128"]),
+        (300, [], ["78", "39", "19.5", "128"]),  # 2 steps of 128 an epoch: 156 steps
+        (54, [], ["416", "208", "104", "16"]),  # 3 steps of 16
+        (3, [], ["9984", "4992", "2496", "2"]),
+        (50_000, ["batch.global_size=512"], ["0.402062", "0.201031", "0.100515", "512"]),
+        (100, ["batch.global_size=512"], ["199.68", "99.84", "49.92", "512"]),  # `clae train` says that this cannot be
+        (300, ["train.epochs=1"], ["1", "0.5", "0.25", "128"]),
+        (300, ["train.epochs=8", "train.epochs=4", "train.knn_every=0"], ["4", "0", "1", "128"]),
+    ],
+)
+def test_other_sets_get_as_many_images_as_the_recipe_gives_cifar(
+    quickstart: Quickstart, images: int, given: list[str], expected: list[str]
+) -> None:
+    code, said = quickstart(*given, IMAGES=str(images))
+    assert code == 0, said
+    found = {"batch.global_size": "128", **settings(quickstart.ran()[1])}
+    if not given:
+        assert [found[key] for key in TRAINING] == expected
+    else:  # the product of rounded numbers may differ in the last digit
+        assert [float(found[key]) for key in TRAINING] == pytest.approx([float(value) for value in expected], rel=1e-4)
+
+
+def test_the_settings_of_cifar_are_those_of_the_recipe() -> None:
+    from clae_dist.config import resolve
+
+    config, _ = resolve(ROOT / "configs" / "quickstart.yaml")
+    steps = config.train.epochs * (50_000 // config.batch.global_size)
+    assert [config.batch.global_size, round(steps)] == [128, 156]  # else the numbers of the test above change, too
+
+
+@pytest.mark.parametrize(
+    ("words", "page"), [([], True), (["tracking.name=none"], False), (["tracking.uri=http://127.0.0.1:5000"], False)]
+)
+def test_mlflows_page_is_named_where_there_is_one_here(quickstart: Quickstart, words: list[str], page: bool) -> None:
+    code, said = quickstart("--run-dir", "a run", *words)
+    assert code == 0, said
+    lines = [line for line in said.splitlines() if "mlflow ui" in line and not line.startswith("$")]
+    assert len(lines) == page
+    if page:
+        command = shlex.split(lines[0].removeprefix("MLflow's page: "))
+        store = f"sqlite:///{quickstart.home}/a run/mlflow.db"
+        env = quickstart.checkout / "env"
+        assert command == [f"{env}/bin/python", "-m", "mlflow", "ui", "--backend-store-uri", store]
+
+
+def test_a_step_that_fails_is_named_and_ends_it(quickstart: Quickstart) -> None:
+    code, said = quickstart(FAILS="evaluate")
+    assert code == 3
+    assert said.splitlines()[-1] == 'quickstart: "Evaluation" failed (exit code 3); the reason stands above.'
+    assert quickstart.ran()[-1][1] == "evaluate"
+
+
+def test_ctrl_c_lets_the_run_save_and_ends_with_its_exit_code(quickstart: Quickstart) -> None:
+    process = quickstart.start(WAITS="train")
+    deadline = time.monotonic() + 30
+    while not Path(f"{quickstart.log}.waiting").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == 75
+    assert said.splitlines()[-1].startswith('quickstart: stopped during "Pretraining: CLAE on 2 rank(s)"; the same command')
+    assert quickstart.ran()[-1][1] == "train"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--wrong", "--wrong is not an option; see --help."),
+        ("--data", "--data needs a value"),
+        ("--workers two", "--workers is two; use a whole number from 1."),
+        ("--workers 0", "--workers is 0; use"),
+        ("--compare moco", "--compare moco is not known; use --compare simclr."),
+        ("run_dir=x", "run_dir=x is --run-dir here."),
+        ("data.shards=x", "for others, use clae train"),
+    ],
+)
+def test_wrong_usage_is_one_line(quickstart: Quickstart, words: str, says: str) -> None:
+    code, said = quickstart(*words.split())
+    assert code == 2
+    assert said.startswith("quickstart: ")
+    assert says in said
+    assert said.count("\n") == 1
