@@ -20,7 +20,7 @@ import torch.distributed as dist
 from clae_dist.world import World
 
 MAX_RANKS = 4
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
 
 
 class RankPool:
@@ -70,7 +70,7 @@ def _serve(rank: int, port: int, pipe: Any, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=240))
     groups = {size: dist.new_group(range(size)) for size in range(1, MAX_RANKS + 1)}
     while True:
         try:
