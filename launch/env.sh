@@ -70,7 +70,7 @@ PY
 }
 
 exec 9>"$cache/env-$key.lock"
-flock -n 9 || { say "another process is installing $env; waiting for it"; flock 9; }
+flock -n 9 || { say "another process is checking or installing $env; waiting for it"; flock 9; }
 if [ -e "$env/.complete" ] && "$env/bin/python" -c '' 2>/dev/null; then
   say "using $env"
 else

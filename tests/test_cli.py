@@ -54,9 +54,7 @@ def test_a_setting_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_p
     assert words in error
 
 
-def test_settings_may_follow_options_and_paths_stay_as_they_are(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_settings_may_follow_options_and_paths_stay_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """argparse took no settings after --launcher; YAML cut a path at " #"."""
     odd = tmp_path / "my #1: x"
     shards = write_synthetic_set(odd / "shards", 64, 16).folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,47 @@ def test_a_run_from_folder_to_verified_shards(tmp_path: Path, make_folder: Any, 
     assert main(["verify", str(tmp_path)]) == 2
 
 
+def test_info_prints_what_the_manifest_says(
+    tmp_path: Path, make_folder: Any, run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = run(
+        make_folder({f"class-{number:02d}": 2 for number in range(11)}), tmp_path / "dst", test_share=0.5, licence="CC0"
+    )
+    assert main(["info", str(tmp_path / "dst")]) == 0
+    said = capsys.readouterr().out
+    assert "splits:      train 11 images in 1 shard(s), test 11 images in 1 shard(s)\n" in said
+    assert "classes:     11 (class-00, " in said
+    assert "class-09, …)\n" in said
+    assert main(["info", str(tmp_path / "dst"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("splits") == {"train": 11, "test": 11}
+    assert facts.pop("created") == manifest.created
+    assert facts.pop("classes") == list(manifest.classes)
+    assert facts == {"name": "set", "source": "made here", "licence": "CC0", "quarantined": 0, "digest": manifest.digest}
+    assert main(["info", str(tmp_path)]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_info_says_that_images_have_no_labels(
+    tmp_path: Path, make_folder: Any, run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make_folder({".": 4}), tmp_path / "dst")
+    assert main(["info", str(tmp_path / "dst")]) == 0
+    assert "classes:     none: the images have no labels\n" in capsys.readouterr().out
+
+
+def test_demo_allows_more_bad_images_where_it_is_told_to(
+    tmp_path: Path, make_folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_folder({"cat": 8, "dog": 8})
+    (source / "cat" / "empty.jpg").touch()
+    words = ["demo", str(tmp_path / "dst"), "--data", str(source), "--workers", "0"]
+    assert main(words) == 2
+    assert "more than --max-bad 0.01 allows" in capsys.readouterr().err
+    assert main([*words, "--max-bad", "10%"]) == 0
+    assert "1 images were set aside" in capsys.readouterr().out
+
+
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["imagefolder", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--workers", "0"]
     assert main(words) == 2
@@ -69,7 +111,7 @@ def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[st
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["imagefolder"], ["verify"], ["demo"]])
+@pytest.mark.parametrize("words", [[], ["imagefolder"], ["verify"], ["info"], ["demo"]])
 def test_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
