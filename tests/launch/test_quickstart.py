@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from clae_dist.config import resolve
+
 ROOT = Path(__file__).parents[2]
 TRAINING = ["train.epochs", "train.knn_every", "optim.warmup_epochs", "batch.global_size"]
 
@@ -132,37 +134,42 @@ def test_one_rank_a_gpu_that_torch_can_use(quickstart: Quickstart, gpus: int, wo
     assert f"ranks: {workers} (" in said
 
 
+RECIPE, _ = resolve(ROOT / "configs" / "quickstart.yaml")
+EPOCHS, KNN_EVERY, WARMUP = RECIPE.train.epochs, RECIPE.train.knn_every, RECIPE.optim.warmup_epochs
+USED = 50_000 // 128 * 128  # of CIFAR-10's images, in an epoch of whole batches
+
+
 @pytest.mark.parametrize(
-    ("images", "given", "expected"),
+    ("images", "given", "factor", "batch"),
     [
-        (50_000, [], ["0.4", "0.2", "0.1", "128"]),  # what the recipe says
-        (1_281_167, [], ["0.015587", "0.007793", "0.003897", "128"]),
-        (300, [], ["78", "39", "19.5", "128"]),  # 2 steps of 128 an epoch: 156 steps
-        (54, [], ["416", "208", "104", "16"]),  # 3 steps of 16
-        (3, [], ["9984", "4992", "2496", "2"]),
-        (50_000, ["batch.global_size=512"], ["0.402062", "0.201031", "0.100515", "512"]),
-        (100, ["batch.global_size=512"], ["199.68", "99.84", "49.92", "512"]),  # `clae train` says that this cannot be
-        (300, ["train.epochs=1"], ["1", "0.5", "0.25", "128"]),
-        (300, ["train.epochs=8", "train.epochs=4", "train.knn_every=0"], ["4", "0", "1", "128"]),
+        (50_000, [], 1, 128),  # what the recipe says
+        (1_281_167, [], USED / (1_281_167 // 128 * 128), 128),
+        (300, [], USED / 256, 128),
+        (54, [], USED / 48, 16),
+        (3, [], USED / 2, 2),
+        (50_000, ["batch.global_size=512"], USED / (50_000 // 512 * 512), 512),
+        (100, ["batch.global_size=512"], USED / 100, 512),  # `clae train` says that this cannot be
+        (300, ["train.epochs=1"], 1 / EPOCHS, 128),
     ],
 )
 def test_other_sets_get_as_many_images_as_the_recipe_gives_cifar(
-    quickstart: Quickstart, images: int, given: list[str], expected: list[str]
+    quickstart: Quickstart, images: int, given: list[str], factor: float, batch: int
 ) -> None:
+    assert RECIPE.batch.global_size == 128
     code, said = quickstart(*given, IMAGES=str(images))
     assert code == 0, said
     found = {"batch.global_size": "128", **settings(quickstart.ran()[1])}
     assert "e" not in "".join(found[key] for key in TRAINING)  # YAML reads 2e-05 as a text
+    expected = [EPOCHS * factor, KNN_EVERY * factor, WARMUP * factor, batch]
     # six decimals of each number are written
-    assert [float(found[key]) for key in TRAINING] == pytest.approx([float(value) for value in expected], rel=1e-4, abs=1e-6)
+    assert [float(found[key]) for key in TRAINING] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_the_settings_of_cifar_are_those_of_the_recipe() -> None:
-    from clae_dist.config import resolve
-
-    config, _ = resolve(ROOT / "configs" / "quickstart.yaml")
-    steps = config.train.epochs * (50_000 // config.batch.global_size)
-    assert [config.batch.global_size, round(steps)] == [128, 156]  # else the numbers of the test above change, too
+def test_what_is_given_stays(quickstart: Quickstart) -> None:
+    code, said = quickstart("train.epochs=8", "train.epochs=4", "train.knn_every=0", IMAGES="300")
+    assert code == 0, said
+    found = settings(quickstart.ran()[1])
+    assert [found["train.epochs"], found["train.knn_every"]] == ["4", "0"]
 
 
 @pytest.mark.parametrize(
