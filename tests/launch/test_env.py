@@ -29,6 +29,11 @@ def main():
 """
 
 
+def clean_environment() -> dict[str, str]:
+    """Ours, without what points to this checkout (launch/test.sh sets PYTHONPATH) or tells pip and env.sh what to do."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "CLAE_"))}
+
+
 class Checkout:
     """A folder with launch/env.sh and a project file; both it and the cache have spaces in their paths."""
 
@@ -45,11 +50,10 @@ class Checkout:
         (self.folder / "pyproject.toml").write_text(PROJECT.format(dependencies))
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "CLAE_"))}
         ours = {"CLAE_CACHE": str(self.cache), "CLAE_PYTHON": sys.executable, "CLAE_FREE_GB": "0", "PIP_NO_INDEX": "1"}
         return subprocess.Popen(
             [str(self.folder / "launch" / "env.sh")],
-            env={**clean, **ours, **environment},
+            env={**clean_environment(), **ours, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,7 +83,14 @@ def test_two_at_once_make_one_environment_whose_clae_works_anywhere(checkout: Ch
     assert env.is_relative_to(checkout.cache)
     assert ended[0][0] == ended[1][0] == f"{env}\n"
     for folder in (checkout.folder, tmp_path):  # in a checkout, and elsewhere
-        done = subprocess.run([env / "bin" / "clae", "a b", "$HOME"], cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [env / "bin" / "clae", "a b", "$HOME"],
+            cwd=folder,
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert (done.returncode, done.stdout) == (7, "clae ['a b', '$HOME'] [42]\n"), done.stderr
 
 
