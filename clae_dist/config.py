@@ -486,7 +486,8 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
             raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
         _check_key(key, origin)
         if FIELDS[key][1] is str:  # a path may hold what YAML would read as a comment or a mapping
-            settings[key] = Setting("" if value == "null" else value, origin)
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            settings[key] = Setting("" if value == "null" else value[1:-1] if quoted else value, origin)
             continue
         try:
             node = yaml.compose(value, Loader=yaml.SafeLoader)
