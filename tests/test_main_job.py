@@ -95,7 +95,7 @@ print(json.dumps({r.info.run_name: [r.info.status, sorted(r.data.metrics), r.dat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(not (SHARED / "cifar10-train.tar.gz").is_file(), reason="needs CIFAR-10 in ../shared/data")
 def test_the_quickstart_teaches_the_encoder_something(tmp_path: Path) -> None:
     """Ten points of kNN over the encoder's own random initialisation, on all of CIFAR-10's test split; SimCLR beside it."""
@@ -103,7 +103,7 @@ def test_the_quickstart_teaches_the_encoder_something(tmp_path: Path) -> None:
     said = quickstart("--run-dir", str(run_dir), "--compare", "simclr")
     summary, simclr = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, run_dir / "simclr"))
     assert simclr["images_seen"] == pytest.approx(summary["images_seen"] * 11 / 6, rel=0.01)
-    assert f"{simclr['knn_after']:.2f}" in said.rsplit("== Report", 1)[1]
+    assert f"{simclr['knn_after']:.1f} %" in said.rsplit("== Report", 1)[1]
     again = quickstart("--run-dir", str(run_dir))
     assert "this run is finished already" in again
     assert json.loads((run_dir / "summary.json").read_text())["knn_after"] == summary["knn_after"]

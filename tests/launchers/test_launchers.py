@@ -176,7 +176,10 @@ def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest
     assert_bitwise(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize(("launcher", "how"), [("local", "Ctrl-C"), ("local", "SIGTERM"), ("ray", "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [("local", "Ctrl-C"), ("local", "SIGTERM"), pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_leaves(
     launcher: str, how: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
 ) -> None:
