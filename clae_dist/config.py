@@ -89,9 +89,12 @@ class Batch:
     """The batch of one step over all ranks; what a rank holds is derived from it."""
 
     global_size: int = 256
+    # Images that a rank encodes at a time, with all negatives kept (GradCache, Gao et al. 2021); 0: its whole share.
+    micro_size: int = 0
 
     def __post_init__(self) -> None:
         _require(self.global_size >= 2, "batch.global_size", self.global_size, "a contrast needs at least 2 images.")
+        _require(self.micro_size >= 0, "batch.micro_size", self.micro_size, "use 0 (a rank's whole share) or a divisor of it.")
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,13 @@ class Objective:
 
     name: Literal["nt_xent", "instance"] = "nt_xent"
     temperature: float = 0.5
+    # How ranks share negatives. log_sum_exp: rows, then one number a row; reduce_scatter: rows, and their gradients on the way
+    # back, for any objective. auto: log_sum_exp where the objective has that form.
+    gather: Literal["auto", "log_sum_exp", "reduce_scatter"] = _no_effect("auto")
+    chunk: int = _no_effect(0)  # columns of the similarity matrix that exist at a time; 0 chooses
 
     def __post_init__(self) -> None:
+        _require(self.chunk >= 0, "objective.chunk", self.chunk, "use 0 (automatic) or more; 2048 is usual.")
         _require(
             self.temperature > 0, "objective.temperature", self.temperature, "use a positive number, 0.1 to 0.5 as a rule."
         )
@@ -134,12 +142,22 @@ class Objective:
 class Attack:
     """The adversarial view (Ho & Vasconcelos 2020, section 3)."""
 
-    name: Literal["fgsm", "none"] = "fgsm"  # none: plain SimCLR
-    epsilon: float = 4 / 255  # largest change of a pixel value, in the unit below
+    name: Literal["fgsm", "pgd", "none"] = "fgsm"  # none: plain SimCLR
+    norm: Literal["linf", "l2"] = "linf"  # of the perturbation
+    epsilon: float = 4 / 255  # largest change of a pixel value (linf) or length of an image's change (l2), in the unit below
     unit: Literal["pixel", "normalised"] = "pixel"  # pixel: of [0, 1]; normalised: after subtracting mean, dividing by std
     clip: bool = True  # keep the adversarial image a valid image
     anchor: Literal["same", "other"] = "same"  # the view the attack moves away from: its own image's same view, or the other
-    cost: Literal["exact", "original"] = "exact"  # original: a second forward for the anchor, as the paper's code does
+    # exact: the paper's gradient at the least cost. original: the same with the forward and the weight gradients that the
+    # paper's code computes and throws away. fused: another algorithm, the gradient that the clean loss has anyway in view y.
+    cost: Literal["exact", "original", "fused"] = "exact"
+    steps: int = 5  # of pgd; fgsm takes one
+    step_size: float = 0.0  # in the unit of epsilon; 0: epsilon for fgsm, 2.5 epsilon / steps for pgd (Madry et al. 2018)
+    random_start: bool = False  # from a random place in the ball rather than from its middle
+    fraction: float = 1.0  # share of the batch that has an adversarial view; these are contrasted among themselves
+    every: int = 1  # only every so many steps have an adversarial term
+    # Parameters ask for no gradient while the attack runs. auto: where train.compile would compute them otherwise.
+    freeze: Literal["auto", "always", "never"] = _no_effect("auto")
     statistics: Literal["untouched", "updated"] = "untouched"  # what the attack's forwards do to running statistics
     alpha: float = 1.0  # weight of the adversarial term
     start_epoch: float = 0.0  # alpha is 0 and nothing is attacked before
@@ -148,6 +166,45 @@ class Attack:
         _require(self.epsilon >= 0, "attack.epsilon", self.epsilon, "use 0 or more; 4/255 = 0.0157 is usual in pixels.")
         _require(self.alpha >= 0, "attack.alpha", self.alpha, "use 0 or more.")
         _require(self.start_epoch >= 0, "attack.start_epoch", self.start_epoch, "use 0 or more.")
+        _require(self.steps >= 1, "attack.steps", self.steps, "use at least 1.")
+        _require(self.step_size >= 0, "attack.step_size", self.step_size, "use 0 (automatic) or more.")
+        _require(0 < self.fraction <= 1, "attack.fraction", self.fraction, "use a share above 0 and at most 1.")
+        _require(self.every >= 1, "attack.every", self.every, "use at least 1 (every step).")
+        if self.norm == "l2":
+            _require(
+                self.unit == "pixel", "attack.unit", self.unit, "attack.norm=l2 is a length in pixels: use attack.unit=pixel."
+            )
+        if self.cost == "fused":
+            fused = "attack.cost=fused takes the gradient that the clean loss has in the other view, once"
+            _require(self.anchor == "other", "attack.anchor", self.anchor, f"{fused}: use attack.anchor=other.")
+            _require(self.name != "pgd", "attack.name", self.name, f"{fused}: use attack.name=fgsm, or attack.cost=exact.")
+            _require(not self.random_start, "attack.random_start", True, f"{fused}: use false, or attack.cost=exact.")
+            _require(
+                self.statistics == "untouched",
+                "attack.statistics",
+                self.statistics,
+                "attack.cost=fused has no forward of its own: use untouched.",
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Gradients that an attack takes."""
+        return self.steps if self.name == "pgd" else 1
+
+    @property
+    def length_of_step(self) -> float:
+        """How far one step goes, in the unit of epsilon."""
+        return self.step_size or (2.5 * self.epsilon / self.steps if self.name == "pgd" else self.epsilon)
+
+    def rows(self, num_rows: int) -> int:
+        """How many of a rank's rows have an adversarial view. Raises ConfigError when it is no whole number."""
+        chosen = self.fraction * num_rows
+        if abs(chosen - round(chosen)) > 1e-6 or round(chosen) < 1:
+            raise ConfigError(
+                f"attack.fraction is {self.fraction:g}, which makes {chosen:g} of a rank's {num_rows} rows; every "
+                f"rank needs the same whole number: {max(1, round(chosen)) / num_rows:g} would do."
+            )
+        return round(chosen)
 
 
 @dataclass(frozen=True)
@@ -186,8 +243,17 @@ class Train:
     checkpoint_every: int = _no_effect(500)  # steps
     checkpoint_keep: int = _no_effect(3)  # newest checkpoints kept; older ones are deleted
     threads: int = _no_effect(0)  # of torch on the CPU; 0 shares this machine's cores among its ranks
+    compile: bool = _no_effect(False)  # torch.compile of the encoder's blocks
+    activation_checkpointing: bool = _no_effect(False)  # blocks are computed again in the backward pass: less memory, more time
+    ema_decay: float = 0.0  # of the average of the weights that is then evaluated and exported, 0.999 as a rule; 0: none
 
     def __post_init__(self) -> None:
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "use 0 (no average) up to, not including, 1.")
+        if self.compile and self.activation_checkpointing:
+            raise ConfigError(
+                "train.compile is true beside train.activation_checkpointing, whose second forward must know the route of the "
+                "first, which compiled blocks do not; use one of them."
+            )
         _require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number; fractions are fine.")
         for key in ("log_every", "diagnose_every", "checkpoint_every", "checkpoint_keep"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "use at least 1.")
@@ -197,9 +263,20 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    """What wraps the encoder."""
+    """What wraps the encoder. Nothing here changes what is computed: a run may go on under another backend."""
 
-    backend: Literal["ddp"] = "ddp"
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = _no_effect("ddp")
+    reshard_after_forward: bool = _no_effect(True)  # fsdp2: whole parameters are freed between forward and backward
+    shard_size: int = _no_effect(0)  # fsdp2: ranks that share one copy of the parameters; 0: all; fewer: hybrid, 2-D mesh
+    zero_stage: int = _no_effect(
+        1
+    )  # deepspeed: what is shared; 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too
+
+    def __post_init__(self) -> None:
+        _require(
+            self.shard_size >= 0, "parallel.shard_size", self.shard_size, "use 0 (all ranks) or a divisor of their number."
+        )
+        _require(0 <= self.zero_stage <= 3, "parallel.zero_stage", self.zero_stage, "use 0, 1, 2 or 3.")
 
 
 @dataclass(frozen=True)
@@ -308,7 +385,23 @@ class Config:
             wanted = streams * world_size // math.gcd(streams, world_size)
             way_out = f"data.streams={wanted} would do" if size % wanted == 0 else "use another number of ranks"
             raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
-        return size // world_size
+        rows, micro = size // world_size, self.batch.micro_size
+        if micro and self.attack.cost == "original":
+            raise ConfigError(
+                "attack.cost is 'original', the paper's code to the letter, with a rank's whole share in one graph; "
+                "use attack.cost=exact (the same gradient) with batch.micro_size."
+            )
+        if micro and rows % micro:
+            near = _nearest_divisor(rows, micro)
+            raise ConfigError(f"batch.micro_size is {micro}, which does not divide the {rows} rows of a rank; {near} would do.")
+        if self.attack.name != "none":
+            attacked = self.attack.rows(rows)
+            if micro and attacked % micro:
+                raise ConfigError(
+                    f"batch.micro_size is {micro}, which does not divide the {attacked} attacked rows of a rank "
+                    f"(attack.fraction {self.attack.fraction:g}); {math.gcd(rows, attacked)} would do."
+                )
+        return rows
 
     def learning_rate(self) -> float:
         """The peak learning rate at this global batch (Goyal et al. 2017 for linear, Chen et al. 2020 B.1 for sqrt)."""

@@ -36,5 +36,5 @@ def small_model(
             torch.manual_seed(seed + 1)
             for parameter in model.encoder.norm.adversarial.parameters():  # type: ignore[union-attr]
                 parameter.normal_(std=0.5)
-        use_global_statistics(model.encoder, group)
+        use_global_statistics(model.encoder, group, on_gpu=False)
     return model.double()

@@ -105,7 +105,7 @@ def test_an_override_with_an_equals_sign_in_its_value() -> None:
         ("optim:\n  alpha: 1\n", r"optim\.alpha .* is not a known key; did you mean attack\.alpha\?"),
         ("epsilon: 0.1\n", r"epsilon .* is not a known key; did you mean attack\.epsilon\?"),
         ("zzzqqq: 1\n", r"zzzqqq .* is not a known key; `clae config CONFIG` lists the known ones"),
-        ("attack: 3\n", r"attack \(.*:1\) is a section; set one of its keys: attack\.name, attack\.epsilon"),
+        ("attack: 3\n", r"attack \(.*:1\) is a section; set one of its keys: attack\.name, attack\.norm"),
         ("attack:\n", r"attack \(.*:1\) is a section"),
         ("seed:\n  more: 1\n", r"seed\.more .* is not a known key; did you mean seed\?"),
         ("seed: 1\nseed: 2\n", r"seed is set twice in .*recipe\.yaml:1 and .*recipe\.yaml:2\); keep one"),

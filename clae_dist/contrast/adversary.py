@@ -1,4 +1,4 @@
-"""The adversarial view. Knows a closure that gives a loss, not a model.
+"""The adversarial view. Knows a closure that gives a loss and its gradient, not a model.
 
 # x_BCHW  images of this rank; the loss may depend on every other rank's images too.
 """
@@ -7,35 +7,86 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Norm = Literal["linf", "l2"]
+LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What an attack did. `loss_before` is the loss at the unperturbed images."""
+    """What an attack did. `loss_before` is the loss where it started."""
 
     images: torch.Tensor
     loss_before: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Ball:
+    """The images within `epsilon` of another: in every pixel (linf; a tensor is one ε a channel), or in length (l2)."""
+
+    epsilon: float | torch.Tensor
+    norm: Norm = "linf"
+    valid: tuple[float, float] | None = (0.0, 1.0)  # bounds of a pixel; None: unbounded
+
+    def step(self, x: torch.Tensor, at: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor) -> torch.Tensor:
+        """From `at` along the gradient's sign (linf) or direction (l2), then back into the ball around x and the bounds."""
+        if self.norm == "linf":
+            delta = at - x + length * gradient.sign()
+            limit = torch.as_tensor(self.epsilon, dtype=x.dtype, device=x.device)
+            delta = torch.minimum(torch.maximum(delta, -limit), limit)
+        else:
+            delta = at - x + length * _unit(gradient)
+            delta = delta * (self.epsilon / _lengths(delta).clamp_min(1e-12)).clamp_max(1.0)
+        return self.inside(x + delta)
+
+    def random_point(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A point of the ball around x from uniform noise in [0, 1) of x's shape: uniform in it."""
+        if self.norm == "linf":
+            return self.inside(x + self.epsilon * (2 * noise - 1))
+        direction = _unit(torch.erfinv((2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6)))  # normal numbers: no direction is preferred
+        volume = (noise.flatten(1).sum(1) * 1009).frac().view(-1, *[1] * (x.dim() - 1))  # uniform, whatever the direction
+        return self.inside(x + self.epsilon * volume ** (1 / x[0].numel()) * direction)
+
+    def inside(self, images: torch.Tensor) -> torch.Tensor:
+        """Valid pixels."""
+        return images if self.valid is None else images.clamp(*self.valid)
+
+
+def _lengths(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+
+
+def _unit(gradient: torch.Tensor) -> torch.Tensor:
+    """Length one an image: the number of ranks that a gradient arrives multiplied with cancels. Zero stays zero."""
+    gradient = gradient / gradient.abs().amax(tuple(range(1, gradient.dim())), keepdim=True).clamp_min(1e-30)
+    return gradient / _lengths(gradient).clamp_min(1e-12)
+
+
 def perturb(
     x_BCHW: torch.Tensor,
-    loss_of: Callable[[torch.Tensor], torch.Tensor],
-    epsilon: float | torch.Tensor,
-    valid: tuple[float, float] | None = (0.0, 1.0),
+    gradient_of: Callable[[torch.Tensor], LossAndGradient],
+    ball: Ball,
+    *,
+    steps: int = 1,
+    step_length: float | torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
 ) -> Perturbation:
-    """FGSM (Goodfellow et al. 2015; Ho & Vasconcelos 2020, equation 9): x + ε · sign ∂ loss / ∂ x.
+    """Projected gradient ascent of a loss (Madry et al. 2018); one step of ε without noise is FGSM (Goodfellow et al. 2015;
+    Ho & Vasconcelos 2020, equation 9): x + ε · sign ∂ loss / ∂ x.
 
-    `epsilon` is a number or a tensor that broadcasts over x (one ε a channel); `valid` bounds the result, None does not.
-    The gradient is taken with respect to the input alone: parameters get no gradient, and no reduction across ranks runs
-    but those inside `loss_of`. It arrives multiplied by the number of ranks, which the sign does not see.
+    `gradient_of(images)` gives the loss and its gradient with respect to the images alone: parameters get no gradient. It
+    arrives multiplied by the number of ranks, which neither sign nor direction sees. `noise`: uniform in [0, 1), for a random
+    start; without it the attack starts at x. `step_length`: in the unit of ε, ε unless given. Every rank takes every step.
     """
-    x_try = x_BCHW.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = loss_of(x_try)
-        (gradient,) = torch.autograd.grad(loss, x_try)
-    adversarial = x_BCHW + epsilon * gradient.sign()
-    if valid is not None:
-        adversarial = adversarial.clamp(*valid)
-    return Perturbation(adversarial.detach(), loss.detach())
+    x = x_BCHW.detach()
+    at = x if noise is None else ball.random_point(x, noise)
+    first: torch.Tensor | None = None
+    for _ in range(steps):
+        loss, gradient = gradient_of(at)
+        first = loss.detach() if first is None else first
+        at = ball.step(x, at, gradient, ball.epsilon if step_length is None else step_length)
+    assert first is not None
+    return Perturbation(at.detach(), first)

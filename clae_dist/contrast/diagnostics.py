@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from clae_dist.contrast.gather import contrast_on_global_batch, gather_rows
-from clae_dist.contrast.objectives import OBJECTIVES
+from clae_dist.contrast.gather import gather_rows
 from clae_dist.contrast.step import Pretraining, adversarial_view
 
 
@@ -23,42 +22,36 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
     adversarial view; alignment and uniformity (Wang & Isola 2020, t = 2); wrong_sign_share: percent of pixel signs that
     the negatives of one rank alone would have got wrong. Every rank must call it.
     """
-    with run.untouched():
+    with run.encoding.backend.untouched():
         x, y = run.augment(batch)
-        with torch.no_grad():
-            a, b = run.attack_embed(x, "clean"), run.attack_embed(y, "clean")
+        a, b = run.encoding.constant(x, "clean"), run.encoding.constant(y, "clean")
         values = _geometry(run, a, b)
         if run.attack.name != "none":
-            values.update(_attack(run, x, y, a))
+            values.update(_attack(run, x, y, a, batch))
     mean = run.world.mean(torch.stack([v.double() for v in values.values()]).to(run.world.device))
     return dict(zip(values, mean.tolist(), strict=True))
 
 
-def _attack(run: Pretraining, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor) -> dict[str, torch.Tensor]:
-    found = adversarial_view(run, x, y)
+def _attack(run: Pretraining, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+    noise = run.noise(batch) if run.attack.random_start else None
+    found = adversarial_view(run, x, y, noise=noise)
     start = y if run.attack.anchor == "other" else x
     delta = (found.images - start).flatten(1)
-    with torch.no_grad():
-        anchor = run.attack_embed(x, "adversarial")
-        after = run.contrast(anchor, run.attack_embed(found.images, "adversarial"))
-        geometry = _geometry(run, a, run.attack_embed(found.images, "adversarial"))
+    anchor, c = run.encoding.constant(x, "adversarial"), run.encoding.constant(found.images, "adversarial")
+    after = run.contrast(run.contrast.rows(anchor), run.contrast.rows(c))
     values = {
         "delta_linf": delta.abs().amax(1).mean(),
         "delta_l2": delta.norm(dim=1).mean(),
         "attack_loss_before": found.loss_before,
         "attack_loss_after": after,
-        **{f"{name}_adversarial": value for name, value in geometry.items() if name.startswith("cos_")},
+        **{f"{name}_adversarial": value for name, value in _geometry(run, a, c).items() if name.startswith("cos_")},
     }
     if run.world.size > 1:
-        # The same attack, unclipped and with unit steps, so that only signs are compared.
-        signs = replace(run, attack=replace(run.attack, epsilon=1.0, unit="pixel", clip=False))
-        alone = replace(run.world, rank=0, size=1, group=None)
-
-        def own_negatives(a_BD: torch.Tensor, b_BD: torch.Tensor) -> torch.Tensor:
-            return contrast_on_global_batch(OBJECTIVES[run.objective], a_BD, b_BD, run.temperature, alone)
-
+        # One step of the same attack, unclipped and of unit length, so that only signs are compared.
+        settings = replace(run.attack, name="fgsm", norm="linf", epsilon=1.0, step_size=0.0, unit="pixel", clip=False)
+        signs = replace(run, attack=settings)
         everyone = adversarial_view(signs, x, y).images - start
-        local = adversarial_view(signs, x, y, own_negatives).images - start
+        local = adversarial_view(signs, x, y, contrast=run.contrast.of_this_rank_alone()).images - start
         values["wrong_sign_share"] = 100 * (everyone.sign() != local.sign()).double().mean()
     return values
 

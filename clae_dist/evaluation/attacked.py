@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.contrast.encoding import Encoding, Route
+from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.step import Attacking, adversarial_view
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
@@ -28,19 +31,38 @@ class Attacked:
     borrowed: bool  # the run itself has no attack; the default one was used
 
 
+class _BareModel:
+    """A model that is attacked and not trained (contrast/encoding.py)."""
+
+    def __init__(self, model: PretrainModel) -> None:
+        self._model = model
+
+    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        return self._model(images, route)
+
+    def untouched(self) -> AbstractContextManager[None]:
+        return untouched_statistics(self._model)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._model.parameters())
+
+
 def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tensor) -> Attacked:
     """The run's attack on uint8 images, as in training: batch statistics, all n images as negatives, no trace in the model.
 
     With attack.name "none" it is the default attack. With anchor "other", the other view is the mirrored image.
     """
     attack = config.attack if config.attack.name != "none" else Attack()
+    world = World.single(model.mean.device)
     run = Attacking(
-        world=World.single(model.mean.device),
+        world=world,
         attack=attack,
-        objective=config.objective.name,
-        temperature=config.objective.temperature,
+        contrast=Contrast(config.objective.name, config.objective.temperature, world),
+        encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
-        attack_embed=lambda images, route: model(images, route=route),
     )
     clean = images_n3SS.to(model.mean.device, model.mean.dtype) / 255
     mirrored = clean.flip(3)
@@ -48,9 +70,8 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     model.train()
     with untouched_statistics(model):
         found = adversarial_view(run, clean, mirrored)
-        with torch.no_grad():
-            anchor, attacked = (model(images, route="adversarial") for images in (clean, found.images))
-            loss_after = run.contrast(anchor, attacked)
+        anchor, attacked = (run.encoding.constant(images, "adversarial") for images in (clean, found.images))
+        loss_after = run.contrast(run.contrast.rows(anchor), run.contrast.rows(attacked))
     model.train(training)
     return Attacked(
         clean=(mirrored if attack.anchor == "other" else clean).float().cpu(),

@@ -39,10 +39,11 @@ class PretrainModel(nn.Module):
         return F.normalize(projection if projection.dtype == torch.float64 else projection.float(), dim=1)
 
 
-def build_model(config: Config, group: dist.ProcessGroup | None = None) -> PretrainModel:
+def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: bool = False) -> PretrainModel:
     """The model of a run. Its initial weights are a pure function of config.model and config.seed, the same on every rank.
 
-    `group` carries the batch statistics when model.norm is "global". Raises ConfigError (see build_encoder).
+    `group` carries the batch statistics when model.norm is "global"; `on_gpu`: the model is going to be moved there.
+    Raises ConfigError (see build_encoder).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -52,5 +53,5 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None) -> Pretr
     if config.attack.name != "none":
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
-        use_global_statistics(model.encoder, group)
+        use_global_statistics(model.encoder, group, on_gpu)
     return model.double() if config.train.precision == "float64" else model

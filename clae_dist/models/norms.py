@@ -59,37 +59,42 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return grad_x, grad_weight if weight is not None else None, grad_bias if bias is not None else None, None, None
 
 
-class GlobalBatchNorm(nn.Module):
-    """`inner` (a batch norm) with the statistics of the global batch while training; its parameters and buffers are used.
+class GlobalBatchNorm(_BatchNorm):
+    """A batch norm with the statistics of the global batch while training, where torch's SyncBatchNorm refuses: on a CPU.
 
-    On any device, unlike torch's SyncBatchNorm. Every rank must hold the same number of rows. One all-gather of 2C numbers
-    forward, one all-reduce of 2C backward. `inner` stays the child, so that its state keeps its names below `inner`.
+    Every rank must hold the same number of rows. One all-gather of 2C numbers forward, one all-reduce of 2C backward. It has
+    the parameters, buffers and names of `norm`, whose place it takes.
     """
 
-    def __init__(self, inner: _BatchNorm, group: dist.ProcessGroup | None) -> None:
-        super().__init__()
-        self.inner = inner
+    def __init__(self, norm: _BatchNorm, group: dist.ProcessGroup) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
         self.group = group
+        # timm's BatchNormAct2d carries its dropout and activation with it.
+        self.after = [layer for name in ("drop", "act") if isinstance(layer := getattr(norm, name, None), nn.Module)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = self.inner
-        if not norm.training or self.group is None:
-            return norm(x)
-        y, mean, variance = _GlobalBatchNorm.apply(x, norm.weight, norm.bias, norm.eps, self.group)
-        if norm.track_running_stats:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            assert norm.num_batches_tracked is not None
-            assert norm.momentum is not None
+        y = self._normalise(x)
+        for layer in self.after:
+            y = layer(y)
+        return y
+
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        y, mean, variance = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
+        if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
             with torch.no_grad():
                 count = x.numel() // x.shape[1] * dist.get_world_size(self.group)
-                norm.num_batches_tracked.add_(1)
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-                norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
-        # timm's BatchNormAct2d carries its dropout and activation with it.
-        after = [layer for name in ("drop", "act") if isinstance(layer := getattr(norm, name, None), nn.Module)]
-        for layer in after:
-            y = layer(y)
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
         return y
 
 
@@ -129,9 +134,16 @@ def add_routes(module: nn.Module, adversarial_momentum: float) -> int:
     return _replace(module, routed)
 
 
-def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> int:
-    """Batch statistics over all ranks of `group` for every batch norm in `module`. Returns how many there are."""
-    return _replace(module, lambda norm: GlobalBatchNorm(norm, group))
+def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> None:
+    """Batch statistics over all ranks of `group` for every batch norm in `module`: torch's SyncBatchNorm or ours."""
+    if group is None:
+        return  # one rank's batch is the global batch
+    if on_gpu:
+        from timm.layers import convert_sync_batchnorm  # torch's conversion, and of timm's norms with an activation
+
+        convert_sync_batchnorm(module, group)
+    else:
+        _replace(module, lambda norm: GlobalBatchNorm(norm, group))
 
 
 def set_route(module: nn.Module, route: Route) -> None:
@@ -161,11 +173,22 @@ def untouched_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def single_route_state(state: dict[str, torch.Tensor], route: Route = "clean") -> dict[str, torch.Tensor]:
-    """The state of a routed (and global) encoder under the names of the plain one: one route's norm layers, unwrapped."""
+    """The state of a routed encoder under the names of the plain one: one route's norm layers, unwrapped."""
     plain: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         parts = key.split(".")
         if any(other in parts for other in ROUTES if other != route):
             continue
-        plain[".".join(part for part in parts if part not in (route, "inner"))] = value
+        plain[".".join(part for part in parts if part != route)] = value
     return plain
+
+
+def routes_are_one_function(module: nn.Module) -> bool:
+    """Whether both routes compute the same: no norm layers with two routes or batch statistics, and nothing random."""
+    for child in module.modules():
+        if isinstance(child, (RoutedNorm, _BatchNorm)):
+            return False
+        shares = (getattr(child, name, 0.0) for name in ("p", "drop_prob", "drop_rate", "stochastic_depth_prob", "dropout"))
+        if any(isinstance(share, float) and share > 0 for share in shares):
+            return False
+    return True

@@ -85,7 +85,7 @@ def load_checkpoint(run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]
 
 
 def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
-    """A run's configuration, its model with the weights of the newest whole checkpoint, and {"step", "images_seen"}.
+    """A run's configuration, its model with the (averaged) weights of the newest whole checkpoint, and {"step", "images_seen"}.
 
     The model is on the CPU, in evaluation mode. Raises ConfigError without a run folder or checkpoint.
     """
@@ -96,5 +96,5 @@ def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
     if state is None:
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no checkpoint yet; start `clae train` with run_dir={run_dir}.")
     model = build_model(config)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state.get("average", state["model"]))
     return config, model.eval(), {"step": state["step"], "images_seen": state["images_seen"]}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clae_dist.config import Config
+from clae_dist.config import Attack, Config
 from clae_dist.data.loader import num_workers
 from clae_dist.data.manifest import DataError
 from clae_dist.parallel import Backend
@@ -59,7 +59,8 @@ class Plan:
     def alpha(self, step: int) -> float:
         """The weight of the adversarial term in a step; 0: nothing is attacked."""
         attack = self.config.attack
-        return attack.alpha if attack.name != "none" and step >= self.attack_from else 0.0
+        on = attack.name != "none" and step >= self.attack_from and (step - self.attack_from) % attack.every == 0
+        return attack.alpha if on else 0.0
 
     def images_seen(self, step: int) -> int:
         return step * self.config.batch.global_size
@@ -69,16 +70,19 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     """Lines for the console: decisions, with their reasons. A collective: every rank must exhaust it."""
     config = plan.config
     size, rows, attack = config.batch.global_size, config.rows_per_rank(world.size), config.attack
+    micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
     hosts = sorted(set(world.gather_objects(platform.node())))
     yield (
         f"ranks: {world.size} on {len(hosts)} host(s), {world.device.type}, {torch.get_num_threads()} torch thread(s) each; "
-        f"{config.parallel.backend}"
+        f"{backend.describe()}"
     )
     yield f"precision: {backend.precision} ({backend.precision_reason})"
-    parameters = sum(parameter.numel() for parameter in backend.model.parameters())
-    yield f"model: {config.model.encoder} with projector, {parameters:,} parameters, {config.model.norm} batch statistics"
     yield (
-        f"batch: {size} images = {world.size} x {rows}; {config.num_streams} canonical streams; "
+        f"model: {config.model.encoder} with projector, {backend.num_parameters:,} parameters, "
+        f"{config.model.norm} batch statistics"
+    )
+    yield (
+        f"batch: {size} images = {world.size} x {rows}{micro}; {config.num_streams} canonical streams; "
         f"{num_workers(config, world.local_size)} loader process(es) a rank"
     )
     left_out = plan.num_samples - plan.steps_per_epoch * size
@@ -90,6 +94,11 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     )
     if attack.name != "none":
         yield (
-            f"attack: {attack.name}, epsilon {attack.epsilon:.4g} ({attack.unit}), anchor {attack.anchor}, cost {attack.cost}, "
-            f"alpha {attack.alpha:g}, on the global batch's negatives"
+            f"attack: {attack.name} ({attack.norm}), epsilon {attack.epsilon:.4g} ({attack.unit}), anchor {attack.anchor}, "
+            f"cost {attack.cost}, alpha {attack.alpha:g}, on the global batch's negatives{_less(attack)}"
         )
+
+
+def _less(attack: Attack) -> str:
+    share = f"; on {attack.fraction:.0%} of the batch" if attack.fraction < 1 else ""
+    return share + (f"; every {attack.every} steps" if attack.every > 1 else "")

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -15,17 +15,20 @@ import torch
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.contrast.diagnostics import diagnose
+from clae_dist.contrast.encoding import TrainingEncoding
+from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.step import Pretraining, StepMetrics, pretrain_step
 from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch, load
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest
+from clae_dist.data.noise import uniform_noise
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.knn import knn_accuracy
 from clae_dist.models import build_model
-from clae_dist.models.norms import untouched_statistics
+from clae_dist.models.norms import routes_are_one_function
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import load_checkpoint, save_checkpoint
 from clae_dist.runs.folder import Identity, open_run_folder
@@ -72,7 +75,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         return open_run_folder(config, origins, manifest, world, new_run_key())
 
     identity: Identity = world.run_on_main(open_folder)
-    backend = make_backend(config, build_model(config, world.group), world)
+    backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
     first_step, train_s = _resume(config, world, backend, say)
     for line in describe(plan, world, backend):
         say(line)
@@ -161,30 +164,36 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         images = batch.views[number].to(world.device, non_blocking=True).float() / 255
         return augment(images, batch.draws[number], config.augment).to(dtype)
 
-    def untouched() -> AbstractContextManager[None]:
-        return untouched_statistics(backend.model)
+    def noise(batch: Batch) -> torch.Tensor:
+        return uniform_noise(batch.draws[0], batch.views.shape[2:], world.device).to(dtype)
 
+    settings = config.objective
     return Pretraining(
         world=world,
         attack=config.attack,
-        objective=config.objective.name,
-        temperature=config.objective.temperature,
+        contrast=Contrast(settings.name, settings.temperature, world, settings.gather, settings.chunk),
+        encoding=TrainingEncoding(backend, config.batch.micro_size),
         pixel_std=backend.model.std,
+        shared_norms=routes_are_one_function(backend.model),
         augment=lambda batch: (view(batch, 0), view(batch, 1)),
-        attack_embed=backend.attack_embed,
-        untouched=untouched,
-        attack_statistics=untouched if config.attack.statistics == "untouched" else nullcontext,
-        backend=backend,
+        noise=noise,
+        attack_statistics=backend.untouched if config.attack.statistics == "untouched" else nullcontext,
         timed=clock.timed,
     )
 
 
-def _next(batches: Iterator[Batch]) -> tuple[Batch | None, str]:
+def _next(batches: Iterator[Batch], rows: int) -> tuple[Batch | None, str]:
     """The next batch, or why this rank cannot have it."""
     try:
-        return next(batches), ""
+        batch = next(batches)
     except DataError as error:
         return None, str(error)
+    if len(batch.ids) != rows:
+        return None, (
+            f"a rank's batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make the collectives "
+            "wait for ever; the loader (data/loader.py) must give each rank batch.global_size / number of ranks."
+        )
+    return batch, ""
 
 
 class _Loop:
@@ -217,13 +226,14 @@ class _Loop:
         self.step = self.saved = self.logged = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
         batches = load(self.manifest, self.config, self.world, first_step, plan.total)
+        rows = self.config.rows_per_rank(self.world.size)
         if first_step == 0 and plan.knn_every:
             self._log(self._knn())
         self.backend.model.train()
         self.clock.read()
         while self.step < plan.total:
             with self.clock.timed("data"):
-                batch, problem = _next(batches)
+                batch, problem = _next(batches, rows)
             stopping, broken = self.world.flags_anywhere(self.stop.made(), bool(problem))
             if broken:
                 self.world.raise_together(DataError, problem)
@@ -313,13 +323,14 @@ class _Loop:
             images = EvaluationSet(self.manifest, split, config.data.image_size, limit)
             share, problem = None, ""
             try:
-                share = extract(self.backend.model, images, world.device, settings.batch_size, world.rank, world.size)
+                share = extract(model, images, world.device, settings.batch_size, world.rank, world.size)
             except DataError as error:
                 problem = str(error)
             world.raise_together(DataError, problem)
             assert share is not None
             return gather(share, world)
 
-        bank = features(config.data.train_split, settings.knn_bank)
-        queries = features(config.data.test_split, settings.knn_queries)
+        with self.backend.full_model() as model:
+            bank = features(config.data.train_split, settings.knn_bank)
+            queries = features(config.data.test_split, settings.knn_queries)
         return {"knn_accuracy": knn_accuracy(bank, queries, settings.knn_k, settings.knn_temperature, world.device)}

@@ -6,28 +6,30 @@ Every rank holds different images. N rows of the global batch, B = N / W a rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Attack, Batch, Config, Data, Optim, Train
-from clae_dist.contrast import gather
-from clae_dist.contrast.adversary import perturb
-from clae_dist.contrast.step import Pretraining, adversarial_view, pretrain_step
+from clae_dist.config import Attack, Batch, Config, Data, Objective, Optim, Train
+from clae_dist.contrast import gather, log_sum_exp
+from clae_dist.contrast.step import adversarial_view, attacked_rows, pretrain_step
+from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.world import World
-from tests import reference
+from tests import reference, steps
 from tests.networks import small_model
 from tests.ranks import RankPool
 
 N, SIDE, TEMPERATURE, ALPHA = 12, 8, 0.2, 0.7
 EPSILON = 0.03
 TOLERANCE = 1e-10  # float64: only the order of summation differs
+X, Y = steps.images(1, N, SIDE), steps.images(2, N, SIDE)
+NOISE = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
 @dataclass
@@ -40,75 +42,121 @@ class Found:
     x_adv: torch.Tensor
 
 
-def images(seed: int) -> torch.Tensor:
-    """(N, 3, SIDE, SIDE) in [0.2, 0.8], float64: every row another one, and no pixel near the bounds."""
-    return 0.2 + 0.6 * torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 class KeepsGradients(DdpBackend):
     """DDP that shows what it would step with."""
 
     def update(self) -> torch.Tensor:
-        self.grads = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.grads = self.gradients()
         return super().update()
 
 
-def run_step(world: World, norm: str, objective: str, attack: Attack, wrong: str = "") -> Found:
+def run_step(world: World, norm: str, config: Config, wrong: str = "") -> Found:
     """One training step on this rank's rows, by the code that trains."""
-    config = Config(
-        data=Data(image_size=SIDE),
-        batch=Batch(global_size=N),
-        optim=Optim(name="sgd", warmup_epochs=0),
-        train=Train(precision="float64"),
-    )
     with wrong_gather(wrong):
         backend = KeepsGradients(config, small_model(norm, 3, world.group), world)
         backend.model.train()
-        run = Pretraining(
-            world=world,
-            attack=attack,
-            objective=objective,
-            temperature=TEMPERATURE,
-            pixel_std=backend.model.std,
-            augment=lambda batch: batch,
-            attack_embed=backend.attack_embed,
-            untouched=lambda: untouched_statistics(backend.model),
-            attack_statistics=lambda: untouched_statistics(backend.model),
-            backend=backend,
-            timed=lambda name: nullcontext(),
-        )
-        mine = slice(world.rank * N // world.size, (world.rank + 1) * N // world.size)
-        x, y = images(1)[mine], images(2)[mine]
-        with untouched_statistics(backend.model):
-            x_adv = adversarial_view(run, x, y).images
+        run = steps.pretraining(config, world, backend, NOISE)
+        x, y = steps.share(world, X), steps.share(world, Y)
+        with backend.untouched():
             x_try = x.clone().requires_grad_()
-            z_try = backend.attack_embed(x_try, "adversarial")
-            (input_grad,) = torch.autograd.grad(run.contrast(z_try.detach(), z_try), x_try)
+            rows = run.contrast.rows(backend.attack_embed(x_try, "adversarial"))
+            (input_grad,) = torch.autograd.grad(run.contrast(rows.constant(), rows), x_try)
         assert all(p.grad is None or not p.grad.any() for p in backend.model.parameters()), "the attack left a gradient"
+        seen: list[torch.Tensor] = []
+        embed = run.encoding.embed
+
+        def watched(images: torch.Tensor, route: Any, want_image_gradient: bool = False) -> Any:
+            seen.append(images)
+            return embed(images, route, want_image_gradient)
+
+        run.encoding.embed = watched  # type: ignore[method-assign]
         metrics = pretrain_step(run, (x, y), ALPHA)
-    return Found(metrics.loss, backend.grads, input_grad, x_adv)
+    return Found(metrics.loss, backend.grads, input_grad, seen[2].detach())
 
 
-def expected(norm: str, objective: str, attack: Attack) -> Found:
+def settings(attack: Attack, objective: str = "nt_xent", gather: str = "auto", micro: int = 0) -> Config:
+    return Config(
+        data=Data(image_size=SIDE),
+        batch=Batch(global_size=N, micro_size=micro),
+        objective=Objective(objective, TEMPERATURE, gather=gather, chunk=5),  # type: ignore[arg-type]  # 5 divides nothing
+        attack=attack,
+        optim=Optim(name="sgd", warmup_epochs=0),
+        train=Train(precision="float64"),
+    )
+
+
+FGSM = Attack(epsilon=EPSILON)
+
+
+def expected(norm: str, config: Config, world_size: int = 1) -> Found:
     """The same by one process on the concatenated batch, with the double-loop objective and no backend."""
-    model = small_model(norm, 3).train()
-    contrast = reference.OBJECTIVES[objective]
-    x, y = images(1), images(2)
+    model, attack = small_model(norm, 3).train(), config.attack
+    objective = reference.OBJECTIVES[config.objective.name]
+    groups = batches_of_statistics(world_size, config.batch.micro_size)
+
+    def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return objective(a, b, TEMPERATURE)
+
+    def embed(images: torch.Tensor, route: Any, groups: Any = groups) -> torch.Tensor:
+        return embed_by_groups(model, images, route, groups)
+
+    own = X.clone().requires_grad_()
     with untouched_statistics(model):
-        x_try = (y if attack.anchor == "other" else x).clone().requires_grad_()
-        anchor = model(x, "adversarial").detach()
-        found = perturb(x_try.detach(), lambda image: contrast(anchor, model(image, "adversarial"), TEMPERATURE), EPSILON)
-        own = x.clone().requires_grad_()
-        (input_grad,) = torch.autograd.grad(contrast(anchor, model(own, "adversarial"), TEMPERATURE), own)
-    a, b, c = model(x, "clean"), model(y, "clean"), model(found.images, "adversarial")
-    loss = contrast(a, b, TEMPERATURE) + ALPHA * contrast(a, c, TEMPERATURE)
+        z = embed(own, "adversarial", [list(range(N))])
+        (input_grad,) = torch.autograd.grad(contrast(z.detach(), z), own)
+    chosen = steps.attacked(attack, N)
+    x_adv = attacked_images(attack, embed, contrast, chosen, groups)
+    a, b = embed(X, "clean"), embed(Y, "clean")
+    c = embed(x_adv, "adversarial", groups if len(chosen) == N else [list(range(len(chosen)))])
+    loss = contrast(a, b) + ALPHA * contrast(a[chosen], c)
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Found(loss.detach(), grads, input_grad, found.images)
+    return Found(loss.detach(), grads, input_grad, x_adv)
+
+
+def batches_of_statistics(world_size: int, micro: int) -> list[list[int]]:
+    """Which rows share batch statistics: the j-th micro-batches of all ranks."""
+    rows = N // world_size
+    size = micro or rows
+    return [[r * rows + j + i for r in range(world_size) for i in range(size)] for j in range(0, rows, size)]
+
+
+def embed_by_groups(model: PretrainModel, images: torch.Tensor, route: Any, groups: list[list[int]]) -> torch.Tensor:
+    order = [row for group in groups for row in group]
+    z = torch.cat([model(images[group], route) for group in groups])
+    return z[torch.argsort(torch.tensor(order))]
+
+
+def attacked_images(attack: Attack, embed: Any, contrast: Any, chosen: list[int], groups: Any) -> torch.Tensor:
+    """Projected gradient ascent, written from the formulas, on the rows `chosen`."""
+    fused = attack.cost == "fused"
+    route = "clean" if fused else "adversarial"
+    start = (Y if attack.anchor == "other" else X)[chosen]
+    inside = groups if len(chosen) == N else [list(range(len(chosen)))]
+    anchor = embed(X if fused else X[chosen], route, groups if fused else inside).detach()
+    at = start
+    if attack.random_start:
+        at = start + EPSILON * (2 * NOISE[chosen] - 1)
+    for _ in range(attack.num_steps):
+        if fused:  # the loss of the whole batch, of which some images are moved
+            image = Y.clone().requires_grad_()
+            gradient = torch.autograd.grad(contrast(anchor, embed(image, route)), image)[0][chosen]
+        else:
+            image = at.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(contrast(anchor, embed(image, route, inside)), image)
+        if attack.norm == "linf":
+            at = start + (at - start + attack.length_of_step * gradient.sign()).clamp(-EPSILON, EPSILON)
+        else:
+            moved = []
+            for before, now, slope in zip(start, at, gradient, strict=True):
+                delta = now - before + attack.length_of_step * slope / slope.norm()
+                moved.append(before + delta * min(1.0, EPSILON / float(delta.norm())))
+            at = torch.stack(moved)
+    return at.detach()
 
 
 def differences(world_size: int, found: list[Found], wanted: Found) -> dict[str, float]:
-    """The largest absolute difference of each quantity, and the share of δ's signs that differ."""
+    """The largest absolute difference of each quantity, and the share of δ's pixels that differ by more than rounding."""
     grads = [abs(rank.grads[name] - grad).max().item() for rank in found for name, grad in wanted.grads.items()]
     together = torch.cat([rank.input_grad for rank in found]) / world_size  # the contract's point 4
     x_adv = torch.cat([rank.x_adv for rank in found])
@@ -116,36 +164,154 @@ def differences(world_size: int, found: list[Found], wanted: Found) -> dict[str,
         "loss": abs(sum(rank.loss for rank in found) / world_size - wanted.loss).item(),
         "parameter gradients": max(grads),
         "input gradient": abs(together - wanted.input_grad).max().item(),
-        "signs": (x_adv != wanted.x_adv).double().mean().item(),
+        "pixels": ((x_adv - wanted.x_adv).abs() > 1e-9).double().mean().item(),
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_ranks_compute_the_gradient_of_one_process(ranks: RankPool, world_size: int, norm: str) -> None:
-    attack = Attack(epsilon=EPSILON)
-    found = ranks.run(world_size, run_step, norm, "nt_xent", attack)
-    wanted = expected(norm, "nt_xent", attack)
+def assert_equal(world_size: int, found: list[Found], wanted: Found) -> None:
     assert set(found[0].grads) == set(wanted.grads)
     got = differences(world_size, found, wanted)
-    assert got.pop("signs") == 0
+    assert got.pop("pixels") == 0
     assert max(got.values()) < TOLERANCE, got
     assert max(grad.abs().max() for grad in wanted.grads.values()) > 1e-3  # there is a gradient to compare
 
 
-@pytest.mark.parametrize(
-    ("objective", "attack"),
-    [
-        ("instance", Attack(epsilon=EPSILON)),
-        ("nt_xent", Attack(epsilon=EPSILON, anchor="other")),
-        ("nt_xent", Attack(epsilon=EPSILON, cost="original")),
-    ],
-    ids=["instance", "other anchor", "original cost"],
-)
-def test_variants_compute_the_gradient_of_one_process(ranks: RankPool, objective: str, attack: Attack) -> None:
-    got = differences(2, ranks.run(2, run_step, "batch", objective, attack), expected("batch", objective, attack))
-    assert got.pop("signs") == 0
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
+def test_ranks_compute_the_gradient_of_one_process(ranks: RankPool, gather: str, norm: str, world_size: int) -> None:
+    config = settings(FGSM, gather=gather)
+    assert_equal(world_size, ranks.run(world_size, run_step, norm, config), expected(norm, config))
+
+
+VARIANTS = {
+    "other anchor": replace(FGSM, anchor="other"),
+    "original cost": replace(FGSM, cost="original"),
+    "fused": replace(FGSM, cost="fused", anchor="other"),
+    "pgd": replace(FGSM, name="pgd", steps=3),
+    "pgd from a random start": replace(FGSM, name="pgd", steps=2, step_size=0.02, random_start=True),
+    "pgd of the other view": replace(FGSM, name="pgd", steps=2, anchor="other"),
+    "l2": replace(FGSM, norm="l2"),
+    "pgd in l2": replace(FGSM, name="pgd", steps=3, norm="l2"),
+    "half of the batch": replace(FGSM, fraction=0.5),
+    "fused on half of the batch": replace(FGSM, cost="fused", anchor="other", fraction=0.5),
+}
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_variants_of_the_attack(ranks: RankPool, variant: str, norm: str) -> None:
+    for way in ("log_sum_exp", "reduce_scatter"):
+        config = settings(VARIANTS[variant], gather=way)
+        assert_equal(2, ranks.run(2, run_step, norm, config), expected(norm, config))
+
+
+@pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
+def test_instance_discrimination(ranks: RankPool, gather: str) -> None:
+    for attack in (FGSM, VARIANTS["fused"]):
+        config = settings(attack, "instance", gather)
+        assert_equal(2, ranks.run(2, run_step, "batch", config), expected("batch", config))
+
+
+@pytest.mark.parametrize("variant", ["fgsm", "fused", "pgd", "other anchor", "half of the batch"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_keep_all_negatives(ranks: RankPool, variant: str, world_size: int) -> None:
+    """Without batch statistics the embedding cache is exact; naive accumulation would see only a micro-batch's negatives."""
+    config = settings(VARIANTS.get(variant, FGSM), micro=3)
+    assert_equal(world_size, ranks.run(world_size, run_step, "group", config), expected("group", config))
+
+
+@pytest.mark.parametrize("variant", ["fgsm", "fused"])
+def test_batch_statistics_of_micro_batches_are_those_of_all_ranks(ranks: RankPool, variant: str) -> None:
+    config = settings(VARIANTS.get(variant, FGSM), micro=3)
+    found, wanted = ranks.run(2, run_step, "batch", config), expected("batch", config, world_size=2)
+    got = differences(2, found, wanted)
+    del got["input gradient"]  # that one is taken without the cache
     assert max(got.values()) < TOLERANCE, got
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_exact_is_original_bit_for_bit(ranks: RankPool, norm: str) -> None:
+    exact, original = (
+        ranks.run(2, run_step, norm, settings(replace(FGSM, cost=cost)))  # type: ignore[arg-type]
+        for cost in ("exact", "original")
+    )
+    for one, other in zip(exact, original, strict=True):
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(one.x_adv, other.x_adv)
+        for name, grad in one.grads.items():
+            assert torch.equal(grad, other.grads[name]), name
+
+
+def test_which_rows_are_attacked_does_not_depend_on_the_ranks() -> None:
+    attack = replace(FGSM, fraction=0.5)
+    whole = attacked_rows(attack, 12)
+    assert whole == steps.attacked(attack, 12)
+    for world_size in (2, 3):
+        rows = 12 // world_size
+        assert [r * rows + i for r in range(world_size) for i in attacked_rows(attack, rows)] == whole
+
+
+def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = KeepsGradients(config, small_model("batch", 3, world.group), world)
+    backend.model.train()
+    run = steps.pretraining(config, world, backend)
+    x, y = steps.share(world, X), steps.share(world, Y)
+    with backend.untouched():
+        alone = adversarial_view(run, x, y).images
+    seen: list[torch.Tensor] = []
+    embed = backend.embed
+    backend.embed = lambda images, route: (seen.append(images.detach()), embed(images, route))[1]  # type: ignore[method-assign]
+    pretrain_step(run, (x, y), ALPHA)
+    return alone, seen[2]
+
+
+def test_the_fused_attack_of_diagnostics_is_that_of_training(ranks: RankPool) -> None:
+    for alone, trained in ranks.run(2, standalone_view, settings(VARIANTS["fused"])):
+        assert torch.equal(alone, trained)
+
+
+# ---- how often ranks talk ----
+
+
+def count_reductions(world: World, config: Config) -> tuple[int, int]:
+    """Collectives of the gradient in one step, and those of the gather's backward."""
+    backend = DdpBackend(config, small_model("group", 3, world.group), world)
+    backend.model.train()
+    run = steps.pretraining(config, world, backend)
+    reduced = 0
+
+    def hook(state: Any, bucket: Any) -> Any:
+        nonlocal reduced
+        reduced += 1
+        return (
+            dist.all_reduce(bucket.buffer().div_(world.size), group=world.group, async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+    hook.__annotations__ = {}  # DDP reads them and would want them evaluated
+    backend._wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
+    scattered, right = 0, dist.reduce_scatter_tensor
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal scattered
+        scattered += 1
+        return right(*args, **kwargs)
+
+    dist.reduce_scatter_tensor = counted
+    try:
+        pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), ALPHA)
+    finally:
+        dist.reduce_scatter_tensor = right
+    return reduced, scattered
+
+
+@pytest.mark.parametrize("variant", ["fgsm", "fused", "pgd", "original cost"])
+def test_gradients_are_reduced_once_a_step(ranks: RankPool, variant: str) -> None:
+    for micro in (0, 2) if variant != "original cost" else (0,):
+        config = settings(VARIANTS.get(variant, FGSM), micro=micro)
+        assert ranks.run(2, count_reductions, config) == [(1, 0)] * 2  # the model is one bucket
 
 
 # ---- gathers that are wrong on purpose; the forward loss of each is right ----
@@ -176,19 +342,21 @@ _WRONG: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
 
 @contextmanager
 def wrong_gather(name: str) -> Iterator[None]:
-    right = gather.gather_rows
-    if name:
+    right, everyones = gather.gather_rows, log_sum_exp._everyones
+    if name == "own log-sum-exp for everyone's":
+        log_sum_exp._everyones = lambda lse, group: lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+    elif name:
         gather.gather_rows = _WRONG[name]
     try:
         yield
     finally:
-        gather.gather_rows = right
+        gather.gather_rows, log_sum_exp._everyones = right, everyones
 
 
-@pytest.mark.parametrize("wrong", list(_WRONG))
+@pytest.mark.parametrize("wrong", [*_WRONG, "own log-sum-exp for everyone's"])
 def test_a_wrong_gather_is_caught(ranks: RankPool, wrong: str) -> None:
     """Each leaves the forward loss as it is, so that only gradients can tell."""
-    attack = Attack(epsilon=EPSILON)
-    got = differences(4, ranks.run(4, run_step, "group", "nt_xent", attack, wrong), expected("group", "nt_xent", attack))
+    config = settings(FGSM, gather="reduce_scatter" if wrong in _WRONG else "log_sum_exp")
+    got = differences(4, ranks.run(4, run_step, "group", config, wrong), expected("group", config))
     assert got["parameter gradients"] > 1e-3
     assert got["input gradient"] > 1e-5

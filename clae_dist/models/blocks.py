@@ -1,0 +1,68 @@
+"""The blocks of an encoder: what is recomputed, compiled and sharded as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from clae_dist.models.norms import RoutedNorm, untouched_statistics
+
+
+def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
+    """The outermost children, with parameters, of the encoder's sequences of modules: residual or transformer blocks."""
+    found: list[nn.Module] = []
+    for child in encoder.children():
+        if isinstance(child, (nn.Sequential, nn.ModuleList)):
+            for block in child:
+                inner = encoder_blocks(block) if isinstance(block, (nn.Sequential, nn.ModuleList)) else []
+                found += inner or ([block] if any(True for _ in block.parameters()) else [])
+        else:
+            found += encoder_blocks(child)
+    return found
+
+
+def compile_blocks(encoder: nn.Module) -> None:
+    """torch.compile of every block, or of the encoder where it has none; names of parameters stay as they are."""
+    for module in encoder_blocks(encoder) or [encoder]:
+        module.compile()
+
+
+def checkpoint_blocks(encoder: nn.Module) -> None:
+    """Blocks keep their input only and are computed again in the backward pass (Chen et al. 2016).
+
+    The second forward takes the route of the first, whatever was run in between, and leaves no trace in running statistics.
+    """
+    for module in encoder_blocks(encoder) or [encoder]:
+        module.forward = _checkpointed(module, module.forward)
+
+
+def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        routes = [(norm, norm.route) for norm in module.modules() if isinstance(norm, RoutedNorm)]
+        return nullcontext(), _again(module, routes)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _again(module: nn.Module, routes: list[tuple[RoutedNorm, Any]]) -> Iterator[None]:
+    before = [(norm, norm.route) for norm, _ in routes]
+    with ExitStack() as stack:
+        stack.enter_context(untouched_statistics(module))
+        for norm, route in routes:
+            norm.route = route
+        try:
+            yield
+        finally:
+            for norm, route in before:
+                norm.route = route

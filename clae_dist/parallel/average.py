@@ -1,0 +1,48 @@
+"""The exponential average of the weights (Polyak & Juditsky 1992), for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+class WeightAverage:
+    """average ← decay · average + (1 - decay) · weights, of whatever part of the weights this rank holds.
+
+    Running statistics are not averaged: those of the model are used. With decay 0 there is no average.
+    """
+
+    def __init__(self, shards: Sequence[torch.Tensor], decay: float) -> None:
+        self.decay = decay
+        self._shards = [shard.detach() for shard in shards] if decay else []
+        self._average = [shard.clone() for shard in self._shards]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimiser step."""
+        if self._shards:
+            torch._foreach_lerp_(self._average, self._shards, 1 - self.decay)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """The present weights become the average."""
+        for average, shard in zip(self._average, self._shards, strict=True):
+            average.copy_(shard)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model's weights are the averaged ones."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, shard in zip(self._average, self._shards, strict=True):
+            held = shard.clone()
+            shard.copy_(average)
+            average.copy_(held)

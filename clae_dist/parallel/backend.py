@@ -1,0 +1,202 @@
+"""What training asks of whatever wraps the model across ranks; one file a backend implements it.
+
+Traps that every backend avoids, each with a test in tests/parallel: an attack through the wrapper (its bookkeeping would
+take it for training), a reduction a backward pass rather than one a step, gradients of a left-out route, running statistics
+that drift apart, a recomputed block that takes another route or counts its statistics twice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from clae_dist.config import Config
+from clae_dist.models import PretrainModel, build_model
+from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
+from clae_dist.models.norms import Route, untouched_statistics
+from clae_dist.parallel.average import WeightAverage
+from clae_dist.world import World
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """The precision that a run uses, and why."""
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = f"auto: compute capability {major}.{minor}"
+        return ("bfloat16", reason) if major >= 8 else ("float32", reason)
+    return "float32", "auto: CPU"
+
+
+class Backend(ABC):
+    """The model across ranks. `model` is what it was, moved to the device; a backend may shard its parameters in place.
+
+    Collectives, which every rank must call alike: backward (outside of reduction_held), update, gradients, state,
+    load_state, full_model, average_local_statistics; with sharded parameters embed and attack_embed, too.
+    """
+
+    def __init__(self, config: Config, model: PretrainModel, world: World) -> None:
+        self.config, self.world = config, world
+        # Interleaved channels: on this project's CPUs a third faster than planes, and what tensor cores want.
+        self.model: PretrainModel = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.precision, self.precision_reason = choose_precision(config.train.precision, world.device)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        if config.train.activation_checkpointing:
+            checkpoint_blocks(self.model.encoder)
+        if config.train.compile:
+            compile_blocks(self.model.encoder)
+        self._wrap()
+        self.average = WeightAverage(self._shards(), config.train.ema_decay)
+
+    # ---- what a backend implements ----
+
+    @abstractmethod
+    def _wrap(self) -> None:
+        """Wraps or shards self.model and makes the optimiser. Raises ConfigError for what this backend cannot honour."""
+
+    @abstractmethod
+    def _shards(self) -> list[torch.Tensor]:
+        """What this rank holds of every parameter, as plain tensors that may be written to."""
+
+    @abstractmethod
+    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D) of a training forward."""
+
+    @abstractmethod
+    def reduction_held(self) -> AbstractContextManager[Any]:
+        """Forwards and backwards inside add to this rank's gradients; the next backward outside reduces all of it, once.
+
+        The last forward before that backward must be outside as well.
+        """
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of `loss`; outside of reduction_held they are then averaged over ranks."""
+
+    @abstractmethod
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients by parameter name, averaged over ranks: between backward and update, on every rank."""
+
+    @abstractmethod
+    def _step(self) -> torch.Tensor:
+        """Clips, steps, clears; returns the norm of the gradient before clipping."""
+
+    @abstractmethod
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Whose param_groups hold the learning rate."""
+
+    @abstractmethod
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        """The whole model's state_dict on the CPU, under the names of the bare model, on every rank."""
+
+    @abstractmethod
+    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
+        """The opposite; every rank has the whole state."""
+
+    @abstractmethod
+    def _optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Parameter name -> {"exp_avg": whole tensor on the CPU, …}, on every rank; empty before the first step."""
+
+    @abstractmethod
+    def _load_optimizer_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """The opposite; every rank has the whole state."""
+
+    # ---- what all have in common ----
+
+    def describe(self) -> str:
+        """The backend in a few words, for the console."""
+        return self.config.parallel.backend
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D) beside the wrapper, whose bookkeeping a forward without its own backward would upset."""
+        with self.autocast():
+            return self.model(images, route)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Inside, forwards leave no trace in the running statistics."""
+        return untouched_statistics(self.model)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Inside, parameters ask for no gradient where attack.freeze wants that: compiled blocks would compute it."""
+        freeze = self.config.attack.freeze
+        if freeze == "always" or (freeze == "auto" and self.config.train.compile):
+            return _without_gradients(self.model)
+        return nullcontext()
+
+    def shares_forward(self) -> bool:
+        """Whether the attack may use the graph of the clean forward of x, and the backward pass use it again."""
+        return not self.config.train.compile  # compiled blocks give their buffers away in the first backward
+
+    def update(self) -> torch.Tensor:
+        """One optimiser step; returns the gradient's norm before clipping."""
+        norm = self._step()
+        self.average.update()
+        return norm
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self._optimizer().param_groups:
+            group["lr"] = value
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, the same under every backend and number of ranks."""
+        state: dict[str, Any] = {"model": self._model_state(), "optimizer": self._optimizer_state()}
+        if self.average.decay:
+            with self.average.in_place():
+                state["average"] = self._model_state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned, under this or another backend."""
+        if self.average.decay:
+            self._load_model_state(state["average"])
+            self.average.take()
+        self._load_model_state(state["model"])
+        self._load_optimizer_state(state["optimizer"])
+
+    @contextmanager
+    def full_model(self) -> Iterator[PretrainModel]:
+        """The model with whole weights (the averaged ones, if any), on which a rank may run whatever it likes."""
+        with self.average.in_place():
+            if not self._sharded():
+                yield self.model
+                return
+            state = self._model_state()
+        model = build_model(self.config).to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.load_state_dict(state)
+        yield model
+
+    def _sharded(self) -> bool:
+        """Whether a rank holds only a part of the parameters."""
+        return False
+
+    def average_local_statistics(self) -> None:
+        """Running statistics as the mean over ranks (they differ where model.norm is "local"); before saving and evaluating."""
+        if self.world.group is None or self.config.model.norm != "local":
+            return
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self.world.mean(buffer))
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
