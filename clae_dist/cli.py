@@ -25,6 +25,16 @@ _CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
 _OVERRIDES_HELP = (
     "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
 )
+_PARITY = """\
+Runs a recipe's model, attack and optimiser in W processes and in one, on the same global batch of made-up images, and compares
+loss, every parameter gradient, the input gradient, the signs of delta, and the parameters after some steps. In float64 (float32
+under DeepSpeed) differences are rounding or a mistake. Run it on your cluster before you spend money on it:
+
+  clae parity configs/cifar10/clae.yaml --world-size 4 --backend fsdp2
+  torchrun --nnodes 2 --nproc-per-node 8 … -m clae_dist parity configs/imagenet/clae.yaml     (torchrun's ranks are the W)
+
+exit code 0: the same; 1: not, and the first tensor that differs is named with what usually causes it.
+"""
 _RUN_HELP = "the folder of a run, such as runs/clae"
 
 
@@ -68,6 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     export = command("export", "write the encoder as safetensors that timm or torchvision load without this package", run=True)
     export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
+    parity = commands.add_parser(
+        "parity",
+        help="prove on this machine that W processes compute what one would",
+        description=_PARITY,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parity.add_argument("config", metavar="CONFIG", nargs="?", help=f"{_CONFIG_HELP} (default: a small network)")
+    parity.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+    parity.add_argument("--world-size", type=int, default=2, metavar="W", help="ranks on this machine (default 2)")
+    parity.add_argument("--backend", choices=("ddp", "fsdp2", "deepspeed"), help="over parallel.backend")
+    parity.add_argument("--steps", type=int, default=3, metavar="K", help="optimiser steps to compare after (default 3)")
+    parity.add_argument("--rows", type=int, default=4, metavar="B", help="images a rank (default 4)")
+    parity.add_argument("--json", action="store_true", help="print one JSON object")
+    parity.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor = commands.add_parser("doctor", help="check versions, devices, collectives, shards, disk, shared memory, MLflow")
     doctor.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="check what this recipe needs, too")
@@ -143,6 +168,27 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _parity(arguments: argparse.Namespace) -> int:
+    from clae_dist.config import ConfigError
+    from clae_dist.parity.run import DEMO, parity
+
+    for flag in ("world_size", "steps", "rows"):
+        if getattr(arguments, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; use at least 1.")
+    if arguments.config and "=" in arguments.config and not os.path.exists(arguments.config):
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = None
+    if not arguments.config:
+        arguments.overrides = [*DEMO, *arguments.overrides]
+    if arguments.backend:
+        arguments.overrides.append(f"parallel.backend={arguments.backend}")
+    config, origins = _resolve(arguments)
+    ending = parity(config, origins, arguments.world_size, arguments.rows, arguments.steps, arguments.json)
+    if ending.message:
+        print(ending.message, file=sys.stderr if ending.message.startswith("clae: ") else sys.stdout)
+    return ending.code
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from clae_dist.doctor import run_doctor
 
@@ -157,6 +203,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "report": _report,
     "export": _export,
+    "parity": _parity,
     "doctor": _doctor,
 }
 

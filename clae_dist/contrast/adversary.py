@@ -17,10 +17,11 @@ LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What an attack did. `loss_before` is the loss where it started."""
+    """What an attack did. Loss and gradient (of this rank's images, unscaled) are those where it started."""
 
     images: torch.Tensor
     loss_before: torch.Tensor
+    gradient: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ def perturb(
     """
     x = x_BCHW.detach()
     at = x if noise is None else ball.random_point(x, noise)
-    first: torch.Tensor | None = None
+    first: LossAndGradient | None = None
     for _ in range(steps):
         loss, gradient = gradient_of(at)
-        first = loss.detach() if first is None else first
+        first = first or (loss.detach(), gradient)
         at = ball.step(x, at, gradient, ball.epsilon if step_length is None else step_length)
     assert first is not None
-    return Perturbation(at.detach(), first)
+    return Perturbation(at.detach(), *first)

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,12 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             return run_rank(config, origins, debug, sys.stdout)
         except RankBroke as error:
             return Ending(error.code, str(error))
+    return spawn(workers, _train, config, origins, debug)
+
+
+def spawn(workers: int, work: Callable[..., Ending], *arguments: Any) -> Ending:
+    """work(*arguments) in `workers` processes of this machine that `world.connect` joins; the ending of the first that failed,
+    or of any. Ctrl-C and SIGTERM are handed on to them once, as SIGTERM."""
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -50,7 +57,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=_rank_main,
-            args=(rank, workers, store.port, os.getpid(), config, origins, debug, theirs),
+            args=(rank, workers, store.port, os.getpid(), theirs, work, arguments),
             name=f"rank-{rank}",
         )
         process.start()
@@ -107,7 +114,7 @@ def _watch(ranks: Sequence[_Rank]) -> Ending:
 
 
 def _rank_main(
-    rank: int, size: int, port: int, parent: int, config: Config, origins: dict[str, str], debug: bool, ending: Connection
+    rank: int, size: int, port: int, parent: int, ending: Connection, work: Callable[..., Ending], arguments: tuple[Any, ...]
 ) -> None:
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -121,9 +128,13 @@ def _rank_main(
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
     try:
-        ending.send(run_rank(config, origins, debug, sys.stdout if rank == 0 else None))
+        ending.send(work(*arguments))
     except RankBroke as error:
         ending.send(Ending(error.code, str(error)))
+
+
+def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+    return run_rank(config, origins, debug, sys.stdout if os.environ["RANK"] == "0" else None)
 
 
 def _die_with(parent: int) -> None:

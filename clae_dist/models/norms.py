@@ -183,12 +183,21 @@ def single_route_state(state: dict[str, torch.Tensor], route: Route = "clean") -
     return plain
 
 
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Whether an image's embedding depends on the images beside it."""
+    return any(isinstance(child, _BatchNorm) for child in module.modules())
+
+
+def random_layers(module: nn.Module) -> list[str]:
+    """Names of the layers that draw random numbers while training: dropout, stochastic depth."""
+    rates = ("p", "drop_prob", "drop_rate", "dropout")
+    return [
+        name
+        for name, child in module.named_modules()
+        if any(isinstance(rate := getattr(child, key, 0.0), float) and rate > 0 for key in rates)
+    ]
+
+
 def routes_are_one_function(module: nn.Module) -> bool:
     """Whether both routes compute the same: no norm layers with two routes or batch statistics, and nothing random."""
-    for child in module.modules():
-        if isinstance(child, (RoutedNorm, _BatchNorm)):
-            return False
-        shares = (getattr(child, name, 0.0) for name in ("p", "drop_prob", "drop_rate", "stochastic_depth_prob", "dropout"))
-        if any(isinstance(share, float) and share > 0 for share in shares):
-            return False
-    return True
+    return not has_batch_statistics(module) and not random_layers(module)

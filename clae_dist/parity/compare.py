@@ -1,0 +1,184 @@
+"""How far two observations are apart, whether that is rounding, and what it usually is when it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from clae_dist.config import Config
+from clae_dist.models import build_model
+from clae_dist.models.norms import has_batch_statistics, random_layers
+from clae_dist.parity.observe import Observation, Tensors
+
+# What rounding may do: largest absolute difference in float64, relative in the others.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
+# A pixel's gradient below this share of the largest has a sign that rounding decides.
+_SIGN_NOISE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`absolute`: largest of any element. `relative`: the largest of any tensor, its largest difference over its largest
+    element (or over a thousandth of the largest of all, where a tensor is all but zero). `tensor`: where that is."""
+
+    absolute: float
+    relative: float
+    tensor: str = ""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What `clae parity --json` prints."""
+
+    loss: Difference
+    param_grad: Difference
+    input_grad: Difference
+    params_after: Difference
+    delta_sign_agreement: float  # share of pixels, 1 is all
+    world_size: int
+    backend: str
+    dtype: str
+    passed: bool
+    cause: str  # of the first thing that differs; "" when all is well
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def difference(found: Tensors, wanted: Tensors) -> Difference:
+    """Between tensors of the same names. A missing, extra or non-finite tensor is infinitely far."""
+    largest = max((float(value.abs().max()) for value in wanted.values() if value.numel()), default=0.0)
+    worst = Difference(0.0, 0.0, "")
+    absolute = 0.0
+    for name in sorted(found.keys() | wanted.keys()):
+        apart = relative = float("inf")
+        if name in found and name in wanted and found[name].shape == wanted[name].shape:
+            reference = wanted[name].double()
+            apart = float((found[name].double() - reference).abs().max()) if reference.numel() else 0.0
+            scale = max(float(reference.abs().max()) if reference.numel() else 0.0, 1e-3 * largest)
+            relative = apart / scale if scale else apart
+        if not apart < float("inf"):
+            apart = relative = float("inf")
+        absolute = max(absolute, apart)
+        if relative > worst.relative or not worst.tensor:
+            worst = Difference(apart, relative, name)
+    return Difference(absolute, worst.relative, worst.tensor)
+
+
+def compare(config: Config, world_size: int, dtype: str, many: Observation, one: Observation) -> Parity:
+    """W ranks (`many`) against one process (`one`)."""
+    noise = _SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
+    same = torch.ones(0)  # nothing is attacked
+    if one.signs.numel():
+        same = (many.signs == one.signs)[one.input_grad.abs() > noise]
+    agreement = float(same.double().mean()) if same.numel() else 1.0
+    found = {
+        "loss": difference({"loss": many.loss}, {"loss": one.loss}),
+        "param_grad": difference(many.grads, one.grads),
+        "input_grad": difference({"images": many.input_grad}, {"images": one.input_grad}),
+        "params_after": difference(many.params_after, one.params_after),
+    }
+    wrong = [name for name, value in found.items() if not within(value, dtype)]
+    if agreement < 1:
+        wrong.append("delta_sign_agreement")
+    cause = likely_cause(config, world_size, dtype, wrong, many, one) if wrong else ""
+    return Parity(
+        **found,
+        delta_sign_agreement=agreement,
+        world_size=world_size,
+        backend=_name(config),
+        dtype=dtype,
+        passed=not wrong,
+        cause=cause,
+    )
+
+
+def within(value: Difference, dtype: str) -> bool:
+    """Whether a difference is rounding."""
+    measured = min(value.absolute, value.relative) if dtype == "float64" else value.relative
+    return measured <= TOLERANCE[dtype]
+
+
+def _name(config: Config) -> str:
+    backend = config.parallel.backend
+    return f"{backend} (ZeRO-{config.parallel.zero_stage})" if backend == "deepspeed" else backend
+
+
+def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], many: Observation, one: Observation) -> str:
+    """What the first of `wrong` usually comes from, the settings that explain it first."""
+    model = build_model(config).encoder
+    if config.model.norm == "local" and has_batch_statistics(model):
+        return (
+            "model.norm is 'local': every rank normalises with its own batch statistics, so that W ranks are another model "
+            "than one; model.norm=global makes them the same."
+        )
+    if config.batch.micro_size and has_batch_statistics(model):
+        return (
+            "batch.micro_size with batch norm: the statistics are those of a micro-batch; the embedding cache is exact for "
+            "models without batch statistics (LayerNorm, GroupNorm)."
+        )
+    if random_layers(model):
+        return (
+            f"the encoder draws random numbers in its forward ({', '.join(random_layers(model)[:3])}), other ones on every "
+            "rank; build it without dropout and drop path to compare."
+        )
+    if not within(difference({"": many.clean}, {"": one.clean}), dtype):
+        return (
+            "the loss itself: rows are paired with wrong positives (the offset of a rank's rows), or ranks have other weights."
+        )
+    if wrong[0] in ("loss", "param_grad"):  # a wrong attack shows in the loss, a wrong gather in both
+        return _gradient_cause(_flat(many.grads), _flat(one.grads), world_size)
+    if wrong[0] == "input_grad":
+        return (
+            "the parameters' gradient is right and the input's is not: it must arrive multiplied by the number of ranks and be "
+            "taken from the bare module with torch.autograd.grad."
+        )
+    if wrong[0] == "params_after":
+        return (
+            f"the gradients agree and the optimiser's steps ({config.optim.name}) do not: clipping, weight decay groups or its "
+            "state; an adaptive one makes whole steps of gradients that are rounding (compare with optim.name=sgd)."
+        )
+    return "δ differs in pixels whose gradient is far from zero: the attack did not see the negatives of all ranks."
+
+
+def _flat(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)]) if tensors else torch.zeros(1).double()
+
+
+def _gradient_cause(found: torch.Tensor, wanted: torch.Tensor, world_size: int) -> str:
+    if found.shape != wanted.shape:
+        return "other parameters have a gradient: a route of norm layers, or a frozen part, is left out on one side."
+    scale = float(found @ wanted / (wanted @ wanted))
+    cosine = float(found @ wanted / (found.norm() * wanted.norm()))
+    measured = f"the parameter gradient has {scale:.3g} times the length along the right one, cosine {cosine:.4f}: "
+    if cosine > 0.99999 and not 0.99 < scale < 1.01:
+        return measured + (
+            f"scaled as a whole ({world_size} ranks): the gather's backward and the backend must not both sum or both average."
+        )
+    if cosine < 0.99999:
+        return measured + (
+            "rows of other ranks get no gradient, or the wrong one: the gather's backward must sum over ranks what all of them "
+            "say of a row; an attack through the wrapper does this, too."
+        )
+    return measured + "small differences in a few tensors: the one named is where to look."
+
+
+def table(parity: Parity) -> Iterator[str]:
+    """Lines for people."""
+    yield f"{parity.world_size} ranks ({parity.backend}) against one process, {parity.dtype}, the same global batch"
+    yield f"  {'':<24}{'absolute':>12}{'relative':>12}   largest in"
+    for label, value in (
+        ("loss", parity.loss),
+        ("parameter gradients", parity.param_grad),
+        ("input gradient", parity.input_grad),
+        ("parameters after steps", parity.params_after),
+    ):
+        verdict = "" if within(value, parity.dtype) else "   <- differs"
+        yield f"  {label:<24}{value.absolute:>12.2e}{value.relative:>12.2e}   {value.tensor}{verdict}"
+    yield f"  {'signs of delta':<24}{parity.delta_sign_agreement:>11.4%}"
+    kind = "absolute or relative" if parity.dtype == "float64" else "relative"
+    yield f"parity: {'passed' if parity.passed else 'FAILED'} (bar: {TOLERANCE[parity.dtype]:g} {kind}, all signs)"
+    if parity.cause:
+        yield f"usual cause: {parity.cause}"

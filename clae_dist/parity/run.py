@@ -1,0 +1,80 @@
+"""`clae parity` on ranks: of this machine, or those that torchrun started."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import torch
+
+from clae_dist.config import Config, Parallel
+from clae_dist.launchers.local import spawn
+from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
+from clae_dist.parity.compare import compare, table
+from clae_dist.parity.observe import observe
+from clae_dist.world import World, connect
+
+DEMO = ["model.encoder=small_resnet", "data.image_size=32", "optim.name=sgd", "optim.warmup_epochs=0"]
+FAILED = UNEXPECTED  # the exit code of a comparison that found a difference
+
+
+def parity(config: Config, origins: dict[str, str], world_size: int, rows: int, steps: int, as_json: bool) -> Ending:
+    """Compares W ranks with one process. The ending's message is the report; code 0 when they agree, 1 when not.
+
+    Started by torchrun, W is torchrun's number of ranks and `world_size` is not used. Raises ConfigError.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    size = int(os.environ["WORLD_SIZE"]) if started else world_size
+    config = tiny(config, origins, size, rows)
+    config.rows_per_rank(size)
+    if not started:
+        return spawn(size, _rank, config, steps, as_json)
+    ending = _rank(config, steps, as_json)
+    return ending if os.environ["RANK"] == "0" else Ending(ending.code, "")
+
+
+def tiny(config: Config, origins: dict[str, str], world_size: int, rows: int) -> Config:
+    """The settings with `rows` rows a rank, in float64 (float32 for DeepSpeed) unless the command line names a precision."""
+    precision = config.train.precision
+    if origins.get("train.precision") != "command line" or precision == "auto":
+        precision = "float32" if config.parallel.backend == "deepspeed" else "float64"
+    micro = config.batch.micro_size
+    return replace(
+        config,
+        data=replace(config.data, streams=0),
+        batch=replace(config.batch, global_size=rows * world_size, micro_size=max(1, rows // 2) if micro else 0),
+        attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
+        optim=replace(config.optim, scaling="none", learning_rate=config.learning_rate()),
+        train=replace(config.train, precision=precision),
+    )
+
+
+def alone(config: Config) -> Config:
+    """The same run as plainly as it can be: one process, no wrapper, no cache, gradients of all columns."""
+    return replace(
+        config,
+        batch=replace(config.batch, micro_size=0),
+        objective=replace(config.objective, gather="reduce_scatter"),
+        parallel=Parallel(),
+        train=replace(config.train, compile=False, activation_checkpointing=False),
+    )
+
+
+def _rank(config: Config, steps: int, as_json: bool) -> Ending:
+    with connect() as world:
+        try:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+            many = observe(config, world, steps)
+            dtype = config.train.precision
+
+            def report() -> Ending:
+                one = observe(alone(config), World.single(world.device), steps)
+                found = compare(config, world.size, dtype, many, one)
+                text = json.dumps(found.as_dict()) if as_json else "\n".join(table(found))
+                return Ending(OK if found.passed else FAILED, text)
+
+            ending: Ending = world.run_on_main(report)
+            return ending
+        except tuple(USER_ERRORS) as error:
+            return Ending(exit_code(error), f"clae: {error}")

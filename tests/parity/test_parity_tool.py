@@ -1,0 +1,169 @@
+"""`clae parity` says yes to what is right, and no, with the reason, to what is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
+from clae_dist.contrast import gather, log_sum_exp
+from clae_dist.parity.compare import Parity, compare, difference, table
+from clae_dist.parity.observe import observe
+from clae_dist.parity.run import alone
+from clae_dist.world import World
+from tests.ranks import RankPool
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Config(
+    data=Data(image_size=16),
+    batch=Batch(global_size=8),
+    model=Model(encoder="small_resnet", projector_dim=16),
+    optim=Optim(name="sgd", learning_rate=0.1, scaling="none", warmup_epochs=0, momentum=0.9),
+    train=Train(precision="float64", threads=1),
+)
+
+
+def on_ranks(world: World, config: Config, wrong: str) -> Parity:
+    with broken(wrong):
+        many = observe(config, world, 2)
+    return compare(config, world.size, "float64", many, observe(alone(config), World.single("cpu"), 2))
+
+
+def _own(lse: torch.Tensor, group: Any) -> torch.Tensor:
+    return lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+
+
+@contextmanager
+def broken(how: str) -> Iterator[None]:
+    changes: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+        "own log-sum-exp for everyone's": (log_sum_exp, "_everyones", _own),
+        "detached": (gather, "gather_rows", lambda rows, group: gather._GatherRows.apply(rows, group).detach()),
+    }
+    if not how:
+        yield
+        return
+    module, name, replacement = changes[how]
+    right = getattr(module, name)
+    setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(module, name, right)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("encoder", ["small_resnet", "timm/vit_tiny_patch16_224"])
+def test_what_is_right_passes(ranks: RankPool, world_size: int, encoder: str) -> None:
+    """Dual routes with global batch norm, and LayerNorm without routes."""
+    config = replace(CONFIG, model=replace(CONFIG.model, encoder=encoder))
+    for found in ranks.run(world_size, on_ranks, config, ""):
+        assert found.passed, found
+        assert found.delta_sign_agreement == 1
+        assert (
+            max(found.param_grad.absolute, found.input_grad.absolute, found.loss.absolute, found.params_after.absolute) < 1e-10
+        )
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [Attack(cost="fused", anchor="other", fraction=0.5), Attack(name="pgd", steps=2, random_start=True), Attack(name="none")],
+)
+def test_attacks_pass(ranks: RankPool, attack: Attack) -> None:
+    found = ranks.run(2, on_ranks, replace(CONFIG, attack=attack), "")[0]
+    assert found.passed, found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "way", "cause"),
+    [
+        ("own log-sum-exp for everyone's", "log_sum_exp", "rows of other ranks get no gradient, or the wrong one"),
+        ("detached", "reduce_scatter", "rows of other ranks get no gradient, or the wrong one"),
+    ],
+)
+def test_a_wrong_gather_fails_with_its_usual_cause(ranks: RankPool, wrong: str, way: Any, cause: str) -> None:
+    config = replace(CONFIG, objective=replace(CONFIG.objective, gather=way))
+    found = ranks.run(2, on_ranks, config, wrong)[0]
+    assert not found.passed
+    assert found.param_grad.absolute > 1e-6
+    assert cause in found.cause
+    lines = "\n".join(table(found))
+    assert "FAILED" in lines
+    assert found.param_grad.tensor in lines
+
+
+def test_local_statistics_are_named_as_the_cause(ranks: RankPool) -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, norm="local"))
+    found = ranks.run(2, on_ranks, config, "")[0]
+    assert not found.passed
+    assert "model.norm is 'local'" in found.cause
+
+
+def test_batch_statistics_of_micro_batches_are_named_as_the_cause(ranks: RankPool) -> None:
+    found = ranks.run(2, on_ranks, replace(CONFIG, batch=Batch(global_size=8, micro_size=2)), "")[0]
+    assert not found.passed
+    assert "batch.micro_size with batch norm" in found.cause
+
+
+def test_a_scaled_gradient_is_told_from_a_wrong_one() -> None:
+    one = observe(CONFIG, World.single("cpu"), 1)
+    many = replace(one, grads={name: 2 * value for name, value in one.grads.items()})
+    found = compare(CONFIG, 2, "float64", many, one)
+    assert not found.passed
+    assert "2 times the length" in found.cause
+    assert "must not both sum or both average" in found.cause
+
+
+def test_differences_that_are_no_rounding() -> None:
+    one = {"a": torch.tensor([1.0, 2.0]), "zero": torch.zeros(2)}
+    assert difference(one, one).relative == 0
+    found = difference({**one, "a": torch.tensor([1.0, 2.5])}, one)
+    assert (found.absolute, found.relative, found.tensor) == (0.5, 0.25, "a")
+    # A tensor that is all but zero is measured against a thousandth of the largest.
+    assert difference({**one, "zero": torch.tensor([0.0, 1e-9])}, one).relative == pytest.approx(1e-9 / 2e-3)
+    for wrong in (
+        {"a": one["a"]},
+        {**one, "b": one["a"]},
+        {**one, "a": torch.tensor([1.0, torch.nan])},
+        {**one, "a": torch.ones(3)},
+    ):
+        assert difference(wrong, one).absolute == float("inf")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "clae_dist", "parity", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+
+
+def test_the_command_prints_one_json_object() -> None:
+    done = command("data.image_size=16", "--world-size", "2", "--steps", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for quantity in ("loss", "param_grad", "input_grad", "params_after"):
+        assert found[quantity]["absolute"] < 1e-10
+        assert found[quantity]["relative"] < 1e-8
+    assert found["delta_sign_agreement"] == 1
+    assert (found["world_size"], found["backend"], found["dtype"], found["passed"]) == (2, "ddp", "float64", True)
+
+
+def test_the_command_fails_with_exit_code_1() -> None:
+    done = command("data.image_size=16", "model.norm=local", "--world-size", "2", "--steps", "1")
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+    assert "model.norm=global makes them the same" in done.stdout
+
+
+def test_the_command_says_what_cannot_be() -> None:
+    done = command("--world-size", "0")
+    assert done.returncode == 2
+    assert "--world-size is 0; use at least 1." in done.stderr
