@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
     """The settings of recipe, command line and environment."""
-    from clae_dist.config import resolve
+    from clae_dist.recipe import resolve
 
     config, origins = resolve(arguments.config, arguments.overrides)
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -126,7 +126,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from clae_dist.config import to_yaml
+    from clae_dist.recipe import to_yaml
 
     config, origins = _resolve(arguments)
     print(to_yaml(config, origins), end="")

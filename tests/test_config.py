@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import (
+from clae_dist.config import Config, ConfigError
+from clae_dist.recipe import (
     FIELDS,
-    Config,
-    ConfigError,
     build,
     flatten,
     from_yaml,

@@ -15,11 +15,12 @@ from safetensors.torch import save
 from torch import nn
 
 from clae_dist import __version__
-from clae_dist.config import Config, ConfigError, flatten, shapes_result
+from clae_dist.config import Config, ConfigError
 from clae_dist.evaluation.export_readme import readme
 from clae_dist.evaluation.record import read_record
 from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_encoder, library_arguments
 from clae_dist.models.norms import single_route_state
+from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
 
 FORMAT = "clae-dist encoder 1"

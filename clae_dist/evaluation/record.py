@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clae_dist.config import Config, ConfigError, from_yaml
+from clae_dist.config import Config, ConfigError
+from clae_dist.recipe import from_yaml
 
 Line = dict[str, float]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clae_dist.config import Config, ConfigError, Setting, build, flatten
+from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import write_atomically
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import FAILED, Ending, run_rank
+from clae_dist.recipe import Setting, build, flatten
 from clae_dist.runs.folder import STOP_FILE
 
 _POLL_S = 0.2

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from clae_dist.config import Config, ConfigError, from_yaml
+from clae_dist.config import Config, ConfigError
 from clae_dist.models import PretrainModel, build_model
+from clae_dist.recipe import from_yaml
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
 

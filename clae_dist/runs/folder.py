@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist import __version__
-from clae_dist.config import Config, ConfigError, flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
 from clae_dist.world import World
 
 STOP_FILE = "STOP"  # a launcher that cannot signal its ranks asks them to stop by making this file

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from clae_dist.config import Config, ConfigError, flatten
+from clae_dist.config import Config, ConfigError
+from clae_dist.recipe import flatten
 from clae_dist.tracking.background import Refused, Row, brief
 from clae_dist.tracking.tracker import Say, Status
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from clae_dist.config import Batch, Data, Train, resolve
+from clae_dist.config import Batch, Data, Train
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.parallel.ddp import DdpBackend
+from clae_dist.recipe import resolve
 from clae_dist.training.clock import Clock
 from clae_dist.training.run import make_pretraining
 from clae_dist.world import World

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clae_dist.config import Config, resolve, to_yaml
+from clae_dist.config import Config
 from clae_dist.data.manifest import Shard, write_manifest
 from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.features import Features
 from clae_dist.models import build_model
+from clae_dist.recipe import resolve, to_yaml
 from clae_dist.runs.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from clae_dist.config import ConfigError, from_yaml
+from clae_dist.config import ConfigError
 from clae_dist.evaluation.export import config_digest, export_encoder
+from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint import load_model
 
 MakeRun = Callable[..., Path]

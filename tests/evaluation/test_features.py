@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import resolve
 from clae_dist.evaluation.features import Features, extract, extract_each, gather
 from clae_dist.models import PretrainModel, build_model
+from clae_dist.recipe import resolve
 
 
 @pytest.fixture

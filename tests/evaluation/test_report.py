@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from clae_dist.config import Attack, ConfigError, resolve
+from clae_dist.config import Attack, ConfigError
 from clae_dist.evaluation.attacked import amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.record import merge_lines, read_record, summarise, summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.models import build_model
+from clae_dist.recipe import resolve
 
 MakeRun = Callable[..., Path]
 Metrics = list[dict[str, float]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import resolve, to_yaml
+from clae_dist.recipe import resolve, to_yaml
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

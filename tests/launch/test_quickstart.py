@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import resolve
+from clae_dist.recipe import resolve
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ["train.epochs", "train.knn_every", "optim.warmup_epochs", "batch.global_size"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.config import Config, Tracking, Train, flatten
+from clae_dist.config import Config, Tracking, Train
+from clae_dist.recipe import flatten
 from clae_dist.tracking import Status, Tracker, Trackers, build_trackers, continue_tracking, new_run_key
 from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.mlflow import page_command

@@ -1,0 +1,241 @@
+"""From a recipe and the command line to a Config.
+
+A recipe (YAML) holds only what differs from the defaults in config.py; `extends: other.yaml` starts from another recipe;
+dotted `key=value` overrides come last. `resolve()` returns the Config and, for every key, where its value comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from clae_dist.config import Config, ConfigError
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"data.image_size": 32, …} for a Config or one of its parts, in the order of definition."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{f.name}."))
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def _fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Dotted key -> (field, resolved type) of every leaf."""
+    hints = typing.get_type_hints(cls)
+    leaves: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            leaves.update(_fields(hints[f.name], f"{prefix}{f.name}."))
+        else:
+            leaves[prefix + f.name] = (f, hints[f.name])
+    return leaves
+
+
+FIELDS = _fields()
+
+
+def shapes_result(key: str) -> bool:
+    """Whether another value of this key would make another run (and not only run the same one differently)."""
+    return not FIELDS[key][0].metadata.get("no_effect_on_result", False)
+
+
+def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
+    """`value` as the type that `key` wants, or a ConfigError that says what would do."""
+
+    def refuse(what: str) -> typing.NoReturn:
+        raise ConfigError(f"{key} is {value!r} ({origin}); it wants {what}.")
+
+    kind = typing.get_origin(wanted)
+    if kind is Literal:
+        choices = typing.get_args(wanted)
+        if value is None and "none" in choices:
+            return "none"
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            refuse(f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else ""))
+        return value
+    if kind is tuple:
+        inner = typing.get_args(wanted)
+        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
+            refuse(f"a list of {len(inner)} numbers, such as [{', '.join(['0.5'] * len(inner))}]")
+        return tuple(_coerce(f"{key}[{i}]", item, inner[i], origin) for i, item in enumerate(value))
+    assert not isinstance(wanted, types.UnionType), f"{key}: no unions in Config"
+    if wanted is bool:
+        return value if isinstance(value, bool) else refuse("true or false")
+    if wanted is str:
+        return "" if value is None else value if isinstance(value, str) else refuse("a text")
+    if wanted is int:
+        if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):  # YAML 1.1 reads 1e3 as a text
+            value = float(value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a text
+        try:
+            value = float(value)
+        except ValueError:
+            numerator, slash, denominator = value.partition("/")  # 4/255, as papers write it
+            try:
+                value = float(numerator) / float(denominator) if slash else refuse("a number")
+            except (ValueError, ZeroDivisionError):
+                refuse("a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        refuse("a finite number")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value as someone wrote it, and where."""
+
+    value: Any
+    origin: str
+
+
+def _check_key(key: str, origin: str) -> None:
+    if key in FIELDS:
+        return
+    inside = [name for name in FIELDS if name.startswith(key + ".")]
+    if inside:
+        raise ConfigError(f"{key} ({origin}) is a section; set one of its keys: {', '.join(inside)}.")
+    close = [name for name in FIELDS if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # right name, wrong section
+    if len(close) != 1:
+        close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "`clae config CONFIG` lists the known ones."
+    raise ConfigError(f"{key} ({origin}) is not a known key; {hint}")
+
+
+def _value(key: str, node: yaml.Node) -> Any:
+    """What a YAML node means for `key`: a text stays as it was written, where YAML would make 7 of 007 or true of yes."""
+    if isinstance(node, yaml.ScalarNode) and FIELDS[key][1] is str:
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    return yaml.SafeLoader("").construct_object(node, deep=True)
+
+
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Setting]:
+    """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
+    chain = (*extended_by, path.resolve())
+    if path.resolve() in extended_by:
+        raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; take one `extends` out.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); name a recipe, such as configs/quickstart.yaml."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text in UTF-8; name a recipe, such as configs/quickstart.yaml.") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    settings: dict[str, Setting] = {}
+    if root is None:
+        return settings
+    own: dict[str, Setting] = {}
+
+    def walk(node: yaml.MappingNode, prefix: str) -> None:
+        for key_node, value_node in node.value:
+            key, origin = prefix + str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+            if isinstance(value_node, yaml.MappingNode):
+                walk(value_node, key + ".")
+                continue
+            if key in own:
+                raise ConfigError(f"{key} is set twice in {path} ({own[key].origin} and {origin}); keep one.")
+            if key == "extends":
+                own[key] = Setting(value_node.value, origin)
+                settings.update(read_recipe(path.parent / str(value_node.value), chain))
+                continue
+            _check_key(key, origin)
+            try:
+                own[key] = Setting(_value(key, value_node), origin)
+            except (yaml.YAMLError, ValueError) as error:
+                raise ConfigError(
+                    f"{key} ({origin}) cannot be read ({' '.join(str(error).split())}); write a plain value."
+                ) from None
+
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path} holds no mapping; write `section:` and `  key: value` lines.")
+    walk(root, "")
+    own.pop("extends", None)
+    return {**settings, **own}
+
+
+def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[str, Setting]:
+    """Settings from `section.key=value` texts. Raises ConfigError."""
+    settings: dict[str, Setting] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
+        _check_key(key, origin)
+        if FIELDS[key][1] is str:  # a path may hold what YAML would read as a comment or a mapping
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            settings[key] = Setting("" if value == "null" else value[1:-1] if quoted else value, origin)
+            continue
+        try:
+            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            settings[key] = Setting("" if node is None else _value(key, node), origin)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it.") from None
+    return settings
+
+
+def build(settings: dict[str, Setting]) -> Config:
+    """The Config that the settings make over the defaults. Raises ConfigError."""
+    hints = typing.get_type_hints(Config)
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for key, setting in settings.items():
+        value = _coerce(key, setting.value, FIELDS[key][1], setting.origin)
+        section, dot, name = key.rpartition(".")
+        (sections.setdefault(section, {}) if dot else top)[name] = value
+    try:
+        return Config(**top, **{name: hints[name](**values) for name, values in sections.items()})
+    except ConfigError as error:
+        key = str(error).split(" ", 1)[0]
+        origin = f" [{settings[key].origin}]" if key in settings else ""
+        raise ConfigError(f"{error}{origin}") from None
+
+
+def resolve(recipe: str | Path | None, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
+    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line")."""
+    settings = read_recipe(Path(recipe)) if recipe else {}
+    settings.update(parse_overrides(overrides or []))
+    config = build(settings)
+    return config, {key: settings[key].origin if key in settings else "default" for key in FIELDS}
+
+
+def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
+    """The resolved configuration as YAML that `read_recipe` reads back; `comments` are written behind their keys."""
+    lines: list[str] = []
+    section = ""
+    for key, value in flatten(config).items():
+        prefix, dot, name = key.rpartition(".")
+        if dot and prefix != section:
+            lines.append(f"{prefix}:")
+            section = prefix
+        plain = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+        comment = f"  # {comments[key]}" if comments and key in comments else ""
+        lines.append(f"{'  ' if dot else ''}{name}: {text}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+def from_yaml(path: Path) -> Config:
+    """The Config that `to_yaml` wrote. Raises ConfigError."""
+    return build(read_recipe(path))
