@@ -182,7 +182,7 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     )
 
 
-def _next(batches: Iterator[Batch], rows: int) -> tuple[Batch | None, str]:
+def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None, str]:
     """The next batch, or why this rank cannot have it."""
     try:
         batch = next(batches)
@@ -190,8 +190,8 @@ def _next(batches: Iterator[Batch], rows: int) -> tuple[Batch | None, str]:
         return None, str(error)
     if len(batch.ids) != rows:
         return None, (
-            f"a rank's batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make the collectives "
-            "wait for ever; the loader (data/loader.py) must give each rank batch.global_size / number of ranks."
+            f"rank {rank}'s batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make collectives "
+            "wait for ever. The loader (data/loader.py) must give every rank batch.global_size / number of ranks."
         )
     return batch, ""
 
@@ -233,7 +233,7 @@ class _Loop:
         self.clock.read()
         while self.step < plan.total:
             with self.clock.timed("data"):
-                batch, problem = _next(batches, rows)
+                batch, problem = _next(batches, rows, self.world.rank)
             stopping, broken = self.world.flags_anywhere(self.stop.made(), bool(problem))
             if broken:
                 self.world.raise_together(DataError, problem)

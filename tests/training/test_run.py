@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from clae_dist.config import Attack, Batch, Config, ConfigError, Data, Model, Optim, Tracking, Train
+from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import CheckpointError, find_checkpoints, load_checkpoint, load_model
@@ -259,6 +260,11 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
             return real(replace(run, augment=lambda batch: (views[0] * poison, views[1])), batch, alpha)
 
         training.pretrain_step = step
+    load = training.load
+    if action == "one rank's batch is short" and world.rank == 2:
+        training.load = lambda *arguments: (
+            ViewBatch(batch.views[:, :7], batch.draws[:, :7], batch.ids[:7], batch.labels[:7]) for batch in load(*arguments)
+        )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if action == "the disk is full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # a checkpoint has more bytes, nothing else has
@@ -267,6 +273,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     except (RankError, CheckpointError, ConfigError, DataError) as error:
         return type(error).__name__, str(error)
     finally:
+        training.load = load
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if action == "one rank's loss is not finite":
             training.pretrain_step = real
@@ -279,6 +286,15 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manif
     assert len(set(found)) == 1
     assert found[0][0] == "RankError"
     assert "the loss is not finite" in found[0][1]
+    assert found[0][1].endswith("(on rank 1 of 3)")  # though every rank's loss is, with its rows among the negatives
+
+
+def test_a_rank_with_fewer_rows_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """A plain error rather than collectives that wait for ever."""
+    found = ranks.run(3, outcome, recipe(shards, tmp_path / "run"), "one rank's batch is short")
+    assert len(set(found)) == 1
+    assert found[0][0] == "DataError"
+    assert "rank 2's batch has 7 rows where every rank needs 8" in found[0][1]
 
 
 def test_a_full_disk_ends_all_ranks_and_leaves_the_old_checkpoint(
