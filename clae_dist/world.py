@@ -43,6 +43,12 @@ class World:
         """What carries tensors between the ranks: "nccl", "gloo", or "none" in a single process."""
         return "none" if self.group is None else "nccl" if self.device.type == "cuda" else "gloo"
 
+    def subgroup(self, global_ranks: list[int]) -> dist.ProcessGroup:
+        """A new group of some ranks (as the default group numbers them), this one among them; only they call."""
+        group = dist.new_group(global_ranks, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup), f"rank {self.rank} is not one of {global_ranks}"
+        return group
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (anything that pickles), on every rank."""
         if self.group is None:

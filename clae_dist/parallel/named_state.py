@@ -14,12 +14,12 @@ State = dict[str, dict[str, torch.Tensor]]  # parameter name -> {"exp_avg": …}
 def named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
 ) -> State:
-    """The state of every parameter that has one, on the CPU; `whole` makes a whole tensor of a rank's part (a collective)."""
+    """A copy of what every parameter has, on the CPU; `whole` makes a whole tensor of a rank's part (a collective)."""
     named: State = {}
     for name, parameter in model.named_parameters():
         entries: dict[str, Any] = optimizer.state.get(parameter, {})
         if entries:
-            named[name] = {key: whole(torch.as_tensor(value)).cpu() for key, value in sorted(entries.items())}
+            named[name] = {key: whole(torch.as_tensor(value)).to("cpu", copy=True) for key, value in sorted(entries.items())}
     return named
 
 

@@ -1,0 +1,246 @@
+"""Fully sharded data parallelism (Zhao et al. 2023) by torch's fully_shard: a rank keeps a part of every parameter.
+
+Units, each gathered and reduced as one: every block of the encoder, what else the encoder has, the projector; the model
+around them holds nothing of its own. Under bfloat16 parameters are gathered in bfloat16 and gradients summed in float32;
+batch norms, which want their weights in the type of their statistics, are units of their own in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from clae_dist.config import ConfigError
+from clae_dist.models.blocks import encoder_blocks
+from clae_dist.models.norms import Route, RoutedNorm
+from clae_dist.parallel.backend import Backend
+from clae_dist.parallel.named_state import State, load_named_state, named_state
+from clae_dist.parallel.optim import make_optimizer
+from clae_dist.world import World
+
+
+class Fsdp2Backend(Backend):
+    """Backend over fully_shard; a single process goes without, as under DDP."""
+
+    def _wrap(self) -> None:
+        mesh = _mesh(self.world, self.config.parallel.shard_size)
+        self._units: list[FSDPModule] = []
+        if mesh is not None:
+            self.model.to(memory_format=torch.contiguous_format)  # a part must be; the images' channels lead
+            self._shard(mesh)
+        self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
+        self._held = False
+        self._num_forwards = 0
+        self._unused: dict[Any, int] = {}  # autograd node of an embedding that no backward has used -> number of its forward
+        self._last_forward = -1  # at which a backward in progress switches reduction on
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        policy = MixedPrecisionPolicy(*((torch.bfloat16, torch.float32) if self.precision == "bfloat16" else ()))
+        as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+        def unit(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy) -> None:
+            fully_shard(module, mesh=mesh, reshard_after_forward=self.config.parallel.reshard_after_forward, mp_policy=policy)
+
+        for block in (*encoder_blocks(self.model.encoder), self.model.encoder):
+            norms = _unsharded_norms(block) if self._norms_apart() else []
+            if norms:
+                unit(norms, as_it_is)
+            if block not in norms:
+                unit(block, policy)
+        unit(self.model.projector, policy)
+        unit(self.model, as_it_is)  # pixels and unit rows stay in their own type
+        self._units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for sharded in self._units:  # now, not at a first forward that may be a frozen one: it would fix the types of gradients
+            sharded.unshard()
+        self._reshard()
+        self._set_reduction(False)  # but in backward: nothing that an attack does may reduce what is held
+
+    def _norms_apart(self) -> bool:
+        """Whether the batch norms of a block are a unit: they raise where their weights are of a lower precision."""
+        return self.precision == "bfloat16"
+
+    def _set_reduction(self, on: bool) -> None:
+        self._units[0].set_requires_gradient_sync(on)  # the model around the others, and with it all of them
+
+    def _reshard(self) -> None:
+        """Parts again, where a forward without a backward has left whole parameters in the model's place."""
+        for unit in self._units:
+            unit.reshard()
+
+    def _shards(self) -> list[torch.Tensor]:
+        return [p.to_local() if isinstance(p, DTensor) else p for p in (p.detach() for p in self.model.parameters())]
+
+    def _sharded(self) -> bool:
+        return bool(self._units)
+
+    # ---- forward ----
+
+    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D). The units gather their parameters; what a backward of it reduces is nothing."""
+        if not self._units:
+            return super().attack_embed(images, route)
+        # Recomputation that stops early would leave a norm unit within the block as if its forward went on.
+        with set_checkpoint_early_stop(False):
+            return self.model(images.contiguous(memory_format=torch.channels_last), route)
+
+    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D) of a training forward."""
+        rows = self.attack_embed(images, route)
+        if self._units and rows.grad_fn is not None:
+            number = self._num_forwards = self._num_forwards + 1
+            self._unused[rows.grad_fn] = number
+            rows.register_hook(lambda grad: self._set_reduction(True) if number == self._last_forward else None)
+        return rows
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, parameters ask for no gradient where attack.freeze wants that."""
+        self._reshard()  # whole parameters take over what their parts ask for when they are gathered
+        with super().frozen():
+            yield
+            self._reshard()
+
+    # ---- backward ----
+
+    @contextmanager
+    def reduction_held(self) -> Iterator[None]:
+        """Inside, backward adds to whole gradients, which stay on this rank."""
+        held, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = held
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of `loss`; outside of reduction_held all that were added up are averaged over ranks, unit by unit.
+
+        fully_shard reduces what a unit has whenever the backward of a forward leaves it, first of all what was held. Autograd
+        comes to the earliest forward last: reduction is switched on there, to happen once and still beside computation.
+        """
+        if self._units:
+            self._backward(loss)
+        else:
+            loss.backward()
+        if not self._held:
+            self._fill_left_out()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        reached = _nodes_below(loss, self._unused)
+        assert reached, "the loss depends on no embedding"
+        if not self._held:
+            self._last_forward = min(self._unused[node] for node in reached)
+        try:
+            loss.backward()
+        finally:
+            self._last_forward = -1
+            self._set_reduction(False)
+        for node in reached:
+            del self._unused[node]
+
+    def _fill_left_out(self) -> None:
+        """A route that the step leaves out has a gradient of zero, as under DDP: momentum and decay go on."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: _whole(p.grad).clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def _step(self) -> torch.Tensor:
+        self._reshard()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = _whole(torch.nn.utils.get_total_norm(grads))
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._unused.clear()
+        return norm
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    # ---- state ----
+
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        self._reshard()
+        return {name: _whole(value).to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+
+    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._reshard()
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()})
+
+    def _optimizer_state(self) -> State:
+        self._reshard()
+        return named_state(self.optimizer, self.model, _whole)
+
+    def _load_optimizer_state(self, state: State) -> None:
+        self._reshard()
+        load_named_state(self.optimizer, self.model, state, _part)
+
+
+def _mesh(world: World, shard_size: int) -> DeviceMesh | None:
+    """The ranks in one row, or (copies, ranks that share a copy); None in a single process. Raises ConfigError."""
+    size = shard_size or world.size
+    if world.size % size:
+        near = max(d for d in range(1, world.size + 1) if world.size % d == 0 and d <= size)
+        raise ConfigError(
+            f"parallel.shard_size is {shard_size}, which does not divide the {world.size} ranks; {near} would do, or 0 (all)."
+        )
+    if world.group is None:
+        return None
+    if size == world.size:
+        return DeviceMesh.from_group(world.group, world.device.type)
+    ranks = torch.tensor(dist.get_process_group_ranks(world.group)).view(-1, size)
+    row, column = divmod(world.rank, size)
+    groups = [world.subgroup(line.tolist()) for line in (ranks[:, column], ranks[row])]
+    return DeviceMesh.from_group(groups, world.device.type, mesh=ranks, mesh_dim_names=("copy", "shard"))
+
+
+def _unsharded_norms(module: nn.Module) -> list[nn.Module]:
+    """The outermost batch norms, or pairs of them, of `module` (which may be one) that are in no unit yet."""
+    if isinstance(module, FSDPModule):
+        return []
+    if isinstance(module, (RoutedNorm, _BatchNorm)):
+        return [module]
+    return [norm for child in module.children() for norm in _unsharded_norms(child)]
+
+
+def _nodes_below(loss: torch.Tensor, wanted: dict[Any, int]) -> set[Any]:
+    """Those of the autograd nodes `wanted` that `loss` depends on; the graph below them is not looked at."""
+    found: set[Any] = set()
+    seen: set[Any] = set()
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in wanted:
+            found.add(node)
+        else:
+            ahead += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a rank's part (a collective)."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _part(whole: torch.Tensor, like: Any) -> torch.Tensor:
+    """This rank's part of a tensor that every rank has, placed as `like`."""
+    if not isinstance(like, DTensor):
+        return whole if like is None else whole.to(like.device)
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
