@@ -24,17 +24,20 @@ _TIMEOUT_S = 300.0
 
 
 class RankPool:
-    """MAX_RANKS processes with a process group for each world size from 1 to MAX_RANKS."""
+    """Processes with a process group for each world size from 1 to their number."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = MAX_RANKS) -> None:
+        self._num_ranks = num_ranks
         self._ranks: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
-        for rank in range(MAX_RANKS):
+        for rank in range(self._num_ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._store.port, theirs, sys.path), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self._num_ranks, self._store.port, theirs, sys.path), daemon=True
+            )
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -66,12 +69,12 @@ class RankPool:
         self._ranks = []
 
 
-def _serve(rank: int, port: int, pipe: Any, path: list[str]) -> None:
+def _serve(rank: int, num_ranks: int, port: int, pipe: Any, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=240))
-    groups = {size: dist.new_group(range(size)) for size in range(1, MAX_RANKS + 1)}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=240))
+    groups = {size: dist.new_group(range(size)) for size in range(1, num_ranks + 1)}
     while True:
         try:
             size, function, arguments = pickle.loads(pipe.recv_bytes())

@@ -11,14 +11,22 @@ from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     """Trains as the rank that torchrun's environment names. Raises ConfigError outside of torchrun."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not num_ranks():
         raise ConfigError(
             "launch.launcher is 'torchrun', but RANK and WORLD_SIZE are not set; "
             "start with `torchrun --nproc-per-node=2 -m clae_dist train CONFIG --launcher torchrun`, or use --launcher local."
         )
-    is_main = os.environ["RANK"] == "0"
     try:
-        ending = run_rank(config, origins, debug, sys.stdout if is_main else None)
+        return say_once(run_rank(config, origins, debug, sys.stdout if os.environ["RANK"] == "0" else None))
     except RankBroke as error:
         return Ending(error.code, str(error))
-    return ending if is_main else Ending(ending.code, "")  # all ranks raise the same; one says it
+
+
+def num_ranks() -> int:
+    """How many ranks torchrun started, this process being one; 0 when it did not."""
+    return int(os.environ.get("WORLD_SIZE", "0")) if "RANK" in os.environ else 0
+
+
+def say_once(ending: Ending) -> Ending:
+    """All ranks end alike; the first says it."""
+    return ending if os.environ["RANK"] == "0" else Ending(ending.code, "")

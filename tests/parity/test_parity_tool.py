@@ -36,7 +36,8 @@ CONFIG = Config(
 def on_ranks(world: World, config: Config, wrong: str) -> Parity:
     with broken(wrong):
         many = observe(config, world, 2)
-    return compare(config, world.size, "float64", many, observe(alone(config), World.single("cpu"), 2))
+    one = observe(alone(config), World.single("cpu"), 2)
+    return compare(config, world.size, "float64", many, one, one)
 
 
 def _own(lse: torch.Tensor, group: Any) -> torch.Tensor:
@@ -117,7 +118,7 @@ def test_batch_statistics_of_micro_batches_are_named_as_the_cause(ranks: RankPoo
 def test_a_scaled_gradient_is_told_from_a_wrong_one() -> None:
     one = observe(CONFIG, World.single("cpu"), 1)
     many = replace(one, grads={name: 2 * value for name, value in one.grads.items()})
-    found = compare(CONFIG, 2, "float64", many, one)
+    found = compare(CONFIG, 2, "float64", many, one, one)
     assert not found.passed
     assert "2 times the length" in found.cause
     assert "must not both sum or both average" in found.cause

@@ -1,0 +1,238 @@
+"""DeepSpeed: ZeRO shares optimiser state (stage 1), gradients too (2) and parameters too (3) among ranks; 0 shares nothing.
+
+Forwards go through the bare module, never through the engine, whose forward would take an attack for training: stages 0 to 2
+then raise, and stage 3 trains on wrong gradients (tests/parallel/test_deepspeed.py shows both). Weights and optimiser state
+are float32, and bfloat16 is our autocast around them, as under DDP.
+
+One reduction a step: a step with a single backward pass reduces while it runs, as DeepSpeed does. Passes in reduction_held()
+keep whole local gradients, at stages 2 and 3 as well, until the first pass outside reduces them all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clae_dist.config import Config, ConfigError
+from clae_dist.models.norms import Route
+from clae_dist.parallel.backend import Backend
+from clae_dist.parallel.deepspeed_extensions import explain, stale_locks
+from clae_dist.parallel.named_state import State, load_named_state, named_state
+from clae_dist.parallel.optim import make_optimizer
+from clae_dist.parallel.zero_state import ZeroState
+from clae_dist.world import World
+
+_BUCKET = 50_000_000  # elements that are reduced at a time: 200 MB
+_PERSISTENT = 100_000  # stage 3: smaller parameters stay whole on every rank
+
+
+def _refuse(config: Config, world: World, precision: str) -> None:
+    """Raises ConfigError for what ZeRO cannot honour."""
+    stage = config.parallel.zero_stage
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "parallel.backend is 'deepspeed', which is not installed; pip install clae-dist[deepspeed], "
+            "or use parallel.backend=ddp or fsdp2, under which the same run goes on."
+        )
+    if world.group is None:
+        raise ConfigError(
+            "parallel.backend is 'deepspeed', but this run has one process, and nobody to share with; "
+            "use parallel.backend=ddp (a run may go on under another backend), or launch.workers=2 or more."
+        )
+    if precision == "float64":
+        raise ConfigError(
+            "train.precision is 'float64', but ZeRO's weights are float32; use float32, or parallel.backend=ddp or fsdp2."
+        )
+    if stage >= 1 and config.optim.name == "lars":
+        raise ConfigError(
+            f"optim.name is 'lars', which needs the norm of every whole layer, but parallel.zero_stage {stage} gives a rank's "
+            "optimiser a slice of all layers in one; use optim.name=sgd or adamw, parallel.zero_stage=0, or "
+            "parallel.backend=ddp or fsdp2."
+        )
+    if stage == 3 and config.train.compile:
+        raise ConfigError(
+            "train.compile is true, but at parallel.zero_stage 3 hooks fetch and free weights between layers, which compiled "
+            "blocks cannot see; use parallel.zero_stage=2, train.compile=false, or parallel.backend=fsdp2."
+        )
+
+
+def zero_config(config: Config, world: World, num_parameters: int) -> dict[str, Any]:
+    """What DeepSpeed is told. Every value that matters is written out: defaults change (clipping became 1.0)."""
+    stage, on_gpu = config.parallel.zero_stage, world.device.type == "cuda"
+    rows = max(1, config.batch.global_size // world.size)
+    bucket = max(1, min(_BUCKET, num_parameters))
+    return {
+        "train_batch_size": rows * world.size,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,  # the engine would divide the loss by it
+        "gradient_clipping": config.optim.clip_norm if stage else 0.0,  # at stage 0 _step clips
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "dump_state": False,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # would wait for the GPU in every forward
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_partitions": True,
+            "allgather_bucket_size": _BUCKET,
+            "overlap_comm": on_gpu and stage > 0,
+            "round_robin_gradients": False,
+            "memory_efficient_linear": False,
+            "sub_group_size": 1_000_000_000,
+            "stage3_param_persistence_threshold": _PERSISTENT,
+            "stage3_prefetch_bucket_size": 0,  # modules run in another order every step: it would be guesswork
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 1_000_000_000,
+        },
+    }
+
+
+def _prepare(world: World) -> Any:
+    """The deepspeed package, on this rank's device, with the process group that runs already, and quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    if world.local_rank == 0:
+        for lock in stale_locks():
+            print(explain(lock), file=sys.stderr, flush=True)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU it would compile an extension for a minute, whose only function, an all-reduce for inference, training never
+    # calls; and hang where an earlier compile was killed. DeepSpeed compiles it where this table says that it would work.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+class DeepSpeedBackend(Backend):
+    """Backend over a DeepSpeed engine, ZeRO stage 0 to 3."""
+
+    def _wrap(self) -> None:
+        _refuse(self.config, self.world, self.precision)
+        assert self.world.size == dist.get_world_size(), "DeepSpeed shares among all ranks of torch.distributed"
+        deepspeed = _prepare(self.world)
+        self.stage = self.config.parallel.zero_stage
+        # DeepSpeed sends weights as bytes in a row, which interleaved channels are not.
+        self.model.to(memory_format=torch.contiguous_format)
+        self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
+        self.engine, *_ = deepspeed.initialize(
+            args=SimpleNamespace(device_rank=self.world.device.index or 0),
+            model=self.model,
+            optimizer=self.optimizer,
+            dist_init_required=False,
+            config=zero_config(self.config, self.world, self.num_parameters),
+        )
+        if self.stage == 0:
+            self.model.to(memory_format=torch.channels_last)
+        self._full_gradient = deepspeed.utils.safe_get_full_grad
+        self._zero = ZeroState(self.engine, self.optimizer, self.model, self.world) if self.stage else None
+        self._held = False
+        self._coalescing: ExitStack | None = None  # open from the first backward of a held reduction to the one that reduces
+
+    def describe(self) -> str:
+        return f"deepspeed, ZeRO stage {self.stage}"
+
+    def _sharded(self) -> bool:
+        return self.stage == 3
+
+    def _shards(self) -> list[torch.Tensor]:
+        parameters: list[Any] = self.parameters()
+        return [p.ds_tensor.data if self.stage == 3 else p.data for p in parameters]
+
+    def shares_forward(self) -> bool:
+        """Not at stage 3, which counts one backward pass through a module for each forward and frees its weights then."""
+        return super().shares_forward() and self.stage < 3
+
+    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D) of a training forward: beside the engine, as an attack's."""
+        return self.attack_embed(images, route)
+
+    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D) beside the engine."""
+        # ZeRO's flat buffers lay weights out in planes again, so it is the images that make channels interleaved.
+        return super().attack_embed(images.contiguous(memory_format=torch.channels_last), route)
+
+    @contextmanager
+    def reduction_held(self) -> Iterator[None]:
+        """Backwards inside add to whole local gradients, at every stage; the next outside reduces all of it, once."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of `loss`, averaged over ranks; parameters that it leaves out get zeros, as under DDP."""
+        if self.stage == 0:
+            self.engine.set_gradient_accumulation_boundary(not self._held)
+        elif self._held and self._coalescing is None:
+            self._coalescing = ExitStack()
+            self._coalescing.enter_context(self.engine.coalesce_grad_reduction())
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self._held and self._coalescing is not None:
+            self._coalescing.close()
+            self._coalescing = None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: self._full_gradient(p).detach().clone() for name, p in self.model.named_parameters()}
+
+    def _step(self) -> torch.Tensor:
+        """Clips, steps, clears. ZeRO leaves the step out where a gradient is not finite; the norm is then infinite."""
+        if self.stage == 0:
+            limit = self.config.optim.clip_norm or float("inf")
+            before = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.engine.step()
+            return before
+        self.engine.step()
+        if self.stage == 3:
+            # The next step would find this step's gradient where it makes none: that of a left-out route.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else float("inf")
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        if self.stage == 3:
+            assert self._zero is not None
+            state.update(self._zero.weights())
+        return state
+
+    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
+        if self._zero is None:
+            self.model.load_state_dict(state)
+        else:
+            self._zero.load_weights(state)
+
+    def _optimizer_state(self) -> State:
+        return named_state(self.optimizer, self.model) if self._zero is None else self._zero.optimizer_state()
+
+    def _load_optimizer_state(self, state: State) -> None:
+        if self._zero is None:
+            load_named_state(self.optimizer, self.model, state)
+        else:
+            self._zero.load_optimizer_state(state)

@@ -1,0 +1,106 @@
+"""Whole runs under every backend, as users start them: by this process, torchrun and Ray; and from one backend to another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.runs.checkpoint import load_checkpoint, load_model
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+name: small
+data: {image_size: 16, workers: 0}
+batch: {global_size: 16, micro_size: 4}
+model: {encoder: small_resnet, projector_dim: 16}
+attack: {name: fgsm, cost: fused, anchor: other}
+optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0, clip_norm: 1}
+train: {epochs: 2, log_every: 1, diagnose_every: 4, knn_every: 1, checkpoint_every: 4, ema_decay: 0.9}
+tracking: {name: none}
+launch: {workers: 2}
+"""  # 8 steps
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 64, 16, num_shards=2)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def train(recipe: Path, shards: Manifest, run_dir: Path, launcher: str, *settings: str) -> str:
+    start = [sys.executable, "-m"]
+    if launcher == "torchrun":
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
+    command = [*start, "clae_dist", "train", str(recipe), f"data.shards={shards.folder}", f"run_dir={run_dir}", *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--launcher", launcher], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_finished(run_dir: Path, shards: Manifest) -> None:
+    state = load_checkpoint(run_dir, pytest.fail)
+    assert state is not None
+    assert state["step"] == 8
+    _, model, _ = load_model(run_dir)
+    weight = model.get_parameter("projector.0.weight")
+    assert torch.equal(weight, state["average"]["projector.0.weight"])  # what is evaluated
+    assert not torch.equal(weight, state["model"]["projector.0.weight"])
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
+    assert all(line["loss_adversarial"] > 0 for line in lines if "loss" in line)
+
+
+EVERY = [("fsdp2",), ("fsdp2", "train.activation_checkpointing=true"), ("deepspeed", "parallel.zero_stage=1")]
+EVERY += [("deepspeed", f"parallel.zero_stage={stage}") for stage in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [
+        ("torchrun", EVERY[0]),
+        pytest.param("torchrun", EVERY[2], marks=pytest.mark.slow),
+        pytest.param("local", EVERY[1], marks=pytest.mark.slow),
+        pytest.param("local", EVERY[3], marks=pytest.mark.slow),
+        pytest.param("local", EVERY[4], marks=pytest.mark.slow),
+        pytest.param("ray", EVERY[0], marks=pytest.mark.slow),
+        pytest.param("ray", EVERY[5], marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_run_under_each_backend(
+    recipe: Path, shards: Manifest, tmp_path: Path, launcher: str, settings: tuple[str, ...]
+) -> None:
+    backend, *more = settings
+    said = train(recipe, shards, tmp_path / "run", launcher, f"parallel.backend={backend}", *more)
+    assert "finished: 8 steps" in said
+    assert f"; {backend}" in said
+    assert_finished(tmp_path / "run", shards)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_other_backends(recipe: Path, shards: Manifest, tmp_path: Path) -> None:
+    """Its checkpoints hold whole tensors: here one that FSDP2 wrote, then one of ZeRO-3's, end under DDP."""
+    run_dir = tmp_path / "run"
+    train(recipe, shards, run_dir, "local", "parallel.backend=fsdp2")
+    newest, *_ = sorted((run_dir / "checkpoints").iterdir(), reverse=True)
+    newest.unlink()  # as if it had been lost after step 4
+    train(recipe, shards, run_dir, "local", "parallel.backend=deepspeed", "parallel.zero_stage=3")
+    assert_finished(run_dir, shards)
+    newest.unlink()
+    train(recipe, shards, run_dir, "local", "parallel.backend=ddp", "launch.workers=1")
+    assert_finished(run_dir, shards)
