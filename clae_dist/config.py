@@ -163,7 +163,7 @@ class Attack:
             _require(
                 self.unit == "pixel", "attack.unit", self.unit, "attack.norm=l2 is a length in pixels: use attack.unit=pixel."
             )
-        if self.cost == "fused":
+        if self.cost == "fused" and self.name != "none":
             fused = "attack.cost=fused takes the gradient that the clean loss has in the other view, once"
             _require(self.anchor == "other", "attack.anchor", self.anchor, f"{fused}: use attack.anchor=other.")
             _require(self.name != "pgd", "attack.name", self.name, f"{fused}: use attack.name=fgsm, or attack.cost=exact.")
@@ -375,7 +375,7 @@ class Config:
             way_out = f"data.streams={wanted} would do" if size % wanted == 0 else "use another number of ranks"
             raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
         rows, micro = size // world_size, self.batch.micro_size
-        if micro and self.attack.cost == "original":
+        if micro and self.attack.cost == "original" and self.attack.name != "none":
             raise ConfigError(
                 "attack.cost is 'original', the paper's code to the letter, with a rank's whole share in one graph; "
                 "use attack.cost=exact (the same gradient) with batch.micro_size."

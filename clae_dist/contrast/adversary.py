@@ -36,8 +36,7 @@ class Ball:
         """From `at` along the gradient's sign (linf) or direction (l2), then back into the ball around x and the bounds."""
         if self.norm == "linf":
             delta = at - x + length * gradient.sign()
-            limit = torch.as_tensor(self.epsilon, dtype=x.dtype, device=x.device)
-            delta = torch.minimum(torch.maximum(delta, -limit), limit)
+            delta = torch.clamp(delta, -self.epsilon, self.epsilon)  # type: ignore[arg-type]  # both numbers, or both tensors
         else:
             delta = at - x + length * _unit(gradient)
             delta = delta * (self.epsilon / _lengths(delta).clamp_min(1e-12)).clamp_max(1.0)
@@ -48,7 +47,8 @@ class Ball:
         if self.norm == "linf":
             return self.inside(x + self.epsilon * (2 * noise - 1))
         direction = _unit(torch.erfinv((2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6)))  # normal numbers: no direction is preferred
-        volume = (noise.flatten(1).sum(1) * 1009).frac().view(-1, *[1] * (x.dim() - 1))  # uniform, whatever the direction
+        # Uniform, whatever the direction; in float64, whose sum of so many numbers still has digits behind the point.
+        volume = (noise.double().flatten(1).sum(1) * 1009).frac().to(x.dtype).view(-1, *[1] * (x.dim() - 1))
         return self.inside(x + self.epsilon * volume ** (1 / x[0].numel()) * direction)
 
     def inside(self, images: torch.Tensor) -> torch.Tensor:

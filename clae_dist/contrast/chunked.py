@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-_BUFFER = {"cpu": 1 << 21, "cuda": 1 << 26}  # similarities that exist at a time: what fits a CPU's cache, what fills a GPU
+_BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities that exist at a time: what fits a CPU's cache, what fills a GPU
 
 
 def chunk_size(num_rows: int, device: torch.device, wanted: int = 0) -> int:
@@ -51,10 +51,27 @@ def log_sum_exp(
     """log Σ_l exp s(k, l) for every row; `before_K` is that of other columns, to be added. (K,)"""
     total = before_K
     for _, s in similarities(rows_KD, columns_MD, temperature, itself, chunk):
-        part = torch.logsumexp(s, 1)
+        # torch.logsumexp in place. A row of nothing but itself has a maximum of −∞, which subtracted would be no number.
+        largest = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+        part = s.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
         total = part if total is None else torch.logaddexp(total, part)
     assert total is not None
     return total
+
+
+def log_sum_exp_and_mean(
+    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log Σ_l exp s(k, l), and with it, in the same pass, Σ_l exp(s(k, l) − lse_k) z_l. (K,), (K, D)"""
+    largest = rows_KD.new_full((len(rows_KD), 1), torch.finfo(rows_KD.dtype).min)
+    total, mean = torch.zeros_like(largest), torch.zeros_like(rows_KD)
+    for columns, s in similarities(rows_KD, columns_MD, temperature, None, chunk):
+        before, largest = largest, torch.maximum(largest, s.amax(1, keepdim=True))
+        fade = (before - largest).exp_()
+        weights = s.sub_(largest).exp_()
+        total.mul_(fade).add_(weights.sum(1, keepdim=True))
+        mean.mul_(fade).addmm_(weights, columns_MD[columns])
+    return total.log().add_(largest)[:, 0], mean.div_(total)
 
 
 def pull(
@@ -72,9 +89,12 @@ def pull(
 
     With `columns_out_MD`, Σ_k w(k, l) z_k is added to that, too.
     """
+    second = rows_KD.new_empty(0)
     for columns, s in similarities(rows_KD, columns_MD, temperature, itself, chunk):
         if lse_rows_K is not None and lse_columns_M is not None:
-            by_column = (s - lse_columns_M[columns]).exp_()
+            if second.shape != s.shape:
+                second = torch.empty_like(s)
+            by_column = torch.sub(s, lse_columns_M[columns], out=second).exp_()
             weights = s.sub_(lse_rows_K[:, None]).exp_().add_(by_column)
         elif lse_rows_K is not None:
             weights = s.sub_(lse_rows_K[:, None]).exp_()

@@ -13,6 +13,8 @@ import torch
 from clae_dist.contrast.gather import gather_rows
 from clae_dist.contrast.step import Pretraining, adversarial_view
 
+_ROWS_AT_A_TIME = 1024
+
 
 def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
     """Measurements on one global batch, the same on every rank; nothing in the model changes.
@@ -57,19 +59,26 @@ def _attack(run: Pretraining, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor,
 
 
 def _geometry(run: Pretraining, a_BD: torch.Tensor, b_BD: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of the rows a against the rows b of all ranks."""
+    """Of the rows a against the rows b of all ranks, some rows at a time: the whole matrix may be larger than memory."""
     all_b_ND = gather_rows(b_BD, run.world.group)
-    rows = torch.arange(len(a_BD), device=a_BD.device)
-    cosine_BN = a_BD @ all_b_ND.T
-    positive = cosine_BN[rows, run.world.rank * len(a_BD) + rows]
-    negatives = cosine_BN.index_put((rows, run.world.rank * len(a_BD) + rows), cosine_BN.new_tensor(-torch.inf))
     num_negatives = len(a_BD) * (len(all_b_ND) - 1)
-    # |a - b|² = 2 - 2·cosine for unit rows; the uniformity is the log of a mean over all ranks' pairs.
-    spread = run.world.mean(torch.exp(-2 * (2 - 2 * negatives)).sum() / num_negatives)
+    positive = (a_BD * b_BD).sum(1)
+    total, spread, hardest = a_BD.new_zeros(()), a_BD.new_zeros(()), []
+    first = run.world.rank * len(a_BD)
+    for a_KD in a_BD.split(_ROWS_AT_A_TIME):
+        cosine_KN = a_KD @ all_b_ND.T
+        own = cosine_KN[:, first : first + len(a_KD)].diagonal()  # the positives
+        total += cosine_KN.sum() - own.sum()
+        own.fill_(-torch.inf)
+        hardest.append(cosine_KN.amax(1))
+        spread += torch.exp(-2 * (2 - 2 * cosine_KN)).sum()  # |a - b|² = 2 - 2·cosine for unit rows
+        first += len(a_KD)
+    # The uniformity is the log of a mean over all ranks' pairs.
+    spread = run.world.mean(spread / num_negatives)
     return {
         "cos_positive": positive.mean(),
-        "cos_negative_mean": negatives[negatives.isfinite()].sum() / num_negatives,
-        "cos_negative_hardest": negatives.amax(1).mean(),
+        "cos_negative_mean": total / num_negatives,
+        "cos_negative_hardest": torch.cat(hardest).mean(),
         "alignment": (2 - 2 * positive).mean(),
         "uniformity": spread.log(),
     }

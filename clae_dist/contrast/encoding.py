@@ -18,8 +18,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from clae_dist.contrast.adversary import LossAndGradient
+
 LossOf = Callable[[torch.Tensor], torch.Tensor]
-LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes (models/norms.py)
 
 
@@ -115,10 +116,13 @@ class TrainingEncoding(Encoding):
     def __init__(self, backend: TrainingBackend, micro_size: int = 0) -> None:
         super().__init__(backend, micro_size)
 
-    def embed(self, images: torch.Tensor, route: Route, want_image_gradient: bool = False) -> Embedding:
-        """Embeds for training. Every rank must call it with as many rows."""
+    def embed(
+        self, images: torch.Tensor, route: Route, want_image_gradient: bool = False, beside: Embedding | None = None
+    ) -> Embedding:
+        """Embeds for training. Every rank must call it with as many rows. All embeddings of a step keep their graphs or none:
+        one of fewer rows is embedded as that `beside` it was."""
         parts = self._split(images, want_image_gradient)
-        if len(parts) == 1:
+        if len(parts) == 1 and (beside is None or len(beside.parts) == 1):
             graph = self.backend.embed(parts[0], route)
             return Embedding(graph.detach().requires_grad_(), route, (_Part(parts[0], graph, []),))
         z, random = self._without_graph(parts, route)
@@ -134,8 +138,9 @@ class TrainingEncoding(Encoding):
             work += [(part, grad, embedding.route) for part, grad in zip(embedding.parts, grads, strict=True)]
         again = [item for item in work if item[0].graph is None]
         whole = [(part.graph * grad).sum() for part, grad, _ in work if part.graph is not None]
+        assert not (again and whole), "embeddings with and without a graph"
         if whole:
-            with self._holding(more_to_come or bool(again)):
+            with self._holding(more_to_come):
                 self.backend.backward(sum(whole[1:], whole[0]))
         for number, (part, grad, route) in enumerate(again):
             with self._holding(more_to_come or number < len(again) - 1), _drawing_again(part.random, part.images.device):

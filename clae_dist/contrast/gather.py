@@ -23,14 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clae_dist.contrast.log_sum_exp import LOG_SUM_EXP
+from clae_dist.config import ConfigError
+from clae_dist.contrast.log_sum_exp import LOG_SUM_EXP, all_rows
 from clae_dist.contrast.objectives import OBJECTIVES, Rows
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(rows_BD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return _all_rows(rows_BD, group)
+        return all_rows(rows_BD, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -43,12 +44,6 @@ class _GatherRows(torch.autograd.Function):
         grad_BD = grad_ND.new_empty((grad_ND.shape[0] // dist.get_world_size(ctx.group), *grad_ND.shape[1:]))
         dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous(), group=ctx.group)
         return grad_BD, None
-
-
-def _all_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    all_ND = rows_BD.new_empty((dist.get_world_size(group) * rows_BD.shape[0], *rows_BD.shape[1:]))
-    dist.all_gather_into_tensor(all_ND, rows_BD.contiguous(), group=group)
-    return all_ND
 
 
 def gather_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -68,6 +63,11 @@ class Contrast:
 
     def __init__(self, objective: str, temperature: float, world: Any, gather: str = "auto", chunk: int = 0) -> None:
         self.gather = ("log_sum_exp" if objective in LOG_SUM_EXP else "reduce_scatter") if gather == "auto" else gather
+        if self.gather == "log_sum_exp" and objective not in LOG_SUM_EXP:
+            raise ConfigError(
+                f"objective.gather is 'log_sum_exp', a form that objective.name {objective!r} does not have (log_sum_exp.py); "
+                "use auto or reduce_scatter."
+            )
         self._objective, self._temperature, self._chunk = objective, temperature, chunk
         self._rank, self._group = world.rank, world.group
 
@@ -82,12 +82,12 @@ class Contrast:
         if self._group is None:
             return Rows(mine_BD, mine_BD)
         if self.gather == "log_sum_exp":
-            return Rows(mine_BD, _all_rows(mine_BD.detach(), self._group))
+            return Rows(mine_BD, all_rows(mine_BD.detach(), self._group))
         return Rows(mine_BD, gather_rows(mine_BD, self._group))
 
     def __call__(self, a: Rows, b: Rows) -> torch.Tensor:
         """This rank's share of the loss: the mean over its anchors. With log_sum_exp a collective."""
         start = self._rank * len(a.mine)
-        if self._group is not None and self.gather == "log_sum_exp":
+        if self.gather == "log_sum_exp":
             return LOG_SUM_EXP[self._objective](a, b, start, self._temperature, self._chunk, self._group)
         return OBJECTIVES[self._objective](a, b, start, self._temperature, self._chunk)

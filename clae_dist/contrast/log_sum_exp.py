@@ -7,8 +7,8 @@ can compute once it knows lse_l. For NT-Xent over the M rows of both views
 
     ∂L/∂z_k = 1/(τM) · [ Σ_{l≠k} ( exp(s(k, l) − lse_k) + exp(s(k, l) − lse_l) ) z_l − 2 z_{pos k} ].
 
-Three matrix products rather than the four of a loss that is differentiable in all columns. Checked against the
-reduce-scatter and the double loop in tests/contrast/test_parity.py.
+Three matrix products rather than the four of a loss that is differentiable in all columns (instance: four, too). Checked
+against the reduce-scatter and the double loop in tests/contrast/test_parity.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clae_dist.contrast.chunked import chunk_size, log_sum_exp, pull
+from clae_dist.contrast.chunked import chunk_size, log_sum_exp, log_sum_exp_and_mean, pull
 from clae_dist.contrast.objectives import Rows, at_least_float32
 
 
@@ -36,13 +36,15 @@ def instance(a: Rows, b: Rows, start: int, temperature: float, chunk: int, group
 LOG_SUM_EXP: dict[str, Callable[..., torch.Tensor]] = {"nt_xent": nt_xent, "instance": instance}
 
 
+def all_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(B, …) on each rank to (N, …) on all, in the order of ranks, without gradient. A collective."""
+    all_ND = rows_BD.new_empty((dist.get_world_size(group) * rows_BD.shape[0], *rows_BD.shape[1:]))
+    dist.all_gather_into_tensor(all_ND, rows_BD.contiguous(), group=group)
+    return all_ND
+
+
 def _everyones(lse_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """(…, B) on each rank to (…, N) on all."""
-    if group is None:
-        return lse_B
-    everyone = lse_B.new_empty((dist.get_world_size(group) * len(lse_B), *lse_B.shape[1:]))
-    dist.all_gather_into_tensor(everyone, lse_B.contiguous(), group=group)
-    return everyone
+    return lse_B if group is None else all_rows(lse_B, group)
 
 
 class _NtXent(torch.autograd.Function):
@@ -84,26 +86,28 @@ class _NtXent(torch.autograd.Function):
 class _Instance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *rows, start, temperature, chunk, group = inputs
+        *rows, _, temperature, chunk, group = inputs
         a, b, _, all_b = (at_least_float32(row) for row in rows)
         chunk = chunk_size(len(a), a.device, chunk)
-        lse = log_sum_exp(a, all_b, temperature, None, chunk)
+        mean = None
+        if ctx.needs_input_grad[0]:  # its gradient comes along: one product less than similarities anew
+            lse, mean = log_sum_exp_and_mean(a, all_b, temperature, chunk)
+        else:
+            lse = log_sum_exp(a, all_b, temperature, None, chunk)
         if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(*rows, _everyones(lse, group))
-            ctx.settings = start, temperature, chunk
+            ctx.save_for_backward(*rows, _everyones(lse, group), mean)
+            ctx.settings = temperature, chunk
         return (lse - (a * b).sum(1) / temperature).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        *rows, all_lse = ctx.saved_tensors
-        a, b, all_a, all_b = (at_least_float32(row) for row in rows)
-        start, temperature, chunk = ctx.settings
+        *rows, all_lse, mean = ctx.saved_tensors
+        a, b, all_a, _ = (at_least_float32(row) for row in rows)
+        temperature, chunk = ctx.settings
         scale = grads[0] / (temperature * len(a))
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            out = -b
-            pull(a, all_b, temperature, None, chunk, out, lse_rows_K=all_lse[start : start + len(a)])
-            grad_a = out.mul_(scale).to(rows[0].dtype)
+            grad_a = (mean - b).mul_(scale).to(rows[0].dtype)
         if ctx.needs_input_grad[1]:
             out = -a
             pull(b, all_a, temperature, None, chunk, out, lse_columns_M=all_lse)

@@ -74,7 +74,7 @@ def pretrain_step(run: Pretraining, batch: Any, alpha: float) -> StepMetrics:
     x, y = run.augment(batch)
     if alpha > 0 and run.attack.cost == "fused":
         return _fused_step(run, x, y, alpha)
-    attacked = attacked_rows(run.attack, len(x)) if alpha > 0 else slice(0)
+    attacked = attacked_rows(run.attack, len(x), x.device) if alpha > 0 else slice(0)
     share = alpha > 0 and shares_clean_forward(run)
 
     if alpha > 0 and not share:
@@ -83,22 +83,22 @@ def pretrain_step(run: Pretraining, batch: Any, alpha: float) -> StepMetrics:
             x_adv = adversarial_view(run, x[attacked], y[attacked], noise=noise).images
 
     a = run.encoding.embed(x, "clean", want_image_gradient=share)
+    rows_a = run.contrast.rows(a.z)
     if share:
         with run.timed("attack"):
             x_adv = _attack_through(run, a, x)
     b = run.encoding.embed(y, "clean")
-    rows_a = run.contrast.rows(a.z)
     loss = clean = run.contrast(rows_a, run.contrast.rows(b.z))
     embeddings, adversarial = [a, b], None
     if alpha > 0:
-        c = run.encoding.embed(x_adv, "adversarial")
+        c = run.encoding.embed(x_adv, "adversarial", beside=a)
         adversarial = run.contrast(_choose(rows_a, attacked, run.world.size), run.contrast.rows(c.z))
         loss = clean + alpha * adversarial
         embeddings.append(c)
 
-    _agree_on_finite(run, loss, embeddings)
     loss.backward()  # as far as the embeddings
     run.encoding.backward(*embeddings)
+    _agree_on_finite(run, loss, embeddings)
     return _update(run, loss, clean, adversarial)
 
 
@@ -107,7 +107,7 @@ def _fused_step(run: Pretraining, x: torch.Tensor, y: torch.Tensor, alpha: float
 
     Not the paper's attack: it is anchored at the other view and takes the clean route. Gradients are reduced once, at the end.
     """
-    attacked = attacked_rows(run.attack, len(x))
+    attacked = attacked_rows(run.attack, len(x), x.device)
     with run.encoding.backend.reduction_held():
         a, b = run.encoding.embed(x, "clean"), run.encoding.embed(y, "clean", want_image_gradient=True)
         rows_a = run.contrast.rows(a.z)
@@ -117,12 +117,12 @@ def _fused_step(run: Pretraining, x: torch.Tensor, y: torch.Tensor, alpha: float
     with run.timed("attack"):
         gradient = b.image_gradient[attacked]
         y_adv = run.ball.step(y[attacked], y[attacked], gradient, run.step_length)
-    c = run.encoding.embed(y_adv, "adversarial")
+    c = run.encoding.embed(y_adv, "adversarial", beside=a)
     adversarial = run.contrast(_choose(rows_a, attacked, run.world.size), run.contrast.rows(c.z))
     loss = clean.detach() + alpha * adversarial
-    _agree_on_finite(run, loss, [a, b, c])
     (alpha * adversarial).backward()
     run.encoding.backward(a, c)
+    _agree_on_finite(run, loss, [a, b, c])
     return _update(run, loss, clean, adversarial)
 
 
@@ -147,7 +147,7 @@ def adversarial_view(
     route: Any = "clean" if attack.cost == "fused" else "adversarial"
     start = y if attack.anchor == "other" else x
     anchor: Rows | None = None
-    if attack.anchor == "other" or noise is not None:
+    if attack.cost != "original" and (attack.anchor == "other" or noise is not None):
         anchor = contrast.rows(run.encoding.constant(x, route))
 
     def loss_of(z: torch.Tensor) -> torch.Tensor:
@@ -201,17 +201,18 @@ def _attack_through(run: Pretraining, a: Embedding, x: torch.Tensor) -> torch.Te
     return perturb(x, lambda _: run.encoding.input_gradient_of(a, loss_of), run.ball, step_length=run.step_length).images
 
 
-def attacked_rows(attack: Attack, num_rows: int) -> Any:
+def attacked_rows(attack: Attack, num_rows: int, device: torch.device | None = None) -> Any:
     """Which of a rank's rows have an adversarial view: every so many, so that no number of ranks changes which."""
     count = attack.rows(num_rows)
     if count == num_rows:
         return slice(None)
-    return [i for i in range(num_rows) if (i + 1) * count // num_rows > i * count // num_rows]
+    # Row i where (i + 1) · count / num_rows reaches the next whole number; made on the device, which then need not wait.
+    return (torch.arange(1, count + 1, device=device) * num_rows + count - 1) // count - 1
 
 
 def _choose(rows: Rows, chosen: Any, world_size: int) -> Rows:
     """The chosen rows of every rank."""
-    if chosen == slice(None):
+    if isinstance(chosen, slice):
         return rows
     everyone = rows.all.view(world_size, -1, rows.all.shape[1])[:, chosen]
     return Rows(rows.mine[chosen], everyone.reshape(-1, rows.all.shape[1]))

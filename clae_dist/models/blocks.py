@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clae_dist.models.norms import RoutedNorm, untouched_statistics
+from clae_dist.models.norms import RoutedNorm
 
 
 def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -27,9 +28,14 @@ def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(encoder: nn.Module) -> None:
-    """torch.compile of every block, or of the encoder where it has none; names of parameters stay as they are."""
+    """torch.compile of every block, or of the encoder where it has none; names of parameters stay as they are.
+
+    Blocks of one class share their code, each with a graph for both routes, with and without gradient: torch gives up on
+    code after 8 graphs, and would run the rest of a ResNet uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for module in encoder_blocks(encoder) or [encoder]:
-        module.compile()
+        module.compile(dynamic=False)
 
 
 def checkpoint_blocks(encoder: nn.Module) -> None:
@@ -57,12 +63,17 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..
 @contextmanager
 def _again(module: nn.Module, routes: list[tuple[RoutedNorm, Any]]) -> Iterator[None]:
     before = [(norm, norm.route) for norm, _ in routes]
-    with ExitStack() as stack:
-        stack.enter_context(untouched_statistics(module))
-        for norm, route in routes:
-            norm.route = route
-        try:
-            yield
-        finally:
-            for norm, route in before:
-                norm.route = route
+    # On copies: without running statistics a batch norm would save other tensors than in the first forward.
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    own = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: value.clone() for name, value in norm._buffers.items() if value is not None})
+    for routed, route in routes:
+        routed.route = route
+    try:
+        yield
+    finally:
+        for routed, route in before:
+            routed.route = route
+        for norm, buffers in zip(norms, own, strict=True):
+            norm._buffers.update(buffers)

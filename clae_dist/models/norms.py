@@ -183,6 +183,12 @@ def single_route_state(state: dict[str, torch.Tensor], route: Route = "clean") -
     return plain
 
 
+def statistics(module: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances."""
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+
+
 def has_batch_statistics(module: nn.Module) -> bool:
     """Whether an image's embedding depends on the images beside it."""
     return any(isinstance(child, _BatchNorm) for child in module.modules())

@@ -18,7 +18,7 @@ from torch import nn
 from clae_dist.config import Config
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
-from clae_dist.models.norms import Route, untouched_statistics
+from clae_dist.models.norms import Route, statistics, untouched_statistics
 from clae_dist.parallel.average import WeightAverage
 from clae_dist.world import World
 
@@ -185,9 +185,8 @@ class Backend(ABC):
         """Running statistics as the mean over ranks (they differ where model.norm is "local"); before saving and evaluating."""
         if self.world.group is None or self.config.model.norm != "local":
             return
-        for buffer in self.model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.world.mean(buffer))
+        for buffer in statistics(self.model):
+            buffer.copy_(self.world.mean(buffer))
 
 
 @contextmanager

@@ -34,14 +34,17 @@ class DdpBackend(Backend):
             self._wrapped = DistributedDataParallel(
                 self.model, device_ids=devices, process_group=self.world.group, gradient_as_bucket_view=True, **_LEAVE_BUFFERS
             )
-            self._settle_buckets(self.config.data.image_size)
+            self._settle_buckets()
 
-    def _settle_buckets(self, image_size: int) -> None:
+    def _settle_buckets(self) -> None:
         """DDP orders its buckets anew after the first backward, and the order decides the last bit of a sum over ranks.
 
         One backward on blank images before training settles it, so that a resumed run adds in the order of the first.
         """
-        blank = torch.zeros(2, 3, image_size, image_size, device=self.world.device, dtype=next(self.model.parameters()).dtype)
+        # As many images as in training where they are compiled for; otherwise two will do.
+        rows = self.config.batch.micro_size or self.config.rows_per_rank(self.world.size) if self.config.train.compile else 2
+        shape = (rows, 3, self.config.data.image_size, self.config.data.image_size)
+        blank = torch.zeros(shape, device=self.world.device, dtype=next(self.model.parameters()).dtype)
         with self.untouched():
             for _ in range(2):  # the second forward rebuilds the buckets
                 self.backward(sum((self.embed(blank, route).sum() for route in ("clean", *ROUTES)), blank.new_zeros(())))

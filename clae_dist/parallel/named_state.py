@@ -27,7 +27,9 @@ def load_named_state(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     state: State,
-    part: Callable[[torch.Tensor, nn.Parameter], torch.Tensor] = lambda value, parameter: value.to(parameter.device),
+    part: Callable[[torch.Tensor, nn.Parameter], torch.Tensor] = lambda value, parameter: torch.empty_like(parameter).copy_(
+        value
+    ),
 ) -> None:
     """The opposite; `part` makes this rank's part of a whole tensor that has the shape of `parameter`."""
     optimizer.state.clear()

@@ -6,8 +6,10 @@ rounding takes one process, threefold, since attack and optimiser can make much 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -44,13 +46,22 @@ class Parity:
     delta_sign_agreement: float  # share of pixels, 1 is all
     world_size: int
     backend: str
+    zero_stage: int  # of DeepSpeed; -1 under another backend
     dtype: str
     passed: bool
     cause: str  # of the first thing that differs; "" when all is well
     rounding: dict[str, float]  # relative difference of one process in `dtype` from float64; empty in float64
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what is infinitely far apart (missing, of another shape, not a number) is None."""
+
+        def finite(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: finite(inner) for key, inner in value.items()}
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        found: dict[str, Any] = finite(asdict(self))
+        return found
 
 
 def difference(found: Tensors, wanted: Tensors) -> Difference:
@@ -99,7 +110,8 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
         **found,
         delta_sign_agreement=agreement,
         world_size=world_size,
-        backend=_name(config),
+        backend=config.parallel.backend,
+        zero_stage=config.parallel.zero_stage if config.parallel.backend == "deepspeed" else -1,
         dtype=dtype,
         passed=not wrong,
         cause=cause,
@@ -111,11 +123,6 @@ def within(value: Difference, dtype: str, rounding: float = 0.0) -> bool:
     """Whether a difference is rounding, which alone takes one process `rounding` (relative) away."""
     measured = min(value.absolute, value.relative) if dtype == "float64" else value.relative
     return measured <= max(TOLERANCE[dtype], _TIMES_ROUNDING * rounding)
-
-
-def _name(config: Config) -> str:
-    backend = config.parallel.backend
-    return f"{backend} (ZeRO-{config.parallel.zero_stage})" if backend == "deepspeed" else backend
 
 
 def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], many: Observation, one: Observation) -> str:
@@ -180,7 +187,8 @@ def _gradient_cause(found: torch.Tensor, wanted: torch.Tensor, world_size: int) 
 def table(parity: Parity) -> Iterator[str]:
     """Lines for people."""
     against = "" if parity.dtype == "float64" else " in float64"
-    yield f"{parity.world_size} ranks ({parity.backend}) in {parity.dtype} against one process{against}, the same global batch"
+    backend = parity.backend + (f", ZeRO-{parity.zero_stage}" if parity.zero_stage >= 0 else "")
+    yield f"{parity.world_size} ranks ({backend}) in {parity.dtype} against one process{against}, the same global batch"
     yield f"  {'':<24}{'absolute':>12}{'relative':>12}{'rounding' if parity.rounding else '':>12}   largest in"
     for label, name in (
         ("loss", "loss"),

@@ -52,10 +52,12 @@ class _Watched(TrainingEncoding):
 
     attacked: torch.Tensor | None = None
 
-    def embed(self, images: torch.Tensor, route: Route, want_image_gradient: bool = False) -> Embedding:
+    def embed(
+        self, images: torch.Tensor, route: Route, want_image_gradient: bool = False, beside: Embedding | None = None
+    ) -> Embedding:
         if route == "adversarial" and self.attacked is None:
             self.attacked = images.detach().cpu()
-        return super().embed(images, route, want_image_gradient)
+        return super().embed(images, route, want_image_gradient, beside)
 
 
 def observe(config: Config, world: World, steps: int) -> Observation:

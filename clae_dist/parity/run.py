@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from clae_dist.config import Config, Parallel
+from clae_dist.config import Config, ConfigError, Parallel
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
@@ -47,6 +47,8 @@ def tiny(config: Config, origins: dict[str, str], world_size: int, rows: int) ->
     if origins.get("train.precision") != "command line" or precision == "auto":
         precision = "float32" if config.parallel.backend == "deepspeed" else "float64"
     micro = config.batch.micro_size
+    if rows % 2 and (micro or config.attack.fraction < 1):
+        raise ConfigError(f"--rows is {rows}; with batch.micro_size or attack.fraction use an even number.")
     return replace(
         config,
         data=replace(config.data, streams=0),
@@ -81,7 +83,7 @@ def _rank(config: Config, steps: int, as_json: bool) -> Ending:
                 if dtype != "float64":
                     truth = observe(replace(plain, train=replace(plain.train, precision="float64")), here, steps)
                 found = compare(config, world.size, dtype, many, one, truth)
-                text = json.dumps(found.as_dict()) if as_json else "\n".join(table(found))
+                text = json.dumps(found.as_dict(), allow_nan=False) if as_json else "\n".join(table(found))
                 return Ending(OK if found.passed else FAILED, text)
 
             ending: Ending = world.run_on_main(report)

@@ -215,6 +215,8 @@ class _Loop:
         self.clock = Clock(world.device)
         self.started = time.perf_counter()
         self.step = self.saved = self.logged = 0
+        self.last: StepMetrics | None = None
+        self.shown: StepMetrics | None = None  # of the steps since the last line, the one that it is about
 
     def run(self, first_step: int, train_s: float) -> Outcome:
         """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop.
@@ -251,9 +253,15 @@ class _Loop:
             rate = plan.learning_rate(self.step)
             self.backend.set_learning_rate(rate)
             metrics = pretrain_step(run, batch, plan.alpha(self.step))
+            self.last = metrics
+            if (
+                metrics.adversarial is not None or self.shown is None or self.shown.adversarial is None
+            ):  # with attack.every, a line is about an attacked step
+                self.shown = metrics
             self.step += 1
             if self.step % every.log_every == 0 or self.step == plan.total or measured:
-                self._log({**self._losses(metrics), "learning_rate": rate, **self._speed(), **measured})
+                self._log({**self._losses(self.shown), "learning_rate": rate, **self._speed(), **measured})
+                self.shown = None
             if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):
                 with self.clock.stopped():
                     self._log(self._knn())
@@ -300,6 +308,12 @@ class _Loop:
     def _save(self) -> None:
         if self.saved == self.step:
             return
+        if self.last is not None:
+            self.world.agree(
+                self.last.grad_norm.isfinite(),
+                f"the gradient of step {self.step} is not finite; this step was not saved, and the checkpoint before is whole. "
+                "optim.clip_norm=1, a lower optim.learning_rate or train.precision=float32 may help",
+            )
         self.backend.average_local_statistics()
         state = {
             **self.backend.state(),

@@ -183,6 +183,14 @@ def test_the_length_of_the_gradient_does_not_matter_in_l2() -> None:
     torch.testing.assert_close((one - x).flatten(1).norm(dim=1), torch.tensor([0.3, 0.3, 0.0], dtype=torch.float64))
 
 
+def test_random_starts_of_large_images_in_float32_are_not_all_the_middle() -> None:
+    """A sum of 150,528 numbers in float32 has no digits behind the point: every start was x itself."""
+    x = torch.full((4, 3, 224, 224), 0.5)
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    lengths = (Ball(3.0, "l2").random_point(x, noise) - x).flatten(1).norm(dim=1)
+    assert (lengths > 0.9 * 3.0).all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_random_starts_fill_the_ball(norm: str) -> None:
     x = torch.full((4000, 1, 1, 2), 0.5, dtype=torch.float64)

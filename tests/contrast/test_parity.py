@@ -65,9 +65,9 @@ def run_step(world: World, norm: str, config: Config, wrong: str = "") -> Found:
         seen: list[torch.Tensor] = []
         embed = run.encoding.embed
 
-        def watched(images: torch.Tensor, route: Any, want_image_gradient: bool = False) -> Any:
+        def watched(images: torch.Tensor, *settings: Any, **more: Any) -> Any:
             seen.append(images)
-            return embed(images, route, want_image_gradient)
+            return embed(images, *settings, **more)
 
         run.encoding.embed = watched  # type: ignore[method-assign]
         metrics = pretrain_step(run, (x, y), ALPHA)
@@ -245,11 +245,11 @@ def test_exact_is_original_bit_for_bit(ranks: RankPool, norm: str) -> None:
 
 def test_which_rows_are_attacked_does_not_depend_on_the_ranks() -> None:
     attack = replace(FGSM, fraction=0.5)
-    whole = attacked_rows(attack, 12)
+    whole = attacked_rows(attack, 12).tolist()
     assert whole == steps.attacked(attack, 12)
     for world_size in (2, 3):
         rows = 12 // world_size
-        assert [r * rows + i for r in range(world_size) for i in attacked_rows(attack, rows)] == whole
+        assert [r * rows + i for r in range(world_size) for i in attacked_rows(attack, rows).tolist()] == whole
 
 
 def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,9 +307,10 @@ def count_reductions(world: World, config: Config) -> tuple[int, int]:
     return reduced, scattered
 
 
-@pytest.mark.parametrize("variant", ["fgsm", "fused", "pgd", "original cost"])
+@pytest.mark.parametrize("variant", ["fgsm", "fused", "pgd", "original cost", "half of the batch"])
 def test_gradients_are_reduced_once_a_step(ranks: RankPool, variant: str) -> None:
-    for micro in (0, 2) if variant != "original cost" else (0,):
+    """Of half of 6 rows, 3 fit into one part, and the others' 6 into two: all are embedded twice, or none."""
+    for micro in {"original cost": (0,), "half of the batch": (0, 3)}.get(variant, (0, 2)):
         config = settings(VARIANTS.get(variant, FGSM), micro=micro)
         assert ranks.run(2, count_reductions, config) == [(1, 0)] * 2  # the model is one bucket
 
@@ -358,5 +359,5 @@ def test_a_wrong_gather_is_caught(ranks: RankPool, wrong: str) -> None:
     """Each leaves the forward loss as it is, so that only gradients can tell."""
     config = settings(FGSM, gather="reduce_scatter" if wrong in _WRONG else "log_sum_exp")
     got = differences(4, ranks.run(4, run_step, "group", config, wrong), expected("group", config))
-    assert got["parameter gradients"] > 1e-3
-    assert got["input gradient"] > 1e-5
+    assert got["parameter gradients"] > 1e-4  # of 1e-2
+    assert got["input gradient"] > 1e-7  # the bar above is 1e-10

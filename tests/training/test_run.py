@@ -227,6 +227,12 @@ def test_a_delayed_attack_is_plain_simclr_before_it(ranks: RankPool, shards: Man
     assert [line["step"] for line in logged(config) if "loss_adversarial" in line] == [5, 6, 7, 8]
 
 
+def test_lines_are_about_attacked_steps(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    config = recipe(shards, tmp_path / "run", log_every=4, diagnose_every=100, knn_every=0)
+    ranks.run(1, train_on, replace(config, attack=Attack(every=2)))
+    assert [line["loss_adversarial"] > 0 for line in logged(config)] == [True, True]
+
+
 @pytest.mark.parametrize("norm", ["global", "local"])
 def test_bfloat16_trains_close_to_float32(ranks: RankPool, shards: Manifest, tmp_path: Path, norm: str) -> None:
     first = {}
@@ -265,6 +271,16 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
         training.load = lambda *arguments: (
             ViewBatch(batch.views[:, :7], batch.draws[:, :7], batch.ids[:7], batch.labels[:7]) for batch in load(*arguments)
         )
+    if action == "one gradient is not finite":
+        real, count = training.pretrain_step, 0
+
+        def broken(run: Any, batch: Any, alpha: float) -> Any:
+            nonlocal count
+            count += 1
+            metrics = real(run, batch, alpha)
+            return replace(metrics, grad_norm=torch.tensor(torch.inf)) if count == 3 else metrics
+
+        training.pretrain_step = broken
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if action == "the disk is full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # a checkpoint has more bytes, nothing else has
@@ -275,7 +291,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     finally:
         training.load = load
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        if action == "one rank's loss is not finite":
+        if action.endswith("not finite"):
             training.pretrain_step = real
     return "none", ""
 
@@ -287,6 +303,16 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manif
     assert found[0][0] == "RankError"
     assert "the loss is not finite" in found[0][1]
     assert found[0][1].endswith("(on rank 1 of 3)")  # though every rank's loss is, with its rows among the negatives
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """The loss was finite: clipping then makes every weight a NaN, in the very step that is saved."""
+    config = recipe(shards, tmp_path / "run")
+    found = ranks.run(2, outcome, config, "one gradient is not finite")
+    assert len(set(found)) == 1
+    assert found[0][0] == "RankError"
+    assert "the gradient of step 3 is not finite; this step was not saved" in found[0][1]
+    assert find_checkpoints(config.folder) == []
 
 
 def test_a_rank_with_fewer_rows_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
