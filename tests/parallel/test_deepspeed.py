@@ -62,7 +62,7 @@ def test_gradients_are_clipped_to_what_the_config_says_and_the_norm_before_is_re
     check(pair, setup_of(stage, optim=replace(SGD, clip_norm=0.3)), ["exact", "fused", "plain"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES[:3]), 3])
 @pytest.mark.parametrize("option", ["checkpointing", "frozen"])
 def test_options_train_as_one_process(pair: RankPool, stage: int, option: str) -> None:
     changes: dict[str, Any] = {"train": replace(FLOAT32, activation_checkpointing=True)}

@@ -62,8 +62,14 @@ def broken(how: str) -> Iterator[None]:
         setattr(module, name, right)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("encoder", ["small_resnet", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    ("world_size", "encoder"),
+    [
+        (4, "small_resnet"),
+        (2, "timm/vit_tiny_patch16_224"),
+        pytest.param(4, "timm/vit_tiny_patch16_224", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_right_passes(ranks: RankPool, world_size: int, encoder: str) -> None:
     """Dual routes with global batch norm, and LayerNorm without routes."""
     config = replace(CONFIG, model=replace(CONFIG.model, encoder=encoder))

@@ -20,6 +20,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
 
 
+@pytest.mark.slow
 def test_fsdp2_on_four_ranks_goes_on_under_ddp_on_two(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     whole = recipe(shards, tmp_path / "whole", precision="float64", knn_every=0, diagnose_every=100)
     assert ranks.run(1, train_on, whole) == ["finished"]
