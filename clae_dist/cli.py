@@ -35,6 +35,23 @@ under DeepSpeed) differences are rounding or a mistake. Run it on your cluster b
 
 exit code 0: the same; 1: not, and the first tensor that differs is named with what usually causes it.
 """
+_BENCH = """\
+Measures this machine. What is compared is first found equal (loss and gradients against float64; steps bit for bit), then
+timed in turns, so that what disturbs the machine disturbs all of it. With `pip install clae-dist[bench]`, lightly's and
+open_clip's losses are among it.
+
+  contrast   one rank's loss, forward and backward: 512 rows (both views) against 8,192 and 1,024 against 32,768, then 512
+             against up to a million. Floor: four matrix products, rows x all rows x width, timed in turns with the rest.
+  gather     the loss on 2 and 4 processes (under torchrun: on its ranks, your network): collectives, and the bytes that a
+             rank sends by ring algorithms. Floor: its collectives alone, by latency alpha_s and beta_s_per_byte as measured.
+  step       training steps (forward, attack, backward, optimiser) of plain SimCLR and of each attack.cost. Floor: plain's
+             time times the forward and backward units that the step needs.
+
+Each row: case; what ("name: what it is"); median_s; spread (interquartile range over median); ratio_to: {name: this median
+over that of another row of the case}; floor_s; added_bytes (peak memory of one call over what was there before) or
+wire_bytes, and bytes_ratio_to, the same of these; more: further figures, of which cpu_s, seconds of all cores in the best
+repeat, is what other processes disturb the least. OMP_NUM_THREADS sets torch's threads. Progress goes to stderr.
+"""
 _RUN_HELP = "the folder of a run, such as runs/clae"
 
 
@@ -90,9 +107,22 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--world-size", type=int, default=2, metavar="W", help="ranks on this machine (default 2)")
     parity.add_argument("--backend", choices=("ddp", "fsdp2", "deepspeed"), help="over parallel.backend")
     parity.add_argument("--steps", type=int, default=3, metavar="K", help="optimiser steps to compare after (default 3)")
-    parity.add_argument("--rows", type=int, default=4, metavar="B", help="images a rank (default 4)")
+    parity.add_argument(
+        "--rows", type=int, default=4, metavar="B", help="images a rank (default 4); one process holds W times as many"
+    )
     parity.add_argument("--json", action="store_true", help="print one JSON object")
     parity.add_argument("--debug", action="store_true", help="show tracebacks")
+    bench = commands.add_parser(
+        "bench",
+        help="measure the loss, the gather or the training step on this machine, beside others'",
+        description=_BENCH,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("bench", choices=("contrast", "step", "gather"), help="what to measure")
+    bench.add_argument("--json", action="store_true", help="print one JSON object: versions, machine, notes, rows")
+    bench.add_argument("--quick", action="store_true", help="only small sizes, few repeats: a minute")
+    bench.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor = commands.add_parser("doctor", help="check versions, devices, collectives, shards, disk, shared memory, MLflow")
     doctor.add_argument("--debug", action="store_true", help="show tracebacks")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="check what this recipe needs, too")
@@ -189,6 +219,14 @@ def _parity(arguments: argparse.Namespace) -> int:
     return ending.code
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from clae_dist.bench import run_bench
+
+    return run_bench(
+        arguments.bench, arguments.quick, arguments.json, print, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from clae_dist.doctor import run_doctor
 
@@ -204,6 +242,7 @@ _COMMANDS = {
     "report": _report,
     "export": _export,
     "parity": _parity,
+    "bench": _bench,
     "doctor": _doctor,
 }
 

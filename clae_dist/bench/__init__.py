@@ -1,0 +1,25 @@
+"""`clae bench`: what the loss, the gather and the step cost on this machine, beside others' and beside the floor."""
+
+from __future__ import annotations
+
+import torch
+
+from clae_dist.bench import contrast, gather, step
+from clae_dist.bench.measure import Say
+
+
+def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say) -> int:
+    """Measures, and says a table or JSON. Returns 0. Raises UnequalError when what is compared does not compute the same."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "contrast":
+        outcome = contrast.bench(contrast.QUICK if quick else contrast.Shapes(), device, progress)
+    elif name == "step":
+        full = step.CUDA if device.type == "cuda" else step.CPU
+        outcome = step.bench(step.QUICK if quick else full, device, progress)
+    else:
+        on_main = gather.bench(gather.QUICK if quick else gather.Settings(), progress)
+        if on_main is None:  # a rank that torchrun started, other than the first
+            return 0
+        outcome = on_main
+    say(outcome.as_json() if as_json else outcome.as_table())
+    return 0

@@ -1,0 +1,209 @@
+"""`clae bench gather`: what the loss sends between real processes, beside open_clip's and lightly's, and what a byte takes.
+
+# B images on each of W ranks, N = W·B, D embedding width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from clae_dist.bench import peers
+from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
+from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, time_in_turns, with_ratios
+from clae_dist.bench.outcome import Outcome
+from clae_dist.bench.peers import Loss
+from clae_dist.bench.wire import CountTraffic, Network, fit
+from clae_dist.contrast.gather import Contrast
+from clae_dist.launchers.local import spawn
+from clae_dist.launchers.rank import OK, UNEXPECTED, Ending
+from clae_dist.world import World, connect
+
+
+@dataclass(frozen=True)
+class Settings:
+    world_sizes: Sequence[int] = (2, 4)
+    images: int = 256  # a rank
+    dim: int = 128
+    temperature: float = 0.5
+    repeats: int = 9
+    message_bytes: Sequence[int] = tuple(1 << power for power in range(12, 25, 2))  # whole buffers
+    with_peers: bool = True
+
+
+QUICK = Settings(world_sizes=(2,), repeats=5, message_bytes=tuple(1 << power for power in range(12, 21, 4)))
+
+
+class RanksError(RuntimeError):
+    """Ranks that ended before they had measured."""
+
+
+def bench(settings: Settings, say: Say) -> Outcome | None:
+    """On ranks of this machine, or on those that torchrun started: then every rank calls it, and all but rank 0 get None."""
+    notes = peers.missing() if settings.with_peers else []
+    for note in notes:
+        say(note)
+    if dist.is_torchelastic_launched():
+        with connect() as world:
+            found = measure(world, settings, say if world.is_main else _silent)
+            return Outcome(found, world.device, notes) if world.is_main else None
+    rows: list[Row] = []
+    for size in settings.world_sizes:
+        say(f"gather: {size} ranks on this machine")
+        ending = spawn(size, _on_a_rank, settings)
+        if ending.code:
+            raise RanksError(ending.message)
+        rows += [Row(**row) for row in json.loads(ending.message)]
+    gpus = torch.cuda.device_count()
+    return Outcome(rows, torch.device("cuda" if gpus >= max(settings.world_sizes) else "cpu"), notes)
+
+
+def _silent(text: str) -> None:
+    """Of ranks other than 0."""
+
+
+def _on_a_rank(settings: Settings) -> Ending:
+    with connect() as world:
+        torch.set_num_threads(1)
+        try:
+            rows = measure(world, settings, _silent)
+        except UnequalError as error:
+            return Ending(UNEXPECTED, str(error))
+        return Ending(OK, json.dumps([dataclasses.asdict(row) for row in rows]))
+
+
+def measure(world: World, settings: Settings, say: Say) -> list[Row]:
+    """The network's rows, then those of both losses. A collective: every rank calls it and has the same rows."""
+    say("gather: the network")
+    networks, rows = measure_network(world, settings)
+    for objective in ("nt_xent", "instance"):
+        say(f"gather: {objective}")
+        rows += measure_loss(objective, world, settings, networks)
+    return rows
+
+
+# ---- the losses ----
+
+
+def measure_loss(objective: str, world: World, settings: Settings, networks: dict[str, Network]) -> list[Row]:
+    """Forward and backward of each contender: the same gradients first, then bytes, then time."""
+    kind = "NT-Xent" if objective == "nt_xent" else "instance discrimination across views, both directions"
+    case = f"{kind}: {world.size} ranks ({world.collectives}), {settings.images} images each, D {settings.dim}"
+    a, b = _views(world, settings)
+    calls: dict[str, Callable[[], Any]] = {}
+    notes, traffic = {}, {}
+    expected: list[torch.Tensor] = []
+    with peers.quietly():
+        for name, note, loss in contenders(objective, world, settings):
+            calls[name], notes[name] = forward_backward(loss, a, b), note
+            with CountTraffic(world.size) as count:
+                found = along_sphere(calls[name](), a, b)
+            assert_equal(case, name, found, expected or found, TOLERANCE)
+            expected, traffic[name] = expected or found, count.traffic
+        times = _slowest(world, time_in_turns(calls, world.device, settings.repeats, ready=_barrier(world), at_least_s=0.0))
+    rows = []
+    for name, note in notes.items():
+        sent = round(world.mean(torch.tensor(traffic[name].wire_bytes, dtype=torch.float64, device=world.device)).item())
+        used = {kind: traffic[name].names.count(kind) for kind in dict.fromkeys(traffic[name].names)}
+        note = f"{note}: {', '.join(f'{number} x {kind}' for kind, number in used.items())}"
+        floor = sum(_like(kind, networks).seconds(num_bytes) for kind, num_bytes in traffic[name].sent)
+        more = {"collectives": float(len(traffic[name].sent))} | cpu_figure(times[name], world.device)
+        median, spread = times[name].median_s, times[name].spread
+        rows.append(Row(case, f"{name}: {note}", median, spread, {}, floor, wire_bytes=sent, more=more))
+    return with_ratios(rows)
+
+
+def _like(kind: str, networks: dict[str, Network]) -> Network:
+    """The measured collective that is the most like another: scatters and all-to-alls move what a reduce-scatter moves."""
+    return networks[{"allgather": "all_gather", "allreduce": "all_reduce"}.get(kind[:9], "reduce_scatter")]
+
+
+def contenders(objective: str, world: World, settings: Settings) -> Iterator[tuple[str, str, Loss]]:
+    temperature = settings.temperature
+    for way in ("log_sum_exp", "reduce_scatter"):
+        yield way, "ours", _ours(Contrast(objective, temperature, world, way), both=objective == "instance")
+    if objective == "nt_xent" and settings.with_peers and peers.is_installed("lightly"):
+        yield "lightly", "NTXentLoss(gather_distributed=True)", peers.lightly_nt_xent(temperature)
+    if objective == "instance" and settings.with_peers and peers.is_installed("open_clip"):
+        loss = peers.open_clip_loss(temperature, world.rank, world.size)
+        yield "open_clip", "ClipLoss(local_loss, gather_with_grad)", loss
+
+
+def _ours(contrast: Contrast, both: bool) -> Loss:
+    def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rows_a, rows_b = contrast.rows(a), contrast.rows(b)
+        return (contrast(rows_a, rows_b) + contrast(rows_b, rows_a)) / 2 if both else contrast(rows_a, rows_b)
+
+    return loss
+
+
+def _views(world: World, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Other rows on every rank."""
+    generator = torch.Generator().manual_seed(world.rank)
+    a, b = F.normalize(torch.randn(2, settings.images, settings.dim, generator=generator), dim=2).to(world.device).unbind()
+    return a.clone().requires_grad_(), b.clone().requires_grad_()
+
+
+# ---- the network ----
+
+
+def measure_network(world: World, settings: Settings) -> tuple[dict[str, Network], list[Row]]:
+    """α and β of each collective by least squares over messages of growing size."""
+    found, rows = {}, []
+    for name, collective, share in (
+        ("all_gather", _all_gather, 1),
+        ("reduce_scatter", _reduce_scatter, 1),
+        ("all_reduce", _all_reduce, 2),
+    ):
+        calls = {str(size): collective(world, size) for size in settings.message_bytes}
+        times = _slowest(world, time_in_turns(calls, world.device, settings.repeats, ready=_barrier(world), at_least_s=0.0))
+        sent = [share * size * (world.size - 1) / world.size for size in settings.message_bytes]
+        found[name] = network = fit(sent, [times[str(size)].median_s for size in settings.message_bytes])
+        largest = times[str(settings.message_bytes[-1])]
+        more = {"alpha_s": network.alpha_s, "beta_s_per_byte": network.beta_s_per_byte, "fit_error": network.worst}
+        sizes = f"{settings.message_bytes[0]:,} to {settings.message_bytes[-1]:,} bytes"
+        note = f"{sizes}; time and bytes of the largest; alpha_s + beta_s_per_byte x bytes on the wire"
+        case = f"the network: {world.size} ranks ({world.collectives})"
+        row = Row(case, f"{name}: {note}", largest.median_s, largest.spread, {}, wire_bytes=round(sent[-1]), more=more)
+        rows.append(replace(row, floor_s=network.seconds(sent[-1])))
+    return found, rows
+
+
+def _all_gather(world: World, num_bytes: int) -> Callable[[], Any]:
+    everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
+    mine = everyone.chunk(world.size)[world.rank].clone()
+    return lambda: dist.all_gather_into_tensor(everyone, mine, group=world.group)
+
+
+def _reduce_scatter(world: World, num_bytes: int) -> Callable[[], Any]:
+    everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
+    mine = everyone.chunk(world.size)[world.rank].clone()
+    return lambda: dist.reduce_scatter_tensor(mine, everyone, group=world.group)
+
+
+def _all_reduce(world: World, num_bytes: int) -> Callable[[], Any]:
+    everyone = torch.zeros(num_bytes // 4, device=world.device)
+    return lambda: dist.all_reduce(everyone, group=world.group)
+
+
+def _barrier(world: World) -> Callable[[], None]:
+    def wait() -> None:
+        world.flags_anywhere(False)
+
+    return wait
+
+
+def _slowest(world: World, times: dict[str, Times]) -> dict[str, Times]:
+    """Each repeat as long as it was on the rank where it took longest: the others' time is waiting or luck."""
+    everyone = world.gather_objects({name: one.wall for name, one in times.items()})
+    slowest = {name: [max(repeat) for repeat in zip(*(rank[name] for rank in everyone), strict=True)] for name in times}
+    assert all(statistics.median(wall) > 0 for wall in slowest.values())
+    return {name: Times(wall, times[name].cpu) for name, wall in slowest.items()}

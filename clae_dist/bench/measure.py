@@ -1,0 +1,233 @@
+"""One way to measure: results equal first, then timed in turns, then the memory of one call."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Say = Callable[[str], None]
+
+
+class UnequalError(RuntimeError):
+    """A contender computes something else: its time would say nothing."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that is measured; `run` is one call of it."""
+
+    name: str
+    note: str
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. The same fields in every bench; None where one does not apply."""
+
+    case: str
+    what: str  # "name: what it is", the name being the one in ratio_to
+    median_s: float
+    spread: float  # interquartile range over median
+    ratio_to: dict[str, float]  # median_s over that of each other row of the case
+    floor_s: float | None = None  # what no implementation on this machine can beat; which floor, says the bench
+    added_bytes: int | None = None  # peak memory of one call over what was there before
+    wire_bytes: int | None = None  # that a rank sends in one call
+    bytes_ratio_to: dict[str, float] = field(default_factory=dict)  # the same of added_bytes, or of wire_bytes
+    more: dict[str, float] = field(default_factory=dict)  # further figures by name
+
+    @property
+    def name(self) -> str:
+        return self.what.split(":")[0]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each repeat: on the clock, and of all cores of this process."""
+
+    wall: list[float]
+    cpu: list[float]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def spread(self) -> float:
+        if len(self.wall) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.wall, n=4, method="inclusive")
+        return (high - low) / self.median_s
+
+
+def assert_equal(
+    case: str, name: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], relative: float
+) -> float:
+    """The largest difference, relative to the largest entry of its tensor. Raises UnequalError above `relative`."""
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape, f"{name}: {tuple(one.shape)} beside {tuple(other.shape)}"
+        difference = (one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-300)
+        worst = max(worst, float(difference)) if torch.isfinite(difference) else float("inf")
+    if worst > relative:
+        raise UnequalError(
+            f"{case}: {name} differs from the reference by {worst:.1e} of the largest entry, more than {relative:.0e}; it "
+            "computes something else, and its time would say nothing."
+        )
+    return worst
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    at_least_s: float = 0.01,
+) -> dict[str, Times]:
+    """Seconds a call of each, in turns, so that what disturbs the machine disturbs all of them. The first call is not counted.
+
+    A repeat is as many calls as take `at_least_s` (one if that is 0). `ready` is called before each repeat.
+    """
+    calls = {name: _calls(run, device, at_least_s) for name, run in runs.items()}
+    times = {name: Times([], []) for name in runs}
+    for turn in range(repeats):
+        names = list(runs)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            ready()
+            synchronise(device)
+            start, start_cpu = time.perf_counter(), time.process_time()
+            for _ in range(calls[name]):
+                runs[name]()
+            synchronise(device)
+            times[name].wall.append((time.perf_counter() - start) / calls[name])
+            times[name].cpu.append((time.process_time() - start_cpu) / calls[name])
+    return times
+
+
+def _calls(run: Callable[[], Any], device: torch.device, at_least_s: float) -> int:
+    """How many calls take that long; the first, which makes what later ones find, tells only of long ones."""
+    took = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        took = time.perf_counter() - start
+        if took > 20 * at_least_s:
+            return 1
+    return max(1, round(at_least_s / max(1e-9, took)))
+
+
+# ---- memory ----
+
+
+def added_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory of one call over what was there before; None where the system does not tell (other than Linux and CUDA)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        return None
+    try:
+        give_back = ctypes.CDLL(None).malloc_trim
+        give_back(0)  # what was freed leaves the process, or a call that takes it again would add nothing
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+    except (AttributeError, OSError):  # another C library, or a container that forbids it
+        return None
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(key)
+
+
+# ---- a case ----
+
+
+def compare(
+    case: str,
+    contenders: Sequence[Contender],
+    device: torch.device,
+    repeats: int,
+    floor: Callable[[], Any] | None = None,
+    *,
+    memory: bool = True,
+) -> list[Row]:
+    """A row for each contender, whose results have been found equal; `floor` is timed in turns with them."""
+    runs = {contender.name: contender.run for contender in contenders}
+    times = time_in_turns({**runs, **({"": floor} if floor else {})}, device, repeats)
+    peaks = {name: added_bytes(run, device) if memory else None for name, run in runs.items()}
+    rows = [
+        Row(
+            case,
+            f"{contender.name}: {contender.note}",
+            times[contender.name].median_s,
+            times[contender.name].spread,
+            {},
+            times[""].median_s if floor else None,
+            added_bytes=peaks[contender.name],
+            more=cpu_figure(times[contender.name], device),
+        )
+        for contender in contenders
+    ]
+    return with_ratios(rows)
+
+
+def cpu_figure(times: Times, device: torch.device) -> dict[str, float]:
+    """Seconds of all cores, in the repeat with the fewest: what other processes of the machine disturb the least."""
+    return {"cpu_s": min(times.cpu)} if device.type == "cpu" else {}
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one case, each with its time and its bytes over those of each other one."""
+    made = []
+    for row in rows:
+        others = [other for other in rows if other is not row]
+        own = row.wire_bytes if row.wire_bytes is not None else row.added_bytes
+        sizes = {other.name: other.wire_bytes if row.wire_bytes is not None else other.added_bytes for other in others}
+        made.append(
+            replace(
+                row,
+                ratio_to={other.name: row.median_s / other.median_s for other in others},
+                bytes_ratio_to={name: own / size for name, size in sizes.items() if own is not None and size},
+            )
+        )
+    return made
+
+
+@contextmanager
+def replaced(module: Any, **attributes: Any) -> Iterator[None]:
+    """Inside, a module's functions are others: what would talk to other ranks does not."""
+    before = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)

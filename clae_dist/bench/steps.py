@@ -1,0 +1,157 @@
+"""The training steps that `clae bench step` compares, prepared, and found to be what they are said to be.
+
+# B images, both views, one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clae_dist.bench.measure import assert_equal
+from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
+from clae_dist.contrast.encoding import TrainingEncoding
+from clae_dist.contrast.gather import Contrast
+from clae_dist.contrast.objectives import Rows
+from clae_dist.contrast.step import Pretraining, adversarial_view, attacked_rows, pretrain_step
+from clae_dist.models import PretrainModel, build_model
+from clae_dist.models.norms import add_routes, routes_are_one_function
+from clae_dist.parallel import make_backend
+from clae_dist.world import World
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An encoder and what it is trained on."""
+
+    name: str
+    encoder: str  # as model.encoder, or "small_vit"
+    image_size: int
+    batch: int
+    precision: str = "float32"
+    compile: bool = False
+
+    def title(self) -> str:
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.name} at {self.image_size} px, batch {self.batch}, {self.precision}{compiled}"
+
+
+def attacks() -> dict[str, Attack]:
+    return {
+        "plain": Attack(name="none"),
+        "original": Attack(cost="original"),
+        "exact": Attack(cost="exact"),
+        "fused": Attack(cost="fused", anchor="other"),
+        "fused_half": Attack(cost="fused", anchor="other", fraction=0.5),
+    }
+
+
+def views(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two views of random images, in [0.1, 0.9]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, kind.batch, 3, kind.image_size, kind.image_size)
+    dtype = torch.float64 if kind.precision == "float64" else torch.float32
+    x, y = (0.1 + 0.8 * torch.rand(shape, generator=generator)).to(device, dtype).unbind()
+    return x, y
+
+
+def prepare(kind: Kind, attack: Attack, device: torch.device) -> Pretraining:
+    """What a step works with, under the DDP backend's single process."""
+    config = Config(
+        data=Data(image_size=kind.image_size),
+        batch=Batch(global_size=kind.batch),
+        model=Model(encoder="small_resnet" if kind.encoder == "small_vit" else kind.encoder),
+        attack=attack,
+        # Plain descent in float64: parameters after a step then tell its gradients.
+        optim=Optim(name="sgd" if kind.precision == "float64" else "adamw", learning_rate=1e-3, momentum=0.0, weight_decay=0.0),
+        train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
+    )
+    world = World.single(device)
+    model = _small_vit(config) if kind.encoder == "small_vit" else build_model(config, None, device.type == "cuda")
+    backend = make_backend(config, model, world)
+    return Pretraining(
+        world=world,
+        attack=attack,
+        contrast=Contrast(config.objective.name, config.objective.temperature, world),
+        encoding=TrainingEncoding(backend),
+        pixel_std=backend.model.std,
+        shared_norms=routes_are_one_function(backend.model),
+        augment=lambda batch: batch,
+        noise=lambda batch: torch.rand_like(batch[0]),
+        attack_statistics=backend.untouched,
+        timed=lambda name: nullcontext(),
+    )
+
+
+def _small_vit(config: Config) -> PretrainModel:
+    """timm's ViT-tiny with patches of 4 pixels and 4 blocks: 64 tokens at 32 pixels."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        size = config.data.image_size
+        encoder = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=4, depth=4, num_classes=0)
+        width = encoder.num_features
+        model = PretrainModel(encoder, width, width, config.model.projector_dim, config.model.mean, config.model.std)
+    add_routes(model.encoder, config.model.adversarial_norm_momentum)
+    return model.double() if config.train.precision == "float64" else model
+
+
+# ---- equal first ----
+
+
+def check(kind: Kind, device: torch.device) -> None:
+    """exact against original, bit for bit; fused against the same step in one graph with an attack of its own.
+
+    In float64, over perturbation, loss, gradient norm and the parameters after a step of plain descent. Raises UnequalError.
+    """
+    title, images, made = kind.title(), views(kind, device), attacks()
+    # Rounding of products on a GPU depends on how many there are; on a CPU it does not.
+    bit_for_bit = 0.0 if device.type == "cpu" else 1e-12
+    views_of = {name: _perturbed(prepare(kind, made[name], device), images) for name in ("original", "exact")}
+    assert_equal(title, "exact's perturbation", [views_of["exact"]], [views_of["original"]], bit_for_bit)
+    shared = prepare(kind, made["exact"], device).shared_norms
+    # Where the clean forward serves the attack, gradients arrive in another order.
+    found, expected = (_after(prepare(kind, made[name], device), images) for name in ("exact", "original"))
+    assert_equal(title, "exact", found, expected, 1e-12 if shared else bit_for_bit)
+    for name in ("fused", "fused_half"):
+        found = _after(prepare(kind, made[name], device), images)
+        by_hand = _fused_by_hand(prepare(kind, made[name], device), images)
+        assert_equal(title, name, found, by_hand, 1e-9)  # float64: one graph adds in another order
+
+
+def _perturbed(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    with run.attack_statistics():
+        return adversarial_view(run, *images).images - images[0]
+
+
+def _after(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """Loss, gradient norm and parameters after a step."""
+    metrics = pretrain_step(run, images, run.attack.alpha)
+    return [metrics.loss, metrics.grad_norm, *_parameters(run)]
+
+
+def _parameters(run: Pretraining) -> Iterator[torch.Tensor]:
+    return (parameter.detach() for parameter in run.encoding.backend.parameters())
+
+
+def _fused_by_hand(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """The fused step as its definition says: an attack of its own on the clean route, then one graph and one backward."""
+    backend: Any = run.encoding.backend
+    chosen = attacked_rows(run.attack, len(images[0]))
+    x, y = images[0], images[1].clone().requires_grad_()
+
+    def rows(images: torch.Tensor, route: str) -> Rows:
+        return run.contrast.rows(backend.embed(images, route))
+
+    loss = run.contrast(rows(x, "clean"), rows(y, "clean"))
+    (gradient,) = torch.autograd.grad(loss, y)
+    y_adv = run.ball.step(images[1], images[1], gradient, run.step_length)[chosen]
+    a, b, c = rows(x, "clean"), rows(images[1], "clean"), rows(y_adv, "adversarial")
+    loss = run.contrast(a, b) + run.attack.alpha * run.contrast(Rows(a.mine[chosen], a.all[chosen]), c)
+    backend.backward(loss)
+    return [loss.detach(), backend.update(), *_parameters(run)]

@@ -1,0 +1,110 @@
+"""What crosses the network: every collective of a call, counted whoever makes it, and the time that a byte takes.
+
+# W ranks. Bytes are those that a rank sends, by the algorithms that need the fewest (rings), averaged over the ranks:
+#   all-gather, reduce-scatter, all-to-all   (W − 1)/W of the whole buffer (what all ranks' parts make together)
+#   all-reduce                               twice that of the buffer
+#   broadcast, reduce                        (W − 1)/W of the buffer: W − 1 ranks receive it, or give it
+#   scatter, gather                          (W − 1)/W of one part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# By torch's name of the operation, without the underscores that tell its variants apart: how many times (W − 1)/W of the
+# whole buffer a rank sends. The whole buffer is the largest of the operation's lists of tensors.
+_SHARES = {
+    "allgather": 1,
+    "allgatherbase": 1,
+    "allgatherintotensorcoalesced": 1,
+    "allgathercoalesced": 1,
+    "reducescatter": 1,
+    "reducescatterbase": 1,
+    "reducescattertensorcoalesced": 1,
+    "alltoall": 1,
+    "alltoallbase": 1,
+    "allreduce": 2,
+    "allreducecoalesced": 2,
+    "broadcast": 1,
+    "reduce": 1,
+    "scatter": 1,
+    "gather": 1,
+}
+_OF_A_PART = {"scatter", "gather"}  # the root lists the whole buffer, the others one part of it
+_FREE = {"barrier", "monitoredbarrier", "waittensor"}  # nothing but a signal
+
+
+@dataclass
+class Traffic:
+    """Collectives in order: name, and the bytes that a rank sends."""
+
+    num_ranks: int
+    sent: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(num_bytes for _, num_bytes in self.sent)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.sent]
+
+    def add(self, name: str, tensors: Sequence[Any]) -> None:
+        """`tensors`: the arguments of one collective, lists of tensors or tensors. Raises ValueError for an unknown one."""
+        if name in _FREE:
+            return
+        if name not in _SHARES:
+            raise ValueError(f"collective {name!r} is not known to the count of bytes (bench/wire.py); add how much it sends.")
+        sizes = [size for argument in tensors if (size := _num_bytes(argument))]
+        buffer = min(sizes) if name in _OF_A_PART else max(sizes)
+        self.sent.append((name, _SHARES[name] * buffer * (self.num_ranks - 1) / self.num_ranks))
+
+
+def _num_bytes(argument: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor))
+
+
+class CountTraffic(TorchDispatchMode):
+    """Inside, every collective of this rank is counted, in backward passes too, by whichever function it is called."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__()
+        self.traffic = Traffic(num_ranks)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            self.traffic.add(operation._schema.name.split("::")[1].replace("_", ""), args)
+        return operation(*args, **(kwargs or {}))
+
+
+# ---- the network ----
+
+
+@dataclass(frozen=True)
+class Network:
+    """Seconds of a collective of n bytes on the wire: α + β n."""
+
+    alpha_s: float
+    beta_s_per_byte: float
+    worst: float  # the largest error of the fit, relative to what was measured
+
+    def seconds(self, wire_bytes: float) -> float:
+        return self.alpha_s + self.beta_s_per_byte * wire_bytes
+
+
+def fit(wire_bytes: Sequence[float], seconds: Sequence[float]) -> Network:
+    """Least squares of relative errors, so that small messages, which set α, count as much as large ones. α, β ≥ 0."""
+    n, t = torch.tensor(wire_bytes, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
+    terms = torch.stack([1 / t, n / t], 1)
+    alpha, beta = torch.linalg.lstsq(terms, torch.ones(len(t), 1, dtype=torch.float64)).solution.flatten().tolist()
+    if alpha < 0:
+        alpha, beta = 0.0, float((n / t).sum() / (n / t).square().sum())
+    elif beta < 0:
+        alpha, beta = float((1 / t).sum() / (1 / t).square().sum()), 0.0
+    return Network(alpha, beta, float(((alpha + beta * n - t) / t).abs().max()))

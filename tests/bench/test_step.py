@@ -1,0 +1,63 @@
+"""`clae bench step` on small encoders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clae_dist import cli
+from clae_dist.bench import step, steps
+from clae_dist.bench.measure import UnequalError
+from clae_dist.contrast import step as training_step
+
+CPU = torch.device("cpu")
+RESNET = steps.Kind("small residual network", "small_resnet", 16, 4)
+VIT = steps.Kind("small ViT", "small_vit", 8, 4)
+NAMES = ["plain", "original", "exact", "fused", "fused_half"]
+
+
+def test_rows_say_units_and_count_flops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flops do not depend on what else the machine does: they are the units but for the first and last layers."""
+    monkeypatch.setattr(step, "QUICK", step.Settings((RESNET, VIT), repeats=1))
+    assert cli.main(["bench", "step", "--quick", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["what"].split(":")[0] for row in rows] == NAMES * 2
+    for first, exact in ((0, 11 / 6), (5, 10 / 6)):
+        plain, *others = rows[first : first + 5]
+        for row, units in zip(others, (2.5, exact, 1.5, 1.25), strict=True):
+            assert row["floor_s"] == pytest.approx(plain["median_s"] * units)
+            assert row["more"]["flops_to_plain"] == pytest.approx(units, abs=0.06)
+            assert set(row["ratio_to"]) == set(NAMES) - {row["what"].split(":")[0]}
+            assert row["more"]["images_per_s"] > 0
+
+
+@pytest.mark.parametrize("kind", [RESNET, VIT], ids=lambda kind: kind.name)
+def test_steps_are_what_they_are_said_to_be(kind: steps.Kind) -> None:
+    steps.check(replace(kind, precision="float64"), CPU)
+
+
+def test_an_attack_of_another_direction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = training_step._original_gradient
+
+    def descends(*arguments: object) -> object:
+        loss, gradient = right(*arguments)  # type: ignore[arg-type]
+        return loss, -gradient
+
+    monkeypatch.setattr(training_step, "_original_gradient", descends)
+    with pytest.raises(UnequalError, match="exact's perturbation differs"):
+        steps.check(replace(RESNET, precision="float64"), CPU)
+
+
+def test_a_fused_step_with_another_perturbation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own view y unperturbed: the loss is near, the gradients are others."""
+    right = training_step._fused_step
+
+    def without_attack(run: training_step.Pretraining, *arguments: object) -> object:
+        return right(replace(run, attack=replace(run.attack, epsilon=0.0)), *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training_step, "_fused_step", without_attack)
+    with pytest.raises(UnequalError, match="fused differs"):
+        steps.check(replace(RESNET, precision="float64"), CPU)
