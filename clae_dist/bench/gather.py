@@ -114,16 +114,19 @@ def measure_loss(objective: str, world: World, settings: Settings, networks: dic
         sent = round(world.mean(torch.tensor(traffic[name].wire_bytes, dtype=torch.float64, device=world.device)).item())
         used = {kind: traffic[name].names.count(kind) for kind in dict.fromkeys(traffic[name].names)}
         note = f"{note}: {', '.join(f'{number} x {kind}' for kind, number in used.items())}"
-        floor = sum(_like(kind, networks).seconds(num_bytes) for kind, num_bytes in traffic[name].sent)
+        floor = sum(_alone(kind, num_bytes, networks, world.size) for kind, num_bytes in traffic[name].sent)
         more = {"collectives": float(len(traffic[name].sent))} | cpu_figure(times[name], world.device)
         median, spread = times[name].median_s, times[name].spread
         rows.append(Row(case, f"{name}: {note}", median, spread, {}, floor, wire_bytes=sent, more=more))
     return with_ratios(rows)
 
 
-def _like(kind: str, networks: dict[str, Network]) -> Network:
-    """The measured collective that is the most like another: scatters and all-to-alls move what a reduce-scatter moves."""
-    return networks[{"allgather": "all_gather", "allreduce": "all_reduce"}.get(kind[:9], "reduce_scatter")]
+def _alone(kind: str, num_bytes: float, networks: dict[str, Network], num_ranks: int) -> float:
+    """Seconds of a collective by the measured one that is the most like it."""
+    like = networks[{"allgather": "all_gather", "allreduce": "all_reduce"}.get(kind[:9], "reduce_scatter")]
+    if kind in ("scatter", "gather"):  # one from each rank move what a reduce-scatter moves, and may overlap
+        return like.alpha_s / num_ranks + like.beta_s_per_byte * num_bytes
+    return like.seconds(num_bytes)
 
 
 def contenders(objective: str, world: World, settings: Settings) -> Iterator[tuple[str, str, Loss]]:

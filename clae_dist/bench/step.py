@@ -44,7 +44,7 @@ class Settings:
     check_batch: int = 4  # images of the comparison in float64
 
 
-CPU = Settings((Kind("ResNet-18", "torchvision/resnet18", 32, 32), Kind("small ViT", "small_vit", 32, 64)), repeats=5)
+CPU = Settings((Kind("ResNet-18", "torchvision/resnet18", 32, 32), Kind("small ViT", "small_vit", 32, 32)), repeats=5)
 QUICK = Settings((Kind("small residual network", "small_resnet", 32, 16), Kind("small ViT", "small_vit", 16, 8)), repeats=3)
 _AT_224 = (("ResNet-50", "torchvision/resnet50", 256), ("ViT-S/16", "timm/vit_small_patch16_224", 256))
 CUDA = Settings(

@@ -88,13 +88,13 @@ def prepare(kind: Kind, attack: Attack, device: torch.device) -> Pretraining:
 
 
 def _small_vit(config: Config) -> PretrainModel:
-    """timm's ViT-tiny with patches of 4 pixels and 4 blocks: 64 tokens at 32 pixels."""
+    """The width of ViT-S (Touvron et al. 2021) with patches of 4 pixels and 4 blocks: 64 tokens at 32 pixels."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         size = config.data.image_size
-        encoder = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=4, depth=4, num_classes=0)
+        encoder = timm.create_model("vit_small_patch16_224", img_size=size, patch_size=4, depth=4, num_classes=0)
         width = encoder.num_features
         model = PretrainModel(encoder, width, width, config.model.projector_dim, config.model.mean, config.model.std)
     add_routes(model.encoder, config.model.adversarial_norm_momentum)
