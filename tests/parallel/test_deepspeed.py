@@ -15,7 +15,7 @@ from clae_dist.config import Attack, ConfigError, Optim, Train
 from clae_dist.world import World
 from tests.parallel.expected_steps import expected_steps
 from tests.parallel.step_kinds import KINDS, STEPS, Seen, Setup, compare, take_step, views
-from tests.parallel.zero import FLOAT32, SGD, STAGES, TOLERANCE, apart, backend_of, setup_of
+from tests.parallel.zero import EVERY_STAGE, FLOAT32, SGD, STAGES, TOLERANCE, apart, backend_of, setup_of
 from tests.ranks import RankPool
 
 # ---- as one process ----
@@ -42,7 +42,7 @@ def check(pair: RankPool, setup: Setup, kinds: list[str], persistent: int = 0) -
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_ranks_train_as_one_process(pair: RankPool, stage: int, norm: str) -> None:
     """All kinds of steps one after another: what one leaves behind would show in the next.
 
@@ -56,7 +56,7 @@ def test_parameters_that_stay_whole_at_stage_3_train_as_one_process(pair: RankPo
     check(pair, setup_of(3), [*KINDS, "plain", "exact"], persistent=1000)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_gradients_are_clipped_to_what_the_config_says_and_the_norm_before_is_returned(pair: RankPool, stage: int) -> None:
     """DeepSpeed's own default has become 1.0."""
     check(pair, setup_of(stage, optim=replace(SGD, clip_norm=0.3)), ["exact", "fused", "plain"])
@@ -111,7 +111,7 @@ def attack_through(world: World, stage: int, through: str) -> tuple[str, float]:
     return "", apart(states[1], states[0])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_an_attack_beside_the_engine_leaves_training_alone(pair: RankPool, stage: int) -> None:
     for raised, difference in pair.run(2, attack_through, stage, "module"):
         assert raised == ""
@@ -160,7 +160,7 @@ def reduced(world: World, stage: int, kinds: list[str]) -> tuple[int, list[list[
     return sum(getattr(p, "ds_numel", p.numel()) for p in backend.model.parameters()), counts
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_gradients_are_reduced_once_a_step(pair: RankPool, stage: int) -> None:
     """Whatever the number of backward passes: fused has two, chunked six and more."""
     for size, counts in pair.run(2, reduced, stage, list(KINDS)):

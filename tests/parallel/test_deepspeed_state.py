@@ -13,7 +13,7 @@ from clae_dist.models import build_model
 from clae_dist.parallel import deepspeed, make_backend
 from clae_dist.world import World
 from tests.parallel.step_kinds import compare, take_step, views
-from tests.parallel.zero import ADAMW, FLOAT32, SGD, STAGES, TOLERANCE, apart, backend_of, go_on, setup_of
+from tests.parallel.zero import ADAMW, EVERY_STAGE, FLOAT32, SGD, TOLERANCE, apart, backend_of, go_on, setup_of
 from tests.ranks import RankPool
 
 # From one stage to another; -1 is DDP. Each stage loads and is loaded from.
@@ -44,7 +44,7 @@ def test_a_run_goes_on_under_another_stage_or_backend(pair: RankPool, move: tupl
             assert apart(mine, theirs) < 10 * TOLERANCE, key  # squares of gradients
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_a_resumed_run_has_the_same_bits(pair: RankPool, stage: int) -> None:
     setup = setup_of(stage, optim=ADAMW)
     straight = pair.run(2, go_on, setup, None, 0, ["exact", "plain", "chunked", "exact"])[0]
@@ -56,7 +56,7 @@ def test_a_resumed_run_has_the_same_bits(pair: RankPool, stage: int) -> None:
     assert pair.run(2, go_on, setup, None, 0, [])[0]["optimizer"] == {}  # before the first step there is none
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_two_ranks_go_on_as_one(pair: RankPool, stage: int) -> None:
     """W 2 to 1, which is DDP's; the norm layers must not mind how many rows a rank has."""
     half = pair.run(2, go_on, setup_of(stage, "group", ADAMW), None, 0, ["exact", "plain"])[0]
@@ -96,7 +96,7 @@ def evaluated(world: World, stage: int) -> tuple[torch.Tensor, dict[str, torch.T
     return features, weights, kept and apart(weights, before["average"]) == 0
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_the_averaged_model_is_whole_on_every_rank(pair: RankPool, stage: int) -> None:
     wanted = pair.run(2, evaluated, -1)
     for (features, weights, kept), (theirs, average, _) in zip(pair.run(2, evaluated, stage), wanted, strict=True):
@@ -118,7 +118,7 @@ def formats(world: World, stage: int) -> tuple[set[torch.dtype], float, bool]:
     return types, torch.nn.functional.cosine_similarity(grads[0], grads[1], dim=0).item(), strides == {1}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_bfloat16_is_an_autocast_around_float32_weights(pair: RankPool, stage: int) -> None:
     for types, cosine, interleaved in pair.run(2, formats, stage):
         assert types == {torch.float32}
