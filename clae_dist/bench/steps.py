@@ -29,7 +29,7 @@ class Kind:
     """An encoder and what it is trained on."""
 
     name: str
-    encoder: str  # as model.encoder, or "small_vit"
+    encoder: str  # as model.encoder, or "four_blocks/NAME", the start of timm's ViT of that name
     image_size: int
     batch: int
     precision: str = "float32"
@@ -64,14 +64,14 @@ def prepare(kind: Kind, attack: Attack, device: torch.device) -> Pretraining:
     config = Config(
         data=Data(image_size=kind.image_size),
         batch=Batch(global_size=kind.batch),
-        model=Model(encoder="small_resnet" if kind.encoder == "small_vit" else kind.encoder),
+        model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder),
         attack=attack,
         # Plain descent in float64: parameters after a step then tell its gradients.
         optim=Optim(name="sgd" if kind.precision == "float64" else "adamw", learning_rate=1e-3, momentum=0.0, weight_decay=0.0),
         train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
     )
     world = World.single(device)
-    model = _small_vit(config) if kind.encoder == "small_vit" else build_model(config, None, device.type == "cuda")
+    model = _small_vit(config, _few_blocks(kind)) if _few_blocks(kind) else build_model(config, None, device.type == "cuda")
     backend = make_backend(config, model, world)
     return Pretraining(
         world=world,
@@ -87,14 +87,20 @@ def prepare(kind: Kind, attack: Attack, device: torch.device) -> Pretraining:
     )
 
 
-def _small_vit(config: Config) -> PretrainModel:
-    """The width of ViT-S (Touvron et al. 2021) with patches of 4 pixels and 4 blocks: 64 tokens at 32 pixels."""
+def _few_blocks(kind: Kind) -> str:
+    """The name of timm's ViT whose first blocks are meant, or ""."""
+    family, _, name = kind.encoder.partition("/")
+    return name if family == "four_blocks" else ""
+
+
+def _small_vit(config: Config, name: str) -> PretrainModel:
+    """A ViT (Touvron et al. 2021) with patches of 4 pixels and 4 blocks: 64 tokens at 32 pixels."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         size = config.data.image_size
-        encoder = timm.create_model("vit_small_patch16_224", img_size=size, patch_size=4, depth=4, num_classes=0)
+        encoder = timm.create_model(name, img_size=size, patch_size=4, depth=4, num_classes=0)
         width = encoder.num_features
         model = PretrainModel(encoder, width, width, config.model.projector_dim, config.model.mean, config.model.std)
     add_routes(model.encoder, config.model.adversarial_norm_momentum)

@@ -121,7 +121,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
 
 def within(value: Difference, dtype: str, rounding: float = 0.0) -> bool:
     """Whether a difference is rounding, which alone takes one process `rounding` (relative) away."""
-    measured = min(value.absolute, value.relative) if dtype == "float64" else value.relative
+    measured = value.absolute if dtype == "float64" else value.relative
     return measured <= max(TOLERANCE[dtype], _TIMES_ROUNDING * rounding)
 
 
@@ -201,7 +201,7 @@ def table(parity: Parity) -> Iterator[str]:
         alone = f"{parity.rounding[name]:.2e}" if parity.rounding else ""
         yield f"  {label:<24}{value.absolute:>12.2e}{value.relative:>12.2e}{alone:>12}   {value.tensor}{verdict}"
     yield f"  {'signs of delta':<24}{parity.delta_sign_agreement:>11.4%}"
-    bar = f"{TOLERANCE[parity.dtype]:g} " + ("absolute or relative" if not parity.rounding else "relative")
+    bar = f"{TOLERANCE[parity.dtype]:g} {'relative' if parity.rounding else 'absolute'}"
     rest = f", or {_TIMES_ROUNDING:g} times what rounding does to one process" if parity.rounding else ""
     yield f"parity: {'passed' if parity.passed else 'FAILED'} (bar: {bar}{rest}; all signs)"
     if parity.cause:

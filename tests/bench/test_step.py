@@ -15,7 +15,7 @@ from clae_dist.contrast import step as training_step
 
 CPU = torch.device("cpu")
 RESNET = steps.Kind("small residual network", "small_resnet", 16, 4)
-VIT = steps.Kind("small ViT", "small_vit", 8, 4)
+VIT = steps.Kind("small ViT", "four_blocks/vit_tiny_patch16_224", 8, 4)
 NAMES = ["plain", "original", "exact", "fused", "fused_half"]
 
 

@@ -359,5 +359,7 @@ def test_a_wrong_gather_is_caught(ranks: RankPool, wrong: str) -> None:
     """Each leaves the forward loss as it is, so that only gradients can tell."""
     config = settings(FGSM, gather="reduce_scatter" if wrong in _WRONG else "log_sum_exp")
     got = differences(4, ranks.run(4, run_step, "group", config, wrong), expected("group", config))
-    assert got["parameter gradients"] > 1e-4  # of 1e-2
-    assert got["input gradient"] > 1e-7  # the bar above is 1e-10
+    # Another's log-sum-exp is close to one's own: that error is smaller, and still a thousand times the bar above.
+    subtle = wrong not in _WRONG
+    assert got["parameter gradients"] > (1e-4 if subtle else 1e-3)
+    assert got["input gradient"] > (1e-7 if subtle else 1e-5)
