@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from clae_dist.config import Attack, Config
-from clae_dist.contrast.encoding import TrainingEncoding
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.step import Pretraining
-from clae_dist.models.norms import routes_are_one_function
 from clae_dist.parallel import Backend
+from clae_dist.training.clock import Clock
+from clae_dist.training.run import make_pretraining
 from clae_dist.world import World
 
 
@@ -32,25 +31,14 @@ def share(world: World, rows: torch.Tensor) -> torch.Tensor:
 
 
 def pretraining(config: Config, world: World, backend: Backend, noise: torch.Tensor | None = None) -> Pretraining:
-    """What a step works with; a batch is a pair (x, y), `noise` that of the whole global batch."""
-    settings = config.objective
+    """What a step works with, as training makes it; a batch is a pair (x, y), `noise` that of the whole global batch."""
 
     def noise_of(batch: Any) -> torch.Tensor:
         assert noise is not None
         return share(world, noise)
 
-    return Pretraining(
-        world=world,
-        attack=config.attack,
-        contrast=Contrast(settings.name, settings.temperature, world, settings.gather, settings.chunk),
-        encoding=TrainingEncoding(backend, config.batch.micro_size),
-        pixel_std=backend.model.std,
-        shared_norms=routes_are_one_function(backend.model),
-        augment=lambda batch: batch,
-        noise=noise_of,
-        attack_statistics=backend.untouched if config.attack.statistics == "untouched" else nullcontext,
-        timed=lambda name: nullcontext(),
-    )
+    run = make_pretraining(config, world, backend, Clock(world.device))
+    return replace(run, augment=lambda batch: batch, noise=noise_of)
 
 
 def attacked(attack: Attack, rows: int) -> list[int]:

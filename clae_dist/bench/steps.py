@@ -6,21 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from clae_dist.bench.measure import assert_equal
 from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
-from clae_dist.contrast.encoding import TrainingEncoding
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.objectives import Rows
 from clae_dist.contrast.step import Pretraining, adversarial_view, attacked_rows, pretrain_step
 from clae_dist.models import PretrainModel, build_model
-from clae_dist.models.norms import add_routes, routes_are_one_function
+from clae_dist.models.norms import add_routes
 from clae_dist.parallel import make_backend
+from clae_dist.training.clock import Clock
+from clae_dist.training.run import make_pretraining
 from clae_dist.world import World
 
 
@@ -73,18 +72,8 @@ def prepare(kind: Kind, attack: Attack, device: torch.device) -> Pretraining:
     world = World.single(device)
     model = _small_vit(config, _few_blocks(kind)) if _few_blocks(kind) else build_model(config, None, device.type == "cuda")
     backend = make_backend(config, model, world)
-    return Pretraining(
-        world=world,
-        attack=attack,
-        contrast=Contrast(config.objective.name, config.objective.temperature, world),
-        encoding=TrainingEncoding(backend),
-        pixel_std=backend.model.std,
-        shared_norms=routes_are_one_function(backend.model),
-        augment=lambda batch: batch,
-        noise=lambda batch: torch.rand_like(batch[0]),
-        attack_statistics=backend.untouched,
-        timed=lambda name: nullcontext(),
-    )
+    run = make_pretraining(config, world, backend, Clock(device))
+    return replace(run, augment=lambda batch: batch, noise=lambda batch: torch.rand_like(batch[0]))
 
 
 def _few_blocks(kind: Kind) -> str:

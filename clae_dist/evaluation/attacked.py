@@ -69,7 +69,8 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     training = model.training
     model.train()
     with untouched_statistics(model):
-        found = adversarial_view(run, clean, mirrored)
+        noise = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=clean.dtype).to(clean.device)
+        found = adversarial_view(run, clean, mirrored, noise=noise if attack.random_start else None)
         anchor, attacked = (run.encoding.constant(images, "adversarial") for images in (clean, found.images))
         loss_after = run.contrast(run.contrast.rows(anchor), run.contrast.rows(attacked))
     model.train(training)

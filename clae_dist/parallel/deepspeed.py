@@ -152,6 +152,7 @@ class DeepSpeedBackend(Backend):
         self._coalescing: ExitStack | None = None  # open from the first backward of a held reduction to the one that reduces
 
     def describe(self) -> str:
+        """The backend in a few words, for the console."""
         return f"deepspeed, ZeRO stage {self.stage}"
 
     def _sharded(self) -> bool:

@@ -44,6 +44,12 @@ class Fsdp2Backend(Backend):
         self._unused: dict[Any, int] = {}  # autograd node of an embedding that no backward has used -> number of its forward
         self._last_forward = -1  # at which a backward in progress switches reduction on
 
+    def describe(self) -> str:
+        """The backend in a few words, for the console."""
+        settings = self.config.parallel
+        kept = "freed" if settings.reshard_after_forward else "kept"
+        return f"fsdp2, parameters in {settings.shard_size or self.world.size} parts, {kept} between forward and backward"
+
     def _shard(self, mesh: DeviceMesh) -> None:
         policy = MixedPrecisionPolicy(*((torch.bfloat16, torch.float32) if self.precision == "bfloat16" else ()))
         as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
