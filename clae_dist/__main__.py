@@ -1,8 +1,6 @@
 """`python -m clae_dist …` is `clae …`."""
 
-import sys
-
-from clae_dist.cli import main
+from clae_dist.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

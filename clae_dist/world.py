@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -134,3 +136,15 @@ def connect(timeout_s: float = 600.0) -> Iterator[World]:
     finally:
         if started_here:
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process, a rank that is done, with `code`: what was registered for its end runs, output is written out.
+
+    The interpreter is not taken down. gloo's threads outlive their group and may be the last to hold a tensor; one that drops
+    it while Python ends aborts the process (pytorch/pytorch#179291), and a rank that had finished would look killed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -86,10 +86,10 @@ import sys
 
 if os.path.isfile("clae_dist/cli.py"):  # a checkout: run it, whichever checkout made this environment
     sys.path.insert(0, os.getcwd())
-from clae_dist.cli import main
+from clae_dist.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
 PY
 # Not `#!$env/bin/python`: such a line can hold neither spaces nor a long path.
 printf '#!/usr/bin/env bash\nexec %q %q "$@"\n' "$env/bin/python" "$env/bin/clae_main.py" | replace "$env/bin/clae.new"

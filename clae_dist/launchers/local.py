@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from clae_dist.config import Config
 from clae_dist.launchers.rank import FAILED, OK, STOPPED, UNEXPECTED, Ending, RankBroke, run_rank
+from clae_dist.world import leave
 
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
 
@@ -43,12 +44,12 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             return run_rank(config, origins, debug, sys.stdout)
         except RankBroke as error:
             return Ending(error.code, str(error))
-    return spawn(workers, _train, config, origins, debug)
+    return spawn(workers, _train, config, origins, debug, advice="The same command goes on from the newest checkpoint.")
 
 
-def spawn(workers: int, work: Callable[..., Ending], *arguments: Any) -> Ending:
+def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: str = "") -> Ending:
     """work(*arguments) in `workers` processes of this machine that `world.connect` joins; the ending of the first that failed,
-    or of any. Ctrl-C and SIGTERM are handed on to them once, as SIGTERM."""
+    or of any, with `advice` where one was killed. Ctrl-C and SIGTERM are handed on to them once, as SIGTERM."""
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -78,7 +79,7 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any) -> Ending:
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return _watch(ranks)
+        return _watch(ranks, advice)
     finally:
         for process in (rank.process for rank in ranks):
             if process.is_alive():
@@ -88,7 +89,7 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any) -> Ending:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[_Rank]) -> Ending:
+def _watch(ranks: Sequence[_Rank], advice: str) -> Ending:
     """Waits for the ranks. When one has failed, the others get a moment to end by themselves; the first failure counts."""
     alive: dict[object, int] = {rank.process.sentinel: number for number, rank in enumerate(ranks)}
     endings: list[Ending] = []
@@ -105,8 +106,7 @@ def _watch(ranks: Sequence[_Rank]) -> Ending:
             if process.exitcode:
                 code = process.exitcode
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                goes_on = "The same command goes on from the newest checkpoint."
-                killed.append(Ending(FAILED, f"rank {number} of {len(ranks)} {how}. {goes_on}"))
+                killed.append(Ending(FAILED, f"rank {number} of {len(ranks)} {how}. {advice}".rstrip()))
             elif ending.poll():
                 endings.append(ending.recv())
     # A killed rank is the cause of what the others then saw.
@@ -131,6 +131,7 @@ def _rank_main(
         ending.send(work(*arguments))
     except RankBroke as error:
         ending.send(Ending(error.code, str(error)))
+    leave(OK)
 
 
 def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:

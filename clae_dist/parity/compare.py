@@ -28,11 +28,14 @@ _SIGN_NOISE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}
 @dataclass(frozen=True)
 class Difference:
     """`absolute`: largest of any element. `relative`: the largest of any tensor, its largest difference over its largest
-    element (or over a thousandth of the largest of all, where a tensor is all but zero). `tensor`: where that is."""
+    element (or over a thousandth of the largest of all, where a tensor is all but zero). `tensor`: where that is. `first`: the
+    first tensor, in the model's order, that differs by more than rounding, and `first_by`, the difference that says so."""
 
     absolute: float
     relative: float
     tensor: str = ""
+    first: str = ""
+    first_by: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,28 @@ class Parity:
         return found
 
 
-def difference(found: Tensors, wanted: Tensors) -> Difference:
-    """Between tensors of the same names. A missing, extra or non-finite tensor is infinitely far."""
+def difference(found: Tensors, wanted: Tensors, dtype: str = "float64", rounding: float = 0.0) -> Difference:
+    """Between tensors of the same names, computed in `dtype`, which alone takes one process `rounding` (relative) away.
+
+    A missing, extra or non-finite tensor is infinitely far.
+    """
+    bar = max(TOLERANCE[dtype], _TIMES_ROUNDING * rounding)
+    apart = dict(_apart(found, wanted))
+    first, first_by = "", 0.0
+    for name, pair in apart.items():
+        measured = pair[0] if dtype == "float64" else pair[1]
+        if measured > bar:
+            first, first_by = name, measured
+            break
+    tensor = max(apart, key=lambda name: apart[name][1], default="")
+    absolute = max((pair[0] for pair in apart.values()), default=0.0)
+    return Difference(absolute, apart[tensor][1] if apart else 0.0, tensor, first, first_by)
+
+
+def _apart(found: Tensors, wanted: Tensors) -> Iterator[tuple[str, tuple[float, float]]]:
+    """(name, (absolute, relative)) of each tensor in the order of `wanted`, what only `found` has at the end."""
     largest = max((float(value.abs().max()) for value in wanted.values() if value.numel()), default=0.0)
-    worst = Difference(0.0, 0.0, "")
-    absolute = 0.0
-    for name in sorted(found.keys() | wanted.keys()):
+    for name in dict.fromkeys([*wanted, *found]):
         apart = relative = float("inf")
         if name in found and name in wanted and found[name].shape == wanted[name].shape:
             reference = wanted[name].double()
@@ -78,31 +97,31 @@ def difference(found: Tensors, wanted: Tensors) -> Difference:
             relative = apart / scale if scale else apart
         if not apart < float("inf"):
             apart = relative = float("inf")
-        absolute = max(absolute, apart)
-        if relative > worst.relative or not worst.tensor:
-            worst = Difference(apart, relative, name)
-    return Difference(absolute, worst.relative, worst.tensor)
+        yield name, (apart, relative)
 
 
-def _differences(found: Observation, wanted: Observation) -> dict[str, Difference]:
-    return {
-        "loss": difference({"loss": found.loss}, {"loss": wanted.loss}),
-        "param_grad": difference(found.grads, wanted.grads),
-        "input_grad": difference({"images": found.input_grad}, {"images": wanted.input_grad}),
-        "params_after": difference(found.params_after, wanted.params_after),
+def _differences(found: Observation, wanted: Observation, dtype: str, rounding: dict[str, float]) -> dict[str, Difference]:
+    pairs: dict[str, tuple[Tensors, Tensors]] = {
+        "loss": ({"loss": found.loss}, {"loss": wanted.loss}),
+        "param_grad": (found.grads, wanted.grads),
+        "input_grad": ({"images": found.input_grad}, {"images": wanted.input_grad}),
+        "params_after": (found.params_after, wanted.params_after),
     }
+    return {name: difference(*pair, dtype, rounding.get(name, 0.0)) for name, pair in pairs.items()}
 
 
 def compare(config: Config, world_size: int, dtype: str, many: Observation, single: Observation, one: Observation) -> Parity:
     """W ranks (`many`) and one process (`single`) in `dtype` against one process in float64 (`one`, `single` itself there)."""
-    rounding = {} if dtype == "float64" else {name: value.relative for name, value in _differences(single, one).items()}
+    rounding: dict[str, float] = {}
+    if dtype != "float64":
+        rounding = {name: value.relative for name, value in _differences(single, one, dtype, {}).items()}
     noise = _SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
     same = torch.ones(0)  # nothing is attacked
     if one.signs.numel():
         same = (many.signs == one.signs)[one.input_grad.abs() > noise]
     agreement = float(same.double().mean()) if same.numel() else 1.0
-    found = _differences(many, one)
-    wrong = [name for name, value in found.items() if not within(value, dtype, rounding.get(name, 0.0))]
+    found = _differences(many, one, dtype, rounding)
+    wrong = [name for name, value in found.items() if value.first]
     if agreement < 1:
         wrong.append("delta_sign_agreement")
     cause = likely_cause(config, world_size, dtype, wrong, many, one) if wrong else ""
@@ -117,12 +136,6 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
         cause=cause,
         rounding=rounding,
     )
-
-
-def within(value: Difference, dtype: str, rounding: float = 0.0) -> bool:
-    """Whether a difference is rounding, which alone takes one process `rounding` (relative) away."""
-    measured = value.absolute if dtype == "float64" else value.relative
-    return measured <= max(TOLERANCE[dtype], _TIMES_ROUNDING * rounding)
 
 
 def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], many: Observation, one: Observation) -> str:
@@ -143,7 +156,7 @@ def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], 
             f"the encoder draws random numbers in its forward ({', '.join(random_layers(model)[:3])}), other ones on every "
             "rank; build it without dropout and drop path to compare."
         )
-    if not within(difference({"": many.clean}, {"": one.clean}), dtype):
+    if difference({"clean": many.clean}, {"clean": one.clean}, dtype).first:
         return (
             "the loss itself: rows are paired with wrong positives (the offset of a rank's rows), or ranks have other weights."
         )
@@ -197,7 +210,7 @@ def table(parity: Parity) -> Iterator[str]:
         ("parameters after steps", "params_after"),
     ):
         value: Difference = getattr(parity, name)
-        verdict = "" if within(value, parity.dtype, parity.rounding.get(name, 0.0)) else "   <- differs"
+        verdict = f"   <- differs, {value.first} first, by {value.first_by:.2e}" if value.first else ""
         alone = f"{parity.rounding[name]:.2e}" if parity.rounding else ""
         yield f"  {label:<24}{value.absolute:>12.2e}{value.relative:>12.2e}{alone:>12}   {value.tensor}{verdict}"
     yield f"  {'signs of delta':<24}{parity.delta_sign_agreement:>11.4%}"

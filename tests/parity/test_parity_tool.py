@@ -105,7 +105,7 @@ def test_a_wrong_gather_fails_with_its_usual_cause(ranks: RankPool, wrong: str, 
     assert cause in found.cause
     lines = "\n".join(table(found))
     assert "FAILED" in lines
-    assert found.param_grad.tensor in lines
+    assert f"differs, {found.param_grad.first} first, by" in lines
 
 
 def test_local_statistics_are_named_as_the_cause(ranks: RankPool) -> None:
@@ -144,6 +144,17 @@ def test_differences_that_are_no_rounding() -> None:
         {**one, "a": torch.ones(3)},
     ):
         assert difference(wrong, one).absolute == float("inf")
+    assert difference({**one, "b": one["a"]}, one).first == "b"
+
+
+def test_the_first_tensor_that_differs_is_told_from_the_one_that_differs_most() -> None:
+    right = {"z": torch.ones(2), "m": torch.ones(2), "a": torch.ones(2)}  # as the model orders them
+    found = difference({**right, "m": torch.full((2,), 1.001), "a": torch.full((2,), 3.0)}, right)
+    assert (found.first, found.tensor) == ("m", "a")
+    assert found.first_by == pytest.approx(1e-3, rel=1e-3)
+    # What rounding alone does to one process is no difference, threefold.
+    assert difference({**right, "m": torch.full((2,), 1.001)}, right, "float32", rounding=5e-4).first == ""
+    assert difference({**right, "m": torch.full((2,), 1.002)}, right, "float32", rounding=5e-4).first == "m"
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,137 @@
+"""The arguments of `clae …`, and their help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clae_dist import __version__
+
+_EXIT_CODES = """\
+exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank failed; 5 storage;
+            75 stopped on request with everything saved (start the same command again); 130 ended at once by Ctrl-C;
+            doctor: 1 where it found a problem
+"""
+
+_CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
+_OVERRIDES_HELP = (
+    "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
+)
+_PARITY = """\
+Runs a recipe's model, attack and optimiser in W processes and in one, on the same global batch of made-up images, and compares
+loss, every parameter gradient, the input gradient, the signs of delta, and the parameters after some steps. In float64 (float32
+under DeepSpeed) differences are rounding or a mistake. Run it on your cluster before you spend money on it:
+
+  clae parity configs/cifar10/clae.yaml --world-size 4 --backend fsdp2
+  torchrun --nnodes 2 --nproc-per-node 8 … -m clae_dist parity configs/imagenet/clae.yaml     (torchrun's ranks are the W)
+
+exit code 0: the same; 1: not, and the first tensor that differs is named with what usually causes it.
+"""
+_BENCH = """\
+Measures this machine. What is compared is first found equal (loss and gradients against float64; steps bit for bit), then
+timed in turns, so that what disturbs the machine disturbs all of it. With `pip install clae-dist[bench]`, lightly's and
+open_clip's losses are among it.
+
+  contrast   one rank's loss, forward and backward: 512 rows (both views) against 8,192 and 1,024 against 32,768, then 512
+             against up to a million. Floor: four matrix products, rows x all rows x width, timed in turns with the rest.
+  gather     the loss on 2 and 4 processes (under torchrun: on its ranks, your network): collectives, and the bytes that a
+             rank sends by ring algorithms. Floor: its collectives alone, by latency alpha_s and beta_s_per_byte as measured.
+  step       training steps (forward, attack, backward, optimiser) of plain SimCLR and of each attack.cost. Floor: plain's
+             time times the forward and backward units that the step needs.
+
+Each row: case; what ("name: what it is"); median_s; spread (interquartile range over median); ratio_to: {name: this median
+over that of another row of the case}; floor_s; added_bytes (peak memory of one call over what was there before) or
+wire_bytes, and bytes_ratio_to, the same of these; more: further figures, of which cpu_s, seconds of all cores in the best
+repeat, is what other processes disturb the least. OMP_NUM_THREADS sets torch's threads. Progress goes to stderr.
+"""
+
+
+if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `clae` understands; `command` of the namespace is the subcommand's name."""
+    top = argparse.ArgumentParser(
+        prog="clae",
+        description="Contrastive learning with adversarial examples (CLAE) on a global batch.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"clae-dist {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_runs(commands)
+    _add_results(commands)
+    _add_proofs(commands)
+    return top
+
+
+def _add(commands: _Commands, name: str, summary: str, description: str = "", recipe: str = "") -> argparse.ArgumentParser:
+    """A subcommand with --debug and, where `recipe` is "needed" or "optional", with CONFIG and key=value."""
+    sub = commands.add_parser(
+        name,
+        help=summary,
+        description=description or summary,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's own log")
+    if recipe == "needed":
+        sub.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
+    elif recipe == "optional":
+        sub.add_argument("config", metavar="CONFIG", nargs="?", help=f"{_CONFIG_HELP}; may be left out")
+    if recipe:
+        sub.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+    return sub
+
+
+def _add_runs(commands: _Commands) -> None:
+    train = _add(
+        commands,
+        "train",
+        "pretrain an encoder; on a run that was interrupted, go on where its newest checkpoint is",
+        recipe="needed",
+    )
+    train.add_argument("--launcher", choices=("ray", "torchrun", "local"), help="who starts the ranks (over launch.launcher)")
+    _add(commands, "config", "print the resolved settings, and where each comes from", recipe="needed")
+    dry_run = _add(
+        commands,
+        "dry-run",
+        "build ranks, data, model and optimiser of a recipe and run one tiny step; no tracking, no evaluation",
+        recipe="needed",
+    )
+    dry_run.add_argument("--launcher", choices=("ray", "local"), help="who starts the ranks (default: launch.launcher)")
+
+
+def _add_results(commands: _Commands) -> None:
+    evaluate = _add(commands, "evaluate", "kNN and linear probe of a run's encoder, before and after pretraining")
+    report = _add(commands, "report", "write a run's report (HTML, PNGs) and summary.json, and print the table")
+    export = _add(commands, "export", "write the encoder as safetensors that timm or torchvision load without this package")
+    for sub in (evaluate, report, export):
+        sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, such as runs/clae")
+    report.add_argument(
+        "--compare", type=Path, metavar="RUN", help="another run that has a report, for the table's second column"
+    )
+    export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
+
+
+def _add_proofs(commands: _Commands) -> None:
+    parity = _add(commands, "parity", "prove on this machine that W processes compute what one would", _PARITY, "optional")
+    parity.add_argument("--world-size", type=int, default=2, metavar="W", help="ranks on this machine (default 2)")
+    parity.add_argument("--backend", choices=("ddp", "fsdp2", "deepspeed"), help="over parallel.backend")
+    parity.add_argument("--steps", type=int, default=3, metavar="K", help="optimiser steps to compare after (default 3)")
+    parity.add_argument(
+        "--rows", type=int, default=4, metavar="B", help="images a rank (default 4); one process holds W times as many"
+    )
+    parity.add_argument("--json", action="store_true", help="print one JSON object")
+    bench = _add(commands, "bench", "measure the loss, the gather or the training step on this machine, beside others'", _BENCH)
+    bench.add_argument("bench", choices=("contrast", "step", "gather"), help="what to measure")
+    bench.add_argument("--json", action="store_true", help="print one JSON object: versions, machine, notes, rows")
+    bench.add_argument("--quick", action="store_true", help="only small sizes, few repeats: a minute")
+    _add(
+        commands,
+        "doctor",
+        "check versions, devices, collectives, shards, disk, shared memory, MLflow; with CONFIG also what that recipe needs",
+        recipe="optional",
+    )
