@@ -34,11 +34,14 @@ class Data:
     shuffle_shards: int = 8  # shards whose samples are shuffled together
     workers: int = _no_effect(-1)  # loader processes a rank; -1 chooses from the cores of this machine
     verify: Literal["sha256", "size"] = _no_effect("sha256")  # how shards are checked when a run starts
+    # Images that cannot be decoded, for which others stand in, before a run ends: a share of all (below 1), or a number.
+    max_bad: float = _no_effect(0.001)
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")
         _require(self.streams >= 0, "data.streams", self.streams, "use 0 (automatic) or a divisor of batch.global_size.")
         _require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "use at least 1.")
+        _require(self.max_bad >= 0, "data.max_bad", self.max_bad, "use 0 (none), a share below 1 or a number of images.")
         _require(self.workers >= -1, "data.workers", self.workers, "use -1 (automatic), 0 (in the training process) or more.")
 
 

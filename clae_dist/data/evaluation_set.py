@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from clae_dist.data.draws import permutation
 from clae_dist.data.loader import forkserver, leave_signals_to_the_rank
 from clae_dist.data.manifest import Manifest
-from clae_dist.data.shards import ShardReader
+from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.views import centre_view
 
 
@@ -30,16 +30,24 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def images(self, ids: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (b, 3, S, S) and labels int64 (b,) of these ids."""
-        pairs = [self._reader.read(*self._reader.place(int(sample))) for sample in ids]
-        views = [centre_view(image, self._image_size) for image, _ in pairs]
-        return torch.stack(views), torch.tensor([label for _, label in pairs])
+    def images(self, ids: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """uint8 (b, 3, S, S), labels int64 (b,) and ids int64 (b,) of these; what cannot be decoded is left out."""
+        size = self._image_size
+        views, labels, found = [torch.empty((0, 3, size, size), dtype=torch.uint8)], [], []
+        for sample in map(int, ids):
+            try:
+                image, label = self._reader.read(*self._reader.place(sample))
+            except BadSampleError:
+                continue
+            views.append(centre_view(image, size)[None])
+            labels.append(label)
+            found.append(sample)
+        return torch.cat(views), torch.tensor(labels, dtype=torch.int64), torch.tensor(found, dtype=torch.int64)
 
     def batches(
         self, batch_size: int, start: int = 0, step: int = 1
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Images, labels and ids of every `step`-th batch from the `start`-th on: ranks share a set with (rank, size)."""
+        """`images` of every `step`-th batch from the `start`-th on: ranks share a set with (rank, size)."""
         loader = DataLoader(
             _Batches(self, batch_size),
             batch_size=None,
@@ -60,4 +68,4 @@ class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids = self._images.ids[first : first + self._batch_size]
-        return *self._images.images(ids), torch.from_numpy(ids)
+        return self._images.images(ids)

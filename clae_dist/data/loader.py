@@ -32,10 +32,11 @@ _DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
 class Batch(NamedTuple):
     """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
 
-    views: torch.Tensor  # uint8 (2, B, 3, S, S): cropped, not yet augmented
+    views: torch.Tensor  # uint8 (2, B, 3, S, S), each interleaved in memory: cropped, not yet augmented
     draws: torch.Tensor  # float32 (2, B, AUGMENT_DRAWS) in [0, 1), for the augmentation on the device
     ids: torch.Tensor  # int64 (B,): index of the sample in its split
     labels: torch.Tensor  # int64 (B,): -1 without label
+    bad: dict[str, str]  # samples that could not be decoded, with reasons; another of their shard is in their place
 
 
 class TwoViews(Dataset[Batch]):
@@ -58,18 +59,18 @@ class TwoViews(Dataset[Batch]):
         size, rows = self._config.data.image_size, len(places.ids)
         # One line of numbers a view and sample, whoever asks: two world sizes train on the same pixels.
         draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epoch, places.ids) for view in (0, 1)])
-        images, labels = zip(
-            *(self._reader.read(s, r) for s, r in zip(places.shards.tolist(), places.rows.tolist(), strict=True)), strict=True
-        )
+        read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
+        images, labels, bad = zip(*read, strict=True)
         heights, widths = np.array([image.shape[1:] for image in images]).T
-        views = torch.empty((2, rows, 3, size, size), dtype=torch.uint8)
+        views = torch.empty((2, rows, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
         for view in (0, 1):
             cut, settings = draws[view, :, :CROP_DRAWS], self._config.augment
             boxes = crop_boxes(cut, heights, widths, settings.crop_scale, settings.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
         augment_draws = torch.from_numpy(draws[:, :, CROP_DRAWS:].astype(np.float32))
-        return Batch(views, augment_draws, torch.from_numpy(places.ids), torch.tensor(labels))
+        skipped = {sample: reason for found in bad for sample, reason in found.items()}
+        return Batch(views, augment_draws, torch.from_numpy(places.ids), torch.tensor(labels), skipped)
 
 
 def make_order(config: Config, reader: ShardReader) -> Order:

@@ -14,6 +14,14 @@ from clae_dist.data.manifest import DataError, Manifest
 _OPEN_SHARDS = 512
 
 
+class BadSampleError(DataError):
+    """A sample that cannot be decoded. `sample` names it, `reason` says why."""
+
+    def __init__(self, sample: str, reason: str, way_out: str) -> None:
+        super().__init__(f"{sample} cannot be decoded ({reason}); {way_out}")
+        self.sample, self.reason = sample, reason
+
+
 class ShardReader:
     """The images of one split, by (shard, row). Opens shards when first read; safe to send to loader processes."""
 
@@ -45,17 +53,35 @@ class ShardReader:
         return mapped, self.manifest.index(record)
 
     def read(self, shard: int, row: int) -> tuple[torch.Tensor, int]:
-        """The decoded image, uint8 (3, H, W), and its label (-1: none). Raises DataError, naming shard and row."""
+        """The decoded image, uint8 (3, H, W), and its label (-1: none). Raises BadSampleError, naming shard and row."""
         mapped, index = self._open(shard)
         offset, length, label = index[row].tolist()
         try:
             return decode_rgb(mapped[offset : offset + length]), label
         except DecodeError as error:
             name = self.manifest.splits[self.split][shard].name
-            raise DataError(
-                f"sample {row} of {name} cannot be decoded ({error}); "
-                f"`python -m data_prep verify {self.manifest.folder}` says whether the shard has changed."
+            raise BadSampleError(
+                f"sample {row} of {name}",
+                str(error),
+                f"`python -m data_prep verify {self.manifest.folder}` says whether the shard has changed.",
             ) from None
+
+    def read_or_next(self, shard: int, row: int) -> tuple[torch.Tensor, int, dict[str, str]]:
+        """Image and label of the sample, or of the next one in its shard that can be decoded (after the last, the first).
+
+        The third: samples that cannot be, with reasons. Which sample stands in depends on nothing but the shard.
+        Raises DataError when the shard has none.
+        """
+        bad: dict[str, str] = {}
+        for other in (*range(row, self.sizes[shard]), *range(row)):
+            try:
+                return *self.read(shard, other), bad
+            except BadSampleError as error:
+                bad[error.sample] = error.reason
+        name = self.manifest.splits[self.split][shard].name
+        raise DataError(
+            f"none of the {len(bad)} samples of {name} can be decoded ({next(iter(bad.values()))}); prepare the set again."
+        )
 
     def place(self, sample: int) -> tuple[int, int]:
         """Shard and row of a sample's id (its index in the split)."""

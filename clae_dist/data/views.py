@@ -42,11 +42,12 @@ def crop_boxes(
 
 
 def resized_crop(image_3HW: torch.Tensor, box: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 (3, size, size): the box of an image, antialiased bilinear."""
+    """uint8 (3, size, size): the box of an image, antialiased bilinear. Interleaved, as decoders write it."""
     top, left, height, width = box.tolist()
     cut = image_3HW[None, :, top : top + height, left : left + width]
     if (height, width) == (size, size):
         return cut[0]
+    cut = cut.contiguous(memory_format=torch.channels_last)  # torch's fast way; a strided cut takes twice as long
     return F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
 
 

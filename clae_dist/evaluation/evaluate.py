@@ -98,15 +98,25 @@ def _compare(
     # Small images decode at 10,000 a second and core: next to that, starting processes costs more than they save.
     workers = num_workers(config, 1) if config.data.image_size > 64 else 0
 
+    left_out: dict[str, int] = {}
+
     def features(split: str, limit: int = 0) -> list[Features]:
         images = EvaluationSet(manifest, split, config.data.image_size, limit, workers=workers)
         part = f" ({len(images):,} of {manifest.num_samples(split):,})" if limit else ""
         progress = _Progress(say, f"features, {split}{part}", len(images))
-        return extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress)
+        found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress)
+        if len(found[0]) < len(images):
+            left_out[split] = len(images) - len(found[0])
+            say(f"{left_out[split]} of {len(images):,} images of {split} cannot be decoded and were left out.")
+        return found
 
     bank_before, bank = features(config.data.train_split, config.evaluation.train_images)
     test_before, test = features(config.data.test_split)
-    result: dict[str, Any] = {"bank_images": len(bank), "neighbours": _neighbours(bank, test, config.seed)}
+    result: dict[str, Any] = {
+        "bank_images": len(bank),
+        "left_out": left_out,
+        "neighbours": _neighbours(bank, test, config.seed),
+    }
     if not (bank.labelled and test.labelled):
         say("this set has images without a class: no accuracies. Prepare it from class folders to get them.")
         return result

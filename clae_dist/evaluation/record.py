@@ -101,6 +101,7 @@ def summarise(record: Record) -> dict[str, Any]:
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
+        "bad_samples": int(next(reversed(record.series("bad_samples")[1]), 0)),
         "wall_s": record.train_s,
         "evaluation_wall_s": evaluation.get("wall_s"),
         "encoder": record.config.model.encoder,

@@ -167,7 +167,7 @@ def _attack_page(record: Record, manifest: Manifest | None, album: _Album, say: 
     except ConfigError as error:
         return [title, page.note(f"There is no trained model to attack: {error}")]
     images = EvaluationSet(manifest, config.data.train_split, config.data.image_size, ATTACK_BATCH, config.seed)
-    batch, _ = images.images(images.ids)
+    batch, *_ = images.images(images.ids)
     attacked = attack_images(config, model.to("cuda" if torch.cuda.is_available() else "cpu"), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
     png = album.keep("adversarial", draw_triples(attacked))
@@ -195,7 +195,7 @@ def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) ->
         return [title, page.note("The images that were evaluated are not where config.yaml says, so they cannot be shown.")]
     data = record.config.data
     train, test = (EvaluationSet(manifest, split, data.image_size) for split in (data.train_split, data.test_split))
-    query_images, _ = test.images([query["id"] for query in found])
+    query_images, *_ = test.images([query["id"] for query in found])
     neighbour_images = [train.images(query["neighbour_ids"])[0] for query in found]
     right, shown = share_right(found)
     png = album.keep("neighbours", draw_neighbours(found, query_images, neighbour_images, manifest.classes))
@@ -214,6 +214,11 @@ def _settings(record: Record, summary: dict[str, Any]) -> list[str]:
         "trained with clae-dist": identity.get("package_version", "–"),
         "git revision": identity.get("git_revision") or "–",
         "manifest digest": summary["manifest_digest"] or "–",
+        "images that could not be decoded": (
+            f"{summary['bad_samples']}; others of their shards stood in, bad-samples.jsonl names them"
+            if summary["bad_samples"]
+            else "none"
+        ),
         "backend": "{} over {}, {} ranks".format(*(identity.get(key, "–") for key in ("backend", "collectives", "world_size"))),
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
         "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",

@@ -55,6 +55,8 @@ class ConsoleTracker:
         if speed > 0:
             parts.append(f"{speed:6.0f} images/s")
         parts += [f"{word} {metrics[key]:3.0f} %" for word, key in SHARES if key in metrics]
+        if metrics.get("bad_samples"):
+            parts.append(f"{metrics['bad_samples']:.0f} bad samples")
         if "learning_rate" in metrics:
             parts.append(f"lr {metrics['learning_rate']:.3g}".ljust(len("lr 0.00123")))
         if speed > 0 and math.isfinite(speed):

@@ -33,6 +33,7 @@ from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import load_checkpoint, save_checkpoint
 from clae_dist.runs.folder import Identity, open_run_folder
 from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, check_tracking, new_run_key
+from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.plan import Plan, describe
@@ -76,7 +77,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
 
     identity: Identity = world.run_on_main(open_folder)
     backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
-    first_step, train_s = _resume(config, world, backend, say)
+    first_step, train_s, bad = _resume(config, world, backend, say)
     for line in describe(plan, world, backend):
         say(line)
     if first_step:
@@ -99,7 +100,8 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         )
     status: Status = "failed"
     try:
-        outcome = _Loop(config, world, backend, manifest, plan, tracker, stop, say).run(first_step, train_s)
+        skipped = BadSamples(config.data.max_bad, plan.num_samples, config.folder, bad)
+        outcome = _Loop(config, world, backend, manifest, plan, tracker, stop, skipped, say).run(first_step, train_s)
         status = outcome.status
         if world.is_main and status == "finished" and config.tracking.name != "none":
             _log_encoder(config, tracker, manifest, say)
@@ -143,17 +145,18 @@ def open_data(config: Config, world: World, say: Say) -> Manifest:
     return manifest
 
 
-def _resume(config: Config, world: World, backend: Backend, say: Say) -> tuple[int, float]:
-    """Loads the newest whole checkpoint, if any; returns the steps that are done and the seconds that they took."""
+def _resume(config: Config, world: World, backend: Backend, say: Say) -> tuple[int, float, dict[str, str]]:
+    """Loads the newest whole checkpoint, if any; the steps that are done, the seconds that they took, their bad samples."""
     state = load_checkpoint(config.folder, say)
     step, train_s = 0, 0.0
+    bad: dict[str, str] = {}
     if state is not None:
         backend.load_state(state)
-        step, train_s = int(state["step"]), float(state["train_s"])
+        step, train_s, bad = int(state["step"]), float(state["train_s"]), state.get("bad_samples", {})
     world.agree(
         step == world.broadcast(step), f"ranks found different checkpoints; is {config.folder} on storage that all hosts share?"
     )
-    return step, train_s
+    return step, train_s, bad
 
 
 def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
@@ -208,10 +211,11 @@ class _Loop:
         plan: Plan,
         tracker: Trackers | NullTracker,
         stop: StopRequest,
+        bad: BadSamples,
         say: Say,
     ) -> None:
         self.config, self.world, self.backend, self.manifest = config, world, backend, manifest
-        self.plan, self.tracker, self.stop, self.say = plan, tracker, stop, say
+        self.plan, self.tracker, self.stop, self.bad, self.say = plan, tracker, stop, bad, say
         self.clock = Clock(world.device)
         self.started = time.perf_counter()
         self.step = self.saved = self.logged = 0
@@ -236,9 +240,12 @@ class _Loop:
         while self.step < plan.total:
             with self.clock.timed("data"):
                 batch, problem = _next(batches, rows, self.world.rank)
-            stopping, broken = self.world.flags_anywhere(self.stop.made(), bool(problem))
+            new = batch is not None and self.bad.new_in(batch.bad)
+            stopping, broken, skipped = self.world.flags_anywhere(self.stop.made(), bool(problem), new)
             if broken:
                 self.world.raise_together(DataError, problem)
+            if skipped:
+                self.bad.add(batch.bad if batch else {}, self.world, self.say)
             if stopping:
                 self._save()
                 reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
@@ -303,6 +310,7 @@ class _Loop:
             "images_per_s": num_images / seconds,
             "data_wait_share": 100 * spent.get("data", 0.0) / seconds,
             "attack_share": 100 * spent.get("attack", 0.0) / seconds,
+            **({"bad_samples": float(len(self.bad.known))} if self.bad.known else {}),
         }
 
     def _save(self) -> None:
@@ -320,6 +328,7 @@ class _Loop:
             "step": self.step,
             "images_seen": self.plan.images_seen(self.step),
             "train_s": time.perf_counter() - self.started,
+            "bad_samples": self.bad.known,
         }
         keep = self.config.train.checkpoint_keep
         self.world.run_on_main(lambda: save_checkpoint(self.config.folder, self.step, state, keep) and None)

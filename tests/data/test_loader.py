@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,14 @@ def batches(manifest: Manifest, rank: int = 0, size: int = 1, workers: int = 0, 
 
 
 def together(parts: list[Views]) -> Views:
-    return Views(*[torch.cat(tensors, dim=1 if tensors[0].dim() > 1 else 0) for tensors in zip(*parts, strict=True)])
+    *tensors, bad = zip(*parts, strict=True)
+    joined = [torch.cat(part, dim=1 if part[0].dim() > 1 else 0) for part in tensors]
+    return Views(*joined, {sample: reason for part in bad for sample, reason in part.items()})
 
 
 def assert_same(found: Views, wanted: Views) -> None:
     for name, a, b in zip(Views._fields, found, wanted, strict=True):
-        assert torch.equal(a, b), name
+        assert a == b if name == "bad" else torch.equal(a, b), name
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on machines with fewer cores
@@ -89,13 +92,55 @@ def test_a_shard_cut_short_is_named(manifest: Manifest, tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     broken = write_synthetic_set(folder, 10, 20)
-    shard = folder / broken.splits["train"][0].name
-    offset = int(broken.index(broken.splits["train"][0])[3, 0])
-    data = bytearray(shard.read_bytes())
-    data[offset : offset + 8] = b"notaJPEG"
-    shard.write_bytes(data)
+    damage(broken, 0, [3])
     with pytest.raises(DataError, match=r"sample 3 of train-000000\.tar cannot be decoded"):
         ShardReader(broken, "train").read(0, 3)
+    assert evaluated(broken) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def evaluated(manifest: Manifest) -> list[int]:
+    return [int(sample) for _, _, ids in EvaluationSet(manifest, "train", 16).batches(4) for sample in ids]
+
+
+def damage(manifest: Manifest, shard: int, rows: Iterable[int]) -> None:
+    record = manifest.splits["train"][shard]
+    path = manifest.folder / record.name
+    data = bytearray(path.read_bytes())
+    for row in rows:
+        offset = int(manifest.index(record)[row, 0])
+        data[offset : offset + 8] = b"notaJPEG"
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+def test_what_stands_in_for_a_damaged_image_depends_on_nothing_but_the_shard(tmp_path: Path, size: int, workers: int) -> None:
+    whole = write_synthetic_set(tmp_path / "shards", 40, 20, num_shards=3)
+    right = together(batches(whole)[:5])
+    damage(whole, 1, [2, 3, 12])  # the last one is followed by the first
+    parts = [batches(whole, rank, size, workers if rank == 0 else 0) for rank in range(size)]
+    found = [together([part[step] for part in parts]) for step in range(5)]
+    assert {sample for batch in found for sample in batch.bad} == {f"sample {row} of train-000001.tar" for row in (2, 3, 12)}
+    reader = ShardReader(whole, "train")
+    for row, instead in ((2, 4), (3, 4), (12, 0)):
+        image, label, _ = reader.read_or_next(1, row)
+        assert torch.equal(image, reader.read(1, instead)[0])
+        assert label == reader.read(1, instead)[1]
+    first = int(sum(reader.sizes[:1]))
+    ids = torch.cat([batch.ids for batch in found])
+    assert torch.equal(ids, right.ids)  # batches keep their size and their places
+    same = ~torch.isin(ids, torch.tensor([first + row for row in (2, 3, 12)]))
+    views = torch.cat([batch.views for batch in found], 1)
+    assert torch.equal(views[:, same], right.views[:, same])
+    assert not torch.equal(views, right.views)
+
+
+def test_a_shard_without_a_good_image(tmp_path: Path) -> None:
+    broken = write_synthetic_set(tmp_path / "shards", 10, 20)
+    damage(broken, 0, range(10))
+    with pytest.raises(DataError, match=r"none of the 10 samples of train-000000\.tar can be decoded"):
+        ShardReader(broken, "train").read_or_next(0, 3)
 
 
 def test_evaluation_batches_cover_a_split_once_however_it_is_shared(manifest: Manifest) -> None:

@@ -269,7 +269,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     load = training.load
     if action == "one rank's batch is short" and world.rank == 2:
         training.load = lambda *arguments: (
-            ViewBatch(batch.views[:, :7], batch.draws[:, :7], batch.ids[:7], batch.labels[:7]) for batch in load(*arguments)
+            ViewBatch(batch.views[:, :7], batch.draws[:, :7], batch.ids[:7], batch.labels[:7], {}) for batch in load(*arguments)
         )
     if action == "one gradient is not finite":
         real, count = training.pretrain_step, 0
@@ -369,19 +369,46 @@ def test_a_changed_shard_ends_all_ranks_with_its_name(ranks: RankPool, tmp_path:
     assert "train-000001.tar has sha256" in found[0][1]
 
 
-def test_an_image_that_one_rank_cannot_read_ends_all_ranks_with_its_name(ranks: RankPool, tmp_path: Path) -> None:
-    """Without a check of the checksums, only the rank that meets the image can know."""
-    broken = write_synthetic_set(tmp_path / "shards", 100, 16, num_shards=3)
-    path = broken.folder / broken.splits["train"][1].name
+@pytest.fixture
+def damaged(tmp_path: Path) -> Manifest:
+    """A set with an image that is none any more: without a check of the checksums, only the rank that meets it can know."""
+    found = write_synthetic_set(tmp_path / "damaged", 100, 16, num_shards=3)
+    path = found.folder / found.splits["train"][1].name
     data = bytearray(path.read_bytes())
-    offset = int(broken.index(broken.splits["train"][1])[3, 0])
+    offset = int(found.index(found.splits["train"][1])[3, 0])
     data[offset : offset + 8] = b"notaJPEG"
     path.write_bytes(data)
-    config = recipe(broken, tmp_path / "run")
+    return found
+
+
+def test_an_image_that_one_rank_cannot_read_ends_all_ranks_with_its_name(
+    ranks: RankPool, damaged: Manifest, tmp_path: Path
+) -> None:
+    config = recipe(damaged, tmp_path / "run")
     found = ranks.run(3, outcome, replace(config, data=replace(config.data, verify="size")))
     assert len(set(found)) == 1
     assert found[0][0] == "DataError"
-    assert "sample 3 of train-000001.tar cannot be decoded" in found[0][1]
+    assert "1 of 100 images cannot be decoded, more than the 0 that data.max_bad allows" in found[0][1]
+    assert "sample 3 of train-000001.tar" in found[0][1]
+    lines = (tmp_path / "run" / "bad-samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == ["sample 3 of train-000001.tar"]
+
+
+@pytest.mark.parametrize("allowed", [1, 0.01])
+def test_within_the_budget_another_image_stands_in_for_it_after_a_restart_too(
+    ranks: RankPool, damaged: Manifest, tmp_path: Path, allowed: float
+) -> None:
+    ends = []
+    for name, lose_at in (("undisturbed", 0), ("lost", 5)):
+        config = recipe(damaged, tmp_path / name)
+        config = replace(config, data=replace(config.data, verify="size", max_bad=allowed))
+        if lose_at:
+            assert ranks.run(2, train_on, config, lose_at) == ["lost", "lost"]
+        assert ranks.run(2, train_on, config) == ["finished", "finished"]
+        ends.append(final(config))
+    assert_bitwise(*ends)
+    assert list(ends[0]["bad_samples"]) == ["sample 3 of train-000001.tar"]
+    assert [line["bad_samples"] for line in logged(config) if "bad_samples" in line][-1] == 1
 
 
 def test_fewer_images_than_one_global_batch(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Samples that cannot be decoded: named, counted, and too many of them end the run. All ranks know the same ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from clae_dist.data.manifest import DataError, write_atomically
+from clae_dist.world import World
+
+FILE_NAME = "bad-samples.jsonl"
+_SAID = 10  # on the console; the file names all
+
+
+class BadSamples:
+    """`allowed` is a share of the `num_samples` images a pass (below 1), or a number of them."""
+
+    def __init__(self, allowed: float, num_samples: int, folder: Path, known: dict[str, str]) -> None:
+        self._budget = int(allowed if allowed >= 1 else allowed * num_samples)
+        self._num_samples = num_samples
+        self._file = folder / FILE_NAME
+        self.known = dict(known)  # sample: reason
+
+    def new_in(self, found: dict[str, str]) -> bool:
+        """Whether one of them was not known."""
+        return not found.keys() <= self.known.keys()
+
+    def add(self, found: dict[str, str], world: World, say: Callable[[str], None]) -> None:
+        """Takes what each rank found; a collective. Raises DataError on every rank when they are more than allowed."""
+        new = {sample: reason for part in world.gather_objects(found) for sample, reason in part.items()}
+        for sample, reason in new.items():
+            if sample not in self.known:
+                self.known[sample] = reason
+                if len(self.known) <= _SAID:
+                    say(f"{sample} cannot be decoded ({reason}); the next of its shard is in its place")
+                if len(self.known) == _SAID:
+                    say(f"further ones are named in {self._file} only")
+        if world.is_main:
+            lines = [json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in sorted(self.known.items())]
+            write_atomically(self._file, "".join(lines).encode())
+        if len(self.known) > self._budget:
+            sample, reason = min(self.known.items())
+            raise DataError(
+                f"{len(self.known)} of {self._num_samples} images cannot be decoded, more than the {self._budget} that "
+                f"data.max_bad allows, such as {sample} ({reason}); {self._file} lists them. `python -m data_prep verify` "
+                "says whether the shards have changed; a larger data.max_bad goes on without them."
+            )
