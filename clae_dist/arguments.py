@@ -39,6 +39,8 @@ open_clip's losses are among it.
              rank sends by ring algorithms. Floor: its collectives alone, by latency alpha_s and beta_s_per_byte as measured.
   step       training steps (forward, attack, backward, optimiser) of plain SimCLR and of each attack.cost. Floor: plain's
              time times the forward and backward units that the step needs.
+  data       from shards to views, stage by stage and whole, with processes and with threads, beside Pillow's and torchvision's
+             SimCLR pipeline and plain WebDataset; how many cores a GPU needs. Floor: a JPEG's entropy decoding alone.
 
 Each row: case; what ("name: what it is"); median_s; spread (interquartile range over median); ratio_to: {name: this median
 over that of another row of the case}; floor_s; added_bytes (peak memory of one call over what was there before) or
@@ -125,8 +127,12 @@ def _add_proofs(commands: _Commands) -> None:
         "--rows", type=int, default=4, metavar="B", help="images a rank (default 4); one process holds W times as many"
     )
     parity.add_argument("--json", action="store_true", help="print one JSON object")
-    bench = _add(commands, "bench", "measure the loss, the gather or the training step on this machine, beside others'", _BENCH)
-    bench.add_argument("bench", choices=("contrast", "step", "gather"), help="what to measure")
+    bench = _add(commands, "bench", "measure loss, gather, training step or data on this machine, beside others'", _BENCH)
+    bench.add_argument("bench", choices=("contrast", "step", "gather", "data"), help="what to measure")
+    bench.add_argument("shards", metavar="SHARDS", nargs="?", default="", help="data: a prepared set (default: made-up images)")
+    bench.add_argument(
+        "--images-per-s", type=float, default=0.0, metavar="RATE", help="data: say how many cores feed a GPU that takes so many"
+    )
     bench.add_argument("--json", action="store_true", help="print one JSON object: versions, machine, notes, rows")
     bench.add_argument("--quick", action="store_true", help="only small sizes, few repeats: a minute")
     _add(

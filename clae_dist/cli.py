@@ -106,10 +106,19 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from clae_dist.bench import run_bench
+    from clae_dist.config import ConfigError
 
-    return run_bench(
-        arguments.bench, arguments.quick, arguments.json, print, lambda text: print(text, file=sys.stderr, flush=True)
-    )
+    for option, value in (("SHARDS", arguments.shards), ("--images-per-s", arguments.images_per_s)):
+        if value and arguments.bench != "data":
+            raise ConfigError(
+                f"{option} is {value}, which `clae bench {arguments.bench}` does not use; only `clae bench data` does."
+            )
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    wanted = (arguments.bench, arguments.quick, arguments.json)
+    return run_bench(*wanted, print, progress, arguments.shards, arguments.images_per_s)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,8 @@
-"""`clae bench`: what the loss, the gather and the step cost on this machine, beside others' and beside the floor."""
+"""`clae bench`: what the loss, the gather, the step and the data cost on this machine, beside others' and the floor."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -8,7 +10,7 @@ from clae_dist.bench import contrast, gather, step
 from clae_dist.bench.measure import Say
 
 
-def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say) -> int:
+def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, shards: str = "", rate: float = 0.0) -> int:
     """Measures, and says a table or JSON. Returns 0. Raises UnequalError when what is compared does not compute the same."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "contrast":
@@ -16,6 +18,10 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say) ->
     elif name == "step":
         full = step.CUDA if device.type == "cuda" else step.CPU
         outcome = step.bench(step.QUICK if quick else full, device, progress)
+    elif name == "data":
+        from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
+
+        outcome = data.bench(replace(chunk.QUICK if quick else chunk.Settings(), rate=rate), shards, device, progress)
     else:
         on_main = gather.bench(gather.QUICK if quick else gather.Settings(), progress)
         if on_main is None:  # a rank that torchrun started, other than the first

@@ -171,7 +171,7 @@ def _plain_jpeg_frame(data: bytes) -> int:
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
     """uint8 (3, H, W) from torchvision's decoder, orientation not applied; None where it refuses or is no longer there."""
-    decoder = _torchvision_decoder()
+    decoder = torchvision_decoder()
     if decoder is None:
         return None
     import torch
@@ -183,7 +183,7 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
 
 
 @functools.cache
-def _torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
+def torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
     import torch
 
     try:

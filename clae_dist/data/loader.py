@@ -88,7 +88,7 @@ def num_workers(config: Config, local_size: int) -> int:
 def forkserver() -> BaseContext:
     """A forked child of a process with gloo's and torch's threads may deadlock; the server has none, and imports torch once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["clae_dist.data.preload"])
     return context
 
 

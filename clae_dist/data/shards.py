@@ -52,12 +52,17 @@ class ShardReader:
             )
         return mapped, self.manifest.index(record)
 
-    def read(self, shard: int, row: int) -> tuple[torch.Tensor, int]:
-        """The decoded image, uint8 (3, H, W), and its label (-1: none). Raises BadSampleError, naming shard and row."""
+    def read_bytes(self, shard: int, row: int) -> tuple[bytes, int]:
+        """The encoded image and its label (-1: none)."""
         mapped, index = self._open(shard)
         offset, length, label = index[row].tolist()
+        return mapped[offset : offset + length], label
+
+    def read(self, shard: int, row: int) -> tuple[torch.Tensor, int]:
+        """The decoded image, uint8 (3, H, W), and its label (-1: none). Raises BadSampleError, naming shard and row."""
+        data, label = self.read_bytes(shard, row)
         try:
-            return decode_rgb(mapped[offset : offset + length]), label
+            return decode_rgb(data), label
         except DecodeError as error:
             name = self.manifest.splits[self.split][shard].name
             raise BadSampleError(

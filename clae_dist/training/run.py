@@ -21,7 +21,7 @@ from clae_dist.contrast.step import Pretraining, StepMetrics, pretrain_step
 from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.loader import Batch, load
+from clae_dist.data.loader import Batch, load, num_workers
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest
 from clae_dist.data.noise import uniform_noise
 from clae_dist.evaluation.export import export_encoder
@@ -40,6 +40,7 @@ from clae_dist.training.plan import Plan, describe
 from clae_dist.world import World
 
 Say = Callable[[str], None]
+MOST_WAIT = 5  # percent of the time for data, above which a run says what to change
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class _Loop:
         self.started = time.perf_counter()
         self.step = self.saved = self.logged = 0
         self.last: StepMetrics | None = None
+        self.lines, self.advised = 0, False
         self.shown: StepMetrics | None = None  # of the steps since the last line, the one that it is about
 
     def run(self, first_step: int, train_s: float) -> Outcome:
@@ -304,6 +306,7 @@ class _Loop:
 
     def _speed(self) -> dict[str, float]:
         seconds, spent = self.clock.read()
+        self._advise(100 * spent.get("data", 0.0) / seconds)
         num_images = (self.step - self.logged) * self.config.batch.global_size
         self.logged = self.step
         return {
@@ -312,6 +315,19 @@ class _Loop:
             "attack_share": 100 * spent.get("attack", 0.0) / seconds,
             **({"bad_samples": float(len(self.bad.known))} if self.bad.known else {}),
         }
+
+    def _advise(self, waited: float) -> None:
+        """Says once what to change when data is waited for; the first lines are of a loader that has just been started."""
+        self.lines += 1
+        if waited > MOST_WAIT and self.lines > 2 and not self.advised:
+            self.advised = True
+            workers = num_workers(self.config, self.world.local_size)
+            self.say(
+                f"{waited:.0f} % of the time is spent waiting for data, more than {MOST_WAIT} %: more loader processes "
+                f"(data.workers is {workers} a rank, this machine has {len(os.sched_getaffinity(0))} cores for "
+                f"{self.world.local_size} rank(s)), or smaller images (`python -m data_prep … --resize short=256`); "
+                "`clae bench data` says what a core can do."
+            )
 
     def _save(self) -> None:
         if self.saved == self.step:

@@ -425,3 +425,13 @@ def test_a_batch_that_ranks_cannot_share(ranks: RankPool, shards: Manifest, tmp_
         "ConfigError",
         "batch.global_size is 32, but 3 ranks need equal rows; 30 or 33 would do.",
     )
+
+
+def test_a_run_that_waits_for_data_says_once_what_to_change(
+    shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "MOST_WAIT", -1)
+    said = io.StringIO()
+    assert training.train(recipe(shards, tmp_path / "run"), {}, World.single("cpu"), said).step == STEPS
+    assert said.getvalue().count("of the time is spent waiting for data") == 1
+    assert "data.workers is 0 a rank" in said.getvalue()

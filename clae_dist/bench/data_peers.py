@@ -1,0 +1,83 @@
+"""How others turn shards into samples and JPEGs into two views: what `clae bench data` sets beside ours.
+
+# n images of a chunk, S side of a view
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import functional as pil_functional
+from torchvision.transforms import v2
+
+from clae_dist.data.manifest import Manifest
+
+Jpegs = Sequence[bytes]
+
+
+def pil_crops(jpegs: Jpegs, boxes: np.ndarray, size: int) -> torch.Tensor:
+    """uint8 (2, n, 3, S, S): Pillow decodes once; torchvision cuts `boxes` (2, n, 4), as RandomResizedCrop does."""
+    views = torch.empty((2, len(jpegs), 3, size, size), dtype=torch.uint8)
+    for row, data in enumerate(jpegs):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        for view in (0, 1):
+            top, left, height, width = boxes[view, row].tolist()
+            cut = pil_functional.resized_crop(image, top, left, height, width, [size, size])
+            views[view, row] = pil_functional.pil_to_tensor(cut)
+    return views
+
+
+def huffman_only(jpegs: Jpegs) -> None:
+    """All entropy decoding and nearly nothing else: libjpeg makes one grey pixel of each block of 64."""
+    for data in jpegs:
+        image = Image.open(io.BytesIO(data))
+        image.draft("L", (1, 1))
+        image.load()
+
+
+def simclr_transform(size: int, of: str) -> Callable[[Image.Image], torch.Tensor]:
+    """SimCLR's augmentation as torchvision's users write it: "v1" on Pillow images, "v2" on uint8 tensors."""
+    radius = max(1, size // 20)
+    random_part = [
+        v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(2 * radius + 1, (0.1, 2.0))], 0.5),
+    ]
+    if of == "v1":
+        return v2.Compose([*random_part, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose([v2.ToImage(), *random_part, v2.ToDtype(torch.float32, scale=True)])
+
+
+class PilPairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The usual data set: one JPEG at a time, decoded by Pillow, transformed twice."""
+
+    def __init__(self, jpegs: Jpegs, size: int, of: str = "v1") -> None:
+        self.jpegs, self.transform = jpegs, simclr_transform(size, of)
+
+    def __len__(self) -> int:
+        return len(self.jpegs)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = Image.open(io.BytesIO(self.jpegs[row])).convert("RGB")
+        return self.transform(image), self.transform(image)
+
+
+def webdataset_samples(manifest: Manifest, split: str) -> list[bytes]:
+    """The encoded images of the same shards, by plain WebDataset."""
+    from webdataset.compat import WebDataset
+
+    paths = [str(Path(manifest.folder) / shard.name) for shard in manifest.shards(split)]
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # it leaves its files to the garbage collector
+        return [
+            next(value for key, value in sample.items() if not key.startswith("__") and key != "cls")
+            for sample in WebDataset(paths, shardshuffle=False)
+        ]

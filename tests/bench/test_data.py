@@ -1,0 +1,65 @@
+"""`clae bench data`: one shape with the other benches, equal results first, advice that follows from the figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from clae_dist.bench import chunk, data, data_peers
+from clae_dist.bench.measure import UnequalError
+from clae_dist.cli import main
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+
+SETTINGS = replace(chunk.QUICK, repeats=1, batches=1, rate=1000.0)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 12, 80, num_shards=2)
+
+
+def test_every_stage_beside_its_peers(manifest: Manifest) -> None:
+    outcome = data.bench(SETTINGS, str(manifest.folder), torch.device("cpu"), lambda text: None)
+    found = json.loads(outcome.as_json())
+    names: dict[str, set[str]] = {}
+    for row in found["rows"]:
+        names.setdefault(row["case"], set()).add(row["what"].split(":")[0])
+        assert row["more"]["images_per_s"] == pytest.approx(1 / row["median_s"])
+    assert list(names.values()) == [
+        {"ours", "pil", "decode", "huffman"},
+        {"read", "decode", "crop", "collate", "transfer", "augment"},
+        {"ours", "pil_simclr", "v2_simclr"},
+        {"ours", "webdataset"},
+        {"ours_0", "ours_1", "threads_1", "pil_1"},
+    ]
+    floors = [row["floor_s"] for row in found["rows"] if "two crops, one core" in row["case"]]
+    assert floors == [floors[0]] * 4
+    ready = next(row for row in found["rows"] if "moved work" in row["what"])
+    cores = 1000 * ready["median_s"]
+    assert f"needs {cores:.1f} cores: data.workers={math.ceil(cores)}" in found["notes"][-1]
+
+
+def test_other_pixels_are_not_timed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data_peers.pil_crops
+    monkeypatch.setattr(data_peers, "pil_crops", lambda *arguments: right(*arguments).flip(-1))
+    with pytest.raises(UnequalError, match="two crops differ from Pillow's by up to"):
+        data.bench(SETTINGS, str(manifest.folder), torch.device("cpu"), lambda text: None)
+
+
+def test_other_bytes_are_not_timed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data_peers.webdataset_samples
+    monkeypatch.setattr(data_peers, "webdataset_samples", lambda *arguments: right(*arguments)[::-1])
+    with pytest.raises(UnequalError, match="gives other bytes"):
+        data.bench(SETTINGS, str(manifest.folder), torch.device("cpu"), lambda text: None)
+
+
+def test_options_of_another_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", str(tmp_path)]) == 2
+    assert "which `clae bench step` does not use; only `clae bench data` does" in capsys.readouterr().err
+    assert main(["bench", "data", str(tmp_path / "none")]) == 3
