@@ -58,7 +58,7 @@ class TwoViews(Dataset[Batch]):
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
         # One line of numbers a view and sample, whoever asks: two world sizes train on the same pixels.
-        draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epoch, places.ids) for view in (0, 1)])
+        draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epochs, places.ids) for view in (0, 1)])
         read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
         images, labels, bad = zip(*read, strict=True)
         heights, widths = np.array([image.shape[1:] for image in images]).T

@@ -9,7 +9,7 @@ arithmetic. The samples - T·N samples (fewer than N) at the end of the sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +22,7 @@ from clae_dist.data.draws import permutation
 class Places:
     """Where the samples of a batch lie. All arrays have one entry a sample."""
 
-    epoch: int
+    epochs: np.ndarray  # passes over the sample's set before this one
     shards: np.ndarray  # index of the shard in the split
     rows: np.ndarray  # index of the sample in its shard
     ids: np.ndarray  # index of the sample in the split: the same in every epoch
@@ -68,7 +68,17 @@ class Order:
             shard_of, row_of = self._block_order(epoch, int(block))
             inside = positions[chosen] - starts[block]
             shards[chosen], rows[chosen] = shard_of[inside], row_of[inside]
-        return Places(epoch, shards, rows, self._first_id[shards] + rows)
+        return Places(np.full_like(positions, epoch), shards, rows, self._first_id[shards] + rows)
+
+    def entered(self, first: int, last: int, beginning: bool) -> Iterator[int]:
+        """Shards of the blocks that samples first … last - 1 enter, counted over all epochs; at a `beginning`, or are in."""
+        for epoch in range(first // self.num_samples, -(-last // self.num_samples)):
+            shards, starts = self._epoch_layout(epoch)
+            low, high = first - epoch * self.num_samples, last - epoch * self.num_samples
+            for block, start in enumerate(starts[:-1].tolist()):
+                inside = beginning and start < low < int(starts[block + 1])
+                if inside or max(0, low) <= start < high:
+                    yield from shards[block * self.shuffle_shards : (block + 1) * self.shuffle_shards].tolist()
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Places:
         """The part of global batch `step` that is this rank's."""

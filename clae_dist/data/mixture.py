@@ -1,0 +1,74 @@
+"""The order of several sets at fixed shares, a function as order.py's is: (seed, step) to places, with no state.
+
+Sample n of the run (n = t·N + slot in global batch t) belongs to one set, and is that set's sample number c(n), where c counts
+how many of the samples before n are of the set: a whole part of n times its share, so that every stretch of the run, however
+short, has the shares to within one sample. Each set is passed through again and again, each pass in an order of its own and
+without leaving an image out. Ranks take neighbouring slots: what global batch t holds does not depend on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from clae_dist.data.order import Order, Places
+
+
+class MixedOrder:
+    """`shard_sizes` of each set, and its share; shares add up to 1. Shards and ids are numbered over all sets, in their order.
+
+    An epoch is as many images as the sets hold together.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[Sequence[int]], shares: Sequence[float], global_size: int, shuffle_shards: int, seed: int
+    ) -> None:
+        assert len(shard_sizes) == len(shares), (len(shard_sizes), len(shares))
+        assert abs(sum(shares) - 1) < 1e-9, shares
+        # One stream each, and of one sample a batch: a set's own order has no batches that could leave an image out.
+        self._orders = [Order(sizes, 1, 1, shuffle_shards, seed) for sizes in shard_sizes]
+        self._first_shard = np.concatenate([[0], np.cumsum([len(sizes) for sizes in shard_sizes])])
+        self._first_id = np.concatenate([[0], np.cumsum([order.num_samples for order in self._orders])])
+        self.shares = tuple(shares)
+        self.num_samples = int(self._first_id[-1])
+        self.global_size = global_size
+        self.steps_per_epoch = self.num_samples // global_size
+
+    def counts(self, n: np.ndarray) -> np.ndarray:
+        """(sets, len(n)): how many of the first n samples of the run are of each set. They add up to n."""
+        left, rest = n.astype(np.int64), 1.0
+        found = []
+        for share in self.shares[:0:-1]:
+            taken = np.floor(left * (share / rest)).astype(np.int64)
+            found.append(taken)
+            left, rest = left - taken, rest - share
+        return np.stack([left, *found[::-1]])
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Places:
+        """The part of global batch `step` that is this rank's."""
+        rows = self.global_size // world_size
+        n = step * self.global_size + rank * rows + np.arange(rows + 1)
+        before = self.counts(n)
+        which = np.diff(before, axis=1).argmax(0)  # the set whose count grows
+        number = before[which, np.arange(rows)]
+        epochs, shards, row_of, ids = (np.zeros(rows, np.int64) for _ in range(4))
+        for index, order in enumerate(self._orders):
+            mine = which == index
+            for epoch in np.unique(number[mine] // order.num_samples):
+                chosen = mine & (number // order.num_samples == epoch)
+                places = order.at(int(epoch), number[chosen] % order.num_samples)
+                epochs[chosen] = epoch
+                shards[chosen] = places.shards + self._first_shard[index]
+                row_of[chosen] = places.rows
+                ids[chosen] = places.ids + self._first_id[index]
+        return Places(epochs, shards, row_of, ids)
+
+    def shards_needed(self, steps: range, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, int]]:
+        """(step, shard) in the order of steps: from `step` on any rank may read `shard`, until its set leaves the block."""
+        for step in steps:
+            bounds = self.counts(np.array([step * self.global_size, (step + 1) * self.global_size]))
+            for index, order in enumerate(self._orders):
+                first, last = bounds[index].tolist()
+                for shard in order.entered(first, last, beginning=step == steps.start):
+                    yield step, shard + int(self._first_shard[index])

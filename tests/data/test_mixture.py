@@ -1,0 +1,84 @@
+"""Several sets at fixed shares: as much a function of (seed, step) as the order of one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from clae_dist.data.mixture import MixedOrder
+
+SIZES = ([7, 5, 8], [30, 31], [4])
+SHARES = (0.5, 0.3, 0.2)
+
+
+def order(seed: int = 0, global_size: int = 12, shuffle_shards: int = 2) -> MixedOrder:
+    return MixedOrder(SIZES, SHARES, global_size, shuffle_shards, seed)
+
+
+def which_set(ids: np.ndarray) -> np.ndarray:
+    return np.searchsorted(np.cumsum([sum(sizes) for sizes in SIZES]), ids, side="right")
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (1 / 3, 1 / 3, 1 / 3), (0.5, 0.3, 0.2), (0.07, 0.9, 0.03), (1.0,)])
+def test_every_stretch_has_the_shares_to_within_a_sample_of_each_set(shares: tuple[float, ...]) -> None:
+    mixed = MixedOrder([[10]] * len(shares), shares, 1, 1, 0)
+    for start in (0, 10**9):
+        n = start + np.arange(5000)
+        counts = mixed.counts(n)
+        assert (counts.sum(0) == n).all()
+        steps = np.diff(counts, axis=1)
+        assert set(np.unique(steps)) <= {0, 1}
+        assert (steps.sum(0) == 1).all()  # one set a sample
+        assert np.abs(counts - np.array(shares)[:, None] * n).max() < len(shares)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [0, 7, 10**8])
+def test_a_global_batch_depends_on_no_number_of_ranks(step: int, world_size: int) -> None:
+    whole = order().batch(step)
+    parts = [order().batch(step, rank, world_size) for rank in range(world_size)]
+    for name in ("epochs", "shards", "rows", "ids"):
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name)), name
+
+
+def test_each_set_is_passed_through_again_and_again_without_leaving_an_image_out() -> None:
+    mixed = order(seed=3)
+    ids = np.concatenate([mixed.batch(step).ids for step in range(60)])
+    sets = which_set(ids)
+    for index, sizes in enumerate(SIZES):
+        mine, total = ids[sets == index], sum(sizes)
+        passes = [mine[start : start + total] for start in range(0, len(mine) - total + 1, total)]
+        assert len(passes) >= 3
+        for one in passes:
+            assert len(np.unique(one)) == total
+        assert not all(np.array_equal(one, passes[0]) for one in passes[1:])  # each in an order of its own
+
+
+def test_places_lead_to_the_ids() -> None:
+    sizes = np.concatenate([np.array(part) for part in SIZES])
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    for step in (0, 5, 1000):
+        places = order().batch(step)
+        assert (places.rows < sizes[places.shards]).all()
+        assert np.array_equal(first[places.shards] + places.rows, places.ids)
+
+
+def test_another_seed_is_another_order_of_the_same_sets() -> None:
+    one, other = order(seed=0).batch(3), order(seed=1).batch(3)
+    assert not np.array_equal(one.ids, other.ids)
+    assert np.array_equal(which_set(one.ids), which_set(other.ids))
+
+
+@pytest.mark.parametrize("start", [0, 9, 33])
+def test_shards_are_announced_before_they_are_read(start: int) -> None:
+    mixed = order()
+    known: dict[int, int] = {}
+    for step, shard in mixed.shards_needed(range(start, start + 40)):
+        known.setdefault(shard, step)
+        last = step
+    for step in range(start, start + 40):
+        for shard in mixed.batch(step).shards.tolist():
+            assert known[shard] <= step
+    assert last < start + 40
+    again = [step for step, shard in mixed.shards_needed(range(start, start + 40)) if shard == 5]
+    assert len(again) > 3  # a small set is passed through many times, and may have left the cache
