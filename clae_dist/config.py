@@ -17,9 +17,12 @@ def _require(condition: bool, key: str, value: object, way_out: str) -> None:
         raise ConfigError(f"{key} is {value!r}; {way_out}")
 
 
+_NO_EFFECT = {"no_effect_on_result": True}
+
+
 def _no_effect(default: Any) -> Any:
     """A field that changes how a run is executed or watched, never its result: a resumed run may change it."""
-    return field(default=default, metadata={"no_effect_on_result": True})
+    return field(default=default, metadata=_NO_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Data:
     """Which shards, and in which order they are read."""
 
     shards: str = _no_effect("")  # folder that data_prep wrote; what is in it is checked by its digest instead
+    # Further sets, and the share of every global batch that comes from each; data.shards has the rest, and is evaluated on.
+    mixture: dict[str, float] = field(default_factory=dict, metadata=_NO_EFFECT)
     train_split: str = "train"
     test_split: str = "test"
     image_size: int = 224  # pixels a side of each view
@@ -41,6 +46,12 @@ class Data:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")
         _require(self.streams >= 0, "data.streams", self.streams, "use 0 (automatic) or a divisor of batch.global_size.")
         _require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "use at least 1.")
+        for name, share in self.mixture.items():
+            _require(
+                0 < share < 1, "data.mixture", self.mixture, f"the share of {name} is {share:g}: use one above 0, below 1."
+            )
+        rest = 1 - sum(self.mixture.values())
+        _require(rest > 1e-9, "data.mixture", self.mixture, f"the shares leave {rest:g} for data.shards: they must leave some.")
         _require(self.max_bad >= 0, "data.max_bad", self.max_bad, "use 0 (none), a share below 1 or a number of images.")
         _require(self.workers >= -1, "data.workers", self.workers, "use -1 (automatic), 0 (in the training process) or more.")
 

@@ -48,6 +48,11 @@ def _fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[dataclasses
 FIELDS = _fields()
 
 
+def _is_mapping(key: str) -> bool:
+    """Whether the value of a key is itself a mapping."""
+    return key in FIELDS and typing.get_origin(FIELDS[key][1]) is dict
+
+
 def shapes_result(key: str) -> bool:
     """Whether another value of this key would make another run (and not only run the same one differently)."""
     return not FIELDS[key][0].metadata.get("no_effect_on_result", False)
@@ -73,6 +78,10 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(inner):
             refuse(f"a list of {len(inner)} numbers, such as [{', '.join(['0.5'] * len(inner))}]")
         return tuple(_coerce(f"{key}[{i}]", item, inner[i], origin) for i, item in enumerate(value))
+    if kind is dict:
+        if not isinstance(value, dict):
+            refuse("a mapping, such as {/data/more: 0.25}")
+        return {str(name): _coerce(f"{key}[{name}]", item, typing.get_args(wanted)[1], origin) for name, item in value.items()}
     assert not isinstance(wanted, types.UnionType), f"{key}: no unions in Config"
     if wanted is bool:
         return value if isinstance(value, bool) else refuse("true or false")
@@ -151,7 +160,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Set
     def walk(node: yaml.MappingNode, prefix: str) -> None:
         for key_node, value_node in node.value:
             key, origin = prefix + str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-            if isinstance(value_node, yaml.MappingNode):
+            if isinstance(value_node, yaml.MappingNode) and not _is_mapping(key):
                 walk(value_node, key + ".")
                 continue
             if key in own:

@@ -323,3 +323,30 @@ def test_a_text_on_the_command_line_is_taken_as_it_is() -> None:
     for text in ("/tmp/my #1/x", "a: b", "[1", "/tmp/a:"):
         assert resolve(None, [f"data.shards={text}"])[0].data.shards == text
     assert resolve(None, ["data.shards=null"])[0].data.shards == ""
+
+
+# ---- mappings ----
+
+
+def test_a_mapping_is_one_value(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "data:\n  mixture:\n    /data/a.b: 0.25\n    s3://bucket/x: 1/8\n  image_size: 32\n")
+    config, origins = resolve(recipe)
+    assert config.data.mixture == {"/data/a.b": 0.25, "s3://bucket/x": 0.125}
+    assert config.data.image_size == 32
+    assert origins["data.mixture"] == f"{recipe}:2"
+    assert resolve(recipe, ["data.mixture={/other: 0.5}"])[0].data.mixture == {"/other": 0.5}
+    assert from_yaml(write(tmp_path, to_yaml(config), "resolved.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.mixture=0.5", r"data\.mixture is 0\.5 \(command line\); it wants a mapping, such as \{/data/more: 0\.25\}"),
+        ("data.mixture={a: many}", r"data\.mixture\[a\] is 'many' \(command line\); it wants a number"),
+        ("data.mixture={a: 1.5}", r"the share of a is 1\.5: use one above 0, below 1\. \[command line\]"),
+        ("data.mixture={a: 0.5, b: 0.5}", r"the shares leave 0 for data\.shards: they must leave some"),
+    ],
+)
+def test_what_is_no_mixture(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        overridden(override)
