@@ -26,20 +26,30 @@ def _no_effect(default: Any) -> Any:
 class Data:
     """Which shards, and in which order they are read."""
 
-    shards: str = _no_effect("")  # folder that data_prep wrote; what is in it is checked by its digest instead
+    # The folder that data_prep wrote, here or at http(s)://, s3://, gs://; or plain shards, several by "::":
+    # x-{000000..000099}.tar, pipe:COMMAND. What is in it is checked by its digest instead.
+    shards: str = _no_effect("")
     train_split: str = "train"
     test_split: str = "test"
     image_size: int = 224  # pixels a side of each view
     streams: int = 0  # canonical streams; a multiple of every world size the run should work on; 0 chooses
     shuffle_shards: int = 8  # shards whose samples are shuffled together
     workers: int = _no_effect(-1)  # loader processes a rank; -1 chooses from the cores of this machine
-    verify: Literal["sha256", "size"] = _no_effect("sha256")  # how shards are checked when a run starts
+    verify: Literal["sha256", "size"] = _no_effect("sha256")  # how shards of this machine are checked when a run starts
+    cache: str = _no_effect("")  # folder on this machine for shards from elsewhere; empty: shards/ in the user's cache folder
+    cache_bytes: int = _no_effect(0)  # what it may hold, the least recently used goes first; 0: what the disk has, less 1 GiB
+    prefetch_shards: int = _no_effect(8)  # from elsewhere that a rank fetches ahead of need; 0: none
+    timeout_s: float = _no_effect(30.0)  # without a byte, after which a connection is cut and tried again
+    retries: int = _no_effect(8)  # of a fetch that gets no further, with growing pauses (a minute in all)
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")
         _require(self.streams >= 0, "data.streams", self.streams, "use 0 (automatic) or a divisor of batch.global_size.")
         _require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "use at least 1.")
         _require(self.workers >= -1, "data.workers", self.workers, "use -1 (automatic), 0 (in the training process) or more.")
+        for key in ("cache_bytes", "prefetch_shards", "retries"):
+            _require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "use 0 or more.")
+        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "use a positive number of seconds, 30 as a rule.")
 
 
 @dataclass(frozen=True)
