@@ -144,6 +144,8 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
     """
     files = PlainShards(text, _named(entries), fetching)
     names = list(files.sources)
+    if files.any_remote and world.is_main:
+        fetching.cache.remove_leftovers()
     now = f", and all {len(names)} are fetched once, now" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, Record] = {}

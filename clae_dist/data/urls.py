@@ -72,7 +72,7 @@ def redact_list(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`data.shards` as a run's files may hold it: as it was written, but for users, passwords and what follows a "?" in URLs."""
+    """`data.shards` as a run's files may hold it: as it was written, but without logins and what follows "?" in URLs."""
     return "::".join(redact_text(part) if scheme(part) == "pipe" else redact(part) for part in text.split("::"))
 
 
