@@ -29,7 +29,9 @@ def _no_effect(default: Any) -> Any:
 class Data:
     """Which shards, and in which order they are read."""
 
-    shards: str = _no_effect("")  # folder that data_prep wrote; what is in it is checked by its digest instead
+    # The folder that data_prep wrote, here or at http(s)://, s3://, gs://; or plain shards, several by "::":
+    # x-{000000..000099}.tar, pipe:COMMAND. What is in it is checked by its digest instead.
+    shards: str = _no_effect("")
     # Further sets, and the share of every global batch that comes from each; data.shards has the rest, and is evaluated on.
     mixture: dict[str, float] = field(default_factory=dict, metadata=_NO_EFFECT)
     train_split: str = "train"
@@ -38,7 +40,12 @@ class Data:
     streams: int = 0  # canonical streams; a multiple of every world size the run should work on; 0 chooses
     shuffle_shards: int = 8  # shards whose samples are shuffled together
     workers: int = _no_effect(-1)  # loader processes a rank; -1 chooses from the cores of this machine
-    verify: Literal["sha256", "size"] = _no_effect("sha256")  # how shards are checked when a run starts
+    verify: Literal["sha256", "size"] = _no_effect("sha256")  # how shards of this machine are checked when a run starts
+    cache: str = _no_effect("")  # folder on this machine for shards from elsewhere; empty: shards/ in the user's cache folder
+    cache_bytes: int = _no_effect(0)  # what it may hold, the least recently used goes first; 0: what the disk has, less 1 GiB
+    prefetch_shards: int = _no_effect(8)  # from elsewhere that a rank fetches ahead of need; 0: none
+    timeout_s: float = _no_effect(30.0)  # without a byte, after which a connection is cut and tried again
+    retries: int = _no_effect(8)  # of a fetch that gets no further, with growing pauses (a minute in all)
     # Images that cannot be decoded, for which others stand in, before a run ends: a share of all (below 1), or a number.
     max_bad: float = _no_effect(0.001)
 
@@ -54,6 +61,9 @@ class Data:
         _require(rest > 1e-9, "data.mixture", self.mixture, f"the shares leave {rest:g} for data.shards: they must leave some.")
         _require(self.max_bad >= 0, "data.max_bad", self.max_bad, "use 0 (none), a share below 1 or a number of images.")
         _require(self.workers >= -1, "data.workers", self.workers, "use -1 (automatic), 0 (in the training process) or more.")
+        for key in ("cache_bytes", "prefetch_shards", "retries"):
+            _require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "use 0 or more.")
+        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "use a positive number of seconds, 30 as a rule.")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -107,6 +108,12 @@ class World:
         if failure is not None:
             raise failure
         return result
+
+
+def cache_home() -> Path:
+    """This machine's folder for what can be fetched or computed again: CLAE_CACHE, or clae-dist in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("CLAE_CACHE") or os.path.join(home, "clae-dist"))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ _ALL = """\
 Images in, WebDataset shards and a manifest out.
 
   python -m data_prep imagefolder photos/ shards/photos    # a folder of class folders, or a tar archive of one
+  python -m data_prep index shards/x-{000..099}.tar        # WebDataset shards that exist get a manifest
   python -m data_prep verify shards/photos                 # is everything as the manifest says?
   python -m data_prep info shards/photos                   # which images, how many, of which classes
   python -m data_prep demo shards/demo                     # the images of the quickstart
@@ -37,6 +38,15 @@ class folder in the sorted list. The files' bytes are kept as they are; every im
 fail (cut short, empty, no image, too many pixels) are listed with the reason in DST/quarantine.jsonl.
 
 An interrupted run goes on where it was when the same command is run again. The same input and settings give the same bytes.
+"""
+
+_INDEX = """\
+Writes a manifest and indices for WebDataset shards that exist; the shards stay as they are.
+
+SHARDS are tars of this machine, folders of them, or lists such as x-{000..099}.tar. A sample is KEY.jpg (png, webp, …) with its
+label, a whole number, in KEY.cls or as "label" in KEY.json; without one it has no label. Shards named train, val or test are
+of that split, others of train. Every image is decoded once to check it; those that fail are left out and listed with the reason
+in quarantine.jsonl. An interrupted run goes on where it was when the same command is run again.
 """
 
 _DEMO = """\
@@ -126,10 +136,26 @@ def _parser() -> argparse.ArgumentParser:
     about = command("info", "what the manifest says", "Prints the manifest of DST: images by split, classes, origin, digest.")
     about.add_argument("destination", metavar="DST", type=Path, help="folder that imagefolder or demo wrote")
     about.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    listed = command("index", "WebDataset shards that exist → a manifest for them", _INDEX)
+    listed.add_argument("shards", metavar="SHARDS", nargs="+", help="tars, folders of them, or lists with braces")
+    listed.add_argument(
+        "--to", metavar="DIR", type=Path, help="where manifest, indices and links to the shards go (default: beside them)"
+    )
+    listed.add_argument(
+        "--classes", metavar="FILE", type=Path, help="names of the labels from 0 on, a line each (default: numbers)"
+    )
+    listed.add_argument("--name", default="", help="of the set, in the manifest (default: the folder's name)")
+    listed.add_argument("--licence", default="not stated", metavar="TEXT", help="of the images, in the manifest")
+    listed.add_argument(
+        "--source", dest="origin", default="", metavar="TEXT", help="where they are from (default: the folder's name)"
+    )
+    listed.add_argument(
+        "--max-pixels", type=_pixels, default=100_000_000, metavar="N", help="larger images are bad (default 100e6)"
+    )
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
     demo.add_argument("destination", metavar="DST", type=Path, help="folder for the shards")
     demo.add_argument("--data", metavar="PATH", type=Path, default=None, help="your own folder or archive")
-    for preparing in (folder, demo):
+    for preparing in (folder, listed, demo):
         preparing.add_argument(
             "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
         )
@@ -156,6 +182,15 @@ def _imagefolder(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels,
     )
     prepare(open_source(args.source), args.destination, settings, max_bad=args.max_bad, num_workers=args.workers, say=_say)
+    return OK
+
+
+def _index(args: argparse.Namespace) -> int:
+    from data_prep.index import IndexSettings, index
+
+    classes = tuple(args.classes.read_text(encoding="utf-8").splitlines()) if args.classes else ()
+    settings = IndexSettings(args.name, args.origin, args.licence, classes, args.max_pixels)
+    index(args.shards, args.to, settings, max_bad=args.max_bad, num_workers=args.workers, say=_say)
     return OK
 
 
@@ -192,7 +227,7 @@ def _demo(args: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS = {"imagefolder": _imagefolder, "verify": _verify, "info": _info, "demo": _demo}
+_COMMANDS = {"imagefolder": _imagefolder, "index": _index, "verify": _verify, "info": _info, "demo": _demo}
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ from clae_dist.config import Batch, Config, Data, Tracking
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.doctor import collectives, machine, software, stores
 from clae_dist.doctor.finding import GIB, Finding
+from tests.http_faults import serve
 
 
 def only(findings: Any) -> Finding:
@@ -174,3 +175,26 @@ def test_shards_are_compared_with_the_manifest_and_the_batch(tmp_path: Path) -> 
     with (tmp_path / "set/train-000000.tar").open("ab") as shard:
         shard.write(b"more")
     assert (check(global_size=8).level, "train-000000.tar" in check(global_size=8).found) == ("problem", True)
+
+
+def test_shards_from_elsewhere_are_reached_and_their_cache_is_looked_at(tmp_path: Path) -> None:
+    write_synthetic_set(tmp_path / "set", num_images=8, image_size=32)
+
+    def check(shards: str, cache: Path = tmp_path / "cache", **data: Any) -> tuple[Finding, Finding]:
+        config = Config(run_dir=str(tmp_path), data=Data(shards=shards, cache=str(cache), **data), batch=Batch(global_size=8))
+        rooms = {finding.what: finding for finding in stores.disk(config)}
+        return only(stores.shards(config)), rooms.get("shard cache", rooms["run folder"])
+
+    with serve(tmp_path / "set") as server:
+        found, room = check(server.url.replace("://", "://me:hunter2@"))
+        assert (found.level, room.level, f"{server.url} answers" in found.found) == ("ok", "ok", True)
+        assert set(server.requests) == {"manifest.json", "train-000000.index.npy"}
+        assert "data.cache" in check(server.url, cache_bytes=10**18)[1].advice
+        assert check(server.url + "/other")[0].level == "problem"
+        found, _ = check(f"{server.url}/train-{{000000..000001}}.tar")
+        assert (found.level, "2 plain shards without a manifest" in found.found) == ("warning", True)
+        assert check(f"{server.url}/none.tar")[0].level == "problem"
+    found, _ = check(server.url)
+    assert (found.level, "manifest.json could not be fetched" in found.found) == ("problem", True)
+    assert check(str(tmp_path / "set/train-000000.tar"))[0].level == "warning"
+    assert check(str(tmp_path / "set/none.tar"))[0].level == "problem"

@@ -22,6 +22,7 @@ from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.order import Order
+from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.world import World
@@ -101,11 +102,12 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
     """This rank's batches of the steps first_step … last_step - 1, in order."""
     reader = ShardReader(manifest, config.data.train_split)
     workers = num_workers(config, world.local_size)
-    return iter(
+    order, steps = make_order(config, reader), range(first_step, last_step)
+    batches = iter(
         DataLoader(
-            TwoViews(reader, make_order(config, reader), config, world.rank, world.size),
+            TwoViews(reader, order, config, world.rank, world.size),
             batch_size=None,
-            sampler=range(first_step, last_step),
+            sampler=steps,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=world.device.type == "cuda",
@@ -113,3 +115,4 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
             multiprocessing_context=forkserver() if workers else None,
         )
     )
+    return ahead_of(batches, manifest, order, config, world, steps)

@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
@@ -42,6 +43,31 @@ class Shard:
         return self.name.removesuffix(".tar") + ".index.npy"
 
 
+class ShardFiles(Protocol):
+    """Where the files of a set are when they do not lie beside a manifest on this machine."""
+
+    @property
+    def where(self) -> str:
+        """As logs and errors may show it."""
+
+    @property
+    def max_open(self) -> int:
+        """Shards that a process may keep mapped."""
+
+    @property
+    def any_remote(self) -> bool:
+        """Whether anything has to be fetched."""
+
+    def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
+        """The shard, as a file of this machine; it is fetched first where need be. Raises DataError; Stopped after `stop`."""
+
+    def open_index(self, shard: Shard) -> IO[bytes]:
+        """Its index, likewise."""
+
+    def describe(self) -> str:
+        """How the files are reached and checked, for the console."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A set of shards: its splits, classes (a label is a position in `classes`), origin and preparation."""
@@ -56,11 +82,21 @@ class Manifest:
     quarantined: int  # images set aside while preparing; quarantine.jsonl lists them
     preparation: dict[str, Any]
     digest: str
+    files: ShardFiles | None = None  # None: in `folder`
+
+    @property
+    def where(self) -> str:
+        """Where the set is, as logs and errors show it."""
+        return self.files.where if self.files else str(self.folder)
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        """The shard, open for reading. Raises DataError when it cannot be had from elsewhere."""
+        return self.files.open(shard) if self.files else (self.folder / shard.name).open("rb")
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises DataError for a split that the set does not have."""
         if split not in self.splits:
-            raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(sorted(self.splits))}.")
+            raise DataError(f"{self.where} has no split {split!r}; it has {', '.join(sorted(self.splits))}.")
         return self.splits[split]
 
     def num_samples(self, split: str) -> int:
@@ -69,9 +105,10 @@ class Manifest:
 
     def index(self, shard: Shard) -> np.ndarray:
         """int64 (samples, 3): offset of the image's bytes in the shard, their number, label (-1: none). Raises DataError."""
-        path = self.folder / shard.index_name
+        path = self.folder / shard.index_name if self.files is None else shard.index_name
         try:
-            index: np.ndarray = np.load(path, allow_pickle=False)
+            with self.files.open_index(shard) if self.files else (self.folder / shard.index_name).open("rb") as file:
+                index: np.ndarray = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
         if index.dtype != np.int64 or index.shape != (shard.samples, 3):
@@ -87,16 +124,21 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         fact = "has no manifest.json" if folder.is_dir() else "is not a folder"
         raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep imagefolder SRC {folder}` writes.")
+    return read_manifest(path.read_bytes(), str(path), folder)
+
+
+def read_manifest(data: bytes, where: str, folder: Path) -> Manifest:
+    """The manifest in the bytes of a manifest.json. Raises DataError when it is none or does not match its digest."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data)
         found = content["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
+        raise DataError(f"{where} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
     if found != FORMAT:
-        raise DataError(f"{path} has format {found!r}, this version reads {FORMAT!r}; {_PREPARE_AGAIN}.")
-    if content.get("digest") != _digest(content):
+        raise DataError(f"{where} has format {found!r}, this version reads {FORMAT!r}; {_PREPARE_AGAIN}.")
+    if content.get("digest") != content_digest(content):
         raise DataError(
-            f"{path} does not match its digest {content.get('digest')}: it was edited or damaged; {_PREPARE_AGAIN}."
+            f"{where} does not match its digest {content.get('digest')}: it was edited or damaged; {_PREPARE_AGAIN}."
         )
     return _from_json(folder, content)
 
@@ -124,7 +166,7 @@ def write_manifest(
         "quarantined": quarantined,
         "preparation": preparation,
     }
-    content["digest"] = _digest(content)
+    content["digest"] = content_digest(content)
     write_atomically(Path(folder) / FILE_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return _from_json(Path(folder), content)
 
@@ -165,7 +207,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _digest(content: dict[str, Any]) -> str:
+def content_digest(content: dict[str, Any]) -> str:
     """sha256 over canonical JSON of everything but the digest itself and the time."""
     rest = {key: value for key, value in content.items() if key not in ("created", "digest")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

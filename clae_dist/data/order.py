@@ -80,6 +80,28 @@ class Order:
                 if inside or max(0, low) <= start < high:
                     yield from shards[block * self.shuffle_shards : (block + 1) * self.shuffle_shards].tolist()
 
+    def shards_needed(self, steps: range, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, int]]:
+        """(step, shard) in the order of steps: from `step` on this rank may read `shard`, until its stream leaves the block.
+
+        Which shard of a block a stream reads first is as good as random: all of them are needed when it enters the block.
+        """
+        per_batch = self.global_size // self.streams
+        for epoch in range(steps.start // self.steps_per_epoch, -(-steps.stop // self.steps_per_epoch)):
+            shards, starts = self._epoch_layout(epoch)
+            first = max(0, steps.start - epoch * self.steps_per_epoch)
+            last = min(self.steps_per_epoch, steps.stop - epoch * self.steps_per_epoch) - 1
+            needs: dict[int, int] = {}
+            for stream in range(self.streams // world_size * rank, self.streams // world_size * (rank + 1)):
+                begin = stream * self.steps_per_epoch * per_batch
+                ends = begin + np.array([first * per_batch, (last + 1) * per_batch - 1])
+                low, high = (np.searchsorted(starts, ends, side="right") - 1).tolist()
+                for block in range(low, high + 1):
+                    step = max(first, (int(starts[block]) - begin) // per_batch)
+                    for shard in shards[block * self.shuffle_shards : (block + 1) * self.shuffle_shards].tolist():
+                        needs[shard] = min(step, needs.get(shard, step))
+            for shard, step in sorted(needs.items(), key=lambda need: need[1]):
+                yield epoch * self.steps_per_epoch + step, shard
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Places:
         """The part of global batch `step` that is this rank's."""
         assert self.streams % world_size == 0, (self.streams, world_size)

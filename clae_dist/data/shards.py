@@ -32,7 +32,7 @@ class ShardReader:
         self.split = split
         self.sizes = [shard.samples for shard in manifest.splits[split]]
         self._first_id = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self._open = lru_cache(_OPEN_SHARDS)(self._map)
+        self._open = lru_cache(manifest.files.max_open if manifest.files else _OPEN_SHARDS)(self._map)
 
     def __getstate__(self) -> tuple[Manifest, str]:
         return self.manifest, self.split
@@ -42,13 +42,12 @@ class ShardReader:
 
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         record = self.manifest.splits[self.split][shard]
-        path = self.manifest.folder / record.name
-        with path.open("rb") as file:
+        with self.manifest.open(record) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(mapped) != record.bytes:
             raise DataError(
-                f"{path} has {len(mapped)} bytes, but the manifest says {record.bytes}: it was cut short or changed; "
-                f"`python -m data_prep verify {self.manifest.folder}` says what differs."
+                f"{self.manifest.where}/{record.name} has {len(mapped)} bytes, but the manifest says {record.bytes}: it was "
+                f"cut short or changed; `python -m data_prep verify {self.manifest.where}` says what differs."
             )
         return mapped, self.manifest.index(record)
 
@@ -68,7 +67,7 @@ class ShardReader:
             raise BadSampleError(
                 f"sample {row} of {name}",
                 str(error),
-                f"`python -m data_prep verify {self.manifest.folder}` says whether the shard has changed.",
+                f"`python -m data_prep verify {self.manifest.where}` says whether the shard has changed.",
             ) from None
 
     def read_or_next(self, shard: int, row: int) -> tuple[torch.Tensor, int, dict[str, str]]:

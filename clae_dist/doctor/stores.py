@@ -6,14 +6,18 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config, ConfigError, Data
 from clae_dist.doctor.finding import GIB, Finding
 
 FREE_DISK_BYTES = 5 * GIB  # a ResNet-50 checkpoint with its optimiser is 0.2 GiB; three are kept, and a run has logs
 ROOM_FOR = {
     "run folder": "checkpoints need room for train.checkpoint_keep + 1 of them; free some or choose another run_dir.",
+    "shard cache": "shards from elsewhere are kept there; free some or choose another with data.cache=….",
     "cache": "the next environment (after pyproject.toml changes) takes 6 GiB; free some or set CLAE_CACHE to another disk.",
 }
 
@@ -21,18 +25,38 @@ ROOM_FOR = {
 def disk(config: Config | None) -> Iterator[Finding]:
     folders = {"run folder": (config or Config()).folder, "cache": Path(sys.prefix).parent}
     if config is not None and config.data.shards:
-        folders["shards"] = Path(config.data.shards)
+        folders |= _shard_folders(config.data)
     for what, folder in folders.items():
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         found = f"{free / GIB:.1f} GiB free at {folder}"
         if what == "run folder" and not os.access(existing, os.W_OK):
             yield Finding("problem", what, f"{existing} is not writable", "choose another with run_dir=….")
+        elif what == "shard cache" and not os.access(existing, os.W_OK):
+            yield Finding("problem", what, f"{existing} is not writable", "choose another with data.cache=….")
+        elif what == "shard cache" and free < config.data.cache_bytes:
+            advice = "free some, lower data.cache_bytes, or choose another with data.cache=…."
+            yield Finding(
+                "warning", what, f"{found}, less than data.cache_bytes {config.data.cache_bytes / GIB:.1f} GiB", advice
+            )
         elif what != "shards" and free < FREE_DISK_BYTES:
             advice = ROOM_FOR[what]
             yield Finding("problem" if free < GIB // 2 else "warning", what, found, advice)
         else:
             yield Finding("ok", what, found)
+
+
+def _shard_folders(data: Data) -> dict[str, Path]:
+    """Where shards lie on this machine, and where those from elsewhere are kept."""
+    from clae_dist.data.remote import Fetching
+    from clae_dist.data.shard_set import entries_of
+    from clae_dist.data.urls import local_path, scheme
+
+    try:
+        first = entries_of(data.shards)[0]
+    except ConfigError:  # said by `shards`
+        return {}
+    return {"shard cache": Fetching.of(data).cache.folder} if scheme(first) else {"shards": Path(local_path(first))}
 
 
 def mlflow_store(config: Config | None) -> Iterator[Finding]:
@@ -65,13 +89,21 @@ def shards(config: Config | None) -> Iterator[Finding]:
     if not config.data.shards:
         yield Finding("warning", "shards", "data.shards is empty", "name the folder that `python -m data_prep` wrote.")
         return
-    from clae_dist.data.manifest import DataError, check_shard, load_manifest
+    from clae_dist.data.manifest import DataError, check_shard
+    from clae_dist.data.shard_set import entries_of, open_shards
+    from clae_dist.data.urls import is_tar
 
     try:
-        manifest = load_manifest(config.data.shards)
+        entries = entries_of(config.data.shards)
+        if is_tar(entries[0]):
+            yield from _plain_shards(entries)
+            return
+        manifest = open_shards(replace(config.data, retries=min(1, config.data.retries)))  # doctor does not wait for minutes
         for split in dict.fromkeys((config.data.train_split, config.data.test_split)):
-            for shard in manifest.shards(split):
+            for shard in manifest.shards(split) if manifest.files is None else ():
                 check_shard(manifest.folder, shard, "size")
+        if manifest.files is not None:
+            manifest.files.open_index(manifest.shards(config.data.train_split)[0]).close()
         images = manifest.num_samples(config.data.train_split)
         config.rows_per_rank(max(1, config.launch.workers))
     except (DataError, ConfigError) as error:
@@ -81,5 +113,33 @@ def shards(config: Config | None) -> Iterator[Finding]:
         advice = f"an epoch needs one batch at least; batch.global_size={images} or fewer."
         yield Finding("problem", "shards", f"{images} images, batch.global_size {config.batch.global_size}", advice)
         return
-    found = f"{manifest.name}: {images} images to train on, sizes match, digest {manifest.digest[:12]}"
-    yield Finding("ok", "shards", f"{found}; `python -m data_prep verify {manifest.folder}` compares every byte")
+    found = f"{manifest.name}: {images} images to train on, {{}}, digest {manifest.digest[:12]}"
+    if manifest.files is None:
+        found = found.format("sizes match") + f"; `python -m data_prep verify {manifest.folder}` compares every byte"
+    else:
+        found = found.format(f"{manifest.where} answers") + "; shards are checked when they are fetched"
+    yield Finding("ok", "shards", found)
+
+
+def _plain_shards(entries: list[str]) -> Iterator[Finding]:
+    """Whether the first of plain shards can be had; none is indexed, which would fetch them all."""
+    from clae_dist.data.streams import open_stream
+    from clae_dist.data.urls import local_path, redact, redact_text, scheme
+
+    first, what = entries[0], f"{len(entries)} plain shards"
+    try:
+        if scheme(first):
+            with closing(open_stream(first, 0, "", timeout_s=10.0)) as stream:
+                begins = stream.read()
+        else:
+            with Path(local_path(first)).open("rb") as file:
+                begins = file.read(1)
+    except (OSError, HTTPException) as error:
+        reason = redact_text(str(error)) or type(error).__name__
+        yield Finding("problem", "shards", f"{what}: {redact(first)}: {reason}", "correct data.shards.")
+        return
+    if not begins:
+        yield Finding("problem", "shards", f"{what}: {redact(first)} is empty", "correct data.shards.")
+        return
+    advice = "no checksums, no checked images; `python -m data_prep index` adds a manifest."
+    yield Finding("warning", "shards", f"{what} without a manifest; the first, {redact(first)}, can be read", advice)

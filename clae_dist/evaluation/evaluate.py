@@ -14,7 +14,8 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.data.draws import permutation
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import num_workers
-from clae_dist.data.manifest import Manifest, load_manifest, write_atomically
+from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.knn import knn_accuracy, nearest
 from clae_dist.evaluation.linear import linear_probe
@@ -60,7 +61,7 @@ def evaluate_run(run_dir: Path, say: Say = print) -> dict[str, Any]:
     config, trained, info = load_model(run_dir)
     if not config.data.shards:
         raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
-    manifest = load_manifest(config.data.shards)
+    manifest = open_shards(config.data, say=say)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(f"evaluating {run_dir} after {info['images_seen']:,} images, on {device.type}; {manifest.name} {manifest.digest[:12]}")
     result: dict[str, Any] = {
@@ -81,7 +82,7 @@ def evaluate_run(run_dir: Path, say: Say = print) -> dict[str, Any]:
     if config.data.test_split in manifest.splits:
         result.update(_compare(config, build_model(config), trained, manifest, device, say))
     else:
-        say(f"{manifest.folder} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
+        say(f"{manifest.where} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
     result["wall_s"] = round(time.perf_counter() - started, 2)
     write_atomically(run_dir / FILE_NAME, (json.dumps(result, indent=2) + "\n").encode())
     say(f"wrote {run_dir / FILE_NAME} after {result['wall_s']:.0f} s")

@@ -15,7 +15,8 @@ import torch
 from clae_dist import __version__
 from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.manifest import DataError, Manifest, load_manifest, write_atomically
+from clae_dist.data.manifest import DataError, Manifest, write_atomically
+from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation import page
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
@@ -84,7 +85,7 @@ class _Album:
 
 def _manifest(record: Record, say: Say) -> Manifest | None:
     try:
-        return load_manifest(record.config.data.shards) if record.config.data.shards else None
+        return open_shards(record.config.data) if record.config.data.shards else None
     except DataError as error:
         say(f"no pictures of images in the report: {error}")
         return None

@@ -6,6 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from clae_dist.data.urls import absolute
+
 if TYPE_CHECKING:
     from clae_dist.config import Config
     from clae_dist.launchers.rank import Ending
@@ -13,14 +15,14 @@ if TYPE_CHECKING:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Ranks may run in other folders than this process (Ray's do), and a run is evaluated from anywhere."""
-    shards = os.path.abspath(config.data.shards) if config.data.shards else ""
+    cache = os.path.abspath(config.data.cache) if config.data.cache else ""
     uri = config.tracking.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
     return replace(
         config,
         run_dir=str(config.folder.absolute()),
-        data=replace(config.data, shards=shards),
+        data=replace(config.data, shards=absolute(config.data.shards), cache=cache),
         tracking=replace(config.tracking, uri=uri),
     )
 

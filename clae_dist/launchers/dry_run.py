@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from clae_dist.config import Config
-from clae_dist.data.manifest import load_manifest
+from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.data.urls import redact_list
 from clae_dist.launchers import start
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending
@@ -26,15 +27,16 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     with tempfile.TemporaryDirectory(prefix="clae-dry-run-") as folder:
         size = _ROWS * workers
         if config.data.shards:
-            manifest, images = load_manifest(config.data.shards), f"images of {config.data.shards}"
+            manifest, images = open_shards(config.data), f"images of {redact_list(config.data.shards)}"
         else:
+            config = replace(config, data=replace(config.data, shards=str(Path(folder) / "shards")))
             manifest = write_synthetic_set(Path(folder) / "shards", 2 * size, config.data.image_size)
             images = "images of noise (data.shards is empty)"
         total = manifest.num_samples(config.data.train_split)
         tiny = replace(
             config,
             run_dir=str(Path(folder) / "run"),
-            data=replace(config.data, shards=str(manifest.folder), streams=0, verify="size"),
+            data=replace(config.data, streams=0, verify="size"),
             batch=replace(config.batch, global_size=size, micro_size=_ROWS // 2 if config.batch.micro_size else 0),
             attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
             optim=replace(config.optim, warmup_epochs=0.0),

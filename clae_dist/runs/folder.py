@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.data.urls import without_secrets
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
 from clae_dist.world import World
 
@@ -68,6 +69,11 @@ def read_identity(run_dir: Path) -> Identity:
         ) from None
 
 
+def shareable(config: Config) -> Config:
+    """The configuration without the secrets of the URLs in it: what is written down outlives them, and others read it."""
+    return replace(config, data=replace(config.data, shards=without_secrets(config.data.shards)))
+
+
 def make_folder(folder: Path) -> None:
     """Raises ConfigError when a run's folder cannot be made."""
     try:
@@ -118,7 +124,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
         "collectives": world.collectives,
     }
     try:
-        write_atomically(folder / "config.yaml", to_yaml(config, origins).encode())
+        write_atomically(folder / "config.yaml", to_yaml(shareable(config), origins).encode())
         write_atomically(folder / "run.json", (json.dumps(current, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigError(

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.recipe import flatten
+from clae_dist.runs.folder import shareable
 from clae_dist.tracking.background import Refused, Row, brief
 from clae_dist.tracking.tracker import Say, Status
 
@@ -92,7 +93,7 @@ class MlflowStore:
         self._uri, self._run_name, self._run_key, self._say = uri, run_name, run_key, say
         self._training = self._ends_run = training
         self._experiment = config.tracking.experiment
-        self._params = {key: str(value) for key, value in flatten(config).items()}
+        self._params = {key: str(value) for key, value in flatten(shareable(config)).items()}
         self._tags = {**tags, RUN_KEY_TAG: run_key}
         self._experiment_id = ""
         self._client: Any = None

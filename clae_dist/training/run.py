@@ -22,8 +22,10 @@ from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch, load, num_workers
-from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest
+from clae_dist.data.manifest import DataError, Manifest, check_shard
 from clae_dist.data.noise import uniform_noise
+from clae_dist.data.prefetch import advice
+from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.knn import knn_accuracy
@@ -124,16 +126,15 @@ def _log_encoder(config: Config, tracker: Trackers | NullTracker, manifest: Mani
 def open_data(config: Config, world: World, say: Say) -> Manifest:
     """The manifest, after the ranks have checked the shards between them. Raises DataError or ConfigError on every rank."""
 
-    def load_it() -> Manifest:
-        if not config.data.shards:
-            raise ConfigError("data.shards is ''; name the folder that `python -m data_prep imagefolder SRC DST` wrote.")
-        manifest = load_manifest(config.data.shards)
-        Plan.of(config, manifest.num_samples(config.data.train_split))
-        return manifest
-
-    manifest: Manifest = world.run_on_main(load_it)
+    manifest = open_shards(config.data, world, say)
+    Plan.of(config, manifest.num_samples(config.data.train_split))
     started, failure = time.perf_counter(), ""
     shards = [shard for split in manifest.splits.values() for shard in split]
+    if manifest.files is not None:
+        say(f"data: {manifest.name}, {len(shards)} shards at {manifest.where}; {manifest.files.describe()}")
+        for line in advice(config, manifest, world):
+            say(line)
+        return manifest
     for shard in shards[world.rank :: world.size]:
         try:
             check_shard(manifest.folder, shard, config.data.verify)

@@ -1,0 +1,163 @@
+"""Files that are not on this machine, kept on its disk: shared by all processes of a node, least recently used first to go.
+
+A file NAME is whole or absent. While it is filled it is NAME.part, and whoever fills it holds a lock on that: the kernel lets
+go of it when the process dies, and the next one goes on with the bytes that are there. A file that is removed while it is
+mapped stays readable until it is unmapped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from clae_dist.data.manifest import DataError
+
+PART, FAILED = ".part", ".failed"
+_FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
+_LEFTOVER_S = 24 * 3600.0
+_LOCK = ".room.lock"
+
+Fill = Callable[[IO[bytes]], None]
+
+
+class Cache:
+    """A folder of files by name. `limit_bytes` 0: as much as the disk holds but 1 GiB."""
+
+    def __init__(self, folder: Path, limit_bytes: int = 0) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+
+    def open(self, name: str, num_bytes: int, fill: Fill) -> IO[bytes]:
+        """The file, open for reading. `fill` writes it (into what an earlier process left of it) when it is not there.
+
+        One process fills, others wait for it, and fail as it fails. `num_bytes` is its size, 0 where that is not known.
+        Raises DataError when there is no room, and whatever `fill` raises.
+        """
+        try:
+            return self._open(self.folder / name, num_bytes, fill)
+        except OSError as error:
+            raise DataError(
+                f"data.cache {self.folder} cannot be used ({error.strerror or error}); mend that, or name another folder."
+            ) from None
+
+    def _open(self, path: Path, num_bytes: int, fill: Fill) -> IO[bytes]:
+        while True:
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:
+                self._fill(path, num_bytes, fill)
+                continue  # it may be removed again before it is opened
+            if not num_bytes or os.fstat(file.fileno()).st_size == num_bytes:
+                _touch(path)
+                return file
+            file.close()
+            path.unlink(missing_ok=True)  # somebody else's doing: a file is renamed when it is whole
+
+    def holds(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def _fill(self, path: Path, num_bytes: int, fill: Fill) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part, failed = path.with_name(path.name + PART), path.with_name(path.name + FAILED)
+        with _locked(part) as (file, waited_since):
+            if path.exists():
+                part.unlink()
+                return
+            if waited_since and failed.exists() and failed.stat().st_mtime >= waited_since:
+                raise DataError(failed.read_text())  # trying again would only make everybody wait as long once more
+            self._make_room(num_bytes)
+            try:
+                fill(file)
+            except DataError as error:
+                failed.write_text(str(error))
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+            if not num_bytes:
+                self._make_room(file.seek(0, 2))
+            os.replace(part, path)
+            failed.unlink(missing_ok=True)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Removes the least recently used files until `num_bytes` more fit. Raises DataError when the disk cannot hold them."""
+        with (self.folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            files = sorted(self._files(), reverse=True)
+            held = sum(size for _, size, _ in files)
+            while files and not self._fits(held, num_bytes):
+                _, size, oldest = files.pop()
+                oldest.unlink(missing_ok=True)
+                held -= size
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise DataError(
+                f"data.cache {self.folder} has {free / 1e9:.1f} GB free, the next shard needs {num_bytes / 1e9:.1f} GB; free "
+                "some, or name a folder on another disk."
+            )
+
+    def _fits(self, held: int, num_bytes: int) -> bool:
+        if self.limit_bytes:
+            return held + num_bytes <= self.limit_bytes
+        return shutil.disk_usage(self.folder).free >= num_bytes + _FREE_BYTES
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """(last use in ns, bytes, path) of the whole files."""
+        for entry in os.scandir(self.folder):
+            if entry.name.startswith(".") or entry.name.endswith((PART, FAILED)):
+                continue
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:  # removed by another process
+                continue
+            yield stat.st_mtime_ns, stat.st_size, Path(entry.path)
+
+    def remove_leftovers(self) -> None:
+        """Parts that nobody has filled for a day, and what is noted of fetches that failed before then."""
+        if not self.folder.is_dir():
+            return
+        for path in (*self.folder.glob(f"*{PART}"), *self.folder.glob(f"*{FAILED}")):
+            try:
+                if time.time() - path.stat().st_mtime < _LEFTOVER_S:
+                    continue
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            except (FileNotFoundError, BlockingIOError):  # somebody's after all
+                continue
+
+
+def _touch(path: Path) -> None:
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return  # removed since it was opened; that does not harm
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[tuple[IO[bytes], float]]:
+    """The part file, locked, and since when this process had to wait for another (0: it did not)."""
+    waited_since = 0.0
+    while True:
+        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited_since = waited_since or time.time()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_still(part, file):  # else whoever held it has finished, and the name is nobody's or another file's
+                yield file, waited_since
+                return
+
+
+def _is_still(path: Path, file: IO[bytes]) -> bool:
+    """Whether the name belongs to the file that we have open."""
+    try:
+        ours, there = os.fstat(file.fileno()), path.stat()
+    except FileNotFoundError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)

@@ -1,0 +1,193 @@
+"""Fetching a file until it is whole and right: resumed where it was cut, again where it was wrong, with pauses in between."""
+
+from __future__ import annotations
+
+import email.utils
+import errno
+import hashlib
+import http.client
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import IO
+from urllib.error import HTTPError, URLError
+
+from clae_dist.data.manifest import DataError
+from clae_dist.data.streams import open_stream
+from clae_dist.data.urls import redact, redact_text
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
+_LONGEST_WISH_S = 60.0  # of a server's Retry-After
+_MOST_WRONG = 3  # whole files with wrong bytes: what is wrong four times is wrong at its source
+_PASSING = (408, 425, 429)  # of the 4xx, those that another try may mend
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a fetch goes on: `retries` after the first try without progress, `timeout_s` without a byte is a stall."""
+
+    retries: int = 8
+    timeout_s: float = 30.0
+
+
+class Stopped(Exception):
+    """Nobody waits for this file any more."""
+
+
+class _Wrong(Exception):
+    """All bytes came, and they are not the right ones."""
+
+
+class _Short(OSError):
+    """The stream ended before the file did."""
+
+
+Check = Callable[[IO[bytes]], str]  # what is wrong with a whole file; "" when nothing is
+
+
+def digest_check(num_bytes: int, sha256: str) -> Check:
+    """A check against what the manifest says; `num_bytes` 0 is any."""
+
+    def check(file: IO[bytes]) -> str:
+        size = file.seek(0, 2)
+        if num_bytes and size != num_bytes:
+            return f"{size} bytes, expected {num_bytes}"
+        file.seek(0)
+        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return "" if found == sha256 else f"sha256 {found}, expected {sha256}"
+
+    return check
+
+
+def fetch(
+    url: str,
+    target: IO[bytes],
+    name: str,
+    patience: Patience,
+    check: Check,
+    num_bytes: int = 0,
+    stop: threading.Event | None = None,
+) -> None:
+    """Fills `target` with the file at `url`; `name` is what errors call it, `num_bytes` its size, 0 where that is not known.
+
+    With a known size, bytes that `target` already holds are kept and the rest is asked for: `check` tells whether they fit.
+    Raises DataError when the tries are used up or cannot help, Stopped when `stop` is set.
+    """
+    stop = stop or threading.Event()
+    download = _Download(url, target, patience, num_bytes, stop)
+    failures = wrongs = 0
+    furthest = target.seek(0, 2)
+    while True:
+        pause_s = 0.0
+        try:
+            download.attempt()
+            problem = check(target)
+            if not problem:
+                return
+            raise _Wrong(problem)
+        except _Wrong as error:
+            reason, furthest = str(error), 0
+            wrongs += 1
+            download.begin_again()
+        except (OSError, http.client.HTTPException) as error:
+            reason = _reason(error, patience)
+            if _is_final(error):
+                raise DataError(_message(name, url, reason, 1)) from None
+            if isinstance(error, HTTPError):
+                pause_s = _wish(error)
+                if error.code == 416:  # what we hold is longer than the file
+                    download.begin_again()
+            here = target.seek(0, 2)
+            failures = 1 if here > furthest else failures + 1
+            furthest = max(here, furthest)
+        if failures > patience.retries or wrongs > min(_MOST_WRONG, patience.retries):
+            raise DataError(_message(name, url, reason, max(failures, wrongs)))
+        backed_off = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (max(failures, wrongs) - 1)) * random.uniform(0.5, 1.5)
+        if stop.wait(max(pause_s, backed_off)):
+            raise Stopped
+
+
+@dataclass
+class _Download:
+    """What is known of a file while it comes, over all connections."""
+
+    url: str
+    target: IO[bytes]
+    patience: Patience
+    num_bytes: int
+    stop: threading.Event
+    validator: str = ""  # of the file whose bytes `target` holds
+
+    def begin_again(self) -> None:
+        self.target.truncate(0)
+        self.validator = ""
+
+    def attempt(self) -> None:
+        """One connection; what came until an error is in `target`."""
+        held = self.target.seek(0, 2)
+        if self.num_bytes and held >= self.num_bytes:
+            return
+        # Without a known size or a validator nothing would notice that two halves belong to different files.
+        start = held if self.num_bytes or self.validator else 0
+        with closing(open_stream(self.url, start, self.validator, self.patience.timeout_s)) as stream:
+            self.validator = stream.validator
+            self.target.truncate(stream.start)
+            self.target.seek(stream.start)
+            while data := stream.read():
+                self.target.write(data)
+                if self.num_bytes and self.target.tell() > self.num_bytes:
+                    raise _Wrong(f"more than the expected {self.num_bytes} bytes")
+                if self.stop.is_set():
+                    raise Stopped
+            self.target.flush()
+            self._refuse_short(self.target.tell(), stream.total)
+
+    def _refuse_short(self, came: int, total: int | None) -> None:
+        if total is not None and came < total:
+            raise _Short(f"the connection was cut after {came} of {total} bytes")
+        if came < self.num_bytes:
+            if total is not None:
+                raise _Wrong(f"{came} bytes, expected {self.num_bytes}")
+            raise _Short(f"the stream ended after {came} of {self.num_bytes} bytes")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try cannot help: what is not there, what we may not have, a disk that is full."""
+    if isinstance(error, HTTPError):
+        return 400 <= error.code < 500 and error.code not in (*_PASSING, 416)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return full or isinstance(error, (FileNotFoundError, PermissionError))
+
+
+def _reason(error: Exception, patience: Patience) -> str:
+    if isinstance(error, HTTPError):
+        return f"the server answered {error.code} {error.reason}"
+    cause = error.reason if isinstance(error, URLError) else error
+    if isinstance(cause, TimeoutError):
+        return f"no bytes for {patience.timeout_s:g} s"
+    if isinstance(cause, FileNotFoundError):
+        return "it is not there"
+    return redact_text(str(cause)) or type(cause).__name__
+
+
+def _wish(error: HTTPError) -> float:
+    """Seconds that the server asks us to wait (Retry-After: a number or a date)."""
+    text = error.headers.get("Retry-After", "") if error.headers else ""
+    if text.isdigit():
+        return min(_LONGEST_WISH_S, float(text))
+    try:
+        moment = email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+    return min(_LONGEST_WISH_S, max(0.0, moment - time.time()))
+
+
+def _message(name: str, url: str, reason: str, tries: int) -> str:
+    often = f" in {tries} tries" if tries > 1 else ""
+    return (
+        f"{name} could not be fetched from {redact(url)}{often}: {reason}; see whether it is there, whole and readable. The "
+        "same command goes on from the last checkpoint (data.retries, data.timeout_s)."
+    )

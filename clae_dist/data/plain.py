@@ -1,0 +1,213 @@
+"""Plain WebDataset shards without a manifest: indexed from their tar headers, and a manifest in memory of what is found."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import IO
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from clae_dist.data.fetch import digest_check, fetch
+from clae_dist.data.manifest import DataError, Manifest, Shard, content_digest
+from clae_dist.data.remote import MAX_OPEN, Fetching
+from clae_dist.data.tar_index import index_tar
+from clae_dist.data.urls import local_path, redact, redact_list, scheme
+from clae_dist.world import World
+
+Say = Callable[[str], None]
+_CONNECTIONS = 4
+_LOST = (
+    "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
+    "train; `python -m data_prep index` adds a manifest to shards of this machine"
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What indexing a plain shard has found."""
+
+    shard: Shard  # sha256 "" for one of this machine: its bytes are not read
+    largest_label: int
+    without_image: int
+
+
+@dataclass(frozen=True)
+class PlainShards:
+    """Shards by name and the URL, path or command that each is read from."""
+
+    text: str = field(repr=False)  # as the user wrote it
+    sources: dict[str, str] = field(repr=False)
+    fetching: Fetching
+    max_open: int = MAX_OPEN
+
+    @property
+    def where(self) -> str:
+        return redact_list(self.text)
+
+    @property
+    def any_remote(self) -> bool:
+        return any(map(scheme, self.sources.values()))
+
+    def describe(self) -> str:
+        return self.fetching.describe() if self.any_remote else f"indices kept in {self.fetching.cache.folder}"
+
+    def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
+        return self._tar(shard.name, shard, stop)
+
+    def open_index(self, shard: Shard) -> IO[bytes]:
+        def fill(part: IO[bytes]) -> None:
+            with self.open(shard) as file:
+                part.write(_as_npy(index_tar(file, shard.name).rows))
+
+        return self.fetching.cache.open(f"{self._key(shard.name)}.npy", 0, fill)
+
+    def record(self, name: str, stop: threading.Event) -> Record:
+        """The index's summary, from the cache or made now. Raises DataError for what is no whole tar of images."""
+
+        def fill(part: IO[bytes]) -> None:
+            part.write(json.dumps(asdict(self._make_record(name, stop))).encode())
+
+        with self.fetching.cache.open(f"{self._key(name)}.json", 0, fill) as file:
+            content = json.load(file)
+        return Record(Shard(**content.pop("shard")), **content)
+
+    def _make_record(self, name: str, stop: threading.Event) -> Record:
+        with self._tar(name, None, stop) as file:
+            index = index_tar(file, name)
+            size = file.seek(0, 2)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if scheme(self.sources[name]) else ""  # type: ignore[arg-type]
+        npy = _as_npy(index.rows)
+
+        def write(part: IO[bytes]) -> None:
+            part.write(npy)
+
+        self.fetching.cache.open(f"{self._key(name)}.npy", 0, write).close()
+        shard = Shard(name, len(index.rows), size, sha256, hashlib.sha256(npy).hexdigest())
+        return Record(shard, int(index.rows[:, 2].max()), index.without_image)
+
+    def _tar(self, name: str, shard: Shard | None, stop: threading.Event | None) -> IO[bytes]:
+        source = self.sources[name]
+        if not scheme(source):
+            try:
+                return open(local_path(source), "rb")
+            except OSError as error:
+                raise DataError(f"{source} cannot be read ({error.strerror}); correct data.shards.") from None
+        size = shard.bytes if shard else 0
+        check = digest_check(size, shard.sha256) if shard else _is_tar
+
+        def fill(part: IO[bytes]) -> None:
+            fetch(source, part, name, self.fetching.patience, check, size, stop)
+
+        return self.fetching.cache.open(f"{self._key(name)}.tar", size, fill)
+
+    def _key(self, name: str) -> str:
+        """What a source's files are called in the cache: no secret can be read from it."""
+        source = self.sources[name]
+        if not scheme(source):
+            found = os.stat(local_path(source))
+            source = f"{os.path.realpath(local_path(source))} {found.st_size} {found.st_mtime_ns}"
+        elif scheme(source) != "pipe":
+            parts = urlsplit(source)
+            source = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return f"plain-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()}"
+
+
+def _as_npy(rows: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, rows)
+    return stream.getvalue()
+
+
+def _is_tar(file: IO[bytes]) -> str:
+    try:
+        index_tar(file, "what came")
+    except DataError as error:
+        return str(error).split("; ")[0]
+    return ""
+
+
+def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, say: Say) -> Manifest:
+    """A manifest of plain shards, all of them in the split `train`. Every rank calls it and indexes its share.
+
+    Raises DataError on every rank.
+    """
+    files = PlainShards(text, _named(entries), fetching)
+    names = list(files.sources)
+    if files.any_remote and world.is_main:
+        fetching.cache.remove_leftovers()
+    now = f", and all {len(names)} are fetched once, now" if files.any_remote else ""
+    say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
+    mine: dict[str, Record] = {}
+    problem = ""
+    try:
+        for name, record in _index(files, names[world.rank :: world.size]):
+            mine[name] = record
+            if len(mine) % 100 == 0:
+                say(f"data: {len(mine) * world.size:,} of {len(names):,} shards indexed")
+    except DataError as error:
+        problem = str(error)
+    world.raise_together(DataError, problem)
+    records = {name: record for part in world.gather_objects(mine) for name, record in part.items()}
+    found = [records[name] for name in names]
+    without = sum(record.without_image for record in found)
+    if without:
+        say(f"data: {without:,} samples hold no image and are left out")
+    return _manifest(files, found)
+
+
+def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]:
+    """Names and records in the order of completion."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(_CONNECTIONS) as threads:
+        pending = {threads.submit(files.record, name, stop): name for name in names}
+        try:
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}); correct data.shards.") from None
+        finally:
+            stop.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _manifest(files: PlainShards, records: list[Record]) -> Manifest:
+    shards = tuple(record.shard for record in records)
+    num_classes = 1 + max(record.largest_label for record in records)
+    facts = {"plain shards": [(s.name, s.bytes, s.samples, s.index_sha256) for s in shards]}
+    stem = re.sub(r"\{.*?\}|\.tar$", "", files.where.rsplit("/", 1)[-1]).strip("-_. ")
+    return Manifest(
+        folder=files.fetching.cache.folder,
+        name=stem or "shards",
+        source=files.where,
+        licence="not stated",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=tuple(map(str, range(num_classes))),
+        splits={"train": shards},
+        quarantined=0,
+        preparation={},
+        digest=content_digest(facts),
+        files=PlainShards(files.text, files.sources, files.fetching, files.fetching.max_open(max(s.bytes for s in shards))),
+    )
+
+
+def _named(entries: list[str]) -> dict[str, str]:
+    """A name for every entry: its file's, with its number before it where two have the same; pipes are numbered."""
+    plain = [f"pipe-{number:06d}.tar" if scheme(entry) == "pipe" else _file_name(entry) for number, entry in enumerate(entries)]
+    unique = len(set(plain)) == len(plain)
+    return {name if unique else f"{number:06d}-{name}": e for number, (name, e) in enumerate(zip(plain, entries, strict=True))}
+
+
+def _file_name(entry: str) -> str:
+    path = urlsplit(redact(entry)).path if scheme(entry) else entry
+    return unquote(path.rsplit("/", 1)[-1]).replace("/", "_") or "shard.tar"

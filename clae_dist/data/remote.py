@@ -1,0 +1,107 @@
+"""Shards that lie elsewhere: fetched when they are needed, kept in the cache, checked against the manifest."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+from clae_dist.config import Data
+from clae_dist.data.cache import Cache
+from clae_dist.data.fetch import Patience, digest_check, fetch
+from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, Shard, read_manifest
+from clae_dist.data.urls import join, redact
+from clae_dist.world import cache_home
+
+MAX_OPEN = 512
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """How files are fetched and where they are kept: a part of `data.…`, in a form that every process can be handed."""
+
+    folder: str  # "": the cache folder of whoever asks
+    limit_bytes: int
+    patience: Patience
+
+    @staticmethod
+    def of(data: Data) -> Fetching:
+        return Fetching(data.cache, data.cache_bytes, Patience(data.retries, data.timeout_s))
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(Path(self.folder) if self.folder else cache_home() / "shards", self.limit_bytes)
+
+    def max_open(self, shard_bytes: int) -> int:
+        """Shards that a process may keep mapped: what it maps holds disk space even after the cache has removed it."""
+        return MAX_OPEN if not self.limit_bytes else max(2, min(MAX_OPEN, self.limit_bytes // max(1, shard_bytes)))
+
+    def describe(self) -> str:
+        limit = f"at most {self.limit_bytes / 1e9:.3g} GB" if self.limit_bytes else "as much as the disk has"
+        return f"cache {self.cache.folder} ({limit})"
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """The files of a set whose manifest lies at `url`/manifest.json. Files are named by their sha256 in the cache."""
+
+    url: str = field(repr=False)
+    fetching: Fetching
+    max_open: int = MAX_OPEN
+    any_remote: bool = True
+
+    @property
+    def where(self) -> str:
+        return redact(self.url)
+
+    def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
+        check = digest_check(shard.bytes, shard.sha256)
+
+        def fill(part: IO[bytes]) -> None:
+            fetch(join(self.url, shard.name), part, shard.name, self.fetching.patience, check, shard.bytes, stop)
+
+        return self.fetching.cache.open(f"{shard.sha256}.tar", shard.bytes, fill)
+
+    def open_index(self, shard: Shard) -> IO[bytes]:
+        name = shard.index_name
+
+        def fill(part: IO[bytes]) -> None:
+            fetch(join(self.url, name), part, name, self.fetching.patience, digest_check(0, shard.index_sha256))
+
+        return self.fetching.cache.open(f"{shard.index_sha256}.npy", 0, fill)
+
+    def describe(self) -> str:
+        return f"{self.fetching.describe()}; every shard is checked (sha256) when it is fetched"
+
+
+def load_remote_manifest(url: str, data: Data) -> Manifest:
+    """The manifest at a URL. Raises DataError when it cannot be had, or is none."""
+    fetching, where = Fetching.of(data), redact(url)
+
+    def read(file: IO[bytes]) -> Manifest:
+        file.seek(0)
+        return read_manifest(file.read(), f"{where}/{FILE_NAME}", fetching.cache.folder)
+
+    def check(file: IO[bytes]) -> str:
+        try:
+            read(file)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    with tempfile.TemporaryFile() as file:
+        fetch(join(url, FILE_NAME), file, FILE_NAME, fetching.patience, check)
+        manifest = read(file)
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    for shard in shards:  # they become file names in the cache
+        if not (_SHA256.fullmatch(shard.sha256) and _SHA256.fullmatch(shard.index_sha256)):
+            raise DataError(
+                f"{where}/{FILE_NAME} gives {shard.name} the sha256 {shard.sha256!r} and its index {shard.index_sha256!r}, "
+                "which are none; prepare the set again."
+            )
+    largest = max((shard.bytes for shard in shards), default=0)
+    return replace(manifest, files=RemoteFolder(url, fetching, fetching.max_open(largest)))

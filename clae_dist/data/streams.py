@@ -1,0 +1,196 @@
+"""One way to read bytes from anywhere: http(s) with ranges, pipes through WebDataset's, everything else through fsspec.
+
+Every stream ends with TimeoutError when no byte comes for `timeout_s`, whatever the server or the command does.
+"""
+
+from __future__ import annotations
+
+import base64
+import netrc
+import os
+import queue
+import select
+import signal
+import threading
+import urllib.request
+from typing import Any, Protocol
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from clae_dist.data.manifest import DataError
+from clae_dist.data.urls import PIPE, scheme
+
+CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20  # what fsspec asks a store for at a time
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+}
+
+
+class Stream(Protocol):
+    """Bytes from `start` on. `total` is the whole file's size where the other side says so; `validator` its version."""
+
+    start: int
+    total: int | None
+    validator: str
+
+    def read(self) -> bytes:
+        """The next bytes; b"" at the end. Raises OSError or HTTPException for anything that another try may mend."""
+
+    def close(self) -> None:
+        """Lets go of the connection or command, also in the middle."""
+
+
+def open_stream(url: str, start: int, validator: str, timeout_s: float) -> Stream:
+    """A stream of `url` from byte `start`, or from 0 where that cannot be had or the file is no longer `validator`'s."""
+    kind = scheme(url)
+    if kind in ("http", "https"):
+        return _Http(url, start, validator, timeout_s)
+    return _Pipe(url, timeout_s) if kind == "pipe" else _Fsspec(url, start, timeout_s)
+
+
+class _Http:
+    def __init__(self, url: str, start: int, validator: str, timeout_s: float) -> None:
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")))
+        login = unquote(user) or _login_of(parts.hostname or "")
+        if login:  # not sent on to where a redirect leads
+            request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+            if validator:
+                request.add_header("If-Range", validator)
+        try:
+            self._response = urllib.request.urlopen(request, timeout=timeout_s)
+        except HTTPError as error:
+            error.close()  # the answer holds a connection
+            raise
+        headers = self._response.headers
+        # A server may answer with the whole file, or with another part than was asked for: then the range is of no use.
+        partial = self._response.status == 206 and headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if self._response.status == 206 and not partial:
+            self._response.close()
+            raise OSError(f"asked for bytes {start}-, the server sent {headers.get('Content-Range', 'another part')}")
+        self.start = start if partial else 0
+        length = headers.get("Content-Length", "")
+        self.total = self.start + int(length) if length.isdigit() else None
+        etag = headers.get("ETag", "")
+        self.validator = etag if etag.startswith('"') else headers.get("Last-Modified", "")
+
+    def read(self) -> bytes:
+        data: bytes = self._response.read1(CHUNK_BYTES)
+        return data
+
+    def close(self) -> None:
+        self._response.close()
+
+
+def _login_of(host: str) -> str:
+    """user:password of a host in ~/.netrc, where there is one."""
+    try:
+        found = netrc.netrc().authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    return f"{found[0]}:{found[2]}" if found else ""
+
+
+class _Pipe:
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.start = 0
+        self.total: int | None = None
+        self.validator = ""
+        from webdataset.gopen import Pipe
+
+        # A group of its own, so that all of a pipeline can be ended.
+        self._pipe = Pipe(url.removeprefix(PIPE), mode="rb", shell=True, bufsize=0, start_new_session=True)
+        self._process, self._output = self._pipe.proc, self._pipe.stream
+        self._timeout_s = timeout_s
+
+    def read(self) -> bytes:
+        poll = select.poll()
+        poll.register(self._output, select.POLLIN | select.POLLHUP)
+        if not poll.poll(1000 * self._timeout_s):
+            raise TimeoutError
+        data = os.read(self._output.fileno(), CHUNK_BYTES)
+        if not data:
+            status = self._process.wait(self._timeout_s)
+            if status:
+                raise OSError(f"the command ended with status {status}")
+        return data
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._output.close()
+
+
+class _Fsspec:
+    """Reads in a thread of its own: not every store's client can be told to give up."""
+
+    def __init__(self, url: str, start: int, timeout_s: float) -> None:
+        self.start, self.validator, self._timeout_s = start, "", timeout_s
+        self._blocks: queue.Queue[bytes | Exception] = queue.Queue(2)
+        self._opened: queue.Queue[int | Exception | None] = queue.Queue(1)
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, args=_filesystem(url), daemon=True).start()
+        self.total: int | None = self._take(self._opened)
+
+    def _run(self, filesystem: Any, path: str) -> None:
+        try:
+            with filesystem.open(path, "rb", block_size=_BLOCK_BYTES) as file:
+                file.seek(self.start)
+                self._opened.put(getattr(file, "size", None))
+                while not self._closed.is_set():
+                    data = file.read(CHUNK_BYTES)
+                    self._blocks.put(data)
+                    if not data:
+                        return
+        except Exception as error:  # handed to the reader
+            self._opened.put(error) if self._opened.empty() and self._blocks.empty() else None
+            self._blocks.put(error)
+
+    def _take(self, source: queue.Queue[Any]) -> Any:
+        try:
+            value = source.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
+        if isinstance(value, OSError):
+            raise value
+        if isinstance(value, Exception):  # clients have errors of their own; what may be mended is not for us to know
+            raise OSError(f"{type(value).__name__}: {value}") from value
+        return value
+
+    def read(self) -> bytes:
+        data: bytes = self._take(self._blocks)
+        return data
+
+    def close(self) -> None:
+        self._closed.set()
+        while not self._blocks.empty():  # so that the thread is not held up by a full queue
+            self._blocks.get_nowait()
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it. Raises DataError for one that is not installed or not known."""
+    import fsspec
+
+    kind = scheme(url)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return filesystem, path
+    except ImportError as error:
+        package = _PACKAGES.get(kind, "")
+        way_out = f"pip install {package}" if package else f"fsspec says: {error}"
+        raise DataError(f"data.shards has {kind}:// URLs, which need a package that is not installed; {way_out}.") from None
+    except ValueError as error:
+        raise DataError(
+            f"data.shards has {kind}:// URLs, which fsspec cannot open ({error}); use http(s)://, s3:// or gs://."
+        ) from None

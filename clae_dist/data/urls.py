@@ -1,0 +1,85 @@
+"""What `data.shards` may name: a folder or a list of shards, here or elsewhere; and how a URL is shown without its secrets."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import quote, urlsplit, urlunsplit
+
+_SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://")
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>]+")
+PIPE = "pipe:"
+
+
+def expand(text: str) -> list[str]:
+    """The entries of `data.shards`: several by "::", each with braces ({000000..000099}), as WebDataset writes them."""
+    if "{" not in text and "::" not in text:
+        return [text]
+    from webdataset.shardlists import expand_urls
+
+    entries: list[str] = expand_urls(text)
+    return entries
+
+
+def scheme(entry: str) -> str:
+    """ "https", "s3", "pipe", …; "" for a path of this machine (file:// is one, too)."""
+    if entry.startswith(PIPE):
+        return "pipe"
+    found = _SCHEME.match(entry)
+    name = found[1].lower() if found else ""
+    return "" if name == "file" else name
+
+
+def is_tar(entry: str) -> bool:
+    """Whether an entry names one shard rather than a folder: a pipe, or what ends in .tar."""
+    return scheme(entry) == "pipe" or urlsplit(entry).path.endswith(".tar") or entry.endswith(".tar")
+
+
+def local_path(entry: str) -> str:
+    """The path of an entry without a scheme, or with file://."""
+    return re.sub(r"^file:(//)?", "", entry)
+
+
+def absolute(text: str) -> str:
+    """`data.shards` with absolute paths, for processes that run in other folders."""
+    parts = text.split("::") if text else []
+    return "::".join(part if scheme(part) else os.path.abspath(local_path(part)) for part in parts)
+
+
+def join(folder: str, name: str) -> str:
+    """The URL of a file in a folder; what follows a question mark (a signature) stays at the end."""
+    if not _is_http(folder):
+        return f"{folder.rstrip('/')}/{name}"
+    parts = urlsplit(folder)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+
+
+def redact(entry: str) -> str:
+    """An entry as logs and errors may show it: no user, no password, nothing after "?", of a pipe only the program's name."""
+    kind = scheme(entry)
+    if kind == "pipe":
+        return f"{PIPE}{next(iter(entry[len(PIPE) :].split()), '')} …"
+    if not kind:
+        return entry
+    parts = urlsplit(entry)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
+
+
+def redact_list(text: str) -> str:
+    """`data.shards` as logs may show it, braces as they were written."""
+    return "::".join(redact(part) for part in text.split("::"))
+
+
+def without_secrets(text: str) -> str:
+    """`data.shards` as a run's files may hold it: as it was written, but without logins and what follows "?" in URLs."""
+    return "::".join(redact_text(part) if scheme(part) == "pipe" else redact(part) for part in text.split("::"))
+
+
+def redact_text(text: str) -> str:
+    """A vendor's message with every URL in it redacted."""
+    return _URL.sub(lambda found: redact(found[0]), text)
+
+
+def _is_http(entry: str) -> bool:
+    return scheme(entry) in ("http", "https")

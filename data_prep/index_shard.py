@@ -1,0 +1,91 @@
+"""One existing shard: check its images, write the index of the good ones, and a record of it all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clae_dist.data.decode import inspect
+from clae_dist.data.manifest import DataError, Shard, file_sha256, write_atomically
+from clae_dist.data.tar_index import index_tar
+from data_prep.write import REPORT_EVERY_S
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """A shard to be checked; index and record go into `parts`."""
+
+    tar: Path
+    parts: Path
+    max_pixels: int
+
+    @property
+    def record(self) -> Path:
+        return self.parts / f"{self.tar.name}.json"
+
+    @property
+    def fingerprint(self) -> list[int]:
+        """Another one: index the shard again."""
+        found = self.tar.stat()
+        return [found.st_size, found.st_mtime_ns, self.max_pixels]
+
+
+@dataclass(frozen=True)
+class IndexResult:
+    """What was found in a shard that was as `fingerprint` says."""
+
+    shard: Shard
+    bad: list[tuple[str, str]]  # (path, reason)
+    largest_label: int
+    fingerprint: list[int]
+
+
+def finished(task: IndexTask) -> IndexResult | None:
+    """What an earlier run found, if neither the shard nor the settings have changed."""
+    try:
+        content = json.loads(task.record.read_text())
+    except FileNotFoundError:
+        return None
+    result = IndexResult(Shard(**content.pop("shard")), bad=[tuple(image) for image in content.pop("bad")], **content)
+    index_path = task.parts / result.shard.index_name
+    return result if result.fingerprint == task.fingerprint and index_path.is_file() else None
+
+
+def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexResult:
+    """Checks the images of one shard and writes its index and record into `.parts`."""
+    fingerprint, name = task.fingerprint, task.tar.name
+    with task.tar.open("rb") as file:
+        found = index_tar(file, str(task.tar))
+        good, bad, done, last = [], [], 0, time.monotonic()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for key, row in zip(found.keys, found.rows, strict=True):
+                problem = inspect(content[row[0] : row[0] + row[1]], task.max_pixels).problem
+                if problem:
+                    bad.append((f"{name}/{key}", problem))
+                else:
+                    good.append(row)
+                done += 1
+                if time.monotonic() - last > REPORT_EVERY_S:
+                    report(done)
+                    done, last = 0, time.monotonic()
+        report(done)
+    rows = np.array(good, np.int64).reshape(-1, 3)
+    index_path = task.parts / f"{name.removesuffix('.tar')}.index.npy"
+    with index_path.open("wb") as stream:
+        np.save(stream, rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    shard = Shard(name, len(rows), fingerprint[0], file_sha256(task.tar), file_sha256(index_path))
+    if task.fingerprint != fingerprint:
+        raise DataError(f"{task.tar} changes while it is read; wait for that, then start anew.")
+    result = IndexResult(shard, bad, int(rows[:, 2].max(initial=-1)), fingerprint)
+    write_atomically(task.record, json.dumps(dataclasses.asdict(result)).encode())
+    return result

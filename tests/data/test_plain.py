@@ -1,0 +1,154 @@
+"""Plain shards without a manifest: from paths, http, pipes; the same samples everywhere, and what is lost is said once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clae_dist.config import Batch, Config, Data
+from clae_dist.data import fetch as fetching
+from clae_dist.data.loader import load
+from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.shard_set import open_shards
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.world import World
+from tests.http_faults import Fault, FaultyServer, serve
+from tests.ranks import RankPool
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Manifest:
+    return write_synthetic_set(tmp_path / "shards", 20, 20, num_shards=3)
+
+
+@pytest.fixture
+def server(prepared: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    monkeypatch.setattr(fetching, "_FIRST_PAUSE_S", 0.001)
+    with serve(prepared.folder) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def opened(shards: str, cache: Path, lines: list[str] | None = None, **data: Any) -> Manifest:
+    said: list[str] = [] if lines is None else lines
+    return open_shards(Data(shards=shards, cache=str(cache), timeout_s=0.3, **data), say=said.append)
+
+
+def images(manifest: Manifest, split: str = "train") -> list[tuple[bytes, int]]:
+    found = []
+    for shard in manifest.shards(split):
+        with manifest.open(shard) as file:
+            content = file.read()
+        found += [(content[offset : offset + size], label) for offset, size, label in manifest.index(shard).tolist()]
+    return found
+
+
+@pytest.mark.parametrize("where", ["local", "http", "pipe"])
+def test_the_same_samples_as_with_the_manifest(prepared: Manifest, server: FaultyServer, cache: Path, where: str) -> None:
+    name = "train-{000000..000002}.tar"
+    text = {"local": f"{prepared.folder}/{name}", "http": f"{server.url}/{name}", "pipe": f"pipe:cat {prepared.folder}/{name}"}
+    lines: list[str] = []
+    found = opened(text[where], cache, lines)
+    assert images(found) == images(prepared)
+    assert (found.classes, list(found.splits)) == (("0", "1"), ["train"])
+    (line,) = lines
+    assert "3 plain shards without a manifest: no checksums" in line
+    assert ("fetched once, now" in line) == (where != "local")
+    again = opened(text[where], cache)
+    assert (again.digest, images(again)) == (found.digest, images(found))
+    assert set(server.requests.values()) == ({1} if where == "http" else set())
+
+
+def test_a_resumed_run_notices_other_shards(prepared: Manifest, cache: Path) -> None:
+    text = f"{prepared.folder}/train-{{000000..000002}}.tar"
+    before = opened(text, cache)
+    assert opened(f"{prepared.folder}/train-{{000000..000001}}.tar", cache).digest != before.digest
+    shutil.copy(prepared.folder / "test-000000.tar", prepared.folder / "train-000000.tar")
+    assert opened(text, cache).digest != before.digest
+
+
+def test_what_the_cache_has_lost_is_had_again(prepared: Manifest, server: FaultyServer, cache: Path) -> None:
+    manifest = opened(f"{server.url}/train-{{000000..000002}}.tar", cache)
+    for path in [*cache.glob("*.npy"), *cache.glob("*.tar")]:
+        path.unlink()
+    assert images(manifest) == images(prepared)
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    shutil.copy(prepared.folder / "test-000000.tar", prepared.folder / "train-000000.tar")
+    with pytest.raises(DataError, match=r"train-000000\.tar could not be fetched .* expected"):  # within a run it is noticed
+        images(manifest)
+
+
+def test_faults_are_met_without_sizes_known(prepared: Manifest, server: FaultyServer, cache: Path) -> None:
+    server.faults["train-000000.tar"] = [Fault("no_length", 3000), Fault("cut", 2000), Fault("stall", 10)]
+    server.faults["train-000001.tar"] = [Fault("no_length", 0), Fault("status", code=500)]
+    assert images(opened(f"{server.url}/train-{{000000..000002}}.tar", cache)) == images(prepared)
+
+
+def test_one_bad_tar_is_named(prepared: Manifest, server: FaultyServer, cache: Path) -> None:
+    shard = prepared.folder / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-10_000])
+    for place in (str(prepared.folder), server.url):
+        with pytest.raises(DataError, match=r"train-000001\.tar .*cut short"):
+            opened(f"{place}/train-{{000000..000002}}.tar", cache)
+    with pytest.raises(DataError, match=r"nothing\.tar cannot be read \(No such file or directory\)"):
+        opened(f"{prepared.folder}/nothing.tar", cache)
+
+
+def test_names_that_two_shards_share_are_told_apart(prepared: Manifest, tmp_path: Path, cache: Path) -> None:
+    shutil.copytree(prepared.folder, tmp_path / "other")
+    manifest = opened(f"{{{prepared.folder},{tmp_path / 'other'}}}/train-000000.tar", cache)
+    assert [shard.name for shard in manifest.splits["train"]] == ["000000-train-000000.tar", "000001-train-000000.tar"]
+
+
+def test_streams_without_labels_train(prepared: Manifest, tmp_path: Path, cache: Path) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        for number, (data, _) in enumerate(images(prepared)):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    data = Data(shards=str(tmp_path / "plain.tar"), cache=str(cache), image_size=16, workers=0)
+    manifest = open_shards(data)
+    assert manifest.classes == ()
+    config = Config(data=data, batch=Batch(global_size=4))
+    (batch,) = load(manifest, config, World.single("cpu"), 0, 1)
+    assert torch.equal(batch.labels, torch.full((4,), -1))
+
+
+def test_ranks_index_a_share_each_and_fail_together(ranks: RankPool, prepared: Manifest, cache: Path) -> None:
+    data = Data(shards=f"{prepared.folder}/train-{{000000..000002}}.tar", cache=str(cache))
+    found = ranks.run(2, rank_open, data)
+    assert found[0] == found[1] == open_shards(data).digest
+    (prepared.folder / "train-000001.tar").write_bytes(b"")
+    found = ranks.run(2, rank_open, data)
+    assert found[0] == found[1]
+    assert "train-000001.tar is empty" in found[0]
+
+
+def rank_open(world: World, data: Data) -> str:
+    try:
+        return open_shards(data, world).digest
+    except DataError as error:
+        return str(error)
+
+
+def test_nothing_of_a_secret_is_kept(prepared: Manifest, server: FaultyServer, cache: Path) -> None:
+    lines: list[str] = []
+    url = server.url.replace("://", "://me:hunter2@")
+    manifest = opened(f"{url}/train-{{000000..000002}}.tar", cache, lines)
+    names = " ".join(path.name for path in cache.iterdir())
+    records = " ".join(path.read_text() for path in cache.glob("*.json"))
+    assert "hunter2" not in f"{names}{records}{lines}{manifest!r}{replace(manifest, files=None)}"

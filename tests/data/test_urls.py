@@ -1,0 +1,78 @@
+"""What data.shards may name, and what of it may be shown."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from clae_dist.config import ConfigError, Data
+from clae_dist.data.shard_set import entries_of, open_shards
+from clae_dist.data.urls import absolute, join, redact, redact_list, redact_text, scheme, without_secrets
+
+
+def test_lists_are_written_as_in_webdataset() -> None:
+    assert entries_of("/data/x-{000..002}.tar") == [f"/data/x-00{number}.tar" for number in range(3)]
+    assert entries_of("https://h/{a,b}.tar::c.tar") == ["https://h/a.tar", "https://h/b.tar", "c.tar"]
+    assert entries_of("pipe:cat {1..2}.tar") == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
+    assert entries_of("s3://bucket/folder") == ["s3://bucket/folder"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "data.shards is ''; name the folder"),
+        ("a.tar::folder", "lists 'folder' among 2 entries"),
+        ("{a.tar,b.tar.gz}", "lists 'b.tar.gz' among 2 entries"),
+        ("x-{0..2.tar", "whose braces cannot be expanded"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_shards(Data(shards=text))
+
+
+def test_paths_become_absolute_and_urls_stay() -> None:
+    here = os.getcwd()
+    assert absolute("shards") == f"{here}/shards"
+    assert absolute("") == ""
+    text = "x-{0..2}.tar::https://h/x.tar::file:///data/y.tar::pipe:cat z.tar"
+    assert absolute(text) == f"{here}/x-{{0..2}}.tar::https://h/x.tar::/data/y.tar::pipe:cat z.tar"
+
+
+def test_a_signature_stays_behind_the_files_name() -> None:
+    assert join("https://h/set/?sig=1", "train 0.tar") == "https://h/set/train%200.tar?sig=1"
+    assert join("s3://bucket/set/", "a.tar") == "s3://bucket/set/a.tar"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pass@h:80/x.tar?sig=s3cret#f", "https://h:80/x.tar?…"),
+        ("s3://key:pass@bucket/x", "s3://bucket/x"),
+        ("pipe:curl -H 'Authorization: Bearer tok' https://h/x.tar", "pipe:curl …"),
+        ("/data/a?b.tar", "/data/a?b.tar"),
+        ("https://u:p@h/{0..9}.tar", "https://h/{0..9}.tar"),
+    ],
+)
+def test_secrets_are_not_shown(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert redact_list(f"{text}::{text}") == f"{shown}::{shown}"
+
+
+def test_messages_and_files_of_a_run_hold_no_secret() -> None:
+    assert redact_text("no route to 'https://u:p@h/x?t=1', sorry") == "no route to 'https://h/x?…', sorry"
+    assert (
+        without_secrets("https://u:p@h/x?t=1::pipe:curl https://u:p@h/y | cat") == "https://h/x?…::pipe:curl https://h/y | cat"
+    )
+
+
+def test_schemes() -> None:
+    assert [scheme(text) for text in ("HTTPS://h", "file:///x", "/x", "pipe:a", "C:/x", "gs://b")] == [
+        "https",
+        "",
+        "",
+        "pipe",
+        "",
+        "gs",
+    ]
