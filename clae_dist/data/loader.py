@@ -21,6 +21,7 @@ from clae_dist.config import Config
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
 from clae_dist.data.manifest import Manifest
+from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
 class TwoViews(Dataset[Batch]):
     """`self[step]` is the batch of a step, for one rank of a world."""
 
-    def __init__(self, reader: ShardReader, order: Order, config: Config, rank: int, world_size: int) -> None:
+    def __init__(self, reader: ShardReader, order: Order | MixedOrder, config: Config, rank: int, world_size: int) -> None:
         self._reader, self._order = reader, order
         self._config = config
         self._rank, self._world_size = rank, world_size
@@ -74,8 +75,12 @@ class TwoViews(Dataset[Batch]):
         return Batch(views, augment_draws, torch.from_numpy(places.ids), torch.tensor(labels), skipped)
 
 
-def make_order(config: Config, reader: ShardReader) -> Order:
-    """The order of the train split under this configuration."""
+def make_order(config: Config, reader: ShardReader) -> Order | MixedOrder:
+    """The order of the train split under this configuration, or of the sets of a mixture."""
+    files = reader.manifest.files
+    if isinstance(files, MixedFiles):
+        sizes = [[shard.samples for shard in one.shards(reader.split)] for one in files.sets]
+        return MixedOrder(sizes, files.shares, config.batch.global_size, config.data.shuffle_shards, config.seed)
     return Order(reader.sizes, config.batch.global_size, config.num_streams, config.data.shuffle_shards, config.seed)
 
 

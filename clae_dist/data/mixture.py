@@ -8,11 +8,17 @@ without leaving an image out. Ranks take neighbouring slots: what global batch t
 
 from __future__ import annotations
 
+import io
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import IO
 
 import numpy as np
 
+from clae_dist.data.manifest import Manifest, Shard, content_digest
 from clae_dist.data.order import Order, Places
+from clae_dist.data.remote import MAX_OPEN
 
 
 class MixedOrder:
@@ -72,3 +78,72 @@ class MixedOrder:
                 first, last = bounds[index].tolist()
                 for shard in order.entered(first, last, beginning=step == steps.start):
                     yield step, shard + int(self._first_shard[index])
+
+
+@dataclass(frozen=True)
+class MixedFiles:
+    """The files of several sets as those of one: `parts` holds, for each name in the mixture, the set and its own shard."""
+
+    sets: tuple[Manifest, ...]
+    shares: tuple[float, ...]
+    parts: dict[str, tuple[int, Shard]] = field(repr=False)
+    classes: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return " and ".join(one.where for one in self.sets)
+
+    @property
+    def max_open(self) -> int:
+        return min((one.files.max_open for one in self.sets if one.files), default=MAX_OPEN)
+
+    @property
+    def any_remote(self) -> bool:
+        return any(one.files is not None and one.files.any_remote for one in self.sets)
+
+    def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
+        """The shard of its own set. Raises what that does."""
+        number, own = self.parts[shard.name]
+        files = self.sets[number].files
+        return files.open(own, stop) if files else self.sets[number].open(own)
+
+    def open_index(self, shard: Shard) -> IO[bytes]:
+        """Its index, with labels that are positions among the classes of all sets."""
+        number, own = self.parts[shard.name]
+        index = self.sets[number].index(own)
+        ours = np.array([self.classes.index(name) for name in self.sets[number].classes] + [-1])
+        index[:, 2] = ours[index[:, 2]]  # -1, no label, is the last
+        file = io.BytesIO()
+        np.save(file, index)
+        file.seek(0)
+        return file
+
+    def describe(self) -> str:
+        return "; ".join(one.files.describe() for one in self.sets if one.files) or "all on this machine"
+
+
+def mix(sets: Sequence[Manifest], shares: Sequence[float], split: str) -> Manifest:
+    """One set of the split of several, in their order, for MixedOrder. Raises DataError for a set without the split."""
+    classes = tuple(sorted({name for one in sets for name in one.classes}))
+    parts: dict[str, tuple[int, Shard]] = {}
+    shards = []
+    for number, one in enumerate(sets):
+        for own in one.shards(split):
+            name = f"{number}-{one.name}/{own.name}"
+            parts[name] = (number, own)
+            shards.append(replace(own, name=name))
+    files = MixedFiles(tuple(sets), tuple(shares), parts, classes)
+    digests = [[one.digest, share] for one, share in zip(sets, shares, strict=True)]
+    return Manifest(
+        folder=sets[0].folder,
+        name=" + ".join(f"{share:.3g} {one.name}" for one, share in zip(sets, shares, strict=True)),
+        source="; ".join(dict.fromkeys(one.source for one in sets)),
+        licence="; ".join(dict.fromkeys(one.licence for one in sets)),
+        created=max(one.created for one in sets),
+        classes=classes,
+        splits={split: tuple(shards)},
+        quarantined=sum(one.quarantined for one in sets),
+        preparation={"mixture": digests},
+        digest=content_digest({"mixture": digests}),
+        files=files,
+    )

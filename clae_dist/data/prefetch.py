@@ -9,6 +9,7 @@ from typing import TypeVar
 from clae_dist.config import Config
 from clae_dist.data.fetch import Stopped
 from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.mixture import MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.world import World
 
@@ -78,7 +79,7 @@ class Prefetch:
 
 
 def ahead_of(
-    batches: Iterator[Item], manifest: Manifest, order: Order, config: Config, world: World, steps: range
+    batches: Iterator[Item], manifest: Manifest, order: Order | MixedOrder, config: Config, world: World, steps: range
 ) -> Iterator[Item]:
     """`batches` of `steps`, with this rank's shards fetched ahead where they lie elsewhere."""
     files = manifest.files
@@ -107,7 +108,8 @@ def working_set(config: Config, manifest: Manifest, world: World) -> tuple[int, 
     """Bytes of the shards that the ranks of this machine read from at a time, and of the largest shard."""
     shards = manifest.shards(config.data.train_split)
     largest = max(shard.bytes for shard in shards)
-    streams = -(-config.num_streams * world.local_size // world.size)
+    # All ranks read a mixture's sets from the same places.
+    streams = 1 + len(config.data.mixture) if config.data.mixture else -(-config.num_streams * world.local_size // world.size)
     return min(len(shards), streams * config.data.shuffle_shards) * largest, largest
 
 

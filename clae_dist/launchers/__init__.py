@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 def _with_absolute_paths(config: Config) -> Config:
     """Ranks may run in other folders than this process (Ray's do), and a run is evaluated from anywhere."""
     cache = os.path.abspath(config.data.cache) if config.data.cache else ""
+    mixture = {absolute(name): share for name, share in config.data.mixture.items()}
     uri = config.tracking.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
     return replace(
         config,
         run_dir=str(config.folder.absolute()),
-        data=replace(config.data, shards=absolute(config.data.shards), cache=cache),
+        data=replace(config.data, shards=absolute(config.data.shards), mixture=mixture, cache=cache),
         tracking=replace(config.tracking, uri=uri),
     )
 

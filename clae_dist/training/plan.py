@@ -71,6 +71,7 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     config = plan.config
     size, rows, attack = config.batch.global_size, config.rows_per_rank(world.size), config.attack
     micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
+    streams = f"{1 + len(config.data.mixture)} sets" if config.data.mixture else f"{config.num_streams} canonical streams"
     hosts = sorted(set(world.gather_objects(platform.node())))
     yield (
         f"ranks: {world.size} on {len(hosts)} host(s), {world.device.type}, {torch.get_num_threads()} torch thread(s) each; "
@@ -82,10 +83,10 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
         f"{config.model.norm} batch statistics"
     )
     yield (
-        f"batch: {size} images = {world.size} x {rows}{micro}; {config.num_streams} canonical streams; "
+        f"batch: {size} images = {world.size} x {rows}{micro}; {streams}; "
         f"{num_workers(config, world.local_size)} loader process(es) a rank"
     )
-    left_out = plan.num_samples - plan.steps_per_epoch * size
+    left_out = 0 if config.data.mixture else plan.num_samples - plan.steps_per_epoch * size
     rest = f"; {left_out} sit out, other ones each epoch" if left_out else ""
     yield f"epoch: {plan.num_samples} images = {plan.steps_per_epoch} steps{rest}"
     yield (

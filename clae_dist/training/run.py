@@ -22,10 +22,8 @@ from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch, load, num_workers
-from clae_dist.data.manifest import DataError, Manifest, check_shard
+from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.noise import uniform_noise
-from clae_dist.data.prefetch import advice
-from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.knn import knn_accuracy
@@ -39,6 +37,7 @@ from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.plan import Plan, describe
+from clae_dist.training.sets import Sets, open_sets
 from clae_dist.world import World
 
 Say = Callable[[str], None]
@@ -71,12 +70,12 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
 
     config.rows_per_rank(world.size)
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    manifest = open_data(config, world, say)
-    plan = Plan.of(config, manifest.num_samples(config.data.train_split))
+    sets = open_sets(config, world, say)
+    plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
 
     def open_folder() -> Identity:
         check_tracking(config, config.folder)
-        return open_run_folder(config, origins, manifest, world, new_run_key())
+        return open_run_folder(config, origins, sets.train, world, new_run_key())
 
     identity: Identity = world.run_on_main(open_folder)
     backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
@@ -104,10 +103,10 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
     status: Status = "failed"
     try:
         skipped = BadSamples(config.data.max_bad, plan.num_samples, config.folder, bad)
-        outcome = _Loop(config, world, backend, manifest, plan, tracker, stop, skipped, say).run(first_step, train_s)
+        outcome = _Loop(config, world, backend, sets, plan, tracker, stop, skipped, say).run(first_step, train_s)
         status = outcome.status
         if world.is_main and status == "finished" and config.tracking.name != "none":
-            _log_encoder(config, tracker, manifest, say)
+            _log_encoder(config, tracker, sets.train, say)
     finally:
         tracker.close(status)
     if tracker.page:
@@ -121,30 +120,6 @@ def _log_encoder(config: Config, tracker: Trackers | NullTracker, manifest: Mani
         tracker.log_model(export_encoder(config.folder), manifest.digest)
     except (ConfigError, OSError) as error:
         say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
-
-
-def open_data(config: Config, world: World, say: Say) -> Manifest:
-    """The manifest, after the ranks have checked the shards between them. Raises DataError or ConfigError on every rank."""
-
-    manifest = open_shards(config.data, world, say)
-    Plan.of(config, manifest.num_samples(config.data.train_split))
-    started, failure = time.perf_counter(), ""
-    shards = [shard for split in manifest.splits.values() for shard in split]
-    if manifest.files is not None:
-        say(f"data: {manifest.name}, {len(shards)} shards at {manifest.where}; {manifest.files.describe()}")
-        for line in advice(config, manifest, world):
-            say(line)
-        return manifest
-    for shard in shards[world.rank :: world.size]:
-        try:
-            check_shard(manifest.folder, shard, config.data.verify)
-        except DataError as error:
-            failure = str(error)
-            break
-    world.raise_together(DataError, failure)
-    seconds = time.perf_counter() - started
-    say(f"data: {manifest.name}, {len(shards)} shards checked ({config.data.verify}) in {seconds:.1f} s")
-    return manifest
 
 
 def _resume(config: Config, world: World, backend: Backend, say: Say) -> tuple[int, float, dict[str, str]]:
@@ -209,14 +184,14 @@ class _Loop:
         config: Config,
         world: World,
         backend: Backend,
-        manifest: Manifest,
+        sets: Sets,
         plan: Plan,
         tracker: Trackers | NullTracker,
         stop: StopRequest,
         bad: BadSamples,
         say: Say,
     ) -> None:
-        self.config, self.world, self.backend, self.manifest = config, world, backend, manifest
+        self.config, self.world, self.backend, self.sets = config, world, backend, sets
         self.plan, self.tracker, self.stop, self.bad, self.say = plan, tracker, stop, bad, say
         self.clock = Clock(world.device)
         self.started = time.perf_counter()
@@ -234,7 +209,7 @@ class _Loop:
         self.started -= train_s
         self.step = self.saved = self.logged = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
-        batches = load(self.manifest, self.config, self.world, first_step, plan.total)
+        batches = load(self.sets.train, self.config, self.world, first_step, plan.total)
         rows = self.config.rows_per_rank(self.world.size)
         if first_step == 0 and plan.knn_every:
             self._log(self._knn())
@@ -354,13 +329,14 @@ class _Loop:
     def _knn(self) -> dict[str, float]:
         """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split."""
         config, world = self.config, self.world
-        if not self.manifest.classes or config.data.test_split not in self.manifest.splits:
+        manifest = self.sets.main
+        if not manifest.classes or config.data.test_split not in manifest.splits:
             return {}
         self.backend.average_local_statistics()
         settings = config.evaluation
 
         def features(split: str, limit: int) -> Features:
-            images = EvaluationSet(self.manifest, split, config.data.image_size, limit)
+            images = EvaluationSet(manifest, split, config.data.image_size, limit)
             share, problem = None, ""
             try:
                 share = extract(model, images, world.device, settings.batch_size, world.rank, world.size)

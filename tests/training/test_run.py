@@ -21,6 +21,7 @@ from clae_dist.runs.checkpoint import CheckpointError, find_checkpoints, load_ch
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training import run as training
 from clae_dist.world import RankError, World
+from tests.parallel.expected_steps import largest_difference
 from tests.ranks import RankPool
 
 STEPS = 8  # two epochs of 100 images in batches of 24
@@ -435,3 +436,25 @@ def test_a_run_that_waits_for_data_says_once_what_to_change(
     assert training.train(recipe(shards, tmp_path / "run"), {}, World.single("cpu"), said).step == STEPS
     assert said.getvalue().count("of the time is spent waiting for data") == 1
     assert "data.workers is 0 a rank" in said.getvalue()
+
+
+def test_a_mixture_goes_on_on_other_ranks_and_is_evaluated_on_its_first_set(
+    ranks: RankPool, shards: Manifest, tmp_path: Path
+) -> None:
+    other = write_synthetic_set(tmp_path / "other", 44, 20, num_shards=2)
+    ends = []
+    for name, lose_at in (("undisturbed", 0), ("lost", 5)):
+        config = recipe(shards, tmp_path / name, precision="float64")
+        config = replace(
+            config, data=replace(config.data, mixture={str(other.folder): 0.25}), train=replace(config.train, epochs=1.4)
+        )
+        if lose_at:
+            assert ranks.run(4, train_on, config, lose_at) == ["lost"] * 4
+        assert ranks.run(2, train_on, config) == ["finished", "finished"]
+        ends.append(final(config))
+    assert largest_difference(ends[1]["model"], ends[0]["model"]) < 1e-9  # 4 ranks, then 2
+    assert any("knn_accuracy" in line for line in logged(config))
+    changed = replace(config, data=replace(config.data, mixture={str(other.folder): 0.5}))
+    kind, text = ranks.run(2, outcome, changed)[0]
+    assert kind == "ConfigError"
+    assert "digest of the manifest" in text
