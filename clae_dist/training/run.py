@@ -141,7 +141,8 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
 
     def view(batch: Batch, number: int) -> torch.Tensor:
-        images = batch.views[number].to(world.device, non_blocking=True).float() / 255
+        images = batch.views[number].to(world.device, non_blocking=True)
+        images = images.contiguous().float() / 255  # planar: what works on channels is half as fast on interleaved pixels
         return augment(images, batch.draws[number], config.augment).to(dtype)
 
     def noise(batch: Batch) -> torch.Tensor:
