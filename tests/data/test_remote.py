@@ -166,6 +166,13 @@ def test_a_shard_that_stays_wrong_ends_the_run_by_name(server: FaultyServer, tmp
     assert "secret" not in str(caught.value) + repr(open_shards(config.data))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_is_one_line_from_a_loader_process_too(server: FaultyServer, tmp_path: Path, workers: int) -> None:
+    server.choose = lambda name, _: Fault("status", code=403) if name.endswith(".tar") else None
+    with pytest.raises(DataError, match=r"^train-\d{6}\.tar could not be fetched from [^\n]*the server answered 403[^\n]*$"):
+        batches(settings(server.url, tmp_path / "cache", workers=workers))
+
+
 def test_a_failure_reaches_every_rank(ranks: RankPool, server: FaultyServer, tmp_path: Path) -> None:
     server.choose = lambda name, _: Fault("status", code=403) if name == "manifest.json" else None
     found = ranks.run(2, rank_problem, settings(server.url, tmp_path / "cache"))
