@@ -159,7 +159,7 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in (*_PASSING, 416)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return full or isinstance(error, (FileNotFoundError, PermissionError))
+    return full or isinstance(error, (FileNotFoundError, PermissionError, http.client.InvalidURL))
 
 
 def _reason(error: Exception, patience: Patience) -> str:
@@ -168,6 +168,8 @@ def _reason(error: Exception, patience: Patience) -> str:
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
         return f"no bytes for {patience.timeout_s:g} s"
+    if isinstance(cause, http.client.InvalidURL):  # its text is the URL's
+        return "the URL holds characters that have no place there"
     if isinstance(cause, FileNotFoundError):
         return "it is not there"
     return redact_text(str(cause)) or type(cause).__name__

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from clae_dist.config import Config
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
-from clae_dist.data.manifest import Manifest
+from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
@@ -120,4 +120,12 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
             multiprocessing_context=forkserver() if workers else None,
         )
     )
-    return ahead_of(batches, manifest, order, config, world, steps)
+    return ahead_of(_plain_errors(batches), manifest, order, config, world, steps)
+
+
+def _plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """What a loader process raised, without the traceback that torch writes into the message."""
+    try:
+        yield from batches
+    except DataError as error:
+        raise DataError(str(error).rpartition(f"{DataError.__module__}.DataError: ")[2].strip()) from None

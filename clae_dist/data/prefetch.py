@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -51,8 +52,9 @@ class Prefetch:
         self._stop.set()
         with self._moved:
             self._moved.notify_all()
+        deadline = time.monotonic() + _JOIN_S
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _next(self) -> int | None:
         """The next shard to fetch, once it may be; None at the end."""

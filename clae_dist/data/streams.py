@@ -137,30 +137,29 @@ class _Fsspec:
 
     def __init__(self, url: str, start: int, timeout_s: float) -> None:
         self.start, self.validator, self._timeout_s = start, "", timeout_s
-        self._blocks: queue.Queue[bytes | Exception] = queue.Queue(2)
-        self._opened: queue.Queue[int | Exception | None] = queue.Queue(1)
+        self._came: queue.Queue[Any] = queue.Queue(2)  # the size, then blocks, or an exception
         self._closed = threading.Event()
         threading.Thread(target=self._run, args=_filesystem(url), daemon=True).start()
-        self.total: int | None = self._take(self._opened)
+        self.total: int | None = self._take()
 
     def _run(self, filesystem: Any, path: str) -> None:
         try:
             with filesystem.open(path, "rb", block_size=_BLOCK_BYTES) as file:
                 file.seek(self.start)
-                self._opened.put(getattr(file, "size", None))
+                self._came.put(getattr(file, "size", None))
                 while not self._closed.is_set():
                     data = file.read(CHUNK_BYTES)
-                    self._blocks.put(data)
+                    self._came.put(data)
                     if not data:
                         return
         except Exception as error:  # handed to the reader
-            self._opened.put(error) if self._opened.empty() and self._blocks.empty() else None
-            self._blocks.put(error)
+            self._came.put(error)
 
-    def _take(self, source: queue.Queue[Any]) -> Any:
+    def _take(self) -> Any:
         try:
-            value = source.get(timeout=self._timeout_s)
+            value = self._came.get(timeout=self._timeout_s)
         except queue.Empty:
+            self._closed.set()
             raise TimeoutError from None
         if isinstance(value, OSError):
             raise value
@@ -169,13 +168,13 @@ class _Fsspec:
         return value
 
     def read(self) -> bytes:
-        data: bytes = self._take(self._blocks)
+        data: bytes = self._take()
         return data
 
     def close(self) -> None:
         self._closed.set()
-        while not self._blocks.empty():  # so that the thread is not held up by a full queue
-            self._blocks.get_nowait()
+        while not self._came.empty():  # so that the thread is not held up by a full queue
+            self._came.get_nowait()
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

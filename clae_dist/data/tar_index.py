@@ -1,4 +1,4 @@
-"""Where the images of a WebDataset shard lie, from the headers of the tar alone: 0.005 ms a file, no image is read.
+"""Where the images of a WebDataset shard lie, from the headers of the tar alone: 0.01 ms a file, no image is read.
 
 WebDataset's conventions: files with the same path up to the first dot of the base name are one sample, one after the other;
 what follows that dot says what a file is: `jpg`, `png`, … the image, `cls` or `json` its label.
@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -19,11 +19,11 @@ from clae_dist.data.manifest import DataError
 IMAGES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 img".split())
 _LABEL_KEYS = ("label", "cls", "class_id", "class_index", "class")
 _BLOCK = 512
+_END = bytes(_BLOCK)
 _MAX_TEXT_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: its name, and where its bytes are."""
 
     name: str
@@ -114,7 +114,7 @@ def members(content: mmap.mmap | bytes, name: str) -> Iterator[Member]:
             raise DataError(
                 f"{name} ends at byte {len(content)} without the end mark of a tar: it was cut short; fetch it again."
             )
-        if header.count(0) == _BLOCK:
+        if header == _END:
             break
         size, kind = _checked(header, position, name), header[156:157]
         start = position + _BLOCK
@@ -125,17 +125,17 @@ def members(content: mmap.mmap | bytes, name: str) -> Iterator[Member]:
             override |= _pax(data, name, position) if kind == b"x" else {"path": _text(data)}
             position = start + -(-size // _BLOCK) * _BLOCK
             continue
-        if any(key.startswith("GNU.sparse") for key in override) or kind == b"S":
+        if kind == b"S" or any(key.startswith("GNU.sparse") for key in override):
             raise DataError(f"{name} holds a sparse file at byte {position}; write the shard without them (tar without -S).")
         if kind in b"123456":
             size = 0  # links and folders have no bytes, whatever their header says
-        elif "size" in override:
+        elif override and "size" in override:
             size = _pax_size(override["size"], name, position)
         if start + size > len(content):
             raise _damaged(name, position, f"a file of {size} bytes does not fit into the rest: it was cut short")
         if kind in b"0\x007":
             yield Member(override.get("path") or _path(header), start, size)
-        if kind not in b"gK":  # headers of all files, and of a long link: the next file's own is still to come
+        if override and kind not in b"gK":  # headers of all files, and of a long link: the next file's own is still to come
             override = {}
         position = start + -(-size // _BLOCK) * _BLOCK
     if _anything_after(content, position):
@@ -145,7 +145,7 @@ def members(content: mmap.mmap | bytes, name: str) -> Iterator[Member]:
 def _checked(header: bytes, position: int, name: str) -> int:
     """The size that a header gives. Raises DataError when the header's checksum is not that of its bytes."""
     try:
-        wanted = int(header[148:156].strip(b" \0") or b"-1", 8)
+        wanted = int(header[148:156].strip(b" \0") or b"-1", 8)  # of all bytes, these eight counted as spaces
         size = int.from_bytes(header[125:136]) if header[124] == 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
     except ValueError:
         raise _damaged(name, position, "no header of a file is there") from None

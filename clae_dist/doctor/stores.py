@@ -20,25 +20,24 @@ ROOM_FOR = {
     "shard cache": "shards from elsewhere are kept there; free some or choose another with data.cache=….",
     "cache": "the next environment (after pyproject.toml changes) takes 6 GiB; free some or set CLAE_CACHE to another disk.",
 }
+WRITTEN = {"run folder": "run_dir", "shard cache": "data.cache"}  # and the setting that names them
 
 
 def disk(config: Config | None) -> Iterator[Finding]:
-    folders = {"run folder": (config or Config()).folder, "cache": Path(sys.prefix).parent}
-    if config is not None and config.data.shards:
+    config = config or Config()
+    folders = {"run folder": config.folder, "cache": Path(sys.prefix).parent}
+    if config.data.shards:
         folders |= _shard_folders(config.data)
     for what, folder in folders.items():
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         found = f"{free / GIB:.1f} GiB free at {folder}"
-        if what == "run folder" and not os.access(existing, os.W_OK):
-            yield Finding("problem", what, f"{existing} is not writable", "choose another with run_dir=….")
-        elif what == "shard cache" and not os.access(existing, os.W_OK):
-            yield Finding("problem", what, f"{existing} is not writable", "choose another with data.cache=….")
+        if what in WRITTEN and not os.access(existing, os.W_OK):
+            yield Finding("problem", what, f"{existing} is not writable", f"choose another with {WRITTEN[what]}=….")
         elif what == "shard cache" and free < config.data.cache_bytes:
             advice = "free some, lower data.cache_bytes, or choose another with data.cache=…."
-            yield Finding(
-                "warning", what, f"{found}, less than data.cache_bytes {config.data.cache_bytes / GIB:.1f} GiB", advice
-            )
+            found += f", data.cache_bytes is {config.data.cache_bytes / GIB:.1f} GiB"
+            yield Finding("warning", what, found, advice)
         elif what != "shards" and free < FREE_DISK_BYTES:
             advice = ROOM_FOR[what]
             yield Finding("problem" if free < GIB // 2 else "warning", what, found, advice)
@@ -113,12 +112,13 @@ def shards(config: Config | None) -> Iterator[Finding]:
         advice = f"an epoch needs one batch at least; batch.global_size={images} or fewer."
         yield Finding("problem", "shards", f"{images} images, batch.global_size {config.batch.global_size}", advice)
         return
-    found = f"{manifest.name}: {images} images to train on, {{}}, digest {manifest.digest[:12]}"
     if manifest.files is None:
-        found = found.format("sizes match") + f"; `python -m data_prep verify {manifest.folder}` compares every byte"
+        state, checks = "sizes match", f"`python -m data_prep verify {manifest.folder}` compares every byte"
     else:
-        found = found.format(f"{manifest.where} answers") + "; shards are checked when they are fetched"
-    yield Finding("ok", "shards", found)
+        state, checks = f"{manifest.where} answers", "shards are checked when they are fetched"
+    yield Finding(
+        "ok", "shards", f"{manifest.name}: {images} images to train on, {state}, digest {manifest.digest[:12]}; {checks}"
+    )
 
 
 def _plain_shards(entries: list[str]) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class _Album:
 
 def _manifest(record: Record, say: Say) -> Manifest | None:
     try:
-        return open_shards(record.config.data) if record.config.data.shards else None
+        data = replace(record.config.data, retries=min(1, record.config.data.retries))  # pictures are not worth minutes
+        return open_shards(data) if data.shards else None
     except DataError as error:
         say(f"no pictures of images in the report: {error}")
         return None

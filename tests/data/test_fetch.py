@@ -141,6 +141,12 @@ def test_logins_reach_the_server_and_no_message(server: FaultyServer) -> None:
     assert f"{server.url}/shard.tar?…" in str(caught.value)
 
 
+def test_a_url_that_is_none_is_not_shown_either(server: FaultyServer) -> None:
+    with pytest.raises(DataError, match=r"/shard\.tar\?…: the URL holds characters") as caught:
+        fetched(f"{server.url}/shard.tar?signature=tok3n and more")
+    assert "tok3n" not in str(caught.value)
+
+
 def test_a_pipe_is_read_and_its_failure_seen(tmp_path: Path, server: FaultyServer) -> None:
     (tmp_path / "plain").write_bytes(DATA)
     assert fetched(f"pipe:cat {shlex.quote(str(tmp_path / 'plain'))}") == DATA

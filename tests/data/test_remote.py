@@ -124,6 +124,25 @@ def test_a_cache_smaller_than_what_is_in_use_is_said_and_works(local: Manifest, 
     assert_same(batches(config), batches(settings(str(local.folder), tmp_path / "none")))
 
 
+def test_shards_are_fetched_before_a_step_asks_for_them(local: Manifest, server: FaultyServer, tmp_path: Path) -> None:
+    asked = {shard.name: threading.Event() for shard in local.splits["train"]}
+
+    def choose(name: str, _: int) -> None:
+        if name in asked:
+            asked[name].set()
+
+    server.choose = choose
+    config = settings(server.url, tmp_path / "cache", streams=1, shuffle_shards=1)
+    found = load(open_shards(config.data), config, World.single("cpu"), 0, STEPS)
+    next(found)  # eight images, all of one shard
+    assert all(event.wait(20) for event in asked.values())
+    config = settings(server.url, tmp_path / "another", streams=1, shuffle_shards=1, prefetch_shards=0)
+    for event in asked.values():
+        event.clear()
+    next(load(open_shards(config.data), config, World.single("cpu"), 0, STEPS))
+    assert sum(event.is_set() for event in asked.values()) == 1
+
+
 def test_a_start_fetches_the_manifest_and_nothing_else(server: FaultyServer, local: Manifest, tmp_path: Path) -> None:
     manifest = open_shards(settings(server.url + "/", tmp_path / "cache").data)
     assert server.requests == {"manifest.json": 1}
@@ -145,6 +164,13 @@ def test_a_shard_that_stays_wrong_ends_the_run_by_name(server: FaultyServer, tmp
         batches(config)
     assert "sha256" in str(caught.value)
     assert "secret" not in str(caught.value) + repr(open_shards(config.data))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_is_one_line_from_a_loader_process_too(server: FaultyServer, tmp_path: Path, workers: int) -> None:
+    server.choose = lambda name, _: Fault("status", code=403) if name.endswith(".tar") else None
+    with pytest.raises(DataError, match=r"^train-\d{6}\.tar could not be fetched from [^\n]*the server answered 403[^\n]*$"):
+        batches(settings(server.url, tmp_path / "cache", workers=workers))
 
 
 def test_a_failure_reaches_every_rank(ranks: RankPool, server: FaultyServer, tmp_path: Path) -> None:
