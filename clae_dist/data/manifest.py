@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clae_dist import __version__
+
 FILE_NAME = "manifest.json"
 FORMAT = "clae-dist shards 1"
-_PREPARE_AGAIN = "prepare the set again with `python -m data_prep imagefolder` into a new folder"
+_PREPARE_AGAIN = "prepare the set again with `python -m data_prep prepare` into a new folder"
 
 
 class DataError(ValueError):
@@ -56,6 +58,8 @@ class Manifest:
     quarantined: int  # images set aside while preparing; quarantine.jsonl lists them
     preparation: dict[str, Any]
     digest: str
+    version: str  # of this package when it was prepared; "" in older manifests
+    class_counts: dict[str, tuple[int, ...]]  # images by split, in the order of `classes`; empty in older manifests
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises DataError for a split that the set does not have."""
@@ -69,15 +73,7 @@ class Manifest:
 
     def index(self, shard: Shard) -> np.ndarray:
         """int64 (samples, 3): offset of the image's bytes in the shard, their number, label (-1: none). Raises DataError."""
-        path = self.folder / shard.index_name
-        try:
-            index: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
-        if index.dtype != np.int64 or index.shape != (shard.samples, 3):
-            expected = f"int64 ({shard.samples}, 3)"
-            raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
-        return index
+        return _read_index(self.folder, shard)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -86,7 +82,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     path = folder / FILE_NAME
     if not path.is_file():
         fact = "has no manifest.json" if folder.is_dir() else "is not a folder"
-        raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep imagefolder SRC {folder}` writes.")
+        raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep prepare SRC {folder}` writes.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
@@ -112,7 +108,8 @@ def write_manifest(
     quarantined: int,
     preparation: dict[str, Any],
 ) -> Manifest:
-    """Writes manifest.json atomically, with the time and the digest, and returns the Manifest."""
+    """Writes manifest.json atomically and returns the Manifest; adds the version, the time, the digest, and how many images
+    of each class the indexes hold. Raises DataError for an index that cannot be read or has a label that is no class."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "name": name,
@@ -122,6 +119,8 @@ def write_manifest(
         "classes": list(classes),
         "splits": {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in splits.items()},
         "quarantined": quarantined,
+        "version": __version__,
+        "class_counts": {split: _count_classes(Path(folder), shards, len(classes)) for split, shards in splits.items()},
         "preparation": preparation,
     }
     content["digest"] = _digest(content)
@@ -165,6 +164,30 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _read_index(folder: Path, shard: Shard) -> np.ndarray:
+    path = folder / shard.index_name
+    try:
+        index: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+    if index.dtype != np.int64 or index.shape != (shard.samples, 3):
+        expected = f"int64 ({shard.samples}, 3)"
+        raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
+    return index
+
+
+def _count_classes(folder: Path, shards: tuple[Shard, ...], num_classes: int) -> list[int]:
+    """Images of each class; the unlabelled ones are in no count."""
+    counts = np.zeros(num_classes, np.int64)
+    for shard in shards:
+        labels = _read_index(folder, shard)[:, 2]
+        found = np.bincount(labels[labels >= 0], minlength=num_classes)
+        if len(found) > num_classes:
+            raise DataError(f"{folder / shard.index_name} has the label {len(found) - 1}, but there are {num_classes} classes.")
+        counts += found
+    return [int(count) for count in counts]
+
+
 def _digest(content: dict[str, Any]) -> str:
     """sha256 over canonical JSON of everything but the digest itself and the time."""
     rest = {key: value for key, value in content.items() if key not in ("created", "digest")}
@@ -183,4 +206,6 @@ def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
         quarantined=content["quarantined"],
         preparation=content["preparation"],
         digest=content["digest"],
+        version=content.get("version", ""),
+        class_counts={split: tuple(counts) for split, counts in content.get("class_counts", {}).items()},
     )

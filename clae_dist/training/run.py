@@ -123,7 +123,7 @@ def open_data(config: Config, world: World, say: Say) -> Manifest:
 
     def load_it() -> Manifest:
         if not config.data.shards:
-            raise ConfigError("data.shards is ''; name the folder that `python -m data_prep imagefolder SRC DST` wrote.")
+            raise ConfigError("data.shards is ''; name the folder that `python -m data_prep prepare SRC DST` wrote.")
         manifest = load_manifest(config.data.shards)
         Plan.of(config, manifest.num_samples(config.data.train_split))
         return manifest

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from clae_dist import __version__
 from data_prep.__main__ import main
 from data_prep.progress import Progress
 
@@ -37,7 +38,7 @@ if __name__ == "__main__":
 
 def test_a_run_from_folder_to_verified_shards(tmp_path: Path, make_folder: Any, command: Any) -> None:
     source, folder = make_folder({"cat": 10, "dog": 10}), tmp_path / "dst"
-    done = command("imagefolder", source, folder, "--workers", 1, "--max-bad", "2%", "--shard-bytes", "1M", "--licence", "CC0")
+    done = command("prepare", source, folder, "--workers", 1, "--max-bad", "2%", "--shard-bytes", "1M", "--licence", "CC0")
     assert done.returncode == 0, done.stderr
     assert "src: 20 images, 2 classes, 2 shards." in done.stdout
     assert "a test split of 10% of every class is drawn with seed 0" in done.stdout
@@ -65,9 +66,19 @@ def test_info_prints_what_the_manifest_says(
     assert facts.pop("splits") == {"train": 11, "test": 11}
     assert facts.pop("created") == manifest.created
     assert facts.pop("classes") == list(manifest.classes)
+    assert facts.pop("class_counts") == {"train": [1] * 11, "test": [1] * 11}
+    assert facts.pop("pixels") == "original encoded bytes"
+    assert facts.pop("version") == __version__
     assert facts == {"name": "set", "source": "made here", "licence": "CC0", "quarantined": 0, "digest": manifest.digest}
     assert main(["info", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_info_shows_the_balance(tmp_path: Path, make_folder: Any, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_folder({"train/cat": 5, "train/dog": 2, "train/emu": 9, "test/cat": 1}), tmp_path / "dst")
+    assert main(["info", str(tmp_path / "dst")]) == 0
+    said = capsys.readouterr().out
+    assert "balance:     train 2 (dog) to 9 (emu) a class, test 0 (dog) to 1 (cat) a class\n" in said
 
 
 def test_info_says_that_images_have_no_labels(
@@ -75,7 +86,9 @@ def test_info_says_that_images_have_no_labels(
 ) -> None:
     run(make_folder({".": 4}), tmp_path / "dst")
     assert main(["info", str(tmp_path / "dst")]) == 0
-    assert "classes:     none: the images have no labels\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes:     none: the images have no labels\n" in said
+    assert "balance:     train 3 without a label, test 1 without a label\n" in said
 
 
 def test_demo_allows_more_bad_images_where_it_is_told_to(
@@ -91,7 +104,7 @@ def test_demo_allows_more_bad_images_where_it_is_told_to(
 
 
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["imagefolder", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--workers", "0"]
+    words = ["prepare", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--workers", "0"]
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -102,7 +115,8 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    "words", ["", "imagefold", "imagefolder a", "imagefolder a b --max-bad 200%", "imagefolder a b --max-pixels inf"]
+    "words",
+    ["", "prepar", "prepare a", "prepare a b --max-bad 200%", "prepare a b --max-pixels inf", "prepare a b --resize 256"],
 )
 def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -111,7 +125,7 @@ def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[st
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["imagefolder"], ["verify"], ["info"], ["demo"]])
+@pytest.mark.parametrize("words", [[], ["prepare"], ["verify"], ["info"], ["demo"]])
 def test_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
