@@ -47,9 +47,8 @@ def _balance(manifest: Manifest, split: str) -> str:
     parts = []
     if counts:
         few, many = min(counts), max(counts)
-        parts.append(
-            f"{few} ({manifest.classes[counts.index(few)]}) to {many} ({manifest.classes[counts.index(many)]}) a class"
-        )
+        smallest, largest = (manifest.classes[counts.index(count)] for count in (few, many))
+        parts.append(f"{few} ({smallest}) to {many} ({largest}) a class" if few < many else f"{few} a class")
     if unlabelled:
         parts.append(f"{unlabelled} without a label")
     return f"{split} {' and '.join(parts)}"

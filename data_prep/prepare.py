@@ -13,7 +13,7 @@ from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_tasks
 from data_prep.progress import Progress
 from data_prep.settings import Settings
-from data_prep.sources.entry import Source
+from data_prep.sources.entry import Layout, Listing, Source
 from data_prep.workspace import QUARANTINE, Workspace, open_workspace
 from data_prep.write import ShardResult, ShardTask, write_shard
 
@@ -38,7 +38,7 @@ def prepare(
         workspace.remove_leftovers()
         workspace.scratch.mkdir()
         say(f"Reading {' and '.join(str(path) for path in source.paths)} …")
-        plan = make_plan(source.listing(workspace.scratch), settings, " and ".join(str(path) for path in source.paths))
+        plan = make_plan(_list(source, workspace), settings, " and ".join(str(path) for path in source.paths))
         say(_describe(plan, settings))
         workspace.begin(fingerprint, settings.as_json())
         started = time.monotonic()
@@ -47,6 +47,16 @@ def prepare(
         workspace.complete()
         _report(manifest, results, time.monotonic() - started, say)
         return manifest
+
+
+def _list(source: Source, workspace: Workspace) -> Listing | Layout:
+    """What the source holds, with progress where that takes long (large or compressed tars)."""
+    size = sum(path.stat().st_size for path in source.paths if path.is_file())
+    progress = Progress(size, name="MB", unit=1e6)
+    try:
+        return source.listing(workspace.scratch, progress.add)
+    finally:
+        progress.close_if_seen()
 
 
 def _refuse_overlap(source: Source, folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -87,7 +88,7 @@ def _write_tar(
     done, last = 0, time.monotonic()
     # mtime is an int: a float would add a pax header with its fraction to every member.
     writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
-    with _Reader() as reader:
+    with closing(writer), _Reader() as reader:
         for sample in task.plan.samples:
             try:
                 data, extension = checked(reader.read(sample.entry), task.settings)
@@ -104,7 +105,6 @@ def _write_tar(
             if time.monotonic() - last > REPORT_EVERY_S:
                 report(done)
                 done, last = 0, time.monotonic()
-    writer.close()
     report(done)
     return written, bad
 

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, is_hidden, is_image_name, plain_name, stamp
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, is_hidden, is_image_name, plain_name, stamp
 from data_prep.sources.tar import plain_tar, tar_members
 from data_prep.sources.zip import is_zip, zip_members
 
@@ -27,13 +27,13 @@ class ArchiveSource:
     def fingerprint(self) -> str:
         return stamp(self.paths)
 
-    def listing(self, scratch: Path, /) -> Listing:
+    def listing(self, scratch: Path, report: Report, /) -> Listing:
         """Decompresses tars into `scratch`, which entries then refer to. Raises DataError for damaged or unsafe archives."""
         entries: dict[str, Entry] = {}
         folders: set[str] = set()
         ignored: list[str] = []
         for number, path in enumerate(self.paths):
-            found = _members(path, scratch / f"{number}.tar", folders, ignored)
+            found = _members(path, scratch / f"{number}.tar", report, folders, ignored)
             both = next((name for name in found if name in entries), None)
             if both is not None:
                 raise DataError(
@@ -44,10 +44,11 @@ class ArchiveSource:
         return _without_leading_folder(listing)
 
 
-def _members(path: Path, unpacked: Path, folders: set[str], ignored: list[str]) -> dict[str, Entry]:
+def _members(path: Path, unpacked: Path, report: Report, folders: set[str], ignored: list[str]) -> dict[str, Entry]:
     """Images of one archive by path; adds to `folders` and `ignored`."""
     entries: dict[str, Entry] = {}
-    for name, entry in zip_members(path) if is_zip(path) else tar_members(path, plain_tar(path, unpacked)):
+    found = zip_members(path) if is_zip(path) else tar_members(path, plain_tar(path, unpacked, report), report)
+    for name, entry in found:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if not parts or any(is_hidden(part) for part in parts[:-1]):
             continue

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import Entry, Layout, changed, stamp
+from data_prep.sources.entry import Entry, Layout, Report, changed, stamp
 from data_prep.sources.tar import first_member, plain_tar, tar_members
 
 _SIDE = 32
@@ -78,11 +78,11 @@ class CifarSource:
     def fingerprint(self) -> str:
         return stamp(self.paths)
 
-    def listing(self, scratch: Path, /) -> Layout:
+    def listing(self, scratch: Path, report: Report, /) -> Layout:
         """Decompresses into `scratch`, which the entries then refer to. Raises DataError for damaged archives."""
         kind, path = self._kind, self.paths[0]
-        plain = plain_tar(path, scratch / "cifar.tar")
-        files = {name.rpartition("/")[2]: entry for name, entry in tar_members(path, plain) if entry}
+        plain = plain_tar(path, scratch / "cifar.tar", report)
+        files = {name.rpartition("/")[2]: entry for name, entry in tar_members(path, plain, report) if entry}
         missing = sorted({*kind.splits, kind.names} - set(files))
         if missing:
             raise DataError(f"{path} has no {missing[0]}; get the archive again.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from clae_dist.data.manifest import DataError
 ORIGINAL_BYTES = "original encoded bytes"
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 _IMAGE_SUFFIXES = (*_JPEG, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2")
+
+
+Report = Callable[[int], None]
 
 
 class UnreadableError(ValueError):
@@ -87,7 +91,11 @@ class Layout:
 
 
 class Source(Protocol):
-    """Where images come from. `fingerprint` changes when the input does; `listing` may use an empty scratch folder."""
+    """Where images come from.
+
+    `fingerprint` changes when the input does. `listing` may use an empty scratch folder; where it takes long, it calls
+    `report` with the bytes of the source's files read since the last call.
+    """
 
     paths: tuple[Path, ...]
     name: str  # of the set, where the user gives none
@@ -95,7 +103,7 @@ class Source(Protocol):
 
     def fingerprint(self) -> str: ...
 
-    def listing(self, scratch: Path, /) -> Listing | Layout: ...
+    def listing(self, scratch: Path, report: Report, /) -> Listing | Layout: ...
 
 
 def plain_name(paths: tuple[Path, ...]) -> str:

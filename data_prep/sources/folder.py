@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, is_hidden, is_image_name
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, is_hidden, is_image_name
 
 
 class FolderSource:
@@ -48,7 +48,7 @@ class FolderSource:
         """Over the names, sizes and modification times of all images, not over their bytes."""
         return self._listing[1]
 
-    def listing(self, _scratch: Path, /) -> Listing:
+    def listing(self, _scratch: Path, _report: Report, /) -> Listing:
         return self._listing[0]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, is_image_name, stamp
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, is_image_name, stamp
 from data_prep.sources.tar import first_member, walk
 
 _Groups = dict[str, list[tuple[str, Entry]]]  # by class
@@ -56,31 +56,31 @@ class ImageNetSource:
     def fingerprint(self) -> str:
         return stamp(self.paths)
 
-    def listing(self, _scratch: Path, /) -> Layout:
+    def listing(self, _scratch: Path, report: Report, /) -> Layout:
         """Raises DataError for archives that are cut short, damaged, or do not belong together."""
         images: dict[str, _Groups] = {}
         labels = _read_labels(self._archives["devkit"]) if "devkit" in self._archives else None
         if "train" in self._archives:
-            images["train"] = _train_images(self._archives["train"])
+            images["train"] = _train_images(self._archives["train"], report)
         if "val" in self._archives:
-            images["test" if labels else "train"] = _val_images(self._archives["val"], labels)
+            images["test" if labels else "train"] = _val_images(self._archives["val"], labels, report)
         wnids = {name for groups in images.values() for name in groups if name}
         classes = tuple(sorted(wnids | set(labels.wnids) if labels else wnids))
         notes = [] if classes else [f"The images get no labels (-1); {_NAME_DEVKIT}, too, to give them some."]
         return Layout(classes, images, "test" in images, tuple(notes))
 
 
-def _train_images(archive: Path) -> _Groups:
+def _train_images(archive: Path, report: Report) -> _Groups:
     """Images by WNID, at their offsets in the one file."""
     images: _Groups = {}
     with archive.open("rb") as outer, archive.open("rb") as inner:
-        for tar in walk(archive, outer):
+        for tar in walk(archive, outer, lambda _: None):
             wnid = tar.name.removesuffix(".tar")
             if not tar.isreg() or not _KINDS["train"].fullmatch(tar.name) or wnid in images:
                 raise DataError(f"{archive} holds {tar.name!r}, which is no tar of a class of its own; get the archive again.")
             images[wnid] = [
                 (f"{wnid}/{member.name}", Entry(f"train/{wnid}/{member.name}", member.size, str(archive), member.offset_data))
-                for member in walk(archive, inner, tar.offset_data, tar.offset_data + tar.size)
+                for member in walk(archive, inner, report, tar.offset_data, tar.offset_data + tar.size)
                 if _is_image(archive, member)
             ]
             if not images[wnid]:
@@ -113,10 +113,10 @@ class _Labels:
         return self.wnid_of[self.truth[number - 1]]
 
 
-def _val_images(archive: Path, labels: _Labels | None) -> _Groups:
+def _val_images(archive: Path, labels: _Labels | None, report: Report) -> _Groups:
     images: _Groups = {}
     with archive.open("rb") as stream:
-        for member in walk(archive, stream):
+        for member in walk(archive, stream, report):
             if not _KINDS["val"].fullmatch(member.name) or not member.isreg():
                 raise DataError(f"{archive} holds {member.name!r}, which is no image of val; get the archive again.")
             name = member.name.removeprefix("./")

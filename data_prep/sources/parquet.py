@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, UnreadableError, plain_name, stamp
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, UnreadableError, plain_name, stamp
 
 _MAGIC = b"PAR1"
 _PIECE = 128  # rows that are decoded at once
@@ -54,7 +54,7 @@ class ParquetSource:
     def fingerprint(self) -> str:
         return stamp(self._files, self._image, self._label)
 
-    def listing(self, _scratch: Path, /) -> Layout:
+    def listing(self, _scratch: Path, _report: Report, /) -> Layout:
         """Raises DataError for damaged files, and for columns and splits that cannot be told."""
         names = {path: path.relative_to(self._root).as_posix() if self._root else path.name for path in self._files}
         if len(set(names.values())) < len(names):

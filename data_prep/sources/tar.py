@@ -6,7 +6,6 @@ import bz2
 import gzip
 import lzma
 import os
-import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,17 +13,17 @@ from pathlib import Path
 from typing import IO, cast
 
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import Entry, is_image_name
+from data_prep.sources.entry import Entry, Report, is_image_name
 
-_COMPRESSIONS: tuple[tuple[bytes, Callable[[Path], IO[bytes]]], ...] = (  # how the files start, what opens them
-    (b"\x1f\x8b", cast("Callable[[Path], IO[bytes]]", gzip.open)),
-    (b"BZh", cast("Callable[[Path], IO[bytes]]", bz2.open)),
-    (b"\xfd7zXZ\0", cast("Callable[[Path], IO[bytes]]", lzma.open)),
+_COMPRESSIONS: tuple[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]], ...] = (  # how the files start, what opens them
+    (b"\x1f\x8b", cast("Callable[[IO[bytes]], IO[bytes]]", gzip.open)),
+    (b"BZh", cast("Callable[[IO[bytes]], IO[bytes]]", bz2.open)),
+    (b"\xfd7zXZ\0", cast("Callable[[IO[bytes]], IO[bytes]]", lzma.open)),
 )
 _KINDS = "name a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of one, ImageNet's or CIFAR's archives, or Parquet files"
 
 
-def plain_tar(path: Path, target: Path) -> Path:
+def plain_tar(path: Path, target: Path, report: Report) -> Path:
     """`path` itself when it is a plain tar, else `target`, into which it is decompressed. Raises DataError."""
     with path.open("rb") as stream:
         start = stream.read(6)
@@ -32,8 +31,12 @@ def plain_tar(path: Path, target: Path) -> Path:
     if opener is None:
         return path
     try:
-        with opener(path) as compressed, target.open("wb") as plain:
-            shutil.copyfileobj(compressed, plain, 1 << 20)
+        with path.open("rb") as stream, opener(stream) as compressed, target.open("wb") as plain:
+            done = 0
+            while chunk := compressed.read(1 << 20):
+                plain.write(chunk)
+                report(stream.tell() - done)
+                done = stream.tell()
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} is damaged ({error}); get the archive again.") from None
     return target
@@ -49,10 +52,10 @@ def first_member(path: Path) -> str:
         return ""
 
 
-def tar_members(archive: Path, plain: Path) -> Iterator[tuple[str, Entry | None]]:
+def tar_members(archive: Path, plain: Path, report: Report) -> Iterator[tuple[str, Entry | None]]:
     """Path and entry of every file, path and None of every folder. Raises DataError for what is damaged or unsafe."""
     with plain.open("rb") as stream:
-        for member in walk(archive, stream):
+        for member in walk(archive, stream, report if plain == archive else lambda _: None):  # else it was read before
             path = _safe_path(member, archive)
             if member.isdir():
                 yield path, None
@@ -62,7 +65,7 @@ def tar_members(archive: Path, plain: Path) -> Iterator[tuple[str, Entry | None]
                 yield path, Entry(path, member.size, str(plain), member.offset_data)
 
 
-def walk(archive: Path, stream: IO[bytes], start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
     """The members of the tar that lies in `stream` from `start` to `end`, with offsets from the stream's beginning.
 
     Raises DataError when it is no whole tar: tarfile itself takes a missing or damaged header for the end.
@@ -73,14 +76,25 @@ def walk(archive: Path, stream: IO[bytes], start: int = 0, end: int | None = Non
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 count += 1
-                behind = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                before, behind = behind, member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                report(behind - before)
                 yield member
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
     except tarfile.TarError as error:
         raise DataError(f"{archive} is no whole tar archive ({error}); {_KINDS}.") from None
-    stream.seek(behind)
-    if stream.read(512) != bytes(512) or (end is not None and behind + 512 > end):
+    if not _is_end(stream, behind, end):
         raise DataError(f"{archive} is cut short or damaged after {count} members; get the archive again.")
+
+
+def _is_end(stream: IO[bytes], behind: int, end: int | None) -> bool:
+    """Whether the last member is followed by a block of zeros and by nothing else."""
+    stream.seek(behind)
+    left = 1 << 62 if end is None else end - behind
+    first = chunk = stream.read(max(0, min(512, left)))
+    while chunk and not any(chunk):
+        left -= len(chunk)
+        chunk = stream.read(min(1 << 20, left))
+    return len(first) == 512 and not chunk
 
 
 def _safe_path(member: tarfile.TarInfo, archive: Path) -> str:

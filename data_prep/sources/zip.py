@@ -32,6 +32,8 @@ def zip_members(path: Path) -> Iterator[tuple[str, Entry | None]]:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise DataError(f"{path} is no whole zip archive ({error}); get the archive again.") from None
+    if any(member.header_offset < 0 for member in members):
+        raise DataError(f"{path} is no whole zip archive (its directory points before its start); get the archive again.")
     seen: set[str] = set()
     for member in members:
         name = member.filename.replace("\\", "/")  # what some Windows programs write

@@ -61,6 +61,7 @@ def test_info_prints_what_the_manifest_says(
     assert "splits:      train 11 images in 1 shard(s), test 11 images in 1 shard(s)\n" in said
     assert "classes:     11 (class-00, " in said
     assert "class-09, …)\n" in said
+    assert "balance:     train 1 a class, test 1 a class\n" in said
     assert main(["info", str(tmp_path / "dst"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts.pop("splits") == {"train": 11, "test": 11}
@@ -153,6 +154,26 @@ def test_a_worker_that_dies_or_fails_is_an_error_and_not_a_hang(tmp_path: Path, 
     assert lines[0] == "['a', 'b', 'c', 'd', 'e'] 5"
     assert "a worker process died (exit code 9" in lines[1]
     assert lines[2] == "DataError: the source changes"
+
+
+def test_reading_a_large_archive_shows_progress_and_a_small_one_does_not(
+    tmp_path: Path,
+    make_folder: Any,
+    archive: Any,
+    run: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = make_folder({"cat": 4, "dog": 4})
+    run(archive(source, tmp_path / "small.tar", "w"), tmp_path / "small")
+    assert " MB, " not in capsys.readouterr().err
+    now = iter(range(0, 10**6, 10))  # each look at the clock is ten seconds later
+    monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: next(now))
+    for mode, name in (("w", "large.tar"), ("w:gz", "large.tar.gz")):
+        run(archive(source, tmp_path / name, mode), tmp_path / f"shards-{name}")
+        lines = [line for line in capsys.readouterr().err.splitlines() if " MB, " in line]
+        assert "0 of 0 MB, 0 MB/s" in lines[0]
+        assert lines[-1].endswith(" left")
 
 
 def test_progress_is_one_line_on_a_terminal_and_rare_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

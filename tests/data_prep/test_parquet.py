@@ -110,11 +110,11 @@ def test_columns_of_other_names(tmp_path: Path, encoded: Any, run: Run) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path)
     with pytest.raises(DataError, match="no column image among photo, thumb, .*; name it with --image-column"):
-        ParquetSource((path,)).listing(tmp_path)
+        ParquetSource((path,)).listing(tmp_path, lambda _: None)
     with pytest.raises(DataError, match="no image bytes in the column fine_label"):
-        ParquetSource((path,), image="fine_label").listing(tmp_path)
+        ParquetSource((path,), image="fine_label").listing(tmp_path, lambda _: None)
     with pytest.raises(DataError, match="has no column kind among"):
-        ParquetSource((path,), image="photo", label="kind").listing(tmp_path)
+        ParquetSource((path,), image="photo", label="kind").listing(tmp_path, lambda _: None)
     fine = run(ParquetSource((path,), image="photo"), tmp_path / "fine", test_share=0)
     assert fine.classes == ("0", "1", "2", "3")
     coarse = run(ParquetSource((path,), image="photo", label="coarse_label"), tmp_path / "coarse", test_share=0)
