@@ -175,7 +175,7 @@ def _with_keys(groups: dict[str, list[tuple[str, Entry]]]) -> Iterable[tuple[str
 def _safe_key(path: str) -> str:
     """The path without its extension and without dots (the first one ends a key) or anything else that is not plain."""
     key = re.sub(r"[^\w/-]", "_", path.rpartition(".")[0])
-    return re.sub(r"^__+", "", key) or "_"  # readers skip names such as __meta__/…
+    return re.sub(r"^(__+|/+)+", "", key) or "_"  # readers skip names such as __meta__/…
 
 
 def _rank(salt: str, settings: Settings, key: str) -> bytes:
