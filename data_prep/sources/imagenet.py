@@ -8,13 +8,12 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from clae_dist.data.manifest import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, is_image_name, stamp
-from data_prep.sources.tar import first_member, walk
+from data_prep.sources.tar import first_member, plain_tar, walk
 
 _Groups = dict[str, list[tuple[str, Entry]]]  # by class
 
@@ -56,10 +55,10 @@ class ImageNetSource:
     def fingerprint(self) -> str:
         return stamp(self.paths)
 
-    def listing(self, _scratch: Path, report: Report, /) -> Layout:
+    def listing(self, scratch: Path, report: Report, /) -> Layout:
         """Raises DataError for archives that are cut short, damaged, or do not belong together."""
         images: dict[str, _Groups] = {}
-        labels = _read_labels(self._archives["devkit"]) if "devkit" in self._archives else None
+        labels = _read_labels(self._archives["devkit"], scratch / "devkit.tar") if "devkit" in self._archives else None
         if "train" in self._archives:
             images["train"] = _train_images(self._archives["train"], report)
         if "val" in self._archives:
@@ -129,13 +128,14 @@ def _val_images(archive: Path, labels: _Labels | None, report: Report) -> _Group
     return images
 
 
-def _read_labels(devkit: Path) -> _Labels:
+def _read_labels(devkit: Path, unpacked: Path) -> _Labels:
     """Raises DataError for an archive that is no devkit or is damaged."""
+    files = _devkit_files(devkit, unpacked)
     try:
-        truth = [int(line) for line in _devkit_file(devkit, _TRUTH).split()]
-        wnid_of = _leaf_synsets(_devkit_file(devkit, _SYNSETS))
-    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, zlib.error) as error:
-        raise DataError(f"{devkit} cannot be read ({error or type(error).__name__}); get the archive again.") from None
+        truth = [int(line) for line in files[_TRUTH].split()]
+        wnid_of = _leaf_synsets(files[_SYNSETS])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{devkit} cannot be read ({error}); get the archive again.") from None
     unknown = sorted(set(truth) - set(wnid_of))
     if unknown:
         raise DataError(
@@ -144,14 +144,17 @@ def _read_labels(devkit: Path) -> _Labels:
     return _Labels(truth, wnid_of)
 
 
-def _devkit_file(devkit: Path, name: str) -> bytes:
-    with tarfile.open(devkit, "r:*") as tar:
-        for member in tar:
-            if member.isreg() and member.name.endswith(f"/{name}") and member.size <= _MAX_DEVKIT_BYTES:
-                content = tar.extractfile(member)
-                assert content is not None, name  # a plain file has content
-                return content.read()
-    raise KeyError(f"it holds no {name}")
+def _devkit_files(devkit: Path, unpacked: Path) -> dict[str, bytes]:
+    """The two files with the labels, by name; those that are there."""
+    files = {}
+    plain = plain_tar(devkit, unpacked, lambda _: None)
+    with plain.open("rb") as members, plain.open("rb") as stream:
+        for member in walk(devkit, members, lambda _: None):
+            name = "/".join(member.name.rsplit("/", 2)[-2:])
+            if name in (_TRUTH, _SYNSETS) and member.isreg() and member.size <= _MAX_DEVKIT_BYTES:
+                stream.seek(member.offset_data)
+                files[name] = stream.read(member.size)
+    return files
 
 
 def _leaf_synsets(meta: bytes) -> dict[int, str]:

@@ -70,7 +70,12 @@ class ParquetSource:
                 groups.setdefault(classes[number] if number >= 0 else "", []).append((entry.path, entry))
         if not any(images.values()):
             raise DataError(f"{self.paths[0]} holds no rows; get the files again.")
-        notes = () if classes else ("The files have no label column: the images get no labels (-1).",)
+        unlabelled = (
+            ["The files have no labels"]
+            if not classes
+            else [f"The split {s} has no labels" for s in images if set(images[s]) == {""}]
+        )
+        notes = tuple(f"{what}: its images get -1." for what in unlabelled)
         return Layout(classes, images, given=set(images) != {"train"}, notes=notes)
 
 
@@ -184,9 +189,11 @@ def _classes(tables: list[_Table]) -> tuple[tuple[str, ...], Any]:
         if not isinstance(label, (int, str)):
             raise DataError(f"{tables[0].path} has the label {label!r}; a label is a whole number or a text.")
     if names:
-        wrong = sorted(label for label in found if not isinstance(label, int) or not -1 <= label < len(names))
-        if wrong or len(set(names)) < len(names):
-            raise DataError(f"{tables[0].path} names {len(names)} classes, and has the label {wrong}; get the files again.")
+        wrong = [label for label in found if not isinstance(label, int) or not -1 <= label < len(names)]
+        if wrong:
+            raise DataError(f"{tables[0].path} names {len(names)} classes, and there is the label {wrong[0]!r}; get it again.")
+        if len(set(names)) < len(names):
+            raise DataError(f"{tables[0].path} names a class twice among its {len(names)}; name other labels: --label-column.")
         return names, lambda label: -1 if label is None else label
     if len({type(label) for label in found}) > 1:
         raise DataError(

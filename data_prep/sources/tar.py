@@ -48,7 +48,7 @@ def first_member(path: Path) -> str:
         with tarfile.open(path, "r:*") as tar:
             member = tar.next()
             return member.name if member else ""
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
+    except (tarfile.TarError, ValueError, EOFError, OSError, zlib.error, lzma.LZMAError):
         return ""
 
 
@@ -77,10 +77,12 @@ def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: 
             while (member := tar.next()) is not None:
                 count += 1
                 before, behind = behind, member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                if behind <= before:  # a negative size: tarfile would read the same members for ever
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 report(behind - before)
                 yield member
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a negative size of an extended header
         raise DataError(f"{archive} is no whole tar archive ({error}); {_KINDS}.") from None
     if not _is_end(stream, behind, end):
         raise DataError(f"{archive} is cut short or damaged after {count} members; get the archive again.")

@@ -104,6 +104,15 @@ def test_labels_without_names(tmp_path: Path, encoded: Any, run: Run, labels: An
     assert sorted(label for _, label in contents(manifest)["train"]) == expected
 
 
+def test_a_split_without_labels_is_said(tmp_path: Path, encoded: Any, run: Run) -> None:
+    """The hub writes -1 where a contest keeps the labels of its test split to itself."""
+    said: list[str] = []
+    make_parquet(tmp_path / "set" / "train.parquet", [encoded(0), encoded(1)], [0, 1], NAMES)
+    make_parquet(tmp_path / "set" / "test.parquet", [encoded(2), encoded(3)], [-1, -1], NAMES)
+    assert run(tmp_path / "set", tmp_path / "dst", say=said.append).class_counts == {"train": (1, 1), "test": (0, 0)}
+    assert "The split test has no labels: its images get -1." in " ".join(said)
+
+
 def test_columns_of_other_names(tmp_path: Path, encoded: Any, run: Run) -> None:
     images = pyarrow.array([encoded(seed) for seed in range(4)], pyarrow.large_binary())
     table = pyarrow.table({"photo": images, "thumb": images, "coarse_label": [0, 0, 1, 1], "fine_label": [0, 1, 2, 3]})
@@ -142,7 +151,7 @@ def test_damaged_files_are_named(tmp_path: Path, encoded: Any, run: Run) -> None
 
 @pytest.mark.parametrize(
     "labels, names, expected",
-    [([0, 2], ["a", "b"], r"names 2 classes, and has the label \[2\]"), ([0.5, 1.0], None, "has the label 0.5")],
+    [([0, 2], ["a", "b"], "names 2 classes, and there is the label 2"), ([0.5, 1.0], None, "has the label 0.5")],
 )
 def test_labels_that_cannot_be_meant(tmp_path: Path, encoded: Any, run: Run, labels: Any, names: Any, expected: str) -> None:
     path = make_parquet(tmp_path / "a.parquet", [encoded(0), encoded(1)], labels, names)
