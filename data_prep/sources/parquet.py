@@ -70,11 +70,8 @@ class ParquetSource:
                 groups.setdefault(classes[number] if number >= 0 else "", []).append((entry.path, entry))
         if not any(images.values()):
             raise DataError(f"{self.paths[0]} holds no rows; get the files again.")
-        unlabelled = (
-            ["The files have no labels"]
-            if not classes
-            else [f"The split {s} has no labels" for s in images if set(images[s]) == {""}]
-        )
+        unlabelled = [f"The split {split} has no labels" for split, groups in images.items() if set(groups) == {""}]
+        unlabelled = unlabelled if classes else ["The files have no labels"]
         notes = tuple(f"{what}: its images get -1." for what in unlabelled)
         return Layout(classes, images, given=set(images) != {"train"}, notes=notes)
 
