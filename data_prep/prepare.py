@@ -45,7 +45,7 @@ def prepare(
         results = _write_shards(plan, workspace, settings, max_bad, num_workers, say)
         manifest = _write_manifest(plan, workspace, settings, pixels_text(source.pixels, settings), results)
         workspace.complete()
-        _report(manifest, results, time.monotonic() - started, say)
+        _report(plan, manifest, results, time.monotonic() - started, say)
         return manifest
 
 
@@ -145,15 +145,19 @@ def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, pixels
     )
 
 
-def _report(manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
+def _report(plan: Plan, manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
     bad = sorted(image for result in results for image in result.bad)
     if bad:
         say(f"{len(bad)} images were set aside; {manifest.folder / QUARANTINE} lists them:")
         for path, reason in bad[:10]:
             say(f"  {path}: {reason}")
+    planned = {sample.label for shard in plan.shards for sample in shard.samples}
     for label, name in enumerate(manifest.classes):
-        if not any(counts[label] for counts in manifest.class_counts.values()):
+        if label in planned and not any(counts[label] for counts in manifest.class_counts.values()):
             say(f"Every image of the class {name} was set aside; its label {label} is left unused.")
+    unused = [name for label, name in enumerate(manifest.classes) if label not in planned]
+    if unused:
+        say(f"The source names {len(unused)} classes without any image, such as {unused[0]}; their labels are left unused.")
     size = f"{sum(shard.bytes for shards in manifest.splits.values() for shard in shards) / 1e6:.0f} MB"
     say(f"{manifest.folder}: {_sizes(manifest)}, {size}, written in {seconds:.0f} s. Digest {manifest.digest[:12]}.")
 

@@ -113,6 +113,14 @@ def test_a_split_without_labels_is_said(tmp_path: Path, encoded: Any, run: Run) 
     assert "The split test has no labels: its images get -1." in " ".join(said)
 
 
+def test_classes_without_images_are_said_and_keep_their_labels(tmp_path: Path, encoded: Any, run: Run) -> None:
+    said: list[str] = []
+    path = make_parquet(tmp_path / "a.parquet", [encoded(0), encoded(1)], [0, 2], ["a", "b", "c", "d"])
+    assert run(path, tmp_path / "dst", test_share=0, say=said.append).class_counts == {"train": (1, 0, 1, 0)}
+    assert "The source names 2 classes without any image, such as b; their labels are left unused." in said
+    assert "set aside" not in " ".join(said)
+
+
 def test_columns_of_other_names(tmp_path: Path, encoded: Any, run: Run) -> None:
     images = pyarrow.array([encoded(seed) for seed in range(4)], pyarrow.large_binary())
     table = pyarrow.table({"photo": images, "thumb": images, "coarse_label": [0, 0, 1, 1], "fine_label": [0, 1, 2, 3]})
