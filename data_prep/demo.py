@@ -13,7 +13,9 @@ from urllib.error import URLError
 from clae_dist.data.manifest import Manifest
 from data_prep.prepare import Say, prepare
 from data_prep.settings import Settings
-from data_prep.sources import ArchiveSource, FolderSource, Source, open_source
+from data_prep.sources import open_source
+from data_prep.sources.entry import Source, origin_of
+from data_prep.sources.folder import FolderSource
 
 FOUND_CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-train.tar.gz"
 _CIFAR_LICENCE = (
@@ -58,16 +60,13 @@ def choose(data: Path | None, cache: Path, say: Say) -> tuple[Source, Settings]:
 def _named(path: Path) -> Source:
     """A folder or an archive; NAME-train.tar* with NAME-test.tar* beside it are one set."""
     other = path.with_name(path.name.replace("-train.tar", "-test.tar"))
-    if path.is_file() and other != path and other.is_file():
-        return ArchiveSource((path, other))
-    return open_source(path)
+    both = path.is_file() and other != path and other.is_file()
+    return open_source([path, other] if both else [path])
 
 
 def _settings(source: Source) -> Settings:
-    name = source.paths[0].resolve().name.split(".tar")[0].removesuffix(".tgz")
-    name = name.removesuffix("-train") if len(source.paths) > 1 else name
-    origin = " and ".join(path.resolve().name for path in source.paths)
-    return Settings(name, origin, _CIFAR_LICENCE) if name == "cifar10" else Settings(name, origin)
+    origin = origin_of(source)
+    return Settings(source.name, origin, _CIFAR_LICENCE) if source.name == "cifar10" else Settings(source.name, origin)
 
 
 def _downloaded_cifar(cache: Path, say: Say) -> Path:

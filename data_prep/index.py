@@ -117,7 +117,7 @@ def _splits(names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         words = re.split("[^a-z]+", name.lower())
         splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), "train"), []).append(name)
     notes = []
-    if "val" in splits and "test" not in splits:  # as `imagefolder` does it: evaluation looks for a split test
+    if "val" in splits and "test" not in splits:  # as `prepare` does it: evaluation looks for a split test
         splits["test"] = splits.pop("val")
         notes.append(f"Shards such as {splits['test'][0]} become the split test.")
     if "train" not in splits:

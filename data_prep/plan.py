@@ -11,13 +11,14 @@ from itertools import pairwise
 
 from clae_dist.data.manifest import DataError
 from data_prep.settings import Settings
-from data_prep.sources import Entry, Listing
+from data_prep.sources.entry import Entry, Layout, Listing
 
 _HELD_OUT = {"test": "test", "val": "val", "valid": "val", "validation": "val"}  # folder: split
+_Images = dict[str, dict[str, list[tuple[str, Entry]]]]
 _WAY_OUT = "The folder should hold one folder of images a class, or train/ and test/ (or val/) that do."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image to be written: where its bytes are, its key in the shard, its label (-1: none)."""
 
@@ -39,7 +40,7 @@ class Plan:
 
     classes: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
-    splits_from: str  # "folders", "drawn" or "none"
+    splits_from: str  # "source", "drawn" or "none"
     notes: tuple[str, ...]
 
     @property
@@ -47,43 +48,40 @@ class Plan:
         return sum(len(shard.samples) for shard in self.shards)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Images by split and class (class "": unlabelled), with their paths below the class folders' parent."""
-
-    images: dict[str, dict[str, list[tuple[str, Entry]]]]
-    given: bool  # the splits are those of the folders
-    notes: list[str]
-
-
-def make_plan(listing: Listing, settings: Settings, where: str) -> Plan:
+def make_plan(found: Listing | Layout, settings: Settings, where: str) -> Plan:
     """Classes, splits and shards of what `where` holds. Raises DataError for layouts that cannot be meant."""
-    if not listing.entries:
-        also = f" (but {len(listing.ignored)} other files, such as {listing.ignored[0]})" if listing.ignored else ""
-        raise DataError(f"{where} holds no images{also}. {_WAY_OUT}")
-    layout = _arrange(listing, where)
-    classes = tuple(sorted({name for groups in layout.images.values() for name in groups if name}))
-    for name in classes:
+    layout = _arrange(found, where) if isinstance(found, Listing) else found
+    for name in layout.classes:
         if not name.isprintable():
-            raise DataError(f"{where} has the class folder {name!r}, whose name is not valid text; rename it.")
-    labels = {"": -1, **{name: label for label, name in enumerate(classes)}}
+            raise DataError(f"{where} has the class {name!r}, whose name is not valid text; rename it.")
+    labels = {"": -1, **{name: label for label, name in enumerate(layout.classes)}}
     samples = {
         split: [Sample(entry, key, labels[name]) for name, key, entry in _with_keys(groups)]
         for split, groups in layout.images.items()
     }
-    splits_from = "folders" if layout.given else "drawn" if settings.test_share else "none"
+    splits_from = "source" if layout.given else "drawn" if settings.test_share else "none"
     if splits_from == "drawn":
         samples = _draw_test_split(samples["train"], settings)
     shards = [shard for split in sorted(samples, reverse=True) for shard in _cut(split, samples[split], settings)]
-    notes = list(layout.notes)
+    return Plan(layout.classes, tuple(shards), splits_from, layout.notes)
+
+
+def _arrange(listing: Listing, where: str) -> Layout:
+    """What the folders mean."""
+    if not listing.entries:
+        also = f" (but {len(listing.ignored)} other files, such as {listing.ignored[0]})" if listing.ignored else ""
+        raise DataError(f"{where} holds no images{also}. {_WAY_OUT}")
+    images, given, notes = _by_split(listing, where)
     if listing.ignored:
         notes.append(
             f"{len(listing.ignored)} files are no images by their names and were left out, such as {listing.ignored[0]}."
         )
-    return Plan(classes, tuple(shards), splits_from, tuple(notes))
+    classes = sorted({name for groups in images.values() for name in groups if name})
+    return Layout(tuple(classes), images, given, tuple(notes))
 
 
-def _arrange(listing: Listing, where: str) -> _Layout:
+def _by_split(listing: Listing, where: str) -> tuple[_Images, bool, list[str]]:
+    """Images by split and class, whether the splits are given, and what a user should know."""
     tops = {path.split("/")[0] for path in listing.folders}
     tops_with_images = {entry.path.split("/")[0] for entry in listing.entries if "/" in entry.path}
     direct = [entry.path for entry in listing.entries if "/" not in entry.path]
@@ -94,17 +92,19 @@ def _arrange(listing: Listing, where: str) -> _Layout:
         )
     if direct:
         images = {"train": {"": [(entry.path, entry) for entry in listing.entries]}}
-        return _Layout(images, False, ["The images lie in no class folders: they get no labels (-1)."])
+        return images, False, ["The images lie in no class folders: they get no labels (-1)."]
     held_out = sorted(tops & set(_HELD_OUT))
     if "train" in tops and held_out:
         return _arrange_splits(listing, ["train", *held_out], tops_with_images, where)
     root = "train/" if tops == {"train"} and all(entry.path.count("/") >= 2 for entry in listing.entries) else ""
     groups = _by_class(listing, root, where)
     _refuse_empty({name for name, images in groups.items() if not images}, where)
-    return _Layout({"train": groups}, False, [])
+    return {"train": groups}, False, []
 
 
-def _arrange_splits(listing: Listing, folders: list[str], tops_with_images: set[str], where: str) -> _Layout:
+def _arrange_splits(
+    listing: Listing, folders: list[str], tops_with_images: set[str], where: str
+) -> tuple[_Images, bool, list[str]]:
     """Split folders over class folders. A single held-out folder is the split "test", whatever it is called."""
     others = sorted(tops_with_images - set(folders))
     if others:
@@ -128,7 +128,7 @@ def _arrange_splits(listing: Listing, folders: list[str], tops_with_images: set[
         missing = sorted(every_class - present)
         if missing:
             notes.append(f"The split {split} has no images of {_some(missing)}.")
-    return _Layout(images, True, notes)
+    return images, True, notes
 
 
 def _by_class(listing: Listing, root: str, where: str) -> dict[str, list[tuple[str, Entry]]]:
@@ -175,7 +175,7 @@ def _with_keys(groups: dict[str, list[tuple[str, Entry]]]) -> Iterable[tuple[str
 def _safe_key(path: str) -> str:
     """The path without its extension and without dots (the first one ends a key) or anything else that is not plain."""
     key = re.sub(r"[^\w/-]", "_", path.rpartition(".")[0])
-    return re.sub(r"^__+", "", key) or "_"  # readers skip names such as __meta__/…
+    return re.sub(r"^(__+|/+)+", "", key) or "_"  # readers skip names such as __meta__/…
 
 
 def _rank(salt: str, settings: Settings, key: str) -> bytes:
@@ -197,9 +197,16 @@ def _draw_test_split(samples: list[Sample], settings: Settings) -> dict[str, lis
     return {"train": train, "test": test} if test else {"train": train}
 
 
+def _place(split: str, settings: Settings, sample: Sample) -> tuple[bytes, int, bytes]:
+    """Where a sample comes in a split's permutation; what is best read together stays together, in drawn order."""
+    run, part = sample.entry.run
+    drawn = _rank(split, settings, sample.key)
+    return (_rank(split, settings, run), part, drawn) if run else (drawn, 0, b"")
+
+
 def _cut(split: str, samples: list[Sample], settings: Settings) -> list[ShardPlan]:
     """Shards of (almost) equal counts within both limits, in a seeded permutation of the samples."""
-    samples = sorted(samples, key=lambda sample: _rank(split, settings, sample.key))
+    samples = sorted(samples, key=lambda sample: _place(split, settings, sample))
     sizes = [2048 + -(-sample.entry.size // 512) * 512 for sample in samples]  # two headers and the label's block, rounded up
     num_shards = max(1, -(-len(samples) // settings.shard_samples), -(-sum(sizes) // settings.shard_bytes))
     while num_shards < len(samples):

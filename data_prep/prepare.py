@@ -8,11 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest, write_manifest
+from data_prep.image import pixels_text
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_tasks
 from data_prep.progress import Progress
 from data_prep.settings import Settings
-from data_prep.sources import Source
+from data_prep.sources.entry import Layout, Listing, Source
 from data_prep.workspace import QUARANTINE, Workspace, open_workspace
 from data_prep.write import ShardResult, ShardTask, write_shard
 
@@ -37,15 +38,25 @@ def prepare(
         workspace.remove_leftovers()
         workspace.scratch.mkdir()
         say(f"Reading {' and '.join(str(path) for path in source.paths)} …")
-        plan = make_plan(source.listing(workspace.scratch), settings, " and ".join(str(path) for path in source.paths))
+        plan = make_plan(_list(source, workspace), settings, " and ".join(str(path) for path in source.paths))
         say(_describe(plan, settings))
         workspace.begin(fingerprint, settings.as_json())
         started = time.monotonic()
         results = _write_shards(plan, workspace, settings, max_bad, num_workers, say)
-        manifest = _write_manifest(plan, workspace, settings, results)
+        manifest = _write_manifest(plan, workspace, settings, pixels_text(source.pixels, settings), results)
         workspace.complete()
-        _report(manifest, results, time.monotonic() - started, say)
+        _report(plan, manifest, results, time.monotonic() - started, say)
         return manifest
+
+
+def _list(source: Source, workspace: Workspace) -> Listing | Layout:
+    """What the source holds, with progress where that takes long (large or compressed tars)."""
+    size = sum(path.stat().st_size for path in source.paths if path.is_file())
+    progress = Progress(size, name="MB", unit=1e6)
+    try:
+        return source.listing(workspace.scratch, progress.add)
+    finally:
+        progress.close_if_seen()
 
 
 def _refuse_overlap(source: Source, folder: Path) -> None:
@@ -80,7 +91,7 @@ def _write_shards(
     if results:
         say(f"{len(results)} of {len(plan.shards)} shards were finished before and are kept.")
     tasks = [
-        ShardTask(shard, workspace.temporary(shard.name), workspace.temporary(shard.name + ".index.npy"), settings.max_pixels)
+        ShardTask(shard, workspace.temporary(shard.name), workspace.temporary(shard.name + ".index.npy"), settings)
         for shard in remaining
     ]
     progress = Progress(plan.num_images, plan.num_images - sum(len(shard.samples) for shard in remaining))
@@ -107,7 +118,7 @@ def _check_bad(plan: Plan, workspace: Workspace, results: dict[str, ShardResult]
         )
 
 
-def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, results: list[ShardResult]) -> Manifest:
+def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, pixels: str, results: list[ShardResult]) -> Manifest:
     splits = {
         split: tuple(
             result.shard for shard, result in zip(plan.shards, results, strict=True) if shard.split == split and result.shard
@@ -130,22 +141,24 @@ def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, result
         classes=plan.classes,
         splits=splits,
         quarantined=len(bad),
-        preparation={**preparation, "splits_from": plan.splits_from, "pixels": "original encoded bytes"},
+        preparation={**preparation, "splits_from": plan.splits_from, "pixels": pixels},
     )
 
 
-def _report(manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
+def _report(plan: Plan, manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
     bad = sorted(image for result in results for image in result.bad)
     if bad:
         say(f"{len(bad)} images were set aside; {manifest.folder / QUARANTINE} lists them:")
         for path, reason in bad[:10]:
             say(f"  {path}: {reason}")
-    shards = [shard for shards in manifest.splits.values() for shard in shards]
-    present = {label for shard in shards for label in manifest.index(shard)[:, 2].tolist()}
+    planned = {sample.label for shard in plan.shards for sample in shard.samples}
     for label, name in enumerate(manifest.classes):
-        if label not in present:
+        if label in planned and not any(counts[label] for counts in manifest.class_counts.values()):
             say(f"Every image of the class {name} was set aside; its label {label} is left unused.")
-    size = f"{sum(shard.bytes for shard in shards) / 1e6:.0f} MB"
+    unused = [name for label, name in enumerate(manifest.classes) if label not in planned]
+    if unused:
+        say(f"The source names {len(unused)} classes without any image, such as {unused[0]}; their labels are left unused.")
+    size = f"{sum(shard.bytes for shards in manifest.splits.values() for shard in shards) / 1e6:.0f} MB"
     say(f"{manifest.folder}: {_sizes(manifest)}, {size}, written in {seconds:.0f} s. Digest {manifest.digest[:12]}.")
 
 

@@ -1,4 +1,4 @@
-"""One line of progress on stderr: images done, images/s, time left."""
+"""One line of progress on stderr: how much is done, how fast, how long it will take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import TextIO
 
 
 class Progress:
-    """On a terminal one line that is rewritten; elsewhere a line every few seconds."""
+    """On a terminal one line that is rewritten; elsewhere a line every few seconds. `unit` counts as one of what is shown."""
 
-    def __init__(self, total: int, already_done: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int, already_done: int = 0, stream: TextIO | None = None, *, name: str = "images", unit: float = 1
+    ) -> None:
         self._total, self._done, self._at_start = total, already_done, already_done
+        self._name, self._unit = name, unit
+        self._has_printed = False
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
         self._started = self._last = time.monotonic()
@@ -26,15 +30,21 @@ class Progress:
         """The last line, with the final numbers."""
         self._print(end="\n")
 
+    def close_if_seen(self) -> None:
+        """As `close`, but what was too short for a line gets none."""
+        if self._has_printed:
+            self.close()
+
     def _print(self, end: str) -> None:
         self._last = now = time.monotonic()
         rate = (self._done - self._at_start) / max(now - self._started, 1e-3)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
-        speed = f"{rate:.0f} images/s, {_duration(left)} left" if rate else "starting"
-        text = f"{self._done} of {self._total} images, {speed}"
+        speed = f"{rate / self._unit:.0f} {self._name}/s, {_duration(left)} left" if rate else "starting"
+        text = f"{self._done / self._unit:.0f} of {self._total / self._unit:.0f} {self._name}, {speed}"
         start, fill = ("\r", "\x1b[K") if self._is_terminal else ("", "")
         self._stream.write(f"{start}{text}{fill}{end}")
         self._stream.flush()
+        self._has_printed = True
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,9 @@ class Settings:
     shard_samples: int = 5000
     shard_bytes: int = 500_000_000
     max_pixels: int = 100_000_000
+    min_side: int = 0  # of the shorter side, pixels; 0: any
+    resize_short: int = 0  # pixels: larger images are made smaller and all become JPEGs; 0: bytes are kept as they are
+    quality: int = 0  # of those JPEGs; 0: none are made
 
     def __post_init__(self) -> None:
         _require(bool(self.name.strip()), "--name", repr(self.name), "give the set a name.")
@@ -30,6 +33,12 @@ class Settings:
         _require(self.shard_bytes >= 10_000, "--shard-bytes", self.shard_bytes, "use at least 10K.")
         limit = f"Pillow's limit against decompression bombs is {PILLOW_MAX_PIXELS}"
         _require(1 <= self.max_pixels <= PILLOW_MAX_PIXELS, "--max-pixels", self.max_pixels, f"use at least 1; {limit}.")
+        _require(self.min_side >= 0, "--min-side", self.min_side, "use 0 (any size) or more.")
+        _require(self.resize_short >= 0, "--resize", f"short={self.resize_short}", "use at least short=1.")
+        if self.resize_short:
+            _require(1 <= self.quality <= 95, "--quality", self.quality, "use 1 to 95, the range that JPEG libraries advise.")
+        else:
+            _require(not self.quality, "--quality", self.quality, "without --resize the images' bytes are kept: leave it out.")
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

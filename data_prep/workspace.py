@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.data.manifest import FILE_NAME, DataError, Shard, write_atomically
+from data_prep.settings import Settings
 from data_prep.write import ShardResult
 
 QUARANTINE = "quarantine.jsonl"
@@ -49,10 +50,11 @@ class Workspace:
             return False
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
-            known, known_fingerprint = plan["settings"], plan["fingerprint"]
+            known = Settings(**plan["settings"]).as_json()  # what an older version did not ask is at its default
+            known_fingerprint = plan["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete {self.folder} or name a new folder.") from None
-        differs = [f"{key} was {known.get(key)!r}, now {value!r}" for key, value in settings.items() if known.get(key) != value]
+        differs = [f"{key} was {known[key]!r}, now {value!r}" for key, value in settings.items() if known[key] != value]
         if known_fingerprint != fingerprint:
             differs.append("the images are not the same files (names, sizes or times)")
         if differs:

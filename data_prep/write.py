@@ -7,15 +7,19 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from clae_dist.data.decode import inspect
-from clae_dist.data.manifest import DataError, Shard, file_sha256
-from data_prep.plan import Sample, ShardPlan
+from clae_dist.data.decode import DecodeError
+from clae_dist.data.manifest import Shard, file_sha256
+from data_prep.image import MAX_ENCODED_BYTES, checked
+from data_prep.plan import ShardPlan
+from data_prep.settings import Settings
+from data_prep.sources.entry import Entry, OpenFile, UnreadableError
 
 REPORT_EVERY_S = 0.25
 
@@ -27,7 +31,7 @@ class ShardTask:
     plan: ShardPlan
     tar: Path
     index: Path
-    max_pixels: int
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class ShardResult:
 def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardResult:
     """Writes one shard and calls `report` with the number of images done since the last call.
 
-    The same images give the same bytes: times, owners and modes are fixed. Raises DataError for a source that changed
-    meanwhile, OSError when the disk cannot be read or written.
+    The same images give the same bytes: times, owners and modes are fixed. Raises DataError for a source that is damaged or
+    changes, OSError when the disk cannot be read or written.
     """
     with task.tar.open("wb") as stream:
         written, bad = _write_tar(task, stream, report)
@@ -84,16 +88,16 @@ def _write_tar(
     done, last = 0, time.monotonic()
     # mtime is an int: a float would add a pax header with its fraction to every member.
     writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
-    with _Reader() as reader:
+    with closing(writer), _Reader() as reader:
         for sample in task.plan.samples:
-            data = reader.read(sample)
-            found = inspect(data, task.max_pixels)
-            if found.problem:
-                bad.append((sample.entry.path, found.problem))
+            try:
+                data, extension = checked(reader.read(sample.entry), task.settings)
+            except (UnreadableError, DecodeError) as error:
+                bad.append((sample.entry.path, str(error)))
             else:
                 # Label and image in two calls, which write the same as one does, so that the image's bytes come last.
                 writer.write({"__key__": sample.key, "cls": str(sample.label).encode()})
-                writer.write({"__key__": sample.key, found.extension: data})
+                writer.write({"__key__": sample.key, extension: data})
                 offset = writer.tarstream.offset - -(-len(data) // 512) * 512
                 written.append(_Written(offset, len(data), sample.label, zlib.crc32(data)))
                 writer.tarstream.members.clear()  # tarfile keeps them all; nobody asks for them here
@@ -101,7 +105,6 @@ def _write_tar(
             if time.monotonic() - last > REPORT_EVERY_S:
                 report(done)
                 done, last = 0, time.monotonic()
-    writer.close()
     report(done)
     return written, bad
 
@@ -110,8 +113,8 @@ class _Reader:
     """Reads images one after the other and keeps the file open while it stays the same (an archive)."""
 
     def __init__(self) -> None:
-        self._name = ""
-        self._descriptor = -1
+        self._key: tuple[str, type[OpenFile]] | None = None
+        self._file: OpenFile | None = None
 
     def __enter__(self) -> _Reader:
         return self
@@ -119,24 +122,20 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def read(self, sample: Sample) -> bytes:
-        """The encoded bytes. Raises DataError when they are not as many as when the plan was made."""
-        entry = sample.entry
-        if entry.file != self._name:
+    def read(self, entry: Entry) -> bytes:
+        """The encoded bytes. Raises UnreadableError for what is wrong with this image, DataError with the source."""
+        if entry.size > MAX_ENCODED_BYTES:
+            raise UnreadableError(f"{entry.size} bytes, above the limit of {MAX_ENCODED_BYTES} for one image")
+        key = (entry.file, entry.opener)
+        if self._file is None or key != self._key:
             self._close()
-            self._descriptor, self._name = os.open(entry.file, os.O_RDONLY), entry.file
-        data = os.pread(self._descriptor, entry.size, entry.offset)
-        grown = entry.offset == 0 and os.fstat(self._descriptor).st_size > entry.size  # offset 0: the file is the image
-        if len(data) != entry.size or grown:
-            raise DataError(
-                f"{entry.path} no longer has {entry.size} bytes: the source changes. Wait for that, then start anew."
-            )
-        return data
+            self._file, self._key = entry.opener(entry.file), key
+        return self._file.read(entry)
 
     def _close(self) -> None:
-        if self._name:
-            os.close(self._descriptor)
-            self._name = ""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _read_back(tar: Path, written: list[_Written]) -> None:

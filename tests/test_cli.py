@@ -72,7 +72,7 @@ def test_data_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: 
     settings = [f"data.shards={tmp_path / 'nowhere'}", f"run_dir={tmp_path / 'run'}", "tracking.name=none"]
     code, error = failing(capsys, "train", RECIPE, *settings, "--launcher", "local")
     assert code == 3
-    assert "nowhere is not a folder; name the folder that `python -m data_prep imagefolder" in error
+    assert "nowhere is not a folder; name the folder that `python -m data_prep prepare" in error
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report", "export"])

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 # Pillow refuses images above twice its MAX_IMAGE_PIXELS by itself; more cannot be asked for.
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0) or 2**31
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright, 2 to 8: mirrored or turned
+_TRANSPOSES = {  # what sets an image upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The formats that are read. Of what else Pillow knows, some start other programs (EPS) and none holds a set's images.
 _EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -32,6 +42,8 @@ _EXTENSIONS = {
     "BMP": "bmp",
     "TIFF": "tiff",
     "PPM": "ppm",
+    "AVIF": "avif",
+    "JPEG2000": "jp2",
 }
 
 
@@ -58,17 +70,30 @@ def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
         return Inspection(problem=str(error))
 
 
+def upright_rgb(data: bytes, max_pixels: float = 100e6) -> Image.Image:
+    """RGB by the checks of `inspect` and the rules of `decode_rgb`, for what works on Pillow's images. Raises DecodeError."""
+    with warnings.catch_warnings(action="ignore"):
+        image = _open(data)
+        _check_pixels(image, max_pixels)
+        pixels = _rgb(image)
+        turn = _TRANSPOSES.get(_orientation(image))
+        return pixels if turn is None else pixels.transpose(turn)
+
+
 def _inspect(data: bytes, max_pixels: float) -> Inspection:
     image = _open(data)
+    _check_pixels(image, max_pixels)
+    _rgb(image)
+    _orientation(image)
+    return Inspection("", _EXTENSIONS[image.format or ""], *image.size)
+
+
+def _check_pixels(image: Image.Image, max_pixels: float) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(
             f"{width}x{height} is {width * height / 1e6:.1f} million pixels, above --max-pixels {max_pixels / 1e6:g} million"
         )
-    extension = _EXTENSIONS.get(image.format or "") or (image.format or "img").lower()
-    _rgb(image)
-    _orientation(image)
-    return Inspection("", extension, width, height)
 
 
 def decode_rgb(data: bytes) -> torch.Tensor:
@@ -101,15 +126,22 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
-        raise DecodeError("not an image that Pillow knows") from None
+        raise DecodeError("not an image of a format that is read (JPEG, PNG, WebP, GIF, BMP, TIFF, …)") from None
     except Image.DecompressionBombError:
         raise DecodeError(
             f"above {PILLOW_MAX_PIXELS / 1e6:.0f} million pixels, Pillow's limit against decompression bombs"
         ) from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, … for damaged headers
         raise DecodeError(f"header cannot be read: {error or type(error).__name__}") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Of those we read, the ones this Pillow can: AVIF depends on how it was built."""
+    Image.init()
+    return [name for name in _EXTENSIONS if name in Image.OPEN]
 
 
 def _rgb(image: Image.Image) -> Image.Image:

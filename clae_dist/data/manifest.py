@@ -11,16 +11,18 @@ import hashlib
 import json
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
+from clae_dist import __version__
+
 FILE_NAME = "manifest.json"
 FORMAT = "clae-dist shards 1"
-_PREPARE_AGAIN = "prepare the set again with `python -m data_prep imagefolder` into a new folder"
+_PREPARE_AGAIN = "prepare the set again with `python -m data_prep prepare` into a new folder"
 
 
 class DataError(ValueError):
@@ -82,6 +84,9 @@ class Manifest:
     quarantined: int  # images set aside while preparing; quarantine.jsonl lists them
     preparation: dict[str, Any]
     digest: str
+    version: str = ""  # of this package when it was prepared; "" where that is not known
+    # Images by split, in the order of `classes`; empty where they were not counted.
+    class_counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     files: ShardFiles | None = None  # None: in `folder`
 
     @property
@@ -105,16 +110,8 @@ class Manifest:
 
     def index(self, shard: Shard) -> np.ndarray:
         """int64 (samples, 3): offset of the image's bytes in the shard, their number, label (-1: none). Raises DataError."""
-        path = self.folder / shard.index_name if self.files is None else shard.index_name
-        try:
-            with self.files.open_index(shard) if self.files else (self.folder / shard.index_name).open("rb") as file:
-                index: np.ndarray = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
-        if index.dtype != np.int64 or index.shape != (shard.samples, 3):
-            expected = f"int64 ({shard.samples}, 3)"
-            raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
-        return index
+        with self.files.open_index(shard) if self.files else _open_index(self.folder, shard) as file:
+            return _read_index(file, self.where, shard)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -123,7 +120,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     path = folder / FILE_NAME
     if not path.is_file():
         fact = "has no manifest.json" if folder.is_dir() else "is not a folder"
-        raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep imagefolder SRC {folder}` writes.")
+        raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep prepare SRC {folder}` writes.")
     return read_manifest(path.read_bytes(), str(path), folder)
 
 
@@ -154,7 +151,8 @@ def write_manifest(
     quarantined: int,
     preparation: dict[str, Any],
 ) -> Manifest:
-    """Writes manifest.json atomically, with the time and the digest, and returns the Manifest."""
+    """Writes manifest.json atomically and returns the Manifest; adds the version, the time, the digest, and how many images
+    of each class the indexes hold. Raises DataError for an index that cannot be read or has a label that is no class."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "name": name,
@@ -164,6 +162,8 @@ def write_manifest(
         "classes": list(classes),
         "splits": {split: [dataclasses.asdict(shard) for shard in shards] for split, shards in splits.items()},
         "quarantined": quarantined,
+        "version": __version__,
+        "class_counts": {split: _count_classes(Path(folder), shards, len(classes)) for split, shards in splits.items()},
         "preparation": preparation,
     }
     content["digest"] = content_digest(content)
@@ -207,6 +207,39 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _open_index(folder: Path, shard: Shard) -> IO[bytes]:
+    path = folder / shard.index_name
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+
+
+def _read_index(file: IO[bytes], where: str, shard: Shard) -> np.ndarray:
+    path = f"{where}/{shard.index_name}"
+    try:
+        index: np.ndarray = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+    if index.dtype != np.int64 or index.shape != (shard.samples, 3):
+        expected = f"int64 ({shard.samples}, 3)"
+        raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
+    return index
+
+
+def _count_classes(folder: Path, shards: tuple[Shard, ...], num_classes: int) -> list[int]:
+    """Images of each class; the unlabelled ones are in no count."""
+    counts = np.zeros(num_classes, np.int64)
+    for shard in shards:
+        with _open_index(folder, shard) as file:
+            labels = _read_index(file, str(folder), shard)[:, 2]
+        found = np.bincount(labels[labels >= 0], minlength=num_classes)
+        if len(found) > num_classes:
+            raise DataError(f"{folder / shard.index_name} has the label {len(found) - 1}, but there are {num_classes} classes.")
+        counts += found
+    return [int(count) for count in counts]
+
+
 def content_digest(content: dict[str, Any]) -> str:
     """sha256 over canonical JSON of everything but the digest itself and the time."""
     rest = {key: value for key, value in content.items() if key not in ("created", "digest")}
@@ -225,4 +258,6 @@ def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
         quarantined=content["quarantined"],
         preparation=content["preparation"],
         digest=content["digest"],
+        version=content.get("version", ""),
+        class_counts={split: tuple(counts) for split, counts in content.get("class_counts", {}).items()},
     )

@@ -28,7 +28,7 @@ def open_shards(data: Data, world: World | None = None, say: Callable[[str], Non
 def entries_of(text: str) -> list[str]:
     """A folder, or shards. Raises ConfigError for nothing, for a list that is none, and for a mixture of the two."""
     if not text:
-        raise ConfigError("data.shards is ''; name the folder that `python -m data_prep imagefolder SRC DST` wrote.")
+        raise ConfigError("data.shards is ''; name the folder that `python -m data_prep prepare SRC DST` wrote.")
     try:
         entries = expand(text)
     except ValueError as error:

@@ -72,7 +72,7 @@ def require_labels(split: str, features: Features) -> None:
     if missing or not len(features):
         raise DataError(
             f"the {split} split has {missing} images without a class of {len(features)}; an accuracy needs labels for all of "
-            "them: prepare the set from a folder of class folders (python -m data_prep imagefolder)."
+            "them: prepare the set from a folder of class folders (python -m data_prep prepare)."
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clae_dist import __version__
 from clae_dist.data import manifest as manifests
 from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard, file_sha256, load_manifest, write_manifest
 
@@ -56,8 +57,34 @@ def test_the_digest_covers_everything_but_the_time(tmp_path: Path, shard: Shard,
     later = write(tmp_path, shard)
     assert later.created != first.created
     assert later.digest == first.digest
-    assert write(tmp_path, replace(shard, samples=3)).digest != first.digest
+    assert write(tmp_path, replace(shard, sha256="0" * 64)).digest != first.digest
     assert write(tmp_path, shard, preparation={"seed": 1}).digest != first.digest
+
+
+def test_it_counts_the_classes_and_names_the_version_and_the_digest_covers_both(
+    tmp_path: Path, shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / shard.index_name, np.array([[512, 100, -1], [1536, 90, 1]], np.int64))
+    first = write(tmp_path, shard)
+    assert first.class_counts == {"train": (0, 1)}  # the unlabelled image is in no count
+    assert first.version == __version__
+    np.save(tmp_path / shard.index_name, np.array([[512, 100, 0], [1536, 90, 1]], np.int64))
+    assert write(tmp_path, shard).digest != first.digest
+    monkeypatch.setattr(manifests, "__version__", "99")
+    assert write(tmp_path, shard).version == "99"
+    np.save(tmp_path / shard.index_name, np.array([[512, 100, 0], [1536, 90, 2]], np.int64))
+    with pytest.raises(DataError, match=r"has the label 2, but there are 2 classes"):
+        write(tmp_path, shard)
+
+
+def test_a_manifest_from_before_classes_were_counted_is_read(tmp_path: Path, shard: Shard) -> None:
+    write(tmp_path, shard)
+    path = tmp_path / "manifest.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("class_counts", "version")}
+    content["digest"] = manifests._digest(content)
+    path.write_text(json.dumps(content))
+    old = load_manifest(tmp_path)
+    assert (old.class_counts, old.version, old.num_samples("train")) == ({}, "", 2)
 
 
 def test_an_edited_manifest_is_refused(tmp_path: Path, shard: Shard) -> None:

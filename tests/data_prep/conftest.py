@@ -68,12 +68,17 @@ def archive() -> Callable[..., Path]:
 
 @pytest.fixture
 def run() -> Callable[..., Manifest]:
-    """run(source, destination, **settings): prepares in this process; max_bad, num_workers and say as `prepare` has them."""
+    """run(source, destination, **settings): prepares in this process; max_bad, num_workers and say as `prepare` has them.
 
-    def prepared(source: Path, destination: Path, **options: Any) -> Manifest:
+    `source` is a path, several, or a Source.
+    """
+
+    def prepared(source: Any, destination: Path, **options: Any) -> Manifest:
         how = {key: options.pop(key) for key in ("max_bad", "num_workers", "say") if key in options}
         settings = Settings(**{"name": "set", "source": "made here", **options})
-        return prepare(open_source(source), destination, settings, **{"num_workers": 0, "say": lambda _: None, **how})
+        paths = [source] if isinstance(source, Path) else source
+        opened = open_source(paths) if isinstance(paths, list) else source
+        return prepare(opened, destination, settings, **{"num_workers": 0, "say": lambda _: None, **how})
 
     return prepared
 

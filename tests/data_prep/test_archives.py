@@ -88,11 +88,31 @@ def test_a_damaged_header_in_the_middle_is_refused(tmp_path: Path, make_folder: 
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="cut short or damaged after 1 images"):
+    with pytest.raises(DataError, match="cut short or damaged after 2 members"):
+        run(path, tmp_path / "dst")
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_member_of_a_negative_size_is_refused_and_no_endless_loop(
+    tmp_path: Path, make_folder: Any, archive: Any, run: Run, extended: bool
+) -> None:
+    """tarfile goes back by that size and reads the same members for ever (CVE-2025-8194)."""
+    path = archive(make_folder({"cat": 4}), tmp_path / "set.tar", "w")
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[2]
+        at = member.offset if extended else member.offset_data - 512  # of the pax header before it, or its own
+        assert extended == (at + 512 < member.offset_data)
+    header = bytearray(path.read_bytes())
+    back = member.offset_data - member.offset  # to where the member begins
+    header[at + 124 : at + 136] = (2**96 - back).to_bytes(12, "big")  # -back in the base-256 form
+    header[at + 148 : at + 156] = b" " * 8
+    header[at + 148 : at + 156] = b"%06o\0 " % sum(header[at : at + 512])
+    path.write_bytes(header)
+    with pytest.raises(DataError, match="is cut short or damaged after|is no whole tar"):
         run(path, tmp_path / "dst")
 
 
 def test_what_is_no_tar_is_refused(tmp_path: Path, run: Run) -> None:
-    (tmp_path / "set.zip").write_bytes(b"PK\3\4" + bytes(2000))
-    with pytest.raises(DataError, match=r"no whole tar archive .*; name a folder or a .tar"):
-        run(tmp_path / "set.zip", tmp_path / "dst")
+    (tmp_path / "set.bin").write_bytes(b"BM" + bytes(2000))
+    with pytest.raises(DataError, match=r"no whole tar archive .*; name a folder, a .tar, .* or .zip of one, ImageNet's"):
+        run(tmp_path / "set.bin", tmp_path / "dst")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from clae_dist import __version__
 from data_prep.__main__ import main
 from data_prep.progress import Progress
 
@@ -37,7 +38,7 @@ if __name__ == "__main__":
 
 def test_a_run_from_folder_to_verified_shards(tmp_path: Path, make_folder: Any, command: Any) -> None:
     source, folder = make_folder({"cat": 10, "dog": 10}), tmp_path / "dst"
-    done = command("imagefolder", source, folder, "--workers", 1, "--max-bad", "2%", "--shard-bytes", "1M", "--licence", "CC0")
+    done = command("prepare", source, folder, "--workers", 1, "--max-bad", "2%", "--shard-bytes", "1M", "--licence", "CC0")
     assert done.returncode == 0, done.stderr
     assert "src: 20 images, 2 classes, 2 shards." in done.stdout
     assert "a test split of 10% of every class is drawn with seed 0" in done.stdout
@@ -60,14 +61,25 @@ def test_info_prints_what_the_manifest_says(
     assert "splits:      train 11 images in 1 shard(s), test 11 images in 1 shard(s)\n" in said
     assert "classes:     11 (class-00, " in said
     assert "class-09, …)\n" in said
+    assert "balance:     train 1 a class, test 1 a class\n" in said
     assert main(["info", str(tmp_path / "dst"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts.pop("splits") == {"train": 11, "test": 11}
     assert facts.pop("created") == manifest.created
     assert facts.pop("classes") == list(manifest.classes)
+    assert facts.pop("class_counts") == {"train": [1] * 11, "test": [1] * 11}
+    assert facts.pop("pixels") == "original encoded bytes"
+    assert facts.pop("version") == __version__
     assert facts == {"name": "set", "source": "made here", "licence": "CC0", "quarantined": 0, "digest": manifest.digest}
     assert main(["info", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_info_shows_the_balance(tmp_path: Path, make_folder: Any, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_folder({"train/cat": 5, "train/dog": 2, "train/emu": 9, "test/cat": 1}), tmp_path / "dst")
+    assert main(["info", str(tmp_path / "dst")]) == 0
+    said = capsys.readouterr().out
+    assert "balance:     train 2 (dog) to 9 (emu) a class, test 0 (dog) to 1 (cat) a class\n" in said
 
 
 def test_info_says_that_images_have_no_labels(
@@ -75,7 +87,9 @@ def test_info_says_that_images_have_no_labels(
 ) -> None:
     run(make_folder({".": 4}), tmp_path / "dst")
     assert main(["info", str(tmp_path / "dst")]) == 0
-    assert "classes:     none: the images have no labels\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes:     none: the images have no labels\n" in said
+    assert "balance:     train 3 without a label, test 1 without a label\n" in said
 
 
 def test_demo_allows_more_bad_images_where_it_is_told_to(
@@ -91,7 +105,7 @@ def test_demo_allows_more_bad_images_where_it_is_told_to(
 
 
 def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["imagefolder", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--workers", "0"]
+    words = ["prepare", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--workers", "0"]
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -102,7 +116,8 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    "words", ["", "imagefold", "imagefolder a", "imagefolder a b --max-bad 200%", "imagefolder a b --max-pixels inf"]
+    "words",
+    ["", "prepar", "prepare a", "prepare a b --max-bad 200%", "prepare a b --max-pixels inf", "prepare a b --resize 256"],
 )
 def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -111,7 +126,7 @@ def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[st
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["imagefolder"], ["verify"], ["info"], ["demo"]])
+@pytest.mark.parametrize("words", [[], ["prepare"], ["verify"], ["info"], ["demo"]])
 def test_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
@@ -139,6 +154,26 @@ def test_a_worker_that_dies_or_fails_is_an_error_and_not_a_hang(tmp_path: Path, 
     assert lines[0] == "['a', 'b', 'c', 'd', 'e'] 5"
     assert "a worker process died (exit code 9" in lines[1]
     assert lines[2] == "DataError: the source changes"
+
+
+def test_reading_a_large_archive_shows_progress_and_a_small_one_does_not(
+    tmp_path: Path,
+    make_folder: Any,
+    archive: Any,
+    run: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = make_folder({"cat": 4, "dog": 4})
+    run(archive(source, tmp_path / "small.tar", "w"), tmp_path / "small")
+    assert " MB, " not in capsys.readouterr().err
+    now = iter(range(0, 10**6, 10))  # each look at the clock is ten seconds later
+    monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: next(now))
+    for mode, name in (("w", "large.tar"), ("w:gz", "large.tar.gz")):
+        run(archive(source, tmp_path / name, mode), tmp_path / f"shards-{name}")
+        lines = [line for line in capsys.readouterr().err.splitlines() if " MB, " in line]
+        assert "0 of 0 MB, 0 MB/s" in lines[0]
+        assert lines[-1].endswith(" left")
 
 
 def test_progress_is_one_line_on_a_terminal_and_rare_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

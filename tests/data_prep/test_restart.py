@@ -64,7 +64,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def arguments(source: Path, folder: Path, workers: int) -> list[object]:
     named = ["--name", "set", "--source", "made here"]
-    return ["imagefolder", source, folder, *named, "--shard-samples", 12, "--workers", workers]
+    return ["prepare", source, folder, *named, "--shard-samples", 12, "--workers", workers]
 
 
 @pytest.mark.parametrize("strike_at, workers", [(2, 1), (3, 2)])

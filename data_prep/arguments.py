@@ -1,0 +1,215 @@
+"""What `python -m data_prep` understands: its commands, their options and the help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+_QUALITY = 90
+_EXIT_CODES = """exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 130 interrupted"""
+
+_ALL = """\
+Images in, WebDataset shards and a manifest out.
+
+  python -m data_prep prepare photos/ shards/photos        # a folder, an archive, ImageNet, CIFAR, Parquet → shards
+  python -m data_prep index shards/x-{000..099}.tar        # WebDataset shards that exist get a manifest
+  python -m data_prep verify shards/photos                 # is everything as the manifest says?
+  python -m data_prep info shards/photos                   # which images, how many, of which classes
+  python -m data_prep demo shards/demo                     # the images of the quickstart
+
+Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --help` tells the options.
+"""
+
+_PREPARE = """\
+Writes the images of SRC as WebDataset shards with a manifest into DST. What SRC is, its content tells:
+
+  a folder        one folder of images a class (CLASS/…/image.jpg), or train/ and test/ (or val/, valid/) that hold class
+                  folders, or images without any folders (no labels)
+  archives        of such a folder: .zip, .tar, .tar.gz, .tar.bz2, .tar.xz; several that share no file make one set
+  ImageNet        ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz for its labels (without:
+                  no labels), or all three, or the folder that holds them; val becomes the split test
+  CIFAR           cifar-10-binary.tar.gz or cifar-100-binary.tar.gz (fine labels): raw pixels become PNGs
+  Parquet         files as on the Hugging Face hub, or their folder: a column of image bytes, one of labels, if any; names
+                  such as train-00000-of-00002.parquet give the splits
+
+Nothing is unpacked into small files; a compressed tar alone is decompressed beside DST meanwhile. Without splits of its own
+a test split is drawn, the same share of every class. A label is a position in the sorted list of the classes (Parquet: in the
+list that the file holds). The files' bytes are kept as they are, unless --resize asks for something else; the manifest says
+what was done. Every image is decoded once to check it; those that fail (cut short, empty, no image, too many pixels, …) are
+listed with the reason in DST/quarantine.jsonl.
+
+An interrupted run goes on where it was when the same command is run again. The same input and settings give the same bytes.
+"""
+
+_INDEX = """\
+Writes a manifest and indices for WebDataset shards that exist; the shards stay as they are.
+
+SHARDS are tars of this machine, folders of them, or lists such as x-{000..099}.tar. A sample is KEY.jpg (png, webp, …) with its
+label, a whole number, in KEY.cls or as "label" in KEY.json; without one it has no label. Shards named train, val or test are
+of that split, others of train. Every image is decoded once to check it; those that fail are left out and listed with the reason
+in quarantine.jsonl. An interrupted run goes on where it was when the same command is run again.
+"""
+
+_DEMO = """\
+Prepares the images of the quickstart and says which they are: PATH or $CLAE_DATA when given (anything that `prepare` takes;
+NAME-train.tar.gz with NAME-test.tar.gz beside it are one set); else CIFAR-10 from ../shared/data, found beside
+this checkout; else CIFAR-10 downloaded through torchvision; else, without a network, scikit-learn's embedded digits.
+Downloads go to ${CLAE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/clae-dist}.
+"""
+
+
+def _bytes(text: str) -> int:
+    units = {"K": 1e3, "M": 1e6, "G": 1e9}
+    unit = units.get(text[-1:].upper(), 1)
+    return _count(text[:-1] if unit != 1 else text, unit)
+
+
+def _share(text: str) -> float:
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
+
+
+def _number(text: str) -> int:
+    return 0 if text == "0" else _count(text, 1)
+
+
+def _resize(text: str) -> int:
+    side, _, pixels = text.partition("=")
+    if side != "short":
+        raise ValueError(text)
+    return _count(pixels, 1)
+
+
+def _count(text: str, unit: float) -> int:
+    value = float(text) * unit
+    if not 1 <= value < 2**62:  # nan and inf are neither
+        raise ValueError(text)
+    return int(value)
+
+
+def _workers(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+for _kind, _name in (
+    (_bytes, "size (such as 500M)"),
+    (_share, "share (such as 1%)"),
+    (_number, "number"),
+    (_resize, "size (such as short=256)"),
+    (_workers, "number"),
+):
+    _kind.__name__ = _name  # what argparse calls it in "invalid … value"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command and its options. Ends the process with exit code 2 for what it does not understand."""
+    args = _parser().parse_args(arguments)
+    if args.command == "prepare" and args.resize and args.quality is None:
+        args.quality = _QUALITY
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m data_prep", description=_ALL, epilog=_EXIT_CODES, formatter_class=raw)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    cores = len(os.sched_getaffinity(0))
+
+    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help, description=description, epilog=_EXIT_CODES, formatter_class=raw, parents=[common]
+        )
+
+    prepare = command("prepare", "a folder, archives, ImageNet, CIFAR or Parquet → shards", _PREPARE)
+    prepare.add_argument("sources", metavar="SRC", type=Path, nargs="+", help="folder, archives of one set, or Parquet files")
+    prepare.add_argument(
+        "destination", metavar="DST", type=Path, help="folder for the shards; new, or of the same command before"
+    )
+    _add_what_is_said(prepare)
+    _add_what_is_done(prepare)
+    index = command("index", "WebDataset shards that exist → a manifest for them", _INDEX)
+    index.add_argument("shards", metavar="SHARDS", nargs="+", help="tars, folders of them, or lists with braces")
+    index.add_argument(
+        "--to", metavar="DIR", type=Path, help="where manifest, indices and links to the shards go (default: beside them)"
+    )
+    index.add_argument(
+        "--classes", metavar="FILE", type=Path, help="names of the labels from 0 on, a line each (default: numbers)"
+    )
+    _add_origin(index, "the folder's name")
+    _add_max_pixels(index)
+    check = command(
+        "verify", "compare shards with their manifest", "Reads every shard of DST and names all that differs from the manifest."
+    )
+    check.add_argument("destination", metavar="DST", type=Path, help="folder that prepare or demo wrote")
+    about = command("info", "what the manifest says", "Prints the manifest of DST: images by split, classes, origin, digest.")
+    about.add_argument("destination", metavar="DST", type=Path, help="folder that prepare or demo wrote")
+    about.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    demo = command("demo", "the images of the quickstart → shards", _DEMO)
+    demo.add_argument("destination", metavar="DST", type=Path, help="folder for the shards")
+    demo.add_argument("--data", metavar="PATH", type=Path, default=None, help="your own images")
+    for preparing in (prepare, index, demo):
+        preparing.add_argument(
+            "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
+        )
+        preparing.add_argument(
+            "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
+        )
+    return parser
+
+
+def _add_origin(preparing: argparse.ArgumentParser, default: str) -> None:
+    add = preparing.add_argument
+    add("--name", default="", help=f"of the set, in the manifest (default: {default})")
+    add("--licence", default="not stated", metavar="TEXT", help="of the images, in the manifest")
+    add("--source", dest="origin", default="", metavar="TEXT", help=f"where they are from (default: {default})")
+
+
+def _add_max_pixels(preparing: argparse.ArgumentParser) -> None:
+    preparing.add_argument(
+        "--max-pixels", type=_number, default=100_000_000, metavar="N", help="larger images are bad (default 100e6)"
+    )
+
+
+def _add_what_is_said(prepare: argparse.ArgumentParser) -> None:
+    """What the manifest says of a set, and how it is read."""
+    _add_origin(prepare, "SRC's name")
+    prepare.add_argument(
+        "--image-column", default="", metavar="NAME", help="Parquet: of the image bytes (default: image, img, the only one)"
+    )
+    prepare.add_argument(
+        "--label-column", default="", metavar="NAME", help="Parquet: of the labels (default: label, the only ClassLabel)"
+    )
+
+
+def _add_what_is_done(prepare: argparse.ArgumentParser) -> None:
+    """What is written, and what is set aside."""
+    add = prepare.add_argument
+    add("--test-share", type=_share, default=0.1, metavar="X", help="drawn for the test split (default 0.1; 0: none)")
+    add("--seed", type=int, default=0, help="of the order and of the drawn split (default 0)")
+    add("--shard-samples", type=_number, default=5000, metavar="N", help="images a shard at most (default 5000)")
+    add(
+        "--shard-bytes",
+        type=_bytes,
+        default=500_000_000,
+        metavar="N",
+        help="size of a shard at most, before --resize (default 500M)",
+    )
+    _add_max_pixels(prepare)
+    add("--min-side", type=_number, default=0, metavar="N", help="images with a side of fewer pixels are bad (default 0: none)")
+    add(
+        "--resize",
+        type=_resize,
+        default=0,
+        metavar="short=N",
+        help="make the shorter side N pixels where it is longer, and every image a JPEG: upright, RGB, without metadata "
+        "(default: the files' bytes)",
+    )
+    add("--quality", type=_number, default=None, metavar="Q", help=f"of those JPEGs, 1 to 95 (default {_QUALITY})")

@@ -1,0 +1,72 @@
+"""Archives and files damaged at random: an error, or every image written or set aside. Never a crash or a silent loss."""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.data.manifest import DataError
+from tests.data_prep.published import WNIDS, make_imagenet, make_parquet, make_zip
+
+NUM_IMAGES = 9
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Cut short, a byte changed, bytes removed, or a stretch of it from elsewhere."""
+    at, length = rng.randrange(len(data)), rng.randrange(1, 600)
+    start = rng.randrange(len(data))
+    return rng.choice(
+        (
+            data[:at],
+            data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
+            data[:at] + data[at + length :],
+            data[:at] + data[start : start + length] + data[at + length :],
+        )
+    )
+
+
+@pytest.fixture
+def make_file(tmp_path: Path, make_folder: Any, archive: Any, encoded: Any) -> Callable[[str], Path]:
+    """make_file(kind): nine images in one file."""
+
+    def make(kind: str) -> Path:
+        images = [encoded(seed) for seed in range(NUM_IMAGES)]
+        if kind == "imagenet":
+            groups = {wnid: images[3 * number : 3 * number + 3] for number, wnid in enumerate(WNIDS)}
+            return make_imagenet(tmp_path / "ilsvrc", groups, [])["train"]
+        if kind == "parquet":
+            return make_parquet(tmp_path / "a.parquet", list(images), [0, 1, 2] * 3, group=4)
+        folder = make_folder({"cat": 3, "dog": 3, "owl": 3})
+        if kind.startswith("zip"):
+            return make_zip(folder, tmp_path / "a.zip", zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED)
+        made: Path = archive(folder, tmp_path / f"a.{kind}", "w:gz" if kind.endswith("gz") else "w")
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("mutations", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "zip stored", "imagenet", "parquet"])
+def test_damage_is_an_error_or_named(tmp_path: Path, make_file: Any, run: Any, kind: str, mutations: int) -> None:
+    path = make_file(kind)
+    whole = path.read_bytes()
+    before = sorted(os.listdir(tmp_path))
+    for seed in range(mutations):
+        said: list[str] = []
+        path.write_bytes(mutate(whole, random.Random(f"{kind} {seed}")))
+        folder = tmp_path / f"dst-{seed}"
+        try:
+            manifest = run(path, folder, max_bad=1, test_share=0, say=said.append)
+        except DataError:
+            pass
+        else:
+            found = manifest.num_samples("train") + manifest.quarantined
+            assert found == NUM_IMAGES or "were left out" in " ".join(said), seed  # a name that is no image's any more
+    left = {name for name in os.listdir(tmp_path) if not name.startswith("dst-")}
+    assert sorted(left) == before
