@@ -81,7 +81,7 @@ def test_a_manifest_from_before_classes_were_counted_is_read(tmp_path: Path, sha
     write(tmp_path, shard)
     path = tmp_path / "manifest.json"
     content = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("class_counts", "version")}
-    content["digest"] = manifests._digest(content)
+    content["digest"] = manifests.content_digest(content)
     path.write_text(json.dumps(content))
     old = load_manifest(tmp_path)
     assert (old.class_counts, old.version, old.num_samples("train")) == ({}, "", 2)

@@ -90,7 +90,7 @@ def test_an_index_that_is_wrong_but_signed_is_caught(prepared: Manifest, row: li
     content["splits"]["train"][0]["index_sha256"] = hashlib.sha256(
         (prepared.folder / shard.index_name).read_bytes()
     ).hexdigest()
-    content["digest"] = manifests._digest(content)
+    content["digest"] = manifests.content_digest(content)
     path.write_text(json.dumps(content))
     assert any(expected in line for line in verify(prepared.folder)), verify(prepared.folder)
 
@@ -99,7 +99,7 @@ def test_fewer_samples_than_the_manifest_says(prepared: Manifest) -> None:
     path = prepared.folder / "manifest.json"
     content = json.loads(path.read_text())
     content["splits"]["train"][0]["samples"] = 5
-    content["digest"] = manifests._digest(content)
+    content["digest"] = manifests.content_digest(content)
     path.write_text(json.dumps(content))
     (line,) = verify(prepared.folder)
     assert "holds int64 (4, 3), the manifest expects int64 (5, 3)" in line
