@@ -12,9 +12,10 @@ from typing import NoReturn
 
 # Worker processes import this file, too: what takes long to import is imported in the functions.
 
-OK, DIFFERENCES, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, DIFFERENCES, BAD_INPUT, LEAKAGE, INTERRUPTED = 0, 1, 2, 3, 130
 
-_EXIT_CODES = """exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 130 interrupted"""
+_EXIT_CODES = """\
+exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 3 audit --fail-on found leakage; 130 interrupted"""
 
 _ALL = """\
 Images in, WebDataset shards and a manifest out.
@@ -22,6 +23,7 @@ Images in, WebDataset shards and a manifest out.
   python -m data_prep imagefolder photos/ shards/photos    # a folder of class folders, or a tar archive of one
   python -m data_prep verify shards/photos                 # is everything as the manifest says?
   python -m data_prep info shards/photos                   # which images, how many, of which classes
+  python -m data_prep audit shards/photos shards/eval      # copies within and between sets, odd images, labels
   python -m data_prep demo shards/demo                     # the images of the quickstart
 
 Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --help` tells the options.
@@ -44,6 +46,24 @@ Prepares the images of the quickstart and says which they are: PATH or $CLAE_DAT
 imagefolder; NAME-train.tar.gz with NAME-test.tar.gz beside it are one set); else CIFAR-10 from ../shared/data, found beside
 this checkout; else CIFAR-10 downloaded through torchvision; else, without a network, scikit-learn's embedded digits.
 Downloads go to ${CLAE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/clae-dist}.
+"""
+
+_AUDIT = """\
+Decodes every image of the prepared SETs once and prints on a page what a user should know before trusting a figure:
+
+  leakage   images of one split or set that are in another: the same file, the same pixels, or nearly (perceptual hash)
+  copies    the same within a split
+  labels    one picture under two classes of a set
+  sizes, modes, classes: tiny, extreme and one-coloured images; grey, CMYK, 16 bits, transparency; imbalance, empty classes
+
+Near copies are those whose 64-bit hashes differ in at most --near-bits, also when mirrored. Measured on photos of 300 to 500
+pixels, 6 bits find 99 % and more of the copies that were re-encoded, resized, squeezed or cut by 2 % of their sides, and 63 %
+of those cut by 5 %; larger cuts are mostly missed. Unlike images that look alike when shrunk (a plane in a blue sky) can be
+within 6 bits: --report shows the pairs. It writes audit.html (one file, pictures inside), audit.json (the figures) and
+images.jsonl (a line for every image with a copy, a conflict or broken bytes, with its shard and row).
+
+Nothing is written into the SETs. Memory: about 0.3 kB an image. For a million images the search takes about 20 s of one core
+after decoding them.
 """
 
 
@@ -126,6 +146,18 @@ def _parser() -> argparse.ArgumentParser:
     about = command("info", "what the manifest says", "Prints the manifest of DST: images by split, classes, origin, digest.")
     about.add_argument("destination", metavar="DST", type=Path, help="folder that imagefolder or demo wrote")
     about.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    look = command("audit", "copies within and between sets, odd images, labels", _AUDIT)
+    look.add_argument("sets", metavar="SET", type=Path, nargs="+", help="folder that imagefolder or demo wrote")
+    look.add_argument("--near-bits", type=int, default=6, metavar="N", help="distance of near copies, 0 to 12 (default 6)")
+    look.add_argument("--report", type=Path, default=None, metavar="DIR", help="write a page with pictures, JSON and a list")
+    look.add_argument(
+        "--limit-pictures", type=_workers, default=8, metavar="N", help="pairs shown of a kind for two splits (default 8)"
+    )
+    look.add_argument(
+        "--fail-on",
+        choices=("pixels", "near"),
+        help="exit 3 when an image of one split or set is in another: same pixels, near",
+    )
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
     demo.add_argument("destination", metavar="DST", type=Path, help="folder for the shards")
     demo.add_argument("--data", metavar="PATH", type=Path, default=None, help="your own folder or archive")
@@ -133,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         preparing.add_argument(
             "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
         )
-        preparing.add_argument(
+    for parallel in (folder, demo, look):
+        parallel.add_argument(
             "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
         )
     return parser
@@ -182,6 +215,18 @@ def _info(args: argparse.Namespace) -> int:
     return OK
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from data_prep.audit.find import audit
+    from data_prep.audit.report import write_report
+    from data_prep.audit.summary import describe
+
+    found = audit(args.sets, near_bits=args.near_bits, limit_pictures=args.limit_pictures, num_workers=args.workers)
+    _say("\n".join(describe(found)))
+    if args.report:
+        _say(f"Pictures: {write_report(found, args.report)}")
+    return LEAKAGE if args.fail_on and found.leaked(args.fail_on) else OK
+
+
 def _demo(args: argparse.Namespace) -> int:
     from data_prep.demo import prepare_demo
 
@@ -192,7 +237,8 @@ def _demo(args: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS = {"imagefolder": _imagefolder, "verify": _verify, "info": _info, "demo": _demo}
+_COMMANDS = {"imagefolder": _imagefolder, "verify": _verify, "info": _info, "audit": _audit, "demo": _demo}
+_READING = ("verify", "info", "audit")
 
 
 def _say(text: str) -> None:
@@ -212,7 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        print("data_prep: interrupted; run the same command again to go on where it was.", file=sys.stderr)
+        way_out = "the sets are untouched" if args.command in _READING else "run the same command again to go on where it was"
+        print(f"data_prep: interrupted; {way_out}.", file=sys.stderr)
         return INTERRUPTED
     except (DataError, OSError) as error:
         if args.debug:
