@@ -62,7 +62,7 @@ of those cut by 5 %; larger cuts are mostly missed. Unlike images that look alik
 within 6 bits: --report shows the pairs. It writes audit.html (one file, pictures inside), audit.json (the figures) and
 images.jsonl (a line for every image with a copy, a conflict or broken bytes, with its shard and row).
 
-Nothing is written into the SETs. Memory: about 0.3 kB an image. For a million images the search takes about 20 s of one core
+Nothing is written into the SETs. Memory: about 0.4 kB an image. For a million images the search takes about 20 s of one core
 after decoding them.
 """
 

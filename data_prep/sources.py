@@ -200,7 +200,9 @@ def _members(archive: Path, plain: Path, folders: set[str], ignored: list[str]) 
                     )
                 else:
                     entries[path] = Entry(path, member.size, str(plain), member.offset_data)
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a size beyond what a file can have, a name that is no text
         raise DataError(
             f"{archive} is no whole tar archive ({error}); name a folder or a .tar, .tar.gz, .tar.bz2 or .tar.xz."
         ) from None

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import numpy as np
 
@@ -71,9 +71,10 @@ class Manifest:
         """int64 (samples, 3): offset of the image's bytes in the shard, their number, label (-1: none). Raises DataError."""
         path = self.folder / shard.index_name
         try:
-            index: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+            with path.open("rb") as stream:  # np.load would also take a zip file, and leave it open when it is damaged
+                index: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+        except Exception as error:  # by what is damaged: OSError, ValueError, EOFError, TokenError, MemoryError, …
+            raise DataError(f"{path} cannot be read ({error or type(error).__name__}); {_PREPARE_AGAIN}.") from None
         if index.dtype != np.int64 or index.shape != (shard.samples, 3):
             expected = f"int64 ({shard.samples}, 3)"
             raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
@@ -98,7 +99,10 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(
             f"{path} does not match its digest {content.get('digest')}: it was edited or damaged; {_PREPARE_AGAIN}."
         )
-    return _from_json(folder, content)
+    try:
+        return _from_json(folder, content)
+    except (KeyError, TypeError, AttributeError) as error:  # signed, but not by this project
+        raise DataError(f"{path} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
 
 
 def write_manifest(
@@ -172,15 +176,40 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
-    return Manifest(
-        folder=folder,
-        name=content["name"],
-        source=content["source"],
-        licence=content["licence"],
-        created=content["created"],
-        classes=tuple(content["classes"]),
-        splits={split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()},
-        quarantined=content["quarantined"],
-        preparation=content["preparation"],
-        digest=content["digest"],
+    """Raises KeyError, TypeError or AttributeError for what is missing or of another kind."""
+    splits = {split: tuple(_checked(Shard(**shard)) for shard in shards) for split, shards in content["splits"].items()}
+    return _checked(
+        Manifest(
+            folder=folder,
+            name=content["name"],
+            source=content["source"],
+            licence=content["licence"],
+            created=content["created"],
+            classes=tuple(_only(str, content["classes"])),
+            splits=splits,
+            quarantined=content["quarantined"],
+            preparation=content["preparation"],
+            digest=content["digest"],
+        )
     )
+
+
+def _checked(record: Any) -> Any:
+    """`record` itself, a dataclass from JSON. Raises TypeError for fields of another type and for names that lead elsewhere."""
+    least = 1 if isinstance(record, Shard) else 0
+    for key, kind in get_type_hints(type(record)).items():
+        value = getattr(record, key)
+        if not isinstance(value, get_origin(kind) or kind):
+            raise TypeError(f"{key} is {value!r}")
+        if kind is int and not least <= value < 2**62:
+            raise TypeError(f"{key} is {value}")
+    if isinstance(record, Shard) and not (Path(record.name).name == record.name and record.name.isprintable()):
+        raise TypeError(f"the shard's name is {record.name!r}, which is no plain file name")
+    return record
+
+
+def _only(kind: type, values: list[Any]) -> list[Any]:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is no {kind.__name__}")
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from functools import lru_cache
 
 import numpy as np
@@ -36,12 +37,13 @@ class ShardReader:
         record = self.manifest.splits[self.split][shard]
         path = self.manifest.folder / record.name
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.bytes:  # before mapping, which refuses an empty file with an error of its own
+                raise DataError(
+                    f"{path} has {size} bytes, but the manifest says {record.bytes}: it was cut short or changed; "
+                    f"`python -m data_prep verify {self.manifest.folder}` says what differs."
+                )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != record.bytes:
-            raise DataError(
-                f"{path} has {len(mapped)} bytes, but the manifest says {record.bytes}: it was cut short or changed; "
-                f"`python -m data_prep verify {self.manifest.folder}` says what differs."
-            )
         return mapped, self.manifest.index(record)
 
     def read(self, shard: int, row: int) -> tuple[torch.Tensor, int]:

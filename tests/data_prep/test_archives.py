@@ -96,3 +96,12 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, run: Run) -> None:
     (tmp_path / "set.zip").write_bytes(b"PK\3\4" + bytes(2000))
     with pytest.raises(DataError, match=r"no whole tar archive .*; name a folder or a .tar"):
         run(tmp_path / "set.zip", tmp_path / "dst")
+
+
+def test_a_size_beyond_what_a_file_can_have_is_refused(tmp_path: Path, run: Run) -> None:
+    """Found by fuzzing: tarfile seeks to the member's end before it looks whether there is one."""
+    member = tarfile.TarInfo("cat/a.jpg")
+    member.size = 2**80
+    (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=r"set.tar is no whole tar archive"):
+        run(tmp_path / "set.tar", tmp_path / "dst")
