@@ -202,7 +202,7 @@ def _members(archive: Path, plain: Path, folders: set[str], ignored: list[str]) 
                     entries[path] = Entry(path, member.size, str(plain), member.offset_data)
     except DataError:
         raise
-    except (tarfile.TarError, ValueError) as error:  # ValueError: a size beyond what a file can have, a name that is no text
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the latter for sizes that cannot be
         raise DataError(
             f"{archive} is no whole tar archive ({error}); name a folder or a .tar, .tar.gz, .tar.bz2 or .tar.xz."
         ) from None

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -102,7 +103,7 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
     found = {str(item.relative_to(folder)) for item in folder.rglob("*") if not item.is_relative_to(target)}
     assert found == {f"outside{rest}" for rest in ("", "/sentinel.jpg", "/box", "/box/set.tar", "/box/deep")}, found
     assert (folder / "outside" / "sentinel.jpg").read_bytes() == b"untouched"
-    _remove(target)
+    shutil.rmtree(target, ignore_errors=not target.exists())
     return end
 
 
@@ -121,13 +122,6 @@ def _num_images(path: Path) -> int:
             if path and not skip and path[-1].lower().endswith(IMAGE_SUFFIXES)
         }
     )
-
-
-def _remove(folder: Path) -> None:
-    for item in sorted(folder.rglob("*"), reverse=True) if folder.exists() else []:
-        item.unlink()
-    if folder.exists():
-        folder.rmdir()
 
 
 def prepared_set(rng: np.random.Generator, folder: Path) -> str:

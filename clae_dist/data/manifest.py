@@ -203,7 +203,9 @@ def _checked(record: Any) -> Any:
             raise TypeError(f"{key} is {value!r}")
         if kind is int and not least <= value < 2**62:
             raise TypeError(f"{key} is {value}")
-    if isinstance(record, Shard) and not (Path(record.name).name == record.name and record.name.isprintable()):
+    if isinstance(record, Shard) and not (
+        Path(record.name).name == record.name not in ("", "..") and record.name.isprintable()
+    ):
         raise TypeError(f"the shard's name is {record.name!r}, which is no plain file name")
     return record
 

@@ -172,6 +172,8 @@ def test_a_damaged_index_is_a_data_error_whatever_numpy_makes_of_it(tmp_path: Pa
         ("preparation", None, "preparation is None"),
         ("splits", {"train": [{"name": "train-000000.tar"}]}, "missing 4 required"),
         ("splits", {"train": [{**SHARD, "name": "../train-000000.tar"}]}, "no plain file name"),
+        ("splits", {"train": [{**SHARD, "name": ""}]}, "no plain file name"),
+        ("splits", {"train": [{**SHARD, "name": ".."}]}, "no plain file name"),
         ("splits", {"train": [{**SHARD, "samples": 10**30}]}, "samples is 1000"),
         ("splits", {"train": [{**SHARD, "bytes": 0}]}, "bytes is 0"),
     ],

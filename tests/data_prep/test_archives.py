@@ -98,10 +98,11 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, run: Run) -> None:
         run(tmp_path / "set.zip", tmp_path / "dst")
 
 
-def test_a_size_beyond_what_a_file_can_have_is_refused(tmp_path: Path, run: Run) -> None:
-    """Found by fuzzing: tarfile seeks to the member's end before it looks whether there is one."""
+@pytest.mark.parametrize("kind, size", [(tarfile.REGTYPE, 2**80), (tarfile.GNUTYPE_LONGNAME, 2**80), (tarfile.XHDTYPE, 2**55)])
+def test_a_size_beyond_what_a_file_can_have_is_refused(tmp_path: Path, run: Run, kind: bytes, size: int) -> None:
+    """Found by fuzzing: tarfile seeks to the member's end, or reads it all, before it looks whether there is so much."""
     member = tarfile.TarInfo("cat/a.jpg")
-    member.size = 2**80
+    member.type, member.size = kind, size
     (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(DataError, match=r"set.tar is no whole tar archive"):
         run(tmp_path / "set.tar", tmp_path / "dst")
