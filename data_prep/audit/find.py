@@ -26,6 +26,7 @@ class Audit:
     parts: tuple[Part, ...]
     table: np.ndarray  # ROW (n,)
     near_bits: int
+    near_is_complete: bool  # False: too many pairs are near, and the counts of near copies are lower bounds
     unreadable: dict[int, str]  # position in the table: reason
     profiles: tuple[dict[str, Any], ...]  # of each part
     overlaps: dict[str, np.ndarray]  # int64 (P, P): images of part s that have a copy in part t (its own: another one)
@@ -91,6 +92,7 @@ def audit(
         parts,
         table,
         near_bits,
+        near.complete,
         unreadable,
         tuple(profile(table[table["part"] == number], part.manifest.classes) for number, part in enumerate(parts)),
         overlaps,

@@ -14,6 +14,7 @@ from data_prep.audit.hashing import mirrored
 from data_prep.audit.near import near_pairs
 
 KINDS = ("file", "pixels", "near")  # each holds for the images of the one before it, too
+MAX_PAIRS = 20_000_000  # of near hashes: a set of pictures that all look alike has n² / 2, and no use for a list of them
 
 
 @dataclass
@@ -108,6 +109,10 @@ class PairSample:
         self._kept = np.zeros((0, 4), np.int64)  # bits, group, group, mirrored
 
     def add(self, pairs: np.ndarray) -> None:
+        by_bits = np.argsort(pairs[:, 0], kind="stable")
+        few = 2 * self._limit  # at either end: a pair that is near both ways comes twice
+        if len(pairs) > 2 * few:
+            pairs = pairs[np.concatenate([by_bits[:few], by_bits[len(by_bits) - few :]])]
         rows = np.unique(np.concatenate([self._kept, pairs]), axis=0)
         closest = (self._limit + 1) // 2
         if len(rows) > self._limit:
@@ -124,13 +129,19 @@ class NearSamples:
 
     by_parts: dict[tuple[int, int], PairSample]
     conflicts: PairSample
+    complete: bool = True  # False: there are more than MAX_PAIRS, and the rest was left out
 
 
 def join_near(groups: Groups, hashes: np.ndarray, max_bits: int, limit: int) -> NearSamples:
     """Marks in `groups` (by hash, one of `hashes` each) which groups are near another, also mirrored; returns a sample."""
     num_groups, num_parts = groups.count.shape
     samples = NearSamples({(s, t): PairSample(limit) for s in range(num_parts) for t in range(s, num_parts)}, PairSample(limit))
+    num_pairs = 0
     for a, b, bits in near_pairs(np.concatenate([hashes, mirrored(hashes)]), max_bits):
+        num_pairs += len(a)
+        if num_pairs > MAX_PAIRS:
+            samples.complete = False
+            break
         a, b = np.minimum(a, b), np.maximum(a, b)
         turned = b >= num_groups
         b = np.where(turned, b - num_groups, b)

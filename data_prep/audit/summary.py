@@ -11,7 +11,7 @@ import numpy as np
 
 from clae_dist.data.manifest import write_atomically
 from data_prep.audit.find import Audit
-from data_prep.audit.overlap import KINDS, Pair
+from data_prep.audit.overlap import KINDS, MAX_PAIRS, Pair
 from data_prep.audit.thumbnails import Images
 
 FORMAT = "clae-dist audit 1"
@@ -61,26 +61,32 @@ def overlap_lines(audit: Audit) -> list[str]:
     lines = []
     for s, t, found in audit.leaks():
         of, other = audit.parts[s], audit.parts[t]
-        lines.append(f"LEAKAGE  {counted(found, audit.near_bits)} of {of.name} are in {other.name}.")
+        lines.append(f"LEAKAGE  {found['near']} images of {of.name} are in {other.name}: {counted(found)}.")
     if not lines and len(audit.parts) > 1:
         lines.append("No image of one split is in another.")
     for number, part in enumerate(audit.parts):
         within = {kind: int(audit.overlaps[kind][number, number]) for kind in KINDS}
         if any(within.values()):
-            lines.append(f"copies   {counted(within, audit.near_bits)} of {part.name} have a copy in it.")
+            lines.append(f"copies   {within['near']} images of {part.name} have a copy in it: {counted(within)}.")
+    if not audit.near_is_complete:
+        lines.append(
+            f"NOTE     the images look too much alike for --near-bits {audit.near_bits}: the search stopped after "
+            f"{MAX_PAIRS / 1e6:g} million near pairs, and near copies are at least as many as said. Use fewer bits."
+        )
     exact, near = (int(audit.conflicts[kind].sum()) for kind in ("pixels", "near"))
     if near:
-        lines.append(
-            f"LABELS   {exact} images have the same pixels as one of another class of their set; with near ones {near}."
-        )
+        lines.append(f"LABELS   {near} images have a copy in another class: {exact} the same pixels, {near - exact} nearly.")
     return lines
 
 
-def counted(found: dict[str, int], near_bits: int) -> str:
-    """ "12 images (3 the same file, 5 the same pixels)": all, and the surer ones among them."""
-    surer = [f"{found[kind]} the same {kind}" for kind in ("file", "pixels") if found[kind]]
-    near = f"the rest nearly, within {near_bits} of 64 bits" if found["near"] > found["pixels"] else ""
-    return f"{found['near']} images ({', '.join([*surer, near] if near and surer else surer or ['nearly, ' + near[17:]])})"
+def counted(found: dict[str, int]) -> str:
+    """Such as 3 the same file, 2 the same pixels, 7 nearly: every image once, by the surest way."""
+    parts = (
+        (found["file"], "the same file"),
+        (found["pixels"] - found["file"], "the same pixels"),
+        (found["near"] - found["pixels"], "nearly"),
+    )
+    return ", ".join(f"{count} {how}" for count, how in parts if count)
 
 
 def as_json(audit: Audit, images: Images) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def as_json(audit: Audit, images: Images) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "near_bits": audit.near_bits,
+        "near_is_complete": audit.near_is_complete,
         "sets": [
             {**own, "folder": str(part.manifest.folder), "digest": part.manifest.digest, **facts}
             for own, part, facts in zip(parts, audit.parts, audit.profiles, strict=True)

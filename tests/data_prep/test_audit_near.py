@@ -10,6 +10,8 @@ from PIL import Image
 
 from data_prep.audit.hashing import mirrored, perceptual_hash
 from data_prep.audit.near import near_pairs, popcount
+from data_prep.audit.overlap import group_by, join_near
+from data_prep.audit.scan import ROW
 
 
 def all_pairs(hashes: np.ndarray, max_bits: int) -> set[tuple[int, int, int]]:
@@ -89,3 +91,20 @@ def test_the_hash_of_a_mirrored_image_is_the_mirrored_hash(size: tuple[int, int]
 
 def test_one_colour_has_no_hash() -> None:
     assert perceptual_hash(np.full((40, 30, 3), 200, np.uint8)) is None
+
+
+def test_many_alike_are_stopped_soon_and_in_bounded_memory() -> None:
+    """40,000 hashes around four centres are 2e8 near pairs."""
+    rng = np.random.default_rng(0)
+    flips = np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, (40_000, 3)).astype(np.uint64), axis=1)
+    hashes = np.unique(rng.integers(0, 2**64, 4, np.uint64)[rng.integers(0, 4, 40_000)] ^ flips)
+    table = np.zeros(len(hashes), ROW)
+    table["hash"], table["label"] = hashes, rng.integers(0, 2, len(hashes))
+    groups = group_by(table["hash"], np.ones(len(hashes), bool), table, [0], alone=True)
+    tracemalloc.start()
+    samples = join_near(groups, hashes, 6, 8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not samples.complete
+    assert len(samples.by_parts[0, 0].rows()) == 8
+    assert peak < 60e6  # bytes; the pairs would be 5e9
