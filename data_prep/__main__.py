@@ -14,7 +14,7 @@ from data_prep.arguments import parse
 
 # Worker processes import this file, too: what takes long to import is imported in the functions.
 
-OK, DIFFERENCES, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, DIFFERENCES, BAD_INPUT, LEAKAGE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -73,6 +73,18 @@ def _info(args: argparse.Namespace) -> int:
     return OK
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from data_prep.audit.find import audit
+    from data_prep.audit.report import write_report
+    from data_prep.audit.summary import describe
+
+    found = audit(args.sets, near_bits=args.near_bits, limit_pictures=args.limit_pictures, num_workers=args.workers)
+    _say("\n".join(describe(found)))
+    if args.report:
+        _say(f"Pictures: {write_report(found, args.report)}")
+    return LEAKAGE if args.fail_on and found.leaked(args.fail_on) else OK
+
+
 def _demo(args: argparse.Namespace) -> int:
     from data_prep.demo import prepare_demo
 
@@ -83,7 +95,8 @@ def _demo(args: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS = {"prepare": _prepare, "index": _index, "verify": _verify, "info": _info, "demo": _demo}
+_COMMANDS = {"prepare": _prepare, "index": _index, "verify": _verify, "info": _info, "audit": _audit, "demo": _demo}
+_READING = ("verify", "info", "audit")
 
 
 def _say(text: str) -> None:
@@ -103,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        print("data_prep: interrupted; run the same command again to go on where it was.", file=sys.stderr)
+        way_out = "the sets are untouched" if args.command in _READING else "run the same command again to go on where it was"
+        print(f"data_prep: interrupted; {way_out}.", file=sys.stderr)
         return INTERRUPTED
     except (DataError, OSError) as error:
         if args.debug:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 _QUALITY = 90
-_EXIT_CODES = """exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 130 interrupted"""
+_EXIT_CODES = """\
+exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 3 audit --fail-on found leakage; 130 interrupted"""
 
 _ALL = """\
 Images in, WebDataset shards and a manifest out.
@@ -16,6 +17,7 @@ Images in, WebDataset shards and a manifest out.
   python -m data_prep index shards/x-{000..099}.tar        # WebDataset shards that exist get a manifest
   python -m data_prep verify shards/photos                 # is everything as the manifest says?
   python -m data_prep info shards/photos                   # which images, how many, of which classes
+  python -m data_prep audit shards/photos shards/eval      # copies within and between sets, odd images, labels
   python -m data_prep demo shards/demo                     # the images of the quickstart
 
 Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --help` tells the options.
@@ -49,6 +51,24 @@ SHARDS are tars of this machine, folders of them, or lists such as x-{000..099}.
 label, a whole number, in KEY.cls or as "label" in KEY.json; without one it has no label. Shards named train, val or test are
 of that split, others of train. Every image is decoded once to check it; those that fail are left out and listed with the reason
 in quarantine.jsonl. An interrupted run goes on where it was when the same command is run again.
+"""
+
+_AUDIT = """\
+Decodes every image of the prepared SETs once and prints on a page what a user should know before trusting a figure:
+
+  leakage   images of one split or set that are in another: the same file, the same pixels, or nearly (perceptual hash)
+  copies    the same within a split
+  labels    one picture under two classes of a set
+  sizes, modes, classes: tiny, extreme and one-coloured images; grey, CMYK, 16 bits, transparency; imbalance, empty classes
+
+Near copies are those whose 64-bit hashes differ in at most --near-bits, also when mirrored. Measured on photos of 300 to 500
+pixels, 6 bits find 99 % and more of the copies that were re-encoded, resized, squeezed or cut by 2 % of their sides, and 63 %
+of those cut by 5 %; larger cuts are mostly missed. Unlike images that look alike when shrunk (a plane in a blue sky) can be
+within 6 bits: --report shows the pairs. It writes audit.html (one file, pictures inside), audit.json (the figures) and
+images.jsonl (a line for every image with a copy, a conflict or broken bytes, with its shard and row).
+
+Nothing is written into the SETs. Memory: about 0.4 kB an image. For a million images the search takes about 20 s of one core
+after decoding them.
 """
 
 _DEMO = """\
@@ -152,6 +172,18 @@ def _parser() -> argparse.ArgumentParser:
     about = command("info", "what the manifest says", "Prints the manifest of DST: images by split, classes, origin, digest.")
     about.add_argument("destination", metavar="DST", type=Path, help="folder that prepare or demo wrote")
     about.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    audit = command("audit", "copies within and between sets, odd images, labels", _AUDIT)
+    audit.add_argument("sets", metavar="SET", type=Path, nargs="+", help="folder that prepare, index or demo wrote")
+    audit.add_argument("--near-bits", type=int, default=6, metavar="N", help="distance of near copies, 0 to 12 (default 6)")
+    audit.add_argument("--report", type=Path, default=None, metavar="DIR", help="write a page with pictures, JSON and a list")
+    audit.add_argument(
+        "--limit-pictures", type=_workers, default=8, metavar="N", help="pairs shown of a kind for two splits (default 8)"
+    )
+    audit.add_argument(
+        "--fail-on",
+        choices=("pixels", "near"),
+        help="exit 3 when an image of one split or set is in another: same pixels, near",
+    )
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
     demo.add_argument("destination", metavar="DST", type=Path, help="folder for the shards")
     demo.add_argument("--data", metavar="PATH", type=Path, default=None, help="your own images")
@@ -159,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         preparing.add_argument(
             "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
         )
-        preparing.add_argument(
+    for parallel in (prepare, index, demo, audit):
+        parallel.add_argument(
             "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
         )
     return parser

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, get_origin, get_type_hints
 
 import numpy as np
 
@@ -137,7 +137,10 @@ def read_manifest(data: bytes, where: str, folder: Path) -> Manifest:
         raise DataError(
             f"{where} does not match its digest {content.get('digest')}: it was edited or damaged; {_PREPARE_AGAIN}."
         )
-    return _from_json(folder, content)
+    try:
+        return _from_json(folder, content)
+    except (KeyError, TypeError, AttributeError) as error:  # signed, but not by this project
+        raise DataError(f"{where} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
 
 
 def write_manifest(
@@ -218,9 +221,9 @@ def _open_index(folder: Path, shard: Shard) -> IO[bytes]:
 def _read_index(file: IO[bytes], where: str, shard: Shard) -> np.ndarray:
     path = f"{where}/{shard.index_name}"
     try:
-        index: np.ndarray = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+        index: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)  # np.load would also take a zip file
+    except Exception as error:  # by what is damaged: OSError, ValueError, EOFError, TokenError, MemoryError, …
+        raise DataError(f"{path} cannot be read ({error or type(error).__name__}); {_PREPARE_AGAIN}.") from None
     if index.dtype != np.int64 or index.shape != (shard.samples, 3):
         expected = f"int64 ({shard.samples}, 3)"
         raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
@@ -247,17 +250,46 @@ def content_digest(content: dict[str, Any]) -> str:
 
 
 def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
-    return Manifest(
-        folder=folder,
-        name=content["name"],
-        source=content["source"],
-        licence=content["licence"],
-        created=content["created"],
-        classes=tuple(content["classes"]),
-        splits={split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()},
-        quarantined=content["quarantined"],
-        preparation=content["preparation"],
-        digest=content["digest"],
-        version=content.get("version", ""),
-        class_counts={split: tuple(counts) for split, counts in content.get("class_counts", {}).items()},
+    """Raises KeyError, TypeError or AttributeError for what is missing or of another kind."""
+    splits = {split: tuple(_checked(Shard(**shard)) for shard in shards) for split, shards in content["splits"].items()}
+    return _checked(
+        Manifest(
+            folder=folder,
+            name=content["name"],
+            source=content["source"],
+            licence=content["licence"],
+            created=content["created"],
+            classes=tuple(_only(str, content["classes"])),
+            splits=splits,
+            quarantined=content["quarantined"],
+            preparation=content["preparation"],
+            digest=content["digest"],
+            version=content.get("version", ""),
+            class_counts={split: tuple(_only(int, counts)) for split, counts in content.get("class_counts", {}).items()},
+        )
     )
+
+
+def _checked(record: Any) -> Any:
+    """`record` itself, a dataclass from JSON. Raises TypeError for fields of another type and for names that lead elsewhere."""
+    least = 1 if isinstance(record, Shard) else 0
+    for key, kind in get_type_hints(type(record)).items():
+        value = getattr(record, key)
+        if key == "files":  # not of the JSON
+            continue
+        if not isinstance(value, get_origin(kind) or kind):
+            raise TypeError(f"{key} is {value!r}")
+        if kind is int and not least <= value < 2**62:
+            raise TypeError(f"{key} is {value}")
+    if isinstance(record, Shard) and not (
+        Path(record.name).name == record.name not in ("", "..") and record.name.isprintable()
+    ):
+        raise TypeError(f"the shard's name is {record.name!r}, which is no plain file name")
+    return record
+
+
+def _only(kind: type, values: list[Any]) -> list[Any]:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is no {kind.__name__}")
+    return values

@@ -42,7 +42,7 @@ class Order:
         self.seed = seed
         self.steps_per_epoch = self.num_samples // global_size
         self._epoch_layout = lru_cache(2)(self._layout)
-        self._block_order = lru_cache(4 * (streams + 1))(self._shuffled_block)
+        self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in this epoch's order, and the position at which each block of shards begins."""
@@ -51,10 +51,10 @@ class Order:
         return shards, np.concatenate([[0], ends[self.shuffle_shards - 1 :: self.shuffle_shards], ends[-1:]])
 
     def _shuffled_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of every sample of a block of shards, shuffled."""
+        """Shard and row, int32, of every sample of a block of shards, shuffled."""
         shards = self._epoch_layout(epoch)[0][block * self.shuffle_shards : (block + 1) * self.shuffle_shards]
-        shard_of = np.repeat(shards, self._sizes[shards])
-        row_of = np.concatenate([np.arange(self._sizes[shard]) for shard in shards])
+        shard_of = np.repeat(shards.astype(np.int32), self._sizes[shards])
+        row_of = np.concatenate([np.arange(self._sizes[shard], dtype=np.int32) for shard in shards])
         order = permutation(len(shard_of), self.seed, epoch, 1 + block)
         return shard_of[order], row_of[order]
 
@@ -63,9 +63,11 @@ class Order:
         _, starts = self._epoch_layout(epoch)
         blocks = np.searchsorted(starts, positions, side="right") - 1
         shards, rows = np.empty_like(positions), np.empty_like(positions)
-        for block in np.unique(blocks):
+        wanted = [(epoch, block) for block in np.unique(blocks).tolist()]
+        # Kept are the blocks of this call alone: a stream walks through its blocks one by one and never comes back.
+        self._blocks = held = {key: self._blocks.get(key) or self._shuffled_block(*key) for key in wanted}
+        for (_, block), (shard_of, row_of) in held.items():
             chosen = blocks == block
-            shard_of, row_of = self._block_order(epoch, int(block))
             inside = positions[chosen] - starts[block]
             shards[chosen], rows[chosen] = shard_of[inside], row_of[inside]
         return Places(np.full_like(positions, epoch), shards, rows, self._first_id[shards] + rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from functools import lru_cache
 
 import numpy as np
@@ -43,12 +44,13 @@ class ShardReader:
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         record = self.manifest.splits[self.split][shard]
         with self.manifest.open(record) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.bytes:  # before mapping, which refuses an empty file with an error of its own
+                raise DataError(
+                    f"{self.manifest.where}/{record.name} has {size} bytes, but the manifest says {record.bytes}: it was "
+                    f"cut short or changed; `python -m data_prep verify {self.manifest.where}` says what differs."
+                )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != record.bytes:
-            raise DataError(
-                f"{self.manifest.where}/{record.name} has {len(mapped)} bytes, but the manifest says {record.bytes}: it was "
-                f"cut short or changed; `python -m data_prep verify {self.manifest.where}` says what differs."
-            )
         return mapped, self.manifest.index(record)
 
     def read_bytes(self, shard: int, row: int) -> tuple[bytes, int]:

@@ -82,7 +82,9 @@ def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: 
                 report(behind - before)
                 yield member
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-    except (tarfile.TarError, ValueError) as error:  # ValueError: a negative size of an extended header
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the latter for sizes that cannot be
         raise DataError(f"{archive} is no whole tar archive ({error}); {_KINDS}.") from None
     if not _is_end(stream, behind, end):
         raise DataError(f"{archive} is cut short or damaged after {count} members; get the archive again.")

@@ -167,3 +167,11 @@ def test_evaluation_batches_are_the_same_with_loader_processes(manifest: Manifes
 def test_a_split_that_is_not_there(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
         ShardReader(manifest, "val")
+
+
+def test_an_empty_shard_is_named(tmp_path: Path) -> None:
+    """Found by fuzzing: mapping an empty file is a ValueError that names nothing."""
+    empty = write_synthetic_set(tmp_path / "set", 2, 16)
+    (tmp_path / "set" / "train-000000.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-000000.tar has 0 bytes, but the manifest says"):
+        ShardReader(empty, "train").read(0, 0)

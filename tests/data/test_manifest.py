@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from clae_dist import __version__
 from clae_dist.data import manifest as manifests
 from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard, file_sha256, load_manifest, write_manifest
+
+SHARD = {"name": "train-000000.tar", "samples": 2, "bytes": 2560, "sha256": "", "index_sha256": ""}
 
 
 @pytest.fixture
@@ -167,3 +170,49 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, mo
         manifests.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda npy: npy.replace(b"}", b" ", 1),  # tokenize.TokenError
+        lambda npy: b"PK\3\4" + npy[4:],  # zipfile.BadZipFile, and a file left open
+        lambda npy: b"",
+        lambda npy: npy[:-1],
+    ],
+)
+def test_a_damaged_index_is_a_data_error_whatever_numpy_makes_of_it(tmp_path: Path, shard: Shard, damage: Any) -> None:
+    """Found by fuzzing: numpy's reader has errors of its own for damaged headers."""
+    path = tmp_path / shard.index_name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"train-000000.index.npy cannot be read"):
+        write(tmp_path, shard).index(shard)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("name", 5, "name is 5"),
+        ("classes", ["a", 7], "7 is no str"),
+        ("splits", [], "no attribute 'items'"),
+        ("quarantined", -1, "quarantined is -1"),
+        ("preparation", None, "preparation is None"),
+        ("splits", {"train": [{"name": "train-000000.tar"}]}, "missing 4 required"),
+        ("splits", {"train": [{**SHARD, "name": "../train-000000.tar"}]}, "no plain file name"),
+        ("splits", {"train": [{**SHARD, "name": ""}]}, "no plain file name"),
+        ("splits", {"train": [{**SHARD, "name": ".."}]}, "no plain file name"),
+        ("splits", {"train": [{**SHARD, "samples": 10**30}]}, "samples is 1000"),
+        ("splits", {"train": [{**SHARD, "bytes": 0}]}, "bytes is 0"),
+    ],
+)
+def test_a_signed_manifest_of_another_shape_is_refused(
+    tmp_path: Path, shard: Shard, key: str, value: object, said: str
+) -> None:
+    """Found by fuzzing: TypeErrors where the manifest was used, long after it was read."""
+    write(tmp_path, shard)
+    path = tmp_path / "manifest.json"
+    content = {**json.loads(path.read_text()), key: value}
+    content["digest"] = manifests._digest(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"is not a manifest .*{said}"):
+        load_manifest(tmp_path)

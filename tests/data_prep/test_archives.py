@@ -116,3 +116,13 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, run: Run) -> None:
     (tmp_path / "set.bin").write_bytes(b"BM" + bytes(2000))
     with pytest.raises(DataError, match=r"no whole tar archive .*; name a folder, a .tar, .* or .zip of one, ImageNet's"):
         run(tmp_path / "set.bin", tmp_path / "dst")
+
+
+@pytest.mark.parametrize("kind, size", [(tarfile.REGTYPE, 2**80), (tarfile.GNUTYPE_LONGNAME, 2**80), (tarfile.XHDTYPE, 2**55)])
+def test_a_size_beyond_what_a_file_can_have_is_refused(tmp_path: Path, run: Run, kind: bytes, size: int) -> None:
+    """Found by fuzzing: tarfile seeks to the member's end, or reads it all, before it looks whether there is so much."""
+    member = tarfile.TarInfo("cat/a.jpg")
+    member.type, member.size = kind, size
+    (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=r"set.tar is no whole tar archive"):
+        run(tmp_path / "set.tar", tmp_path / "dst")

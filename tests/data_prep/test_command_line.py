@@ -126,7 +126,7 @@ def test_wrong_usage_is_exit_code_2(words: str, capsys: pytest.CaptureFixture[st
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["prepare"], ["verify"], ["info"], ["demo"]])
+@pytest.mark.parametrize("words", [[], ["prepare"], ["index"], ["verify"], ["info"], ["audit"], ["demo"]])
 def test_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
