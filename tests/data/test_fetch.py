@@ -70,6 +70,12 @@ def test_a_cut_connection_goes_on_where_it_was(server: FaultyServer) -> None:
     assert server.ranges == [("shard.tar", "bytes=50000-"), ("shard.tar", "bytes=90000-")]
 
 
+def test_a_server_that_knows_no_ranges_sends_the_whole_file_once_more(server: FaultyServer) -> None:
+    server.faults["shard.tar"] = [Fault("cut", 50_000), Fault("no_range")]
+    assert fetched(server.url + "/shard.tar") == DATA
+    assert server.requests["shard.tar"] == 2
+
+
 def test_progress_is_not_counted_against_the_retries(server: FaultyServer) -> None:
     server.choose = lambda _, number: Fault("cut", 10_000)
     assert fetched(server.url + "/shard.tar") == DATA
