@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from clae_dist.data.decode import DecodeError, decode_rgb
 from clae_dist.data.manifest import DataError
+from data_prep.image import checked
+from data_prep.settings import Settings
 from tests.data_prep.published import WNIDS, make_imagenet, make_parquet, make_zip
 
 NUM_IMAGES = 9
@@ -29,6 +32,26 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             data[:at] + data[start : start + length] + data[at + length :],
         )
     )
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_an_image_that_passes_can_be_decoded(encoded: Any, format: str) -> None:
+    """Guards against an image that stops training because the check and the decoder disagree."""
+    whole, passed = encoded(0, format), 0
+    settings = Settings("set", "made here", max_pixels=10**6)
+    smaller = Settings("set", "made here", max_pixels=10**6, resize_short=4, quality=90)
+    for seed in range(1000):
+        data = mutate(whole, random.Random(f"{format} {seed}"))
+        try:
+            kept, _ = checked(data, settings)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                checked(data, smaller)
+        else:
+            passed += 1
+            assert decode_rgb(kept).shape[0] == 3
+            assert min(decode_rgb(checked(data, smaller)[0]).shape[1:]) <= 4
+    assert 0 < passed < 1000
 
 
 @pytest.fixture
@@ -51,7 +74,7 @@ def make_file(tmp_path: Path, make_folder: Any, archive: Any, encoded: Any) -> C
     return make
 
 
-@pytest.mark.parametrize("mutations", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutations", [30, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "zip stored", "imagenet", "parquet"])
 def test_damage_is_an_error_or_named(tmp_path: Path, make_file: Any, run: Any, kind: str, mutations: int) -> None:
     path = make_file(kind)
