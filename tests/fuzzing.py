@@ -90,7 +90,7 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
     settings = Settings("set", "fuzz", test_share=0, max_pixels=10**6)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress
-            manifest = prepare(open_source(path), target, settings, max_bad=1, num_workers=0, say=lambda _: None)
+            manifest = prepare(open_source((path,)), target, settings, max_bad=1, num_workers=0, say=lambda _: None)
     except DataError:
         left = sorted(path.name for path in target.iterdir()) if target.exists() else []
         assert not set(left) - {"plan.json", "quarantine.jsonl", ".parts"}, left  # of a set without a single good image
@@ -109,19 +109,13 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
 
 def _num_images(path: Path) -> int:
     """Different names of images in an archive, by tarfile alone."""
-    from data_prep.sources import IMAGE_SUFFIXES
+    from data_prep.sources.entry import is_image_name
 
     with tarfile.open(path) as tar:
         members = [member for member in tar if not member.isdir()]
     parts = [[part for part in member.name.split("/") if part not in ("", ".")] for member in members]
     hidden = [any(part.startswith(".") or part == "__MACOSX" for part in path) for path in parts]
-    return len(
-        {
-            tuple(path)
-            for path, skip in zip(parts, hidden, strict=True)
-            if path and not skip and path[-1].lower().endswith(IMAGE_SUFFIXES)
-        }
-    )
+    return len({tuple(path) for path, skip in zip(parts, hidden, strict=True) if path and not skip and is_image_name(path[-1])})
 
 
 def prepared_set(rng: np.random.Generator, folder: Path) -> str:

@@ -48,7 +48,7 @@ def first_member(path: Path) -> str:
         with tarfile.open(path, "r:*") as tar:
             member = tar.next()
             return member.name if member else ""
-    except (tarfile.TarError, ValueError, EOFError, OSError, zlib.error, lzma.LZMAError):
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, EOFError, OSError, zlib.error, lzma.LZMAError):
         return ""
 
 

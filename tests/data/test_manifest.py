@@ -212,7 +212,7 @@ def test_a_signed_manifest_of_another_shape_is_refused(
     write(tmp_path, shard)
     path = tmp_path / "manifest.json"
     content = {**json.loads(path.read_text()), key: value}
-    content["digest"] = manifests._digest(content)
+    content["digest"] = manifests.content_digest(content)
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"is not a manifest .*{said}"):
         load_manifest(tmp_path)

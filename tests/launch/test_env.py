@@ -22,10 +22,10 @@ import multiprocessing, sys
 def double(x):
     return 2 * x
 
-def main():
+def run():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print("clae", sys.argv[1:], pool.map(double, [21]))
-    return 7
+    sys.exit(7)
 """
 
 
