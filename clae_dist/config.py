@@ -40,8 +40,7 @@ class Data:
     cache_bytes: int = _no_effect(0)  # what it may hold, the least recently used goes first; 0: what the disk has, less 1 GiB
     prefetch_shards: int = _no_effect(8)  # from elsewhere that a rank fetches ahead of need; 0: none
     timeout_s: float = _no_effect(30.0)  # without a byte, after which a connection is cut and tried again
-    # Of a fetch that gets no further, with growing pauses (a minute in all). Ranks wait for each other for 10 minutes.
-    retries: int = _no_effect(8)
+    retries: int = _no_effect(8)  # of a fetch that gets no further, with growing pauses (a minute in all)
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")
