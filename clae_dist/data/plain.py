@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ from clae_dist.world import World
 
 Say = Callable[[str], None]
 _CONNECTIONS = 4
+_SAY_EVERY_S = 10.0
 _LOST = (
     "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
     "train; `python -m data_prep index` adds a manifest to shards of this machine"
@@ -146,15 +148,19 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
     names = list(files.sources)
     if files.any_remote and world.is_main:
         fetching.cache.remove_leftovers()
-    now = f", and all {len(names)} are fetched once, now" if files.any_remote else ""
+    now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, Record] = {}
+    started, said = time.monotonic(), 0.0
     problem = ""
     try:
         for name, record in _index(files, names[world.rank :: world.size]):
             mine[name] = record
-            if len(mine) % 100 == 0:
-                say(f"data: {len(mine) * world.size:,} of {len(names):,} shards indexed")
+            passed = time.monotonic() - started
+            if passed > said + _SAY_EVERY_S:
+                said = passed
+                left = passed * (len(names) / world.size / len(mine) - 1)
+                say(f"data: {len(mine) * world.size:,} of {len(names):,} shards indexed, {left:.0f} s left")
     except DataError as error:
         problem = str(error)
     world.raise_together(DataError, problem)

@@ -63,7 +63,7 @@ def test_the_same_samples_as_with_the_manifest(prepared: Manifest, server: Fault
     assert (found.classes, list(found.splits)) == (("0", "1"), ["train"])
     (line,) = lines
     assert "3 plain shards without a manifest: no checksums" in line
-    assert ("fetched once, now" in line) == (where != "local")
+    assert ("each is fetched once" in line) == (where != "local")
     again = opened(text[where], cache)
     assert (again.digest, images(again)) == (found.digest, images(found))
     assert set(server.requests.values()) == ({1} if where == "http" else set())
