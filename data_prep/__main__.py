@@ -151,7 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--near-bits", type=int, default=6, metavar="N", help="distance of near copies, 0 to 12 (default 6)")
     look.add_argument("--report", type=Path, default=None, metavar="DIR", help="write a page with pictures, JSON and a list")
     look.add_argument(
-        "--limit-pictures", type=_workers, default=8, metavar="N", help="pairs shown of a kind for two splits (default 8)"
+        "--limit-pictures",
+        type=_workers,
+        default=8,
+        metavar="N",
+        help="pairs shown of a kind for two splits, and odd images of a kind (default 8)",
     )
     look.add_argument(
         "--fail-on",

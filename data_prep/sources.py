@@ -170,7 +170,9 @@ def _decompressed(path: Path, target: Path) -> Path:
     try:
         with opener(path) as compressed, target.open("wb") as plain:
             shutil.copyfileobj(compressed, plain, 1 << 20)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; gzip's and bz2's own have no number
+            raise
         raise DataError(f"{path} is damaged ({error}); get the archive again.") from None
     return target
 

@@ -26,6 +26,7 @@ class Audit:
     parts: tuple[Part, ...]
     table: np.ndarray  # ROW (n,)
     near_bits: int
+    limit_pictures: int  # of each kind
     near_is_complete: bool  # False: too many pairs are near, and the counts of near copies are lower bounds
     unreadable: dict[int, str]  # position in the table: reason
     profiles: tuple[dict[str, Any], ...]  # of each part
@@ -92,6 +93,7 @@ def audit(
         parts,
         table,
         near_bits,
+        limit_pictures,
         near.complete,
         unreadable,
         tuple(profile(table[table["part"] == number], part.manifest.classes) for number, part in enumerate(parts)),

@@ -163,6 +163,9 @@ def test_odd_images_and_uneven_classes(tmp_path: Path, run: Any) -> None:
     assert train["classes"]["imbalance"] == 5
     assert train["classes"]["empty"] == ["only here"]
     assert not found.overlaps["near"].any()  # black and white are no copies of each other
+    page = write_report(found, tmp_path / "report").read_text()
+    assert page.count("data:image/jpeg;base64,") == sum(train["odd"].values()) == 5
+    assert "few/tiny.png" in page
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,8 @@ def test_images_that_cannot_be_decoded_are_counted_and_listed(unlike: Path, tmp_
     found = look(unlike)
     assert found.profiles[0]["unreadable"] == 1
     assert list(found.unreadable) == [3]
-    write_report(found, tmp_path / "report")
+    page = write_report(found, tmp_path / "report").read_text()
+    assert "(train-000000.tar, row 3): " in page
     (line,) = (tmp_path / "report" / "images.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 3
     assert json.loads(line)["unreadable"]
