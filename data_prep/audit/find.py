@@ -113,6 +113,8 @@ def _parts(folders: Sequence[Path]) -> Iterator[Part]:
             raise DataError(f"{folder} is named twice; name every set once: copies within a set are found, too.")
         seen[folder.resolve()] = folder
     for manifest in manifests:
+        if not manifest.splits:
+            raise DataError(f"{manifest.folder} has no split and no image; prepare the set again.")
         yield from (Part(_set_name(manifest, manifests), split, manifest) for split in manifest.splits)
 
 

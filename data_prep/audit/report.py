@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -44,10 +44,17 @@ figcaption { font-size: 0.8rem; line-height: 1.35; overflow-wrap: anywhere; }
 """
 
 
-def write_report(audit: Audit, folder: Path) -> Path:
-    """Writes audit.html, audit.json and images.jsonl into `folder`, each whole or not at all; returns the page's path."""
+def check_target(folder: Path, sets: Sequence[Path]) -> None:
+    """Before hours of reading: raises DataError for a folder that cannot take the report, or is one of the sets."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--report {folder} is a file; name a folder.")
+    for one in sets:
+        if folder.resolve().is_relative_to(one.resolve()):
+            raise DataError(f"--report {folder} lies inside the set {one}; name a folder elsewhere.")
+
+
+def write_report(audit: Audit, folder: Path) -> Path:
+    """Writes audit.html, audit.json and images.jsonl into `folder`, each whole or not at all; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     images = Images(audit)
     listed = write_list(folder / LIST, audit, images)
