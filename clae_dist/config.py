@@ -53,12 +53,10 @@ class Data:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")
         _require(self.streams >= 0, "data.streams", self.streams, "use 0 (automatic) or a divisor of batch.global_size.")
         _require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "use at least 1.")
-        for name, share in self.mixture.items():
-            _require(
-                0 < share < 1, "data.mixture", self.mixture, f"the share of {name} is {share:g}: use one above 0, below 1."
-            )
-        rest = 1 - sum(self.mixture.values())
-        _require(rest > 1e-9, "data.mixture", self.mixture, f"the shares leave {rest:g} for data.shards: they must leave some.")
+        shares = list(self.mixture.values())  # without the names, which may be URLs with secrets
+        _require(all(0 < share < 1 for share in shares), "data.mixture", shares, "each share is above 0 and below 1.")
+        rest = 1 - sum(shares)
+        _require(rest > 1e-9, "data.mixture", shares, f"the shares leave {rest:g} for data.shards: they must leave some.")
         _require(self.max_bad >= 0, "data.max_bad", self.max_bad, "use 0 (none), a share below 1 or a number of images.")
         _require(self.workers >= -1, "data.workers", self.workers, "use -1 (automatic), 0 (in the training process) or more.")
         for key in ("cache_bytes", "prefetch_shards", "retries"):

@@ -75,9 +75,11 @@ def _info(args: argparse.Namespace) -> int:
 
 def _audit(args: argparse.Namespace) -> int:
     from data_prep.audit.find import audit
-    from data_prep.audit.report import write_report
+    from data_prep.audit.report import check_target, write_report
     from data_prep.audit.summary import describe
 
+    if args.report:
+        check_target(args.report, args.sets)
     found = audit(args.sets, near_bits=args.near_bits, limit_pictures=args.limit_pictures, num_workers=args.workers)
     _say("\n".join(describe(found)))
     if args.report:

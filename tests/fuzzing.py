@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.mutations import damage_header, mutate, sample_images, sample_tar
+from tests.mutations import compress, damage_header, mutate, sample_images, sample_tar
 
 ROOT = Path(__file__).parents[1]
 _IMAGES = sample_images()
@@ -84,7 +84,7 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
     target.parent.mkdir(exist_ok=True)
     images = [mutate(rng, one) if rng.random() < 0.3 else one for one in _IMAGES]
     data = sample_tar(rng, images, str(folder / "outside"))
-    for way, share in ((damage_header, 0.5), (mutate, 0.4)):
+    for way, share in ((damage_header, 0.5), (mutate, 0.3), (compress, 0.3), (mutate, 0.3)):
         data = way(rng, data) if rng.random() < share else data
     path.write_bytes(data)
     settings = Settings("set", "fuzz", test_share=0, max_pixels=10**6)

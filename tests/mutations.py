@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 from collections.abc import Callable, Sequence
 
@@ -129,6 +132,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+def compress(rng: Rng, data: bytes) -> bytes:
+    """As .gz, .bz2 or .xz."""
+    return (gzip.compress, bz2.compress, lzma.compress)[int(rng.integers(3))](data)
 
 
 def damage_header(rng: Rng, data: bytes) -> bytes:

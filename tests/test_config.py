@@ -343,7 +343,7 @@ def test_a_mapping_is_one_value(tmp_path: Path) -> None:
     [
         ("data.mixture=0.5", r"data\.mixture is 0\.5 \(command line\); it wants a mapping, such as \{/data/more: 0\.25\}"),
         ("data.mixture={a: many}", r"data\.mixture\[a\] is 'many' \(command line\); it wants a number"),
-        ("data.mixture={a: 1.5}", r"the share of a is 1\.5: use one above 0, below 1\. \[command line\]"),
+        ("data.mixture={a: 1.5}", r"data\.mixture is \[1\.5\]; each share is above 0 and below 1\. \[command line\]"),
         ("data.mixture={a: 0.5, b: 0.5}", r"the shares leave 0 for data\.shards: they must leave some"),
     ],
 )

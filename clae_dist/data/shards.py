@@ -20,7 +20,10 @@ class BadSampleError(DataError):
 
     def __init__(self, sample: str, reason: str, way_out: str) -> None:
         super().__init__(f"{sample} cannot be decoded ({reason}); {way_out}")
-        self.sample, self.reason = sample, reason
+        self.sample, self.reason, self._way_out = sample, reason, way_out
+
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str, str]]:  # it may come from a loader process
+        return BadSampleError, (self.sample, self.reason, self._way_out)
 
 
 class ShardReader:

@@ -71,7 +71,8 @@ def read_identity(run_dir: Path) -> Identity:
 
 def shareable(config: Config) -> Config:
     """The configuration without the secrets of the URLs in it: what is written down outlives them, and others read it."""
-    return replace(config, data=replace(config.data, shards=without_secrets(config.data.shards)))
+    mixture = {without_secrets(name): share for name, share in config.data.mixture.items()}
+    return replace(config, data=replace(config.data, shards=without_secrets(config.data.shards), mixture=mixture))
 
 
 def make_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ class Audit:
     parts: tuple[Part, ...]
     table: np.ndarray  # ROW (n,)
     near_bits: int
+    limit_pictures: int  # of each kind
     near_is_complete: bool  # False: too many pairs are near, and the counts of near copies are lower bounds
     unreadable: dict[int, str]  # position in the table: reason
     profiles: tuple[dict[str, Any], ...]  # of each part
@@ -92,6 +93,7 @@ def audit(
         parts,
         table,
         near_bits,
+        limit_pictures,
         near.complete,
         unreadable,
         tuple(profile(table[table["part"] == number], part.manifest.classes) for number, part in enumerate(parts)),
@@ -111,6 +113,8 @@ def _parts(folders: Sequence[Path]) -> Iterator[Part]:
             raise DataError(f"{folder} is named twice; name every set once: copies within a set are found, too.")
         seen[folder.resolve()] = folder
     for manifest in manifests:
+        if not manifest.splits:
+            raise DataError(f"{manifest.folder} has no split and no image; prepare the set again.")
         yield from (Part(_set_name(manifest, manifests), split, manifest) for split in manifest.splits)
 
 

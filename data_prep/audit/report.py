@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+
+import numpy as np
 
 from clae_dist.data.manifest import DataError, write_atomically
 from data_prep.audit.find import Audit
 from data_prep.audit.overlap import Pair
+from data_prep.audit.profile import oddities
 from data_prep.audit.summary import as_json, overlap_lines, profile_lines, write_list
 from data_prep.audit.thumbnails import Images
 
@@ -35,15 +38,23 @@ p, li { max-width: 92ch; }
 pre { margin: 6px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 0.82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
-.pair img { width: 100%; height: 150px; object-fit: contain; image-rendering: auto; }
+figure img { width: 100%; height: 150px; object-fit: contain; image-rendering: auto; }
+.small { grid-template-columns: repeat(auto-fill, minmax(min(200px, 100%), 1fr)); }
 figcaption { font-size: 0.8rem; line-height: 1.35; overflow-wrap: anywhere; }
 """
 
 
-def write_report(audit: Audit, folder: Path) -> Path:
-    """Writes audit.html, audit.json and images.jsonl into `folder`, each whole or not at all; returns the page's path."""
+def check_target(folder: Path, sets: Sequence[Path]) -> None:
+    """Before hours of reading: raises DataError for a folder that cannot take the report, or is one of the sets."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--report {folder} is a file; name a folder.")
+    for one in sets:
+        if folder.resolve().is_relative_to(one.resolve()):
+            raise DataError(f"--report {folder} lies inside the set {one}; name a folder elsewhere.")
+
+
+def write_report(audit: Audit, folder: Path) -> Path:
+    """Writes audit.html, audit.json and images.jsonl into `folder`, each whole or not at all; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     images = Images(audit)
     listed = write_list(folder / LIST, audit, images)
@@ -55,6 +66,7 @@ def write_report(audit: Audit, folder: Path) -> Path:
 def _page(audit: Audit, images: Images, listed: int) -> str:
     names = " and ".join(dict.fromkeys(part.set_name for part in audit.parts))
     body = [f"<h1>Audit of {escape(names)}</h1>", *_findings(audit, listed), *_profiles(audit), *_pictures(audit, images)]
+    body += _odd(audit, images)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -102,13 +114,36 @@ def _pictures(audit: Audit, images: Images) -> Iterator[str]:
         yield "</div>"
 
 
+def _odd(audit: Audit, images: Images) -> Iterator[str]:
+    """A few odd images of each part and oddity, and what cannot be decoded."""
+    shown: dict[str, list[str]] = {}
+    for number, part in enumerate(audit.parts):
+        positions = np.flatnonzero((audit.table["part"] == number) & (audit.table["width"] > 0))
+        for name, found in oddities(audit.table[positions]).items():
+            for at in positions[found][: audit.limit_pictures].tolist():
+                size = f"{audit.table[at]['width']}x{audit.table[at]['height']}"
+                shown.setdefault(name, []).append(f"<figure>{_image(at, images, f'{part.name}, {size}')}</figure>")
+    for name, figures in shown.items():
+        yield f'<h2>Odd: {escape(name)}</h2>\n<div class="cards small">'
+        yield from figures
+        yield "</div>"
+    if audit.unreadable:
+        yield "<h2>Cannot be decoded</h2>\n<ul>"
+        for at, reason in sorted(audit.unreadable.items())[: 5 * audit.limit_pictures]:
+            place = images.place(at)
+            yield f"<li>{escape(place['name'])} ({escape(place['shard'])}, row {place['row']}): {escape(reason)}</li>"
+        yield "</ul>"
+
+
+def _image(at: int, images: Images, more: str = "") -> str:
+    place = images.place(at)
+    words = (place["class"] or "no class", place["name"], f"{place['shard']}, row {place['row']}", more)
+    caption = "<br>".join(escape(word) for word in words if word)
+    return f'<img alt="" src="{images.data_uri(at)}"><figcaption>{caption}</figcaption>'
+
+
 def _figures(pairs: Iterable[Pair], images: Images) -> Iterator[str]:
     for pair in pairs:
-        sides = []
-        for at in (pair.first, pair.second):
-            place = images.place(at)
-            words = (place["class"] or "no class", place["name"], f"{place['shard']}, row {place['row']}")
-            caption = "<br>".join(escape(word) for word in words)
-            sides.append(f'<div><img alt="" src="{images.data_uri(at)}"><figcaption>{caption}</figcaption></div>')
+        sides = [f"<div>{_image(at, images)}</div>" for at in (pair.first, pair.second)]
         how = f"{pair.bits} of 64 bits" + (", mirrored" if pair.mirrored else "") if pair.kind == "near" else _KINDS[pair.kind]
         yield f'<figure><b>{how}</b><div class="pair">{"".join(sides)}</div></figure>'

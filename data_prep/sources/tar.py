@@ -37,7 +37,9 @@ def plain_tar(path: Path, target: Path, report: Report) -> Path:
                 plain.write(chunk)
                 report(stream.tell() - done)
                 done = stream.tell()
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; gzip's and bz2's own have no number
+            raise
         raise DataError(f"{path} is damaged ({error}); get the archive again.") from None
     return target
 

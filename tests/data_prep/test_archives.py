@@ -126,3 +126,17 @@ def test_a_size_beyond_what_a_file_can_have_is_refused(tmp_path: Path, run: Run,
     (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(DataError, match=r"set.tar is no whole tar archive"):
         run(tmp_path / "set.tar", tmp_path / "dst")
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.8])
+def test_damage_to_a_compressed_archive_is_refused_by_name(
+    tmp_path: Path, make_folder: Any, archive: Any, run: Run, mode: str, place: float
+) -> None:
+    """Found by fuzzing: bz2's errors are plain OSErrors, which name no file."""
+    path = archive(make_folder({"cat": 4}), tmp_path / "set.tar", mode)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"set.tar is damaged"):
+        run(path, tmp_path / "dst")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from clae_dist.data.manifest import write_manifest
 from data_prep.__main__ import main
 from data_prep.audit.find import Audit, audit
 from data_prep.audit.report import write_report
@@ -163,6 +164,9 @@ def test_odd_images_and_uneven_classes(tmp_path: Path, run: Any) -> None:
     assert train["classes"]["imbalance"] == 5
     assert train["classes"]["empty"] == ["only here"]
     assert not found.overlaps["near"].any()  # black and white are no copies of each other
+    page = write_report(found, tmp_path / "report").read_text()
+    assert page.count("data:image/jpeg;base64,") == sum(train["odd"].values()) == 5
+    assert "few/tiny.png" in page
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,8 @@ def test_images_that_cannot_be_decoded_are_counted_and_listed(unlike: Path, tmp_
     found = look(unlike)
     assert found.profiles[0]["unreadable"] == 1
     assert list(found.unreadable) == [3]
-    write_report(found, tmp_path / "report")
+    page = write_report(found, tmp_path / "report").read_text()
+    assert "(train-000000.tar, row 3): " in page
     (line,) = (tmp_path / "report" / "images.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 3
     assert json.loads(line)["unreadable"]
@@ -257,6 +262,15 @@ def test_what_is_no_prepared_set_is_an_error(tmp_path: Path, unlike: Path, capsy
     assert "--near-bits is 40; use 0 to 12" in capsys.readouterr().err
     assert main(["audit", str(unlike), str(unlike)]) == 2
     assert "is named twice" in capsys.readouterr().err
+    empty = {"name": "empty", "source": "", "licence": "", "classes": (), "splits": {}, "quarantined": 0, "preparation": {}}
+    (tmp_path / "empty").mkdir()
+    write_manifest(tmp_path / "empty", **empty)
+    assert main(["audit", str(tmp_path / "empty")]) == 2
+    assert "has no split and no image" in capsys.readouterr().err
+    assert main(["audit", str(unlike), "--report", str(unlike / "report")]) == 2
+    assert "lies inside the set" in capsys.readouterr().err
+    assert main(["audit", str(unlike), "--report", str(unlike / "manifest.json")]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
     (unlike / "train-000001.tar").write_bytes(b"short")
     assert main(["audit", str(unlike), "--workers", "0"]) == 2
     assert "train-000001.tar is 5 bytes, the manifest expects" in capsys.readouterr().err
