@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from clae_dist.config import ConfigError, Data
+from clae_dist.config import Config, ConfigError, Data
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import absolute, join, redact, redact_list, redact_text, scheme, without_secrets
+from clae_dist.runs.folder import shareable
 
 
 def test_lists_are_written_as_in_webdataset() -> None:
@@ -76,3 +77,9 @@ def test_schemes() -> None:
         "",
         "gs",
     ]
+
+
+def test_a_run_writes_down_no_secret() -> None:
+    data = Data(shards="https://me:hunter2@host/a?token=1", mixture={"s3://key:hunter2@bucket/b": 0.25})
+    written = shareable(Config(data=data)).data
+    assert (written.shards, written.mixture) == ("https://host/a?…", {"s3://bucket/b": 0.25})
