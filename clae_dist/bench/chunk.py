@@ -49,7 +49,7 @@ class Chunk:
         count = min(settings.chunk, manifest.num_samples("train"))
         config = Config(data=Data(shards=str(manifest.folder), image_size=settings.image_size), batch=Batch(global_size=count))
         reader = ShardReader(manifest, "train")
-        jpegs = [reader.read_bytes(*reader.place(sample))[0] for sample in range(count)]
+        jpegs = [bytes(reader.encoded(*reader.place(sample))[0]) for sample in range(count)]
         images = [decode_rgb(data) for data in jpegs]
         heights, widths = np.array([image.shape[1:] for image in images]).T
         draws = [uniforms(CROP_DRAWS, 0, view, np.arange(count)) for view in (0, 1)]

@@ -96,7 +96,7 @@ def _check_pixels(image: Image.Image, max_pixels: float) -> None:
         )
 
 
-def decode_rgb(data: bytes) -> torch.Tensor:
+def decode_rgb(data: bytes | memoryview) -> torch.Tensor:
     """uint8 (3, H, W), RGB, of one encoded image.
 
     EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits a channel become 8; transparency is laid on
@@ -105,7 +105,7 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     """
     frame = _plain_jpeg_frame(data)
     # Only an APP1 segment (EXIF, XMP) can hold an orientation; without one, a second look at the header is saved.
-    upright = frame > 0 and data.find(b"\xff\xe1", 2, frame) < 0
+    upright = frame > 0 and b"\xff\xe1" not in bytes(data[2:frame])
     pixels = _decode_jpeg(data) if frame else None
     if pixels is not None and upright:
         return pixels
@@ -113,7 +113,7 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         return _turn(pixels, _orientation(_open(data))) if pixels is not None else _pillow_rgb(data)
 
 
-def _pillow_rgb(data: bytes) -> torch.Tensor:
+def _pillow_rgb(data: bytes | memoryview) -> torch.Tensor:
     import torch
 
     image = _open(data)
@@ -121,7 +121,7 @@ def _pillow_rgb(data: bytes) -> torch.Tensor:
     return _turn(pixels, _orientation(image))
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | memoryview) -> Image.Image:
     """The image, header read and pixels not yet. Raises DecodeError."""
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
@@ -185,7 +185,7 @@ def _turn(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     return pixels.flip(dims) if dims else pixels
 
 
-def _plain_jpeg_frame(data: bytes) -> int:
+def _plain_jpeg_frame(data: bytes | memoryview) -> int:
     """Where the frame header of an 8-bit JPEG of one or three components (not CMYK) starts; 0 for anything else."""
     if data[:2] != b"\xff\xd8":
         return 0
@@ -201,7 +201,7 @@ def _plain_jpeg_frame(data: bytes) -> int:
     return 0
 
 
-def _decode_jpeg(data: bytes) -> torch.Tensor | None:
+def _decode_jpeg(data: bytes | memoryview) -> torch.Tensor | None:
     """uint8 (3, H, W) from torchvision's decoder, orientation not applied; None where it refuses or is no longer there."""
     decoder = torchvision_decoder()
     if decoder is None:

@@ -44,7 +44,7 @@ class ShardReader:
     def __setstate__(self, state: tuple[Manifest, str]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
-    def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
+    def _map(self, shard: int) -> tuple[memoryview, np.ndarray]:
         record = self.manifest.splits[self.split][shard]
         with self.manifest.open(record) as file:
             size = os.fstat(file.fileno()).st_size
@@ -54,17 +54,17 @@ class ShardReader:
                     f"cut short or changed; `python -m data_prep verify {self.manifest.where}` says what differs."
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return mapped, self.manifest.index(record)
+        return memoryview(mapped), self.manifest.index(record)
 
-    def read_bytes(self, shard: int, row: int) -> tuple[bytes, int]:
-        """The encoded image and its label (-1: none)."""
+    def encoded(self, shard: int, row: int) -> tuple[memoryview, int]:
+        """The encoded image, where it lies in the mapped shard, and its label (-1: none)."""
         mapped, index = self._open(shard)
         offset, length, label = index[row].tolist()
         return mapped[offset : offset + length], label
 
     def read(self, shard: int, row: int) -> tuple[torch.Tensor, int]:
         """The decoded image, uint8 (3, H, W), and its label (-1: none). Raises BadSampleError, naming shard and row."""
-        data, label = self.read_bytes(shard, row)
+        data, label = self.encoded(shard, row)
         try:
             return decode_rgb(data), label
         except DecodeError as error:

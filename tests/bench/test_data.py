@@ -35,7 +35,7 @@ def test_every_stage_beside_its_peers(manifest: Manifest) -> None:
         {"ours", "pil", "decode", "huffman"},
         {"read", "decode", "crop", "collate", "transfer", "augment"},
         {"ours", "pil_simclr", "v2_simclr"},
-        {"ours", "webdataset"},
+        {"ours", "ours_copied", "webdataset"},
         {"ours_0", "ours_1", "threads_1", "pil_1"},
     ]
     floors = [row["floor_s"] for row in found["rows"] if "two crops, one core" in row["case"]]
