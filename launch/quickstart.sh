@@ -9,7 +9,7 @@ usage() {
 usage: ./launch/quickstart.sh [--data PATH] [--run-dir DIR] [--compare simclr] [--workers N] [--max-bad SHARE] [--dry-run]
                               [key=value …]
 
-  --data PATH        a folder of class folders, or an archive of one (default: CLAE_DATA; else CIFAR-10, found in
+  --data PATH        your own images, anything that data_prep takes (default: CLAE_DATA; else CIFAR-10, found in
                      ../shared/data or downloaded; without a network, scikit-learn's digits)
   --run-dir DIR      where everything goes (default: runs/quickstart)
   --compare simclr   plain SimCLR, too, for the same compute: 11/6 of the epochs (about twice the time in all)
