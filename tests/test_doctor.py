@@ -198,3 +198,12 @@ def test_shards_from_elsewhere_are_reached_and_their_cache_is_looked_at(tmp_path
     assert (found.level, "manifest.json could not be fetched" in found.found) == ("problem", True)
     assert check(str(tmp_path / "set/train-000000.tar"))[0].level == "warning"
     assert check(str(tmp_path / "set/none.tar"))[0].level == "problem"
+
+
+def test_the_sets_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
+    write_synthetic_set(tmp_path / "set", num_images=8, image_size=32)
+    data = Data(shards=str(tmp_path / "set"), mixture={str(tmp_path / "set"): 0.25, str(tmp_path / "none"): 0.25})
+    first, same, missing = stores.shards(Config(data=data, batch=Batch(global_size=8)))
+    assert (first.level, same.level, missing.level) == ("ok", "ok", "problem")
+    assert "0.25 of every batch" in same.found
+    assert str(tmp_path / "none") in missing.found

@@ -119,6 +119,13 @@ def shards(config: Config | None) -> Iterator[Finding]:
     yield Finding(
         "ok", "shards", f"{manifest.name}: {images} images to train on, {state}, digest {manifest.digest[:12]}; {checks}"
     )
+    for name, share in config.data.mixture.items():
+        try:
+            other = open_shards(replace(config.data, shards=name, retries=min(1, config.data.retries)))
+            other.shards(config.data.train_split)
+            yield Finding("ok", "shards", f"{other.name}: {share:.3g} of every batch, at {other.where}")
+        except (DataError, ConfigError) as error:
+            yield Finding("problem", "shards", str(error).split("; ")[0], str(error).split("; ", 1)[-1])
 
 
 def _plain_shards(entries: list[str]) -> Iterator[Finding]:

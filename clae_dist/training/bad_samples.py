@@ -36,9 +36,8 @@ class BadSamples:
                     say(f"{sample} cannot be decoded ({reason}); the next of its shard is in its place")
                 if len(self.known) == _SAID:
                     say(f"further ones are named in {self._file} only")
-        if world.is_main:
-            lines = [json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in sorted(self.known.items())]
-            write_atomically(self._file, "".join(lines).encode())
+        lines = [json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in sorted(self.known.items())]
+        world.run_on_main(lambda: write_atomically(self._file, "".join(lines).encode()))
         if len(self.known) > self._budget:
             sample, reason = min(self.known.items())
             raise DataError(

@@ -345,7 +345,10 @@ class _Loop:
                 problem = str(error)
             world.raise_together(DataError, problem)
             assert share is not None
-            return gather(share, world)
+            found = gather(share, world)
+            if len(found) < len(images):
+                self.say(f"{len(images) - len(found)} images of {split} cannot be decoded and are left out of the kNN")
+            return found
 
         with self.backend.full_model() as model:
             bank = features(config.data.train_split, settings.knn_bank)
