@@ -112,6 +112,8 @@ def _add_results(commands: _Commands) -> None:
     export = _add(commands, "export", "write the encoder as safetensors that timm or torchvision load without this package")
     for sub in (evaluate, report, export):
         sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, such as runs/clae")
+    for sub in (evaluate, report):
+        sub.add_argument("--shards", default="", metavar="SHARDS", help="where its images are (default: as config.yaml says)")
     report.add_argument(
         "--compare", type=Path, metavar="RUN", help="another run that has a report, for the table's second column"
     )

@@ -65,14 +65,14 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from clae_dist.training.finish import evaluate
 
-    evaluate(arguments.run)
+    evaluate(arguments.run, shards=arguments.shards)
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from clae_dist.training.finish import report
 
-    report(arguments.run, arguments.compare)
+    report(arguments.run, arguments.compare, shards=arguments.shards)
     return 0
 
 

@@ -76,6 +76,14 @@ class World:
         dist.all_reduce(total, group=self.group)
         return total / self.size
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of any rank, on every rank."""
+        if self.group is None:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
+        return float(box)
+
     def flags_anywhere(self, *flags: bool | torch.Tensor) -> list[bool]:
         """Each flag, raised if it is raised on any rank. One small all-reduce for all of them."""
         raised = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])

@@ -60,6 +60,10 @@ def index(
     with open_workspace(folder) as _:
         if (folder / FILE_NAME).exists():
             return _already(folder, tars, say)
+        if (folder / "plan.json").exists():
+            raise DataError(
+                f"{folder} holds a preparation that is not finished; give its command again, or name another folder."
+            )
         (folder / _PARTS).mkdir(exist_ok=True)
         tasks = [IndexTask(tar, folder / _PARTS, settings.max_pixels) for tar in tars]
         results = _check_all(tasks, max_bad, num_workers, folder, say)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as pil_functional
 from torchvision.transforms import v2
 
-from clae_dist.data.manifest import Manifest
+from clae_dist.data.tar_index import IMAGES
 
 Jpegs = Sequence[bytes]
 
@@ -71,13 +70,11 @@ class PilPairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self.transform(image), self.transform(image)
 
 
-def webdataset_samples(manifest: Manifest, split: str) -> list[bytes]:
-    """The encoded images of the same shards, by plain WebDataset."""
+def webdataset_samples(path: Path) -> Iterator[bytes]:
+    """The encoded images of a shard, by plain WebDataset. It leaves its file to the garbage collector."""
     from webdataset.compat import WebDataset
 
-    paths = [str(Path(manifest.folder) / shard.name) for shard in manifest.shards(split)]
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # it leaves its files to the garbage collector
-        return [
-            next(value for key, value in sample.items() if not key.startswith("__") and key != "cls")
-            for sample in WebDataset(paths, shardshuffle=False)
-        ]
+    for sample in WebDataset(str(path), shardshuffle=False):
+        image = next((value for key, value in sample.items() if key.lower() in IMAGES), None)
+        if image is not None:
+            yield image

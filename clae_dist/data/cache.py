@@ -78,13 +78,22 @@ class Cache:
                 raise
             file.flush()
             os.fsync(file.fileno())
-            if not num_bytes:
-                self._make_room(file.seek(0, 2))
+            if not num_bytes and self.limit_bytes:
+                self._remove_oldest(file.seek(0, 2))  # on the disk it is already
             os.replace(part, path)
             failed.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
         """Removes the least recently used files until `num_bytes` more fit. Raises DataError when the disk cannot hold them."""
+        self._remove_oldest(num_bytes)
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise DataError(
+                f"data.cache {self.folder} has {free / 1e9:.1f} GB free, the next shard needs {num_bytes / 1e9:.1f} GB; free "
+                "some, or name a folder on another disk."
+            )
+
+    def _remove_oldest(self, num_bytes: int) -> None:
         with (self.folder / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             files = sorted(self._files(), reverse=True)
@@ -93,12 +102,6 @@ class Cache:
                 _, size, oldest = files.pop()
                 oldest.unlink(missing_ok=True)
                 held -= size
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            raise DataError(
-                f"data.cache {self.folder} has {free / 1e9:.1f} GB free, the next shard needs {num_bytes / 1e9:.1f} GB; free "
-                "some, or name a folder on another disk."
-            )
 
     def _fits(self, held: int, num_bytes: int) -> bool:
         if self.limit_bytes:

@@ -195,7 +195,12 @@ def _plain_jpeg_frame(data: bytes | memoryview) -> int:
         if marker == 0xFF:  # fill byte
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
-            return at if data[at + 4] == 8 and data[at + 9] in (1, 3) else 0
+            if data[at + 4] != 8 or data[at + 9] not in (1, 3):
+                return 0
+            height, width = (int.from_bytes(data[at + place : at + place + 2], "big") for place in (5, 7))
+            if height * width > PILLOW_MAX_PIXELS:  # torchvision's decoder would take the memory for it
+                raise DecodeError(f"{width}x{height} is above {PILLOW_MAX_PIXELS / 1e6:.0f} million pixels")
+            return at
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return 0

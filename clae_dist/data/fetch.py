@@ -92,7 +92,7 @@ def fetch(
             reason, furthest = str(error), 0
             wrongs += 1
             download.begin_again()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a URL that is none
             reason = _reason(error, patience)
             if _is_final(error):
                 raise DataError(_message(name, url, reason, 1)) from None
@@ -159,7 +159,7 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in (*_PASSING, 416)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return full or isinstance(error, (FileNotFoundError, PermissionError, http.client.InvalidURL))
+    return full or isinstance(error, (FileNotFoundError, PermissionError, http.client.InvalidURL, ValueError))
 
 
 def _reason(error: Exception, patience: Patience) -> str:

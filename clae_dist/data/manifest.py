@@ -95,8 +95,13 @@ class Manifest:
         return self.files.where if self.files else str(self.folder)
 
     def open(self, shard: Shard) -> IO[bytes]:
-        """The shard, open for reading. Raises DataError when it cannot be had from elsewhere."""
-        return self.files.open(shard) if self.files else (self.folder / shard.name).open("rb")
+        """The shard, open for reading. Raises DataError when it cannot be had."""
+        if self.files:
+            return self.files.open(shard)
+        try:
+            return (self.folder / shard.name).open("rb")
+        except OSError as error:
+            raise DataError(f"{self.folder / shard.name} cannot be read ({error.strerror}); is it still there?") from None
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises DataError for a split that the set does not have."""

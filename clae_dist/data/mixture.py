@@ -1,9 +1,9 @@
 """The order of several sets at fixed shares, a function as order.py's is: (seed, step) to places, with no state.
 
 Sample n of the run (n = t·N + slot in global batch t) belongs to one set, and is that set's sample number c(n), where c counts
-how many of the samples before n are of the set: a whole part of n times its share, so that every stretch of the run, however
-short, has the shares to within one sample. Each set is passed through again and again, each pass in an order of its own and
-without leaving an image out. Ranks take neighbouring slots: what global batch t holds does not depend on their number.
+how many of the samples before n are of the set: a whole part of n times its share, so that the first n have the shares to
+within a sample or two, and every batch nearly so. Each set is passed through again and again, each pass in an order of its own
+and without leaving an image out. Ranks take neighbouring slots: what global batch t holds does not depend on their number.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class MixedFiles:
         """Its index, with labels that are positions among the classes of all sets."""
         number, own = self.parts[shard.name]
         index = self.sets[number].index(own)
-        ours = np.array([self.classes.index(name) for name in self.sets[number].classes] + [-1])
+        places = {name: place for place, name in enumerate(self.classes)}
+        ours = np.array([places[name] for name in self.sets[number].classes] + [-1])
         index[:, 2] = ours[index[:, 2]]  # -1, no label, is the last
         file = io.BytesIO()
         np.save(file, index)

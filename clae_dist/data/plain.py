@@ -28,6 +28,7 @@ from clae_dist.world import World
 Say = Callable[[str], None]
 _CONNECTIONS = 4
 _SAY_EVERY_S = 10.0
+_ROUND = 16  # shards of a rank
 _LOST = (
     "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
     "train; `python -m data_prep index` adds a manifest to shards of this machine"
@@ -152,18 +153,21 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, Record] = {}
     started, said = time.monotonic(), 0.0
-    problem = ""
-    try:
-        for name, record in _index(files, names[world.rank :: world.size]):
-            mine[name] = record
-            passed = time.monotonic() - started
-            if passed > said + _SAY_EVERY_S:
-                said = passed
-                left = passed * (len(names) / world.size / len(mine) - 1)
-                say(f"data: {len(mine) * world.size:,} of {len(names):,} shards indexed, {left:.0f} s left")
-    except DataError as error:
-        problem = str(error)
-    world.raise_together(DataError, problem)
+    # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
+    size = _ROUND * world.size
+    for first in range(0, len(names), size):
+        problem = ""
+        try:
+            mine.update(_index(files, names[first : first + size][world.rank :: world.size]))
+        except DataError as error:
+            problem = str(error)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = f"{type(error).__name__}: {error}"
+        world.raise_together(DataError, problem)
+        done, passed = min(first + size, len(names)), time.monotonic() - started
+        if passed > said + _SAY_EVERY_S and done < len(names):
+            said = passed
+            say(f"data: {done:,} of {len(names):,} shards indexed, {passed * (len(names) / done - 1):.0f} s left")
     records = {name: record for part in world.gather_objects(mine) for name, record in part.items()}
     found = [records[name] for name in names]
     without = sum(record.without_image for record in found)

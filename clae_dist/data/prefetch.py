@@ -124,5 +124,5 @@ def advice(config: Config, manifest: Manifest, world: World) -> Iterator[str]:
             f"data: up to {in_use // largest} shards are read from at a time (data.streams {config.num_streams} x "
             f"data.shuffle_shards {config.data.shuffle_shards}), {in_use / 1e9:.3g} GB, more than data.cache_bytes "
             f"{limit / 1e9:.3g} GB holds: shards will be fetched again and again. data.cache_bytes={in_use + largest} "
-            "or fewer streams would do."
+            f"would do{'' if config.data.mixture else ', or fewer streams'}."
         )

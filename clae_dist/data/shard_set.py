@@ -8,7 +8,7 @@ from clae_dist.config import ConfigError, Data
 from clae_dist.data.manifest import DataError, Manifest, load_manifest
 from clae_dist.data.plain import open_plain
 from clae_dist.data.remote import Fetching, load_remote_manifest
-from clae_dist.data.urls import expand, is_tar, local_path, redact, redact_list, scheme
+from clae_dist.data.urls import HIDDEN, expand, is_tar, local_path, redact, redact_list, scheme
 from clae_dist.world import World
 
 
@@ -29,6 +29,11 @@ def entries_of(text: str) -> list[str]:
     """A folder, or shards. Raises ConfigError for nothing, for a list that is none, and for a mixture of the two."""
     if not text:
         raise ConfigError("data.shards is ''; name the folder that `python -m data_prep prepare SRC DST` wrote.")
+    if HIDDEN in text:
+        raise ConfigError(
+            f"data.shards is {text!r}: what followed the question mark was a secret, which a run does not write down; name the "
+            "set again (`clae evaluate RUN --shards …`, `clae report RUN --shards …`)."
+        )
     try:
         entries = expand(text)
     except ValueError as error:

@@ -30,11 +30,9 @@ class ShardReader:
     """The images of one split, by (shard, row). Opens shards when first read; safe to send to loader processes."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
-        if split not in manifest.splits:
-            raise DataError(f"{manifest.folder} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}.")
         self.manifest = manifest
         self.split = split
-        self.sizes = [shard.samples for shard in manifest.splits[split]]
+        self.sizes = [shard.samples for shard in manifest.shards(split)]
         self._first_id = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self._open = lru_cache(manifest.files.max_open if manifest.files else _OPEN_SHARDS)(self._map)
 

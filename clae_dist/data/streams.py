@@ -11,11 +11,12 @@ import os
 import queue
 import select
 import signal
+import subprocess
 import threading
 import urllib.request
 from typing import Any, Protocol
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import PIPE, scheme
@@ -59,7 +60,8 @@ class _Http:
     def __init__(self, url: str, start: int, validator: str, timeout_s: float) -> None:
         parts = urlsplit(url)
         user, _, host = parts.netloc.rpartition("@")
-        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")))
+        path = quote(parts.path, safe="/%:@!$&'()*+,;=~")  # urllib takes ASCII alone
+        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, path=path, fragment="")))
         login = unquote(user) or _login_of(parts.hostname or "")
         if login:  # not sent on to where a redirect leads
             request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
@@ -120,7 +122,10 @@ class _Pipe:
             raise TimeoutError
         data = os.read(self._output.fileno(), CHUNK_BYTES)
         if not data:
-            status = self._process.wait(self._timeout_s)
+            try:
+                status = self._process.wait(self._timeout_s)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError from None
             if status:
                 raise OSError(f"the command ended with status {status}")
         return data

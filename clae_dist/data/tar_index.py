@@ -17,6 +17,7 @@ import numpy as np
 from clae_dist.data.manifest import DataError
 
 IMAGES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 img".split())
+_MOST_CLASSES = 1_000_000  # a larger number is an id
 _LABEL_KEYS = ("label", "cls", "class_id", "class_index", "class")
 _BLOCK = 512
 _END = bytes(_BLOCK)
@@ -100,7 +101,7 @@ def _label(content: mmap.mmap, files: dict[str, Member], what: str) -> int:
 
 
 def _number(label: int) -> int:
-    if not -1 <= label < 2**31:
+    if not -1 <= label < _MOST_CLASSES:
         raise ValueError(label)
     return label
 

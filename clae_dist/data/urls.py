@@ -9,6 +9,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://")
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>]+")
 PIPE = "pipe:"
+HIDDEN = "?…"  # what stands for the query of a URL, which may be a signature
 
 
 def expand(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,19 @@ class _Progress:
         self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
 
 
-def evaluate_run(run_dir: Path, say: Say = print) -> dict[str, Any]:
+def evaluate_run(run_dir: Path, say: Say = print, shards: str = "") -> dict[str, Any]:
     """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
 
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
     the same decoded pixels in the same pass, with the same settings. All of the train split, or a choice of
     evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
-    is classified. Accuracies are percent, and null for sets without labels.
+    is classified. Accuracies are percent, and null for sets without labels. `shards` is where the set is now, if it has moved.
     Raises ConfigError without a checkpoint and DataError for unusable shards.
     """
     started = time.perf_counter()
     config, trained, info = load_model(run_dir)
+    if shards:
+        config = replace(config, data=replace(config.data, shards=shards))
     if not config.data.shards:
         raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
     manifest = open_shards(config.data, say=say)

@@ -17,7 +17,8 @@ from clae_dist import __version__
 from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest, write_atomically
-from clae_dist.data.shard_set import open_shards
+from clae_dist.data.shard_set import entries_of, open_shards
+from clae_dist.data.urls import is_tar, scheme
 from clae_dist.evaluation import page
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
@@ -43,14 +44,16 @@ SECTIONS = (
 )
 
 
-def write_report(run_dir: Path, say: Say = print) -> Path:
+def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
 
     What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
-    Raises ConfigError without a run.
+    `shards` is where its images are now, if they have moved. Raises ConfigError without a run.
     """
     started = time.perf_counter()
     record = read_record(run_dir)
+    if shards:
+        record = replace(record, config=replace(record.config, data=replace(record.config.data, shards=shards)))
     summary = summarise(record)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +90,10 @@ class _Album:
 def _manifest(record: Record, say: Say) -> Manifest | None:
     try:
         data = replace(record.config.data, retries=min(1, record.config.data.retries))  # pictures are not worth minutes
+        if data.shards and is_tar(entry := entries_of(data.shards)[0]) and scheme(entry):
+            raise DataError("the shards have no manifest and lie elsewhere, so that all of them would be fetched.")
         return open_shards(data) if data.shards else None
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         say(f"no pictures of images in the report: {error}")
         return None
 

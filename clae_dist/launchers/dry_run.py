@@ -36,7 +36,7 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         tiny = replace(
             config,
             run_dir=str(Path(folder) / "run"),
-            data=replace(config.data, streams=0, verify="size"),
+            data=replace(config.data, streams=0, verify="size", mixture={}),
             batch=replace(config.batch, global_size=size, micro_size=_ROWS // 2 if config.batch.micro_size else 0),
             attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
             optim=replace(config.optim, warmup_epochs=0.0),
@@ -44,5 +44,7 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             tracking=replace(config.tracking, name="none"),
         )
         ending = start(tiny, origins, debug)
-    message = f"{config.model.encoder} on {workers} rank(s), one step of {size} {images}; tracking and evaluation were left out"
+    alone = ", without the other sets of data.mixture" if config.data.mixture else ""
+    what = f"one step of {size} {images}{alone}"
+    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were left out"
     return replace(ending, message=ending.message if ending.code else message)

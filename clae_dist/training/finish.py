@@ -19,9 +19,9 @@ from clae_dist.tracking import Tracker, continue_tracking
 Say = Callable[[str], None]
 
 
-def evaluate(run_dir: Path, say: Say = print) -> dict[str, Any]:
-    """evaluate_run(), its accuracies also in MLflow."""
-    result = evaluate_run(run_dir, say)
+def evaluate(run_dir: Path, say: Say = print, shards: str = "") -> dict[str, Any]:
+    """evaluate_run(), its accuracies also in MLflow. `shards` is where the images are now, if not where config.yaml says."""
+    result = evaluate_run(run_dir, say, shards)
     accuracies = {
         key: result[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after") if result[key] is not None
     }
@@ -30,10 +30,10 @@ def evaluate(run_dir: Path, say: Say = print) -> dict[str, Any]:
     return result
 
 
-def report(run_dir: Path, compare: Path | None = None, say: Say = print) -> dict[str, Any]:
+def report(run_dir: Path, compare: Path | None = None, say: Say = print, shards: str = "") -> dict[str, Any]:
     """write_report(), the report also in MLflow; says the table, beside that of the run `compare`. Returns the summary."""
     other = read_summary(compare) if compare else None
-    write_report(run_dir, say)
+    write_report(run_dir, say, shards)
     summary = read_summary(run_dir)
     with _tracker(run_dir, summary["images_seen"] or 0, say) as tracker:
         tracker.log_artifacts(run_dir / "report", "report")

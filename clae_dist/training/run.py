@@ -169,6 +169,8 @@ def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None,
         batch = next(batches)
     except DataError as error:
         return None, str(error)
+    except (RuntimeError, OSError) as error:  # a loader process that died, a disk that does: the other ranks must hear of it
+        return None, f"rank {rank} cannot load its batch: {type(error).__name__}: {error}"
     if len(batch.ids) != rows:
         return None, (
             f"rank {rank}'s batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make collectives "
@@ -283,12 +285,13 @@ class _Loop:
 
     def _speed(self) -> dict[str, float]:
         seconds, spent = self.clock.read()
-        self._advise(100 * spent.get("data", 0.0) / seconds)
+        waited = self.world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
+        self._advise(waited)
         num_images = (self.step - self.logged) * self.config.batch.global_size
         self.logged = self.step
         return {
             "images_per_s": num_images / seconds,
-            "data_wait_share": 100 * spent.get("data", 0.0) / seconds,
+            "data_wait_share": waited,
             "attack_share": 100 * spent.get("attack", 0.0) / seconds,
             **({"bad_samples": float(len(self.bad.known))} if self.bad.known else {}),
         }

@@ -195,3 +195,13 @@ def test_the_check_does_not_import_torch() -> None:
     """Each worker of data_prep would otherwise wait for seconds."""
     code = "import sys, clae_dist.data.decode, clae_dist.data.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_header_that_claims_a_huge_image_is_refused_before_memory_is_taken() -> None:
+    """torchvision's decoder would take gigabytes for a file of a kilobyte and call what comes an image."""
+    data = bytearray(encode(picture(), "JPEG"))
+    frame = data.find(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (20000).to_bytes(2, "big") * 2
+    with pytest.raises(DecodeError, match="20000x20000 is above"):
+        decode_rgb(bytes(data))
+    assert inspect(bytes(data)).problem

@@ -30,7 +30,7 @@ def which_set(ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (1 / 3, 1 / 3, 1 / 3), (0.5, 0.3, 0.2), (0.07, 0.9, 0.03), (1.0,)])
-def test_every_stretch_has_the_shares_to_within_a_sample_of_each_set(shares: tuple[float, ...]) -> None:
+def test_the_first_samples_have_the_shares_to_within_a_sample_or_two(shares: tuple[float, ...]) -> None:
     mixed = MixedOrder([[10]] * len(shares), shares, 1, 1, 0)
     for start in (0, 10**9):
         n = start + np.arange(5000)

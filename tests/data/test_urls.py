@@ -83,3 +83,8 @@ def test_a_run_writes_down_no_secret() -> None:
     data = Data(shards="https://me:hunter2@host/a?token=1", mixture={"s3://key:hunter2@bucket/b": 0.25})
     written = shareable(Config(data=data)).data
     assert (written.shards, written.mixture) == ("https://host/a?…", {"s3://bucket/b": 0.25})
+
+
+def test_a_url_whose_secret_was_not_written_down_is_asked_for_again() -> None:
+    with pytest.raises(ConfigError, match=r"what followed the question mark was a secret.*--shards"):
+        entries_of(shareable(Config(data=Data(shards="https://host/a?token=1"))).data.shards)
