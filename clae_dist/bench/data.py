@@ -165,6 +165,7 @@ def _samples(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -
             mine = reader.encoded(0, row)[0]
             if not any(mine == data for data in theirs):
                 raise UnequalError(f"plain WebDataset does not give sample {row} of {first.name}, or in another order.")
+        deque(theirs, maxlen=0)
         runs: Runs = {
             "ours": ("where the bytes lie in the mapped shard; a decoder touches them first", ours),
             "ours_copied": ("the same as bytes objects, as WebDataset gives them", ours_copied),
