@@ -40,7 +40,9 @@ def test_one_step_of_clae_original(monkeypatch) -> None:
         return embed(images, route)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backend, "embed", watched)
-    metrics = pretrain_step(replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4), config.attack.alpha)
+    metrics = pretrain_step(
+        replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4, {}), config.attack.alpha
+    )
 
     wanted_loss, wanted_delta = reference.clae_loss_and_delta(initial, x, y, 0.03, 0.5, 0.5, 0.5, 1.0)
     assert abs(metrics.loss - wanted_loss) < 1e-12  # float64: only the order of summation differs
