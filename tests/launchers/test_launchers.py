@@ -145,7 +145,7 @@ def test_torchrun_trains_to_the_same_bits(recipe: Path, shards: Manifest, tmp_pa
     assert_bitwise(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize(("launcher", "workers"), [("local", 0), ("ray", 1)])
+@pytest.mark.parametrize(("launcher", "workers"), [("local", 0), pytest.param("ray", 1, marks=pytest.mark.slow)])
 def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     launcher: str, workers: int, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -178,7 +178,11 @@ def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest
 
 @pytest.mark.parametrize(
     ("launcher", "how"),
-    [("local", "Ctrl-C"), ("local", "SIGTERM"), pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow)],
+    [
+        ("local", "Ctrl-C"),
+        pytest.param("local", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_leaves(
     launcher: str, how: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path

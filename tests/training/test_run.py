@@ -123,7 +123,7 @@ def undisturbed(ranks: RankPool, shards: Manifest, tmp_path_factory: pytest.Temp
     return of
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_lost_run_goes_on_to_the_same_bits(
     ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config], world_size: int
 ) -> None:
