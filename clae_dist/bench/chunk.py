@@ -27,10 +27,11 @@ class Settings:
     repeats: int = 7
     workers: Sequence[int] = field(default_factory=lambda: sorted({0, 1, 2, usable_cores()}))
     batches: int = 3  # a worker, timed after its first
+    rounds: int = 3  # of the loaders, each of which starts processes
     rate: float = 0.0  # images a second of a training step; 0: not asked
 
 
-QUICK = Settings(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2)
+QUICK = Settings(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2, rounds=2)
 
 
 @dataclass(frozen=True)

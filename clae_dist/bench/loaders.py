@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,30 +18,48 @@ from torch.utils.data import DataLoader
 
 from clae_dist.bench import data_peers as peers
 from clae_dist.bench.chunk import Chunk, Settings
-from clae_dist.bench.measure import Row, Say, with_ratios
+from clae_dist.bench.measure import Row, Say, Times, with_ratios
 from clae_dist.data.loader import TwoViews, forkserver, load, make_order
 from clae_dist.world import World
 
+Make = Callable[[Chunk, Settings, int], Iterator[Any]]
+
 
 def measure_loaders(chunk: Chunk, settings: Settings, say: Say) -> list[Row]:
-    """Ours with each number of processes, ours with threads, and the usual pipeline: seconds an image, all cores."""
-    rows = []
-    for count in settings.workers:
-        say(f"loader with {count} processes")
-        batches = _ours(chunk, settings, count)
-        rows.append(_loader_row(f"ours_{count}", f"{count} loader processes", batches, count, chunk, settings))
+    """Ours with each number of processes, ours with threads, and the usual pipeline, in turns: seconds an image, all cores."""
     most = max(settings.workers)
-    for name, note, make in (
-        (f"threads_{most}", f"ours, {most} threads of one process", _threads),
-        (f"pil_{most}", f"{most} processes, Pillow's SimCLR pipeline, all of the augmentation", _usual),
-    ):
-        say(f"loader: {note}")
-        rows.append(_loader_row(name, note, make(chunk, settings, most), most, chunk, settings))
-    return with_ratios(rows)
+    loaders: dict[str, tuple[str, Make, int]] = {
+        f"ours_{count}": (f"{count} loader processes", _ours, count) for count in settings.workers
+    }
+    loaders[f"threads_{most}"] = (f"ours, {most} threads of one process", _threads, most)
+    loaders[f"pil_{most}"] = (f"{most} processes, Pillow's SimCLR pipeline, all of the augmentation", _usual, most)
+    seen: dict[str, list[_Seen]] = {name: [] for name in loaders}
+    for turn in range(settings.rounds):
+        for name, (note, make, workers) in loaders.items():
+            say(f"loaders, round {turn + 1} of {settings.rounds}: {note}")
+            seen[name].append(_watch(make(chunk, settings, workers), workers, chunk, settings))
+    return with_ratios([_row(f"{name}: {loaders[name][0]}", found) for name, found in seen.items()])
 
 
-def _loader_row(name: str, note: str, batches: Iterator[Any], workers: int, chunk: Chunk, settings: Settings) -> Row:
-    """Seconds an image once all workers work; cores that were busy; what a worker holds for itself, its batches included."""
+@dataclass(frozen=True)
+class _Seen:
+    """Seconds an image once all workers work; cores that were busy; bytes that a worker holds for itself, batches included."""
+
+    wall_s: float
+    cpu_s: float
+    own_bytes: int  # 0: no workers
+
+
+def _row(what: str, found: list[_Seen]) -> Row:
+    times = Times([one.wall_s for one in found], [one.cpu_s for one in found])
+    more = {"images_per_s": 1 / times.median_s, "busy_cores": statistics.median(one.cpu_s / one.wall_s for one in found)}
+    own = max(one.own_bytes for one in found)
+    if own:
+        more["own_bytes_a_worker"] = own
+    return Row("an image: the whole loader, all cores", what, times.median_s, times.spread, {}, more=more)
+
+
+def _watch(batches: Iterator[Any], workers: int, chunk: Chunk, settings: Settings) -> _Seen:
     process = psutil.Process()
     for _ in islice(batches, max(1, workers)):  # from here on every worker is at the start of a batch
         pass
@@ -50,11 +69,8 @@ def _loader_row(name: str, note: str, batches: Iterator[Any], workers: int, chun
         pass
     wall, cpu = time.perf_counter() - start, _cpu_s(process) - start_cpu
     images = count * len(chunk.jpegs)
-    more = {"images_per_s": images / wall, "busy_cores": cpu / wall}
     own = [child.memory_full_info().uss for child in process.children(recursive=True) if _holds_batches(child)]
-    if own:
-        more["own_bytes_a_worker"] = max(own)
-    return Row("an image: the whole loader, all cores", f"{name}: {note}", wall / images, 0.0, {}, more=more)
+    return _Seen(wall / images, cpu / images, max(own, default=0) if not isinstance(batches, Generator) else 0)
 
 
 def _holds_batches(child: psutil.Process) -> bool:

@@ -58,9 +58,6 @@ class Cache:
             file.close()
             path.unlink(missing_ok=True)  # somebody else's doing: a file is renamed when it is whole
 
-    def holds(self, name: str) -> bool:
-        return (self.folder / name).is_file()
-
     def _fill(self, path: Path, num_bytes: int, fill: Fill) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         part, failed = path.with_name(path.name + PART), path.with_name(path.name + FAILED)

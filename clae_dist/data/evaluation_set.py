@@ -25,18 +25,7 @@ class EvaluationSet:
         self._image_size = image_size
         self._workers = workers
         total = sum(self._reader.sizes)
-        self.ids = np.arange(total) if not 0 < limit < total else np.sort(self._drawn(limit, seed))
-
-    def _drawn(self, limit: int, seed: int) -> np.ndarray:
-        """`limit` ids; of a set that lies elsewhere, out of as few shards as hold four times as many."""
-        sizes, files = np.array(self._reader.sizes), self._reader.manifest.files
-        if files is None or not files.any_remote:
-            return permutation(int(sizes.sum()), seed)[:limit]
-        shards = permutation(len(sizes), seed)
-        shards = shards[: 1 + int(np.searchsorted(np.cumsum(sizes[shards]), 4 * limit))]
-        first = np.cumsum(sizes) - sizes
-        ids = np.concatenate([first[shard] + np.arange(sizes[shard]) for shard in shards])
-        return ids[permutation(len(ids), seed, 1)[:limit]]
+        self.ids = np.arange(total) if not 0 < limit < total else np.sort(permutation(total, seed)[:limit])
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -272,6 +272,13 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
         training.load = lambda *arguments: (
             ViewBatch(batch.views[:, :7], batch.draws[:, :7], batch.ids[:7], batch.labels[:7], {}) for batch in load(*arguments)
         )
+    if action == "one rank's loader process dies":
+
+        def dies(*arguments: Any) -> Any:
+            yield from list(load(*arguments))[: 2 if world.rank == 1 else None]
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error")
+
+        training.load = dies
     if action == "one gradient is not finite":
         real, count = training.pretrain_step, 0
 
@@ -295,6 +302,13 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
         if action.endswith("not finite"):
             training.pretrain_step = real
     return "none", ""
+
+
+def test_a_loader_process_that_dies_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    found = ranks.run(3, outcome, recipe(shards, tmp_path / "run"), "one rank's loader process dies")
+    assert len(set(found)) == 1
+    assert found[0][0] == "DataError"
+    assert "rank 1 cannot load its batch: RuntimeError: DataLoader worker (pid 7) is killed" in found[0][1]
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
