@@ -251,8 +251,6 @@ class Train:
     log_every: int = _no_effect(10)  # steps between lines of metrics
     diagnose_every: int = _no_effect(50)  # steps between measurements of the attack and of the embedding space
     knn_every: float = _no_effect(10.0)  # epochs between kNN evaluations; 0: never
-    checkpoint_every: int = _no_effect(500)  # steps
-    checkpoint_keep: int = _no_effect(3)  # newest checkpoints kept; older ones are deleted
     threads: int = _no_effect(0)  # of torch on the CPU; 0 shares this machine's cores among its ranks
     compile: bool = _no_effect(False)  # torch.compile of the encoder's blocks
     activation_checkpointing: bool = _no_effect(False)  # blocks are computed again in the backward pass: less memory, more time
@@ -266,10 +264,26 @@ class Train:
                 "first, which compiled blocks do not; use one of them."
             )
         _require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number; fractions are fine.")
-        for key in ("log_every", "diagnose_every", "checkpoint_every", "checkpoint_keep"):
+        for key in ("log_every", "diagnose_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "use at least 1.")
         _require(self.knn_every >= 0, "train.knn_every", self.knn_every, "use 0 (never) or more.")
         _require(self.threads >= 0, "train.threads", self.threads, "use 0 (automatic) or more.")
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a run saves, beside its end, and which checkpoints stay. By steps or by minutes, whichever comes first."""
+
+    every_steps: int = _no_effect(500)  # 0: never
+    every_minutes: float = _no_effect(0.0)  # since the last one; 0: never
+    keep: int = _no_effect(3)  # the newest
+    keep_every_hours: float = _no_effect(0.0)  # one of every so many hours stays for good; 0: none
+
+    def __post_init__(self) -> None:
+        for key in ("every_steps", "every_minutes"):
+            _require(getattr(self, key) >= 0, f"checkpoint.{key}", getattr(self, key), "use 0 (never) or more.")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "use at least 1.")
+        _require(self.keep_every_hours >= 0, "checkpoint.keep_every_hours", self.keep_every_hours, "use 0 (none) or more.")
 
 
 @dataclass(frozen=True)
@@ -353,6 +367,7 @@ class Config:
     attack: Attack = Attack()
     optim: Optim = Optim()
     train: Train = Train()
+    checkpoint: Checkpointing = Checkpointing()
     parallel: Parallel = Parallel()
     launch: Launch = Launch()
     tracking: Tracking = Tracking()

@@ -76,6 +76,11 @@ class World:
         dist.all_reduce(total, group=self.group)
         return total / self.size
 
+    def add_up(self, values: torch.Tensor) -> None:
+        """Makes a tensor, in place, the sum of every rank's."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+
     def largest(self, value: float) -> float:
         """The largest `value` of any rank, on every rank."""
         if self.group is None:

@@ -156,7 +156,7 @@ def test_little_disk_is_a_problem_before_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(stores.shutil, "disk_usage", lambda path: usage._replace(free=100 * 1024**2))
     found = {finding.what: finding for finding in stores.disk(Config(run_dir=str(tmp_path)))}
     assert found["run folder"].level == "problem"
-    assert "checkpoint_keep" in found["run folder"].advice
+    assert "checkpoint.keep" in found["run folder"].advice
 
 
 def test_shards_without_a_recipe_are_said_to_be_unchecked() -> None:

@@ -16,7 +16,7 @@ from clae_dist.doctor.finding import GIB, Finding
 
 FREE_DISK_BYTES = 5 * GIB  # a ResNet-50 checkpoint with its optimiser is 0.2 GiB; three are kept, and a run has logs
 ROOM_FOR = {
-    "run folder": "checkpoints need room for train.checkpoint_keep + 1 of them; free some or choose another run_dir.",
+    "run folder": "checkpoints need room for checkpoint.keep + 1 of them; free some or choose another run_dir.",
     "shard cache": "shards from elsewhere are kept there; free some or choose another with data.cache=….",
     "cache": "the next environment (after pyproject.toml changes) takes 6 GiB; free some or set CLAE_CACHE to another disk.",
 }

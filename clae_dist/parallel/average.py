@@ -25,11 +25,10 @@ class WeightAverage:
         if self._shards:
             torch._foreach_lerp_(self._average, self._shards, 1 - self.decay)
 
-    @torch.no_grad()
-    def take(self) -> None:
-        """The present weights become the average."""
-        for average, shard in zip(self._average, self._shards, strict=True):
-            average.copy_(shard)
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The average of each shard; none without an average."""
+        return self._average
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

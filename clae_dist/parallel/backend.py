@@ -8,7 +8,7 @@ that drift apart, a recomputed block that takes another route or counts its stat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,8 @@ from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
 from clae_dist.models.norms import Route, statistics, untouched_statistics
 from clae_dist.parallel.average import WeightAverage
+from clae_dist.parallel.named_state import everywhere, gather_whole
+from clae_dist.runs.checkpoint import Piece, Place, sections
 from clae_dist.world import World
 
 
@@ -38,7 +40,7 @@ class Backend(ABC):
     """The model across ranks. `model` is what it was, moved to the device; a backend may shard its parameters in place.
 
     Collectives, which every rank must call alike: backward (outside of reduction_held), update, gradients, state,
-    load_state, full_model, average_local_statistics; with sharded parameters embed and attack_embed, too.
+    full_model, average_local_statistics; with sharded parameters embed and attack_embed, too.
     """
 
     def __init__(self, config: Config, model: PretrainModel, world: World) -> None:
@@ -92,20 +94,12 @@ class Backend(ABC):
         """Whose param_groups hold the learning rate."""
 
     @abstractmethod
-    def _model_state(self) -> dict[str, torch.Tensor]:
-        """The whole model's state_dict on the CPU, under the names of the bare model, on every rank."""
+    def _optimizer_pieces(self) -> Iterator[Piece]:
+        """This rank's pieces of optimizer/PARAMETER/exp_avg (and the like); none before the first step."""
 
     @abstractmethod
-    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
-        """The opposite; every rank has the whole state."""
-
-    @abstractmethod
-    def _optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameter name -> {"exp_avg": whole tensor on the CPU, …}, on every rank; empty before the first step."""
-
-    @abstractmethod
-    def _load_optimizer_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """The opposite; every rank has the whole state."""
+    def _load_optimizer_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """The opposite, of parameter name -> {"exp_avg": whole tensor, …}."""
 
     # ---- what all have in common ----
 
@@ -149,21 +143,45 @@ class Backend(ABC):
         for group in self._optimizer().param_groups:
             group["lr"] = value
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, the same under every backend and number of ranks."""
-        state: dict[str, Any] = {"model": self._model_state(), "optimizer": self._optimizer_state()}
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank holds of what a checkpoint keeps: the same names in the same order on every rank."""
+        yield from self._weights("model", self._shards())
         if self.average.decay:
-            with self.average.in_place():
-                state["average"] = self._model_state()
-        return state
+            yield from self._weights("average", self.average.parts)
+        for name, value in self._buffers().items():
+            yield everywhere(value, self.world).piece(f"model/{name}", value)
+        yield from self._optimizer_pieces()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` returned, under this or another backend."""
-        if self.average.decay:
-            self._load_model_state(state["average"])
-            self.average.take()
-        self._load_model_state(state["model"])
+    def _weights(self, section: str, parts: list[torch.Tensor]) -> Iterator[Piece]:
+        for (name, parameter), part in zip(self.model.named_parameters(), parts, strict=True):
+            yield self._place(parameter).piece(f"{section}/{name}", part)
+
+    def _place(self, parameter: nn.Parameter) -> Place:
+        """Where this rank's shard of a parameter lies in the whole."""
+        return everywhere(parameter, self.world)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """What else the model's state_dict holds, the same on every rank."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
+
+    def state(self) -> dict[str, Any]:
+        """What `pieces` are parts of, whole, on every rank (see `sections`); checkpoints are written without it."""
+        return sections(dict(gather_whole(self.pieces(), self.world)))
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` returned, under this or another backend. Whole tensors are asked for one at a time."""
+        for section, parts in (("model", self._shards()), ("average", self.average.parts)):
+            if parts:
+                for (name, parameter), part in zip(self.model.named_parameters(), parts, strict=True):
+                    self._place(parameter).fill(part, state[section][name])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(state["model"][name])
+        self._weights_written()
         self._load_optimizer_state(state["optimizer"])
+
+    def _weights_written(self) -> None:  # noqa: B027 - most have nothing to do
+        """After others have been written into the shards."""
 
     @contextmanager
     def full_model(self) -> Iterator[PretrainModel]:
@@ -172,7 +190,8 @@ class Backend(ABC):
             if not self._sharded():
                 yield self.model
                 return
-            state = self._model_state()
+            weights = gather_whole(self._weights("", self._shards()), self.world)
+            state = {**self._buffers(), **{name.removeprefix("/"): value for name, value in weights}}
         model = build_model(self.config).to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.load_state_dict(state)
         yield model

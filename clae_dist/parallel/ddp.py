@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clae_dist.models.norms import ROUTES, Route, route_parameters
 from clae_dist.parallel.backend import Backend
-from clae_dist.parallel.named_state import State, load_named_state, named_state
+from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
 from clae_dist.parallel.optim import make_optimizer
+from clae_dist.runs.checkpoint import Piece
 
 # Broadcasting buffers before a forward would overwrite what an earlier forward of the same backward has saved.
 _SIGNATURE = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -86,14 +88,8 @@ class DdpBackend(Backend):
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer
 
-    def _model_state(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-
-    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.model.load_state_dict(state)
-
-    def _optimizer_state(self) -> State:
-        return named_state(self.optimizer, self.model)
+    def _optimizer_pieces(self) -> Iterator[Piece]:
+        return optimizer_pieces(self.optimizer, self.model, self.world, self._place)
 
     def _load_optimizer_state(self, state: State) -> None:
-        load_named_state(self.optimizer, self.model, state)
+        load_optimizer_state(self.optimizer, self.model, state, self._place)

@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.models.norms import Route
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.deepspeed_extensions import explain, stale_locks
-from clae_dist.parallel.named_state import State, load_named_state, named_state
+from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
 from clae_dist.parallel.optim import make_optimizer
 from clae_dist.parallel.zero_state import ZeroState
+from clae_dist.runs.checkpoint import Piece, Place
 from clae_dist.world import World
 
 _BUCKET = 50_000_000  # elements that are reduced at a time: 200 MB
@@ -216,24 +218,20 @@ class DeepSpeedBackend(Backend):
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer
 
-    def _model_state(self) -> dict[str, torch.Tensor]:
-        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        if self.stage == 3:
-            assert self._zero is not None
-            state.update(self._zero.weights())
-        return state
+    def _place(self, parameter: nn.Parameter) -> Place:
+        return self._zero.place(parameter) if self._zero is not None else super()._place(parameter)
 
-    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
-        if self._zero is None:
-            self.model.load_state_dict(state)
-        else:
-            self._zero.load_weights(state)
+    def _weights_written(self) -> None:
+        if self._zero is not None:
+            self._zero.weights_written()
 
-    def _optimizer_state(self) -> State:
-        return named_state(self.optimizer, self.model) if self._zero is None else self._zero.optimizer_state()
+    def _optimizer_pieces(self) -> Iterator[Piece]:
+        if self._zero is not None:
+            return self._zero.optimizer_pieces()
+        return optimizer_pieces(self.optimizer, self.model, self.world, self._place)
 
     def _load_optimizer_state(self, state: State) -> None:
-        if self._zero is None:
-            load_named_state(self.optimizer, self.model, state)
-        else:
+        if self._zero is not None:
             self._zero.load_optimizer_state(state)
+        else:
+            load_optimizer_state(self.optimizer, self.model, state, self._place)

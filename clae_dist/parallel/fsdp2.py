@@ -7,6 +7,7 @@ batch norms, which want their weights in the type of their statistics, are units
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -24,8 +25,9 @@ from clae_dist.config import ConfigError
 from clae_dist.models.blocks import encoder_blocks
 from clae_dist.models.norms import Route, RoutedNorm
 from clae_dist.parallel.backend import Backend
-from clae_dist.parallel.named_state import State, load_named_state, named_state
+from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
 from clae_dist.parallel.optim import make_optimizer
+from clae_dist.runs.checkpoint import Piece, Place
 from clae_dist.world import World
 
 
@@ -84,7 +86,8 @@ class Fsdp2Backend(Backend):
             unit.reshard()
 
     def _shards(self) -> list[torch.Tensor]:
-        return [p.to_local() if isinstance(p, DTensor) else p for p in (p.detach() for p in self.model.parameters())]
+        self._reshard()
+        return [_local(parameter) for parameter in self.model.parameters()]
 
     def _sharded(self) -> bool:
         return bool(self._units)
@@ -178,22 +181,21 @@ class Fsdp2Backend(Backend):
 
     # ---- state ----
 
-    def _model_state(self) -> dict[str, torch.Tensor]:
-        self._reshard()
-        return {name: _whole(value).to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+    def _place(self, parameter: nn.Parameter) -> Place:
+        """Rows of the parameter, as fully_shard deals them out; with a 2-D mesh, every copy's rank of this number has them."""
+        if not isinstance(parameter, DTensor):
+            return super()._place(parameter)
+        parts = self.config.parallel.shard_size or self.world.size
+        number = self.world.rank % parts
+        start = min(number * -(-parameter.shape[0] // parts), parameter.shape[0]) * math.prod(parameter.shape[1:])
+        holders = tuple(range(number, self.world.size, parts))
+        return Place(tuple(parameter.shape), start, _local(parameter).numel(), holders)
 
-    def _load_model_state(self, state: dict[str, torch.Tensor]) -> None:
-        self._reshard()
-        own = self.model.state_dict()
-        self.model.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()})
-
-    def _optimizer_state(self) -> State:
-        self._reshard()
-        return named_state(self.optimizer, self.model, _whole)
+    def _optimizer_pieces(self) -> Iterator[Piece]:
+        return optimizer_pieces(self.optimizer, self.model, self.world, self._place, _local)
 
     def _load_optimizer_state(self, state: State) -> None:
-        self._reshard()
-        load_named_state(self.optimizer, self.model, state, _part)
+        load_optimizer_state(self.optimizer, self.model, state, self._place, _local)
 
 
 def _mesh(world: World, shard_size: int) -> DeviceMesh | None:
@@ -245,8 +247,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _part(whole: torch.Tensor, like: Any) -> torch.Tensor:
-    """This rank's part of a tensor that every rank has, placed as `like`."""
-    if not isinstance(like, DTensor):
-        return whole if like is None else whole.to(like.device)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, as a plain one that may be written to."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,41 +1,72 @@
-"""Optimiser state by parameter name, with whole tensors: what moves between backends and numbers of ranks."""
+"""State by parameter name: what moves between backends and numbers of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-State = dict[str, dict[str, torch.Tensor]]  # parameter name -> {"exp_avg": …}
+from clae_dist.runs.checkpoint import Piece, Place
+from clae_dist.world import World
+
+State = Mapping[str, Mapping[str, torch.Tensor]]  # parameter name -> {"exp_avg": whole tensor, …}
 
 
-def named_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
-) -> State:
-    """A copy of what every parameter has, on the CPU; `whole` makes a whole tensor of a rank's part (a collective)."""
-    named: State = {}
+def everywhere(tensor: torch.Tensor, world: World) -> Place:
+    """The place of what every rank has whole."""
+    return Place(tuple(tensor.shape), 0, tensor.numel(), tuple(range(world.size)))
+
+
+def gather_whole(pieces: Iterable[Piece], world: World) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and copies of whole tensors on the CPU, on every rank, of the pieces that the ranks hold. A collective."""
+    for piece in pieces:
+        if len(piece.holders) == world.size:
+            yield piece.name, piece.tensor.to("cpu", copy=True)
+            continue
+        whole = piece.tensor.new_zeros(torch.Size(piece.shape).numel())
+        if world.rank == piece.holders[0]:  # every element once: a sum with zeros
+            whole[piece.start : piece.start + piece.tensor.numel()] = piece.tensor.reshape(-1)
+        world.add_up(whole)
+        yield piece.name, whole.view(piece.shape).cpu()
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()
+
+
+def optimizer_pieces(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    world: World,
+    place: Callable[[nn.Parameter], Place],
+    part: Callable[[torch.Tensor], torch.Tensor] = _itself,
+) -> Iterator[Piece]:
+    """What every parameter has; `part` is what this rank holds of a tensor that is placed as its parameter."""
     for name, parameter in model.named_parameters():
         entries: dict[str, Any] = optimizer.state.get(parameter, {})
-        if entries:
-            named[name] = {key: whole(torch.as_tensor(value)).to("cpu", copy=True) for key, value in sorted(entries.items())}
-    return named
+        for key, value in sorted(entries.items()):
+            value = torch.as_tensor(value)
+            like_parameter = value.shape == parameter.shape and value.dim() > 0
+            where = place(parameter) if like_parameter else everywhere(value, world)
+            yield where.piece(f"optimizer/{name}/{key}", part(value))
 
 
-def load_named_state(
+def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     state: State,
-    part: Callable[[torch.Tensor, nn.Parameter], torch.Tensor] = lambda value, parameter: torch.empty_like(parameter).copy_(
-        value
-    ),
+    place: Callable[[nn.Parameter], Place],
+    part: Callable[[torch.Tensor], torch.Tensor] = _itself,
 ) -> None:
-    """The opposite; `part` makes this rank's part of a whole tensor that has the shape of `parameter`."""
+    """The opposite."""
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        if name in state:
-            optimizer.state[parameter] = {
-                key: part(value.clone(), parameter) if value.shape == parameter.shape and value.dim() else value.clone()
-                for key, value in state[name].items()
-            }
+        for key, value in state.get(name, {}).items():
+            if value.shape == parameter.shape and value.dim():
+                made = torch.zeros_like(parameter.detach())
+                place(parameter).fill(part(made), value)
+                optimizer.state[parameter][key] = made
+            else:
+                optimizer.state[parameter][key] = value.clone()

@@ -7,14 +7,15 @@ of them padded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from clae_dist.parallel.named_state import State
+from clae_dist.parallel.named_state import State, everywhere
+from clae_dist.runs.checkpoint import Piece, Place
 from clae_dist.world import World
 
 
@@ -36,39 +37,28 @@ class ZeroState:
         groups = self._zero.fp16_groups if self._by_parameter else self._zero.bit16_groups
         self._group = {parameter: i for i, group in enumerate(groups) for parameter in group}
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Whole parameters on the CPU, on every rank (stage 3). A collective."""
-        return {
-            name: self._whole(p.ds_tensor.data, p, self._part(p, 0)).cpu()  # type: ignore[attr-defined]
-            for name, p in self._model.named_parameters()
-        }
-
-    @torch.no_grad()
-    def load_weights(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes this rank's slices of a whole state_dict of the bare model."""
+    def place(self, parameter: Any) -> Place:
+        """Where this rank's shard of a parameter lies in the whole."""
         if not self._by_parameter:
-            self._model.load_state_dict(state)
-        else:
-            for name, buffer in self._model.named_buffers():
-                if name in state:  # the others are constants
-                    buffer.copy_(state[name])
-            for name, p in self._model.named_parameters():
-                _fill(p.ds_tensor.data, self._part(p, 0), state[name])  # type: ignore[attr-defined]
+            return everywhere(parameter, self._world)
+        return self._placed(parameter, self._part(parameter, 0))
+
+    def weights_written(self) -> None:
+        """After others have been written into the shards."""
+        if self._by_parameter:
             self._engine.empty_partition_cache()  # what is whole on this rank at the moment is an old weight
         self._zero.refresh_fp32_params()
 
-    def optimizer_state(self) -> State:
-        """Parameter name -> whole tensors on the CPU, on every rank; empty before the first step. A collective."""
-        named: State = {}
+    def optimizer_pieces(self) -> Iterator[Piece]:
+        """This rank's slices, empty ones among them; none before the first step."""
         for name, p in self._model.named_parameters():
-            flat = self._flat(p)
-            entries = self._optimizer.state.get(flat, {})
-            if entries:
-                named[name] = {
-                    key: self._whole(value, p, self._slice(p)).cpu() if value.shape == flat.shape else value.cpu().clone()
-                    for key, value in sorted(entries.items())
-                }
-        return named
+            flat, at = self._flat(p), self._slice(p)
+            for key, value in sorted(self._optimizer.state.get(flat, {}).items()):
+                if value.shape == flat.shape:
+                    place, part = self._placed(p, at), value[at.offset : at.offset + at.length]
+                else:
+                    place, part = everywhere(value, self._world), value
+                yield place.piece(f"optimizer/{name}/{key}", part)
 
     def load_optimizer_state(self, state: State) -> None:
         """The opposite, also before the first step."""
@@ -78,7 +68,8 @@ class ZeroState:
             for key, value in state.get(name, {}).items():
                 entries = self._optimizer.state[flat]
                 if value.shape == _shape(p) and value.dim():
-                    _fill(entries.setdefault(key, torch.zeros_like(flat, requires_grad=False)), self._slice(p), value)
+                    at, row = self._slice(p), entries.setdefault(key, torch.zeros_like(flat, requires_grad=False))
+                    self._placed(p, at).fill(row[at.offset : at.offset + at.length], value)
                 else:
                     known = entries.setdefault(key, value.clone())
                     assert torch.equal(known, value), f"{name}: {key} {value} is {known} in others of its group"
@@ -106,15 +97,8 @@ class ZeroState:
         start = min(self._world.rank * size, parameter.ds_numel)
         return _Slice(start, offset, min(size, parameter.ds_numel - start))
 
-    def _whole(self, flat: torch.Tensor, parameter: nn.Parameter, at: _Slice) -> torch.Tensor:
-        whole = torch.zeros(_shape(parameter).numel(), dtype=flat.dtype, device=flat.device)
-        whole[at.start : at.start + at.length] = flat.detach()[at.offset : at.offset + at.length]
-        dist.all_reduce(whole, group=self._world.group)  # every element is on one rank: a sum with zeros
-        return whole.view(_shape(parameter))
-
-
-def _fill(flat: torch.Tensor, at: _Slice, whole: torch.Tensor) -> None:
-    flat[at.offset : at.offset + at.length] = whole.reshape(-1)[at.start : at.start + at.length].to(flat)
+    def _placed(self, parameter: Any, at: _Slice) -> Place:
+        return Place(tuple(_shape(parameter)), at.start, at.length, (self._world.rank,))
 
 
 def _shape(parameter: Any) -> torch.Size:

@@ -30,15 +30,16 @@ from clae_dist.evaluation.knn import knn_accuracy
 from clae_dist.models import build_model
 from clae_dist.models.norms import routes_are_one_function
 from clae_dist.parallel import Backend, make_backend
-from clae_dist.runs.checkpoint import load_checkpoint, save_checkpoint
+from clae_dist.runs.checkpoint import load_checkpoint, remove_leftovers
 from clae_dist.runs.folder import Identity, open_run_folder
 from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, check_tracking, new_run_key
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.plan import Plan, describe
+from clae_dist.training.saving import Saving
 from clae_dist.training.sets import Sets, open_sets
-from clae_dist.world import World
+from clae_dist.world import RankError, World
 
 Say = Callable[[str], None]
 MOST_WAIT = 5  # percent of the time for data, above which a run says what to change
@@ -124,16 +125,12 @@ def _log_encoder(config: Config, tracker: Trackers | NullTracker, manifest: Mani
 
 def _resume(config: Config, world: World, backend: Backend, say: Say) -> tuple[int, float, dict[str, str]]:
     """Loads the newest whole checkpoint, if any; the steps that are done, the seconds that they took, their bad samples."""
-    state = load_checkpoint(config.folder, say)
-    step, train_s = 0, 0.0
-    bad: dict[str, str] = {}
-    if state is not None:
-        backend.load_state(state)
-        step, train_s, bad = int(state["step"]), float(state["train_s"]), state.get("bad_samples", {})
-    world.agree(
-        step == world.broadcast(step), f"ranks found different checkpoints; is {config.folder} on storage that all hosts share?"
-    )
-    return step, train_s, bad
+    world.run_on_main(lambda: remove_leftovers(config.folder))
+    checkpoint = load_checkpoint(config.folder, say, world)
+    if checkpoint is None:
+        return 0, 0.0, {}
+    backend.load_state(checkpoint.state())
+    return checkpoint.step, float(checkpoint.info["train_s"]), checkpoint.info["bad_samples"]
 
 
 def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
@@ -197,6 +194,7 @@ class _Loop:
         self.config, self.world, self.backend, self.sets = config, world, backend, sets
         self.plan, self.tracker, self.stop, self.bad, self.say = plan, tracker, stop, bad, say
         self.clock = Clock(world.device)
+        self.saving = Saving(config, world, backend, say)
         self.started = time.perf_counter()
         self.step = self.saved = self.logged = 0
         self.last: StepMetrics | None = None
@@ -208,6 +206,15 @@ class _Loop:
 
         `train_s`: seconds that the steps before took. Raises DataError on every rank when one cannot read its batch.
         """
+        try:
+            return self._run(first_step, train_s)
+        except (DataError, RankError):  # raised by all ranks together: what was being saved is whole
+            self.saving.settle()
+            raise
+        finally:
+            self.saving.close()
+
+    def _run(self, first_step: int, train_s: float) -> Outcome:
         plan, every = self.plan, self.config.train
         self.started -= train_s
         self.step = self.saved = self.logged = first_step
@@ -222,16 +229,22 @@ class _Loop:
             with self.clock.timed("data"):
                 batch, problem = _next(batches, rows, self.world.rank)
             new = batch is not None and self.bad.new_in(batch.bad)
-            stopping, broken, skipped = self.world.flags_anywhere(self.stop.made(), bool(problem), new)
+            stopping, broken, skipped, due, *writing = self.world.flags_anywhere(
+                self.stop.made(), bool(problem), new, *self.saving.flags()
+            )
+            self.saving.hear(*writing)
             if broken:
                 self.world.raise_together(DataError, problem)
             if skipped:
                 self.bad.add(batch.bad if batch else {}, self.world, self.say)
             if stopping:
                 self._save()
+                self.saving.settle()
                 reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
                 self.say(f"stopped after step {self.step} ({reason}); saved. The same command goes on from there.")
                 return Outcome("stopped", self.step)
+            if due:
+                self._save()
             assert batch is not None
             measured: dict[str, float] = {}
             if self.step % every.diagnose_every == 0:
@@ -247,15 +260,18 @@ class _Loop:
             ):  # with attack.every, a line is about an attacked step
                 self.shown = metrics
             self.step += 1
+            if self.step == first_step + 1:
+                self.saving.reserve()
             if self.step % every.log_every == 0 or self.step == plan.total or measured:
                 self._log({**self._losses(self.shown), "learning_rate": rate, **self._speed(), **measured})
                 self.shown = None
             if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):
                 with self.clock.stopped():
                     self._log(self._knn())
-            if self.step == plan.total or self.step % every.checkpoint_every == 0:
-                with self.clock.stopped():
-                    self._save()
+            every_steps = self.config.checkpoint.every_steps
+            if self.step == plan.total or (every_steps and self.step % every_steps == 0):
+                self._save()
+        self.saving.settle()
         self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images; saved in {self.config.folder}")
         return Outcome("finished", self.step)
 
@@ -318,17 +334,15 @@ class _Loop:
                 f"the gradient of step {self.step} is not finite; this step was not saved, and the checkpoint before is whole. "
                 "optim.clip_norm=1, a lower optim.learning_rate or train.precision=float32 may help",
             )
-        self.backend.average_local_statistics()
-        state = {
-            **self.backend.state(),
-            "step": self.step,
+        info = {
             "images_seen": self.plan.images_seen(self.step),
             "train_s": time.perf_counter() - self.started,
-            "bad_samples": self.bad.known,
+            "bad_samples": dict(self.bad.known),
         }
-        keep = self.config.train.checkpoint_keep
-        self.world.run_on_main(lambda: save_checkpoint(self.config.folder, self.step, state, keep) and None)
+        with self.clock.stopped():
+            blocked_s = self.saving.save(self.step, info)
         self.saved = self.step
+        self._log({"checkpoint_blocked_s": blocked_s})
 
     def _knn(self) -> dict[str, float]:
         """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split."""

@@ -1,0 +1,23 @@
+"""Checkpoints: a folder a step, a file a rank, whole or not there at all; nothing is ever unpickled.
+
+pieces (what a rank holds of which tensor), write (in the background), index (checkpoint.json), read (whole tensors by name).
+"""
+
+from clae_dist.runs.checkpoint.pieces import Piece, Place, sections
+from clae_dist.runs.checkpoint.places import CheckpointError, find_checkpoints, step_of
+from clae_dist.runs.checkpoint.read import Checkpoint, load_checkpoint, load_model
+from clae_dist.runs.checkpoint.write import Writer, remove_leftovers
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Piece",
+    "Place",
+    "Writer",
+    "find_checkpoints",
+    "load_checkpoint",
+    "load_model",
+    "remove_leftovers",
+    "sections",
+    "step_of",
+]

@@ -1,0 +1,198 @@
+"""checkpoint.json: what is in a checkpoint's files. Read as if an enemy had written it.
+
+{"format", "step", "saved", "world_size", "backend", "info", "files": {name: {"bytes", "sha256"}},
+ "tensors": {name: {"shape", "dtype", "pieces": [[file, start, length, crc32], …]}}, "sha256" of all the rest}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clae_dist.runs.checkpoint.places import INDEX
+
+FORMAT = 1
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FILE = re.compile(r"rank-\d{5,8}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written; the message names the file, and what was expected and found."""
+
+
+def data_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file must be."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements start … start + length of a tensor, laid out in a row, which `file` holds under the tensor's name."""
+
+    file: str
+    start: int
+    length: int
+    crc32: int  # of their bytes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    shape: tuple[int, ...]
+    dtype: str
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Index:
+    """A checkpoint in words. `info` is what else the run keeps: images_seen, train_s, bad_samples."""
+
+    step: int
+    saved: float  # seconds since 1970
+    world_size: int
+    backend: str
+    info: dict[str, Any]
+    files: dict[str, File] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files.values())
+
+    def as_json(self) -> str:
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "saved": self.saved,
+            "world_size": self.world_size,
+            "backend": self.backend,
+            "info": self.info,
+            "files": {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "tensors": {
+                name: {
+                    "shape": list(tensor.shape),
+                    "dtype": tensor.dtype,
+                    "pieces": [[run.file, run.start, run.length, run.crc32] for run in tensor.runs],
+                }
+                for name, tensor in self.tensors.items()
+            },
+        }
+        return json.dumps({**content, "sha256": _digest(content)})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_index(folder: Path) -> Index:
+    """The checkpoint.json of a folder, checked in itself. Raises DamagedError."""
+    try:
+        index = parse_index(read_inside(folder, INDEX))
+        named = re.fullmatch(r"step-(\d+).*", folder.name)
+        _demand(named is None or int(named[1]) == index.step, f"it says step {index.step}")
+    except OSError as error:
+        raise DamagedError(f"{INDEX} cannot be read ({error.strerror})") from None
+    except DamagedError as error:
+        raise DamagedError(f"{INDEX}: {error}") from None
+    return index
+
+
+def parse_index(text: str | bytes) -> Index:
+    """The index that a text says. Raises DamagedError."""
+    try:
+        return _parsed(json.loads(text))
+    except DamagedError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        raise DamagedError(f"it is no checkpoint of ours ({type(error).__name__}: {str(error)[:80]})") from None
+
+
+def open_inside(folder: Path, name: str) -> int:
+    """A descriptor of a plain file of the folder, never of what a link there points to. Raises OSError, DamagedError."""
+    found = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise DamagedError(f"{name} is not a plain file")
+    return found
+
+
+def read_inside(folder: Path, name: str) -> bytes:
+    with open(open_inside(folder, name), "rb") as file:
+        return file.read()
+
+
+def _demand(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise DamagedError(otherwise)
+
+
+def _count(value: Any, what: str) -> int:
+    _demand(type(value) is int and 0 <= value < 2**62, f"{what} is {str(value)[:40]!r}, which is no count")
+    return int(value)
+
+
+def _parsed(content: dict[str, Any]) -> Index:
+    digest = content.pop("sha256")
+    _demand(content.get("format") == FORMAT, f"its format is {str(content.get('format'))[:20]}, this package reads {FORMAT}")
+    found = _digest(content)
+    _demand(digest == found, f"its content has sha256 {found[:12]}…, not {str(digest)[:12]}… as written in it")
+    files = {}
+    for name, file in content["files"].items():
+        _demand(bool(_FILE.fullmatch(name)), f"file {name[:60]!r} has a name that no rank writes")
+        _demand(bool(_SHA256.fullmatch(file["sha256"])), f"the sha256 of {name} is none")
+        files[name] = File(_count(file["bytes"], f"the size of {name}"), file["sha256"])
+    tensors = {name: _tensor(name, entry, files) for name, entry in content["tensors"].items()}
+    _demand(isinstance(content["info"], dict) and isinstance(content["backend"], str), "info or backend have another type")
+    _count(content["info"]["images_seen"], "images_seen")
+    _demand(type(content["saved"]) is float and math.isfinite(content["saved"]), "`saved` is no time")
+    step, world_size = _count(content["step"], "step"), _count(content["world_size"], "world_size")
+    return Index(step, content["saved"], world_size, content["backend"], content["info"], files, tensors)
+
+
+def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:
+    """Raises DamagedError unless the pieces cover the whole tensor, each element once, and can be in their files."""
+    shape = tuple(_count(size, f"a size of {name}") for size in entry["shape"])
+    _demand(len(shape) <= 16 and entry["dtype"] in DTYPES, f"{name} has an odd shape or dtype")
+    runs = sorted(
+        (Run(str(f), _count(s, name), _count(n, name), _count(c, name)) for f, s, n, c in entry["pieces"]),
+        key=lambda run: (run.start, run.length),
+    )
+    size, end = DTYPES[entry["dtype"]].itemsize, 0
+    for run in runs:
+        _demand(run.file in files, f"{name} has a piece in {run.file[:60]!r}, which is not one of the files")
+        _demand(run.length * size <= files[run.file].num_bytes, f"{name} has a piece longer than its file {run.file}")
+        kind = "overlap" if run.start < end else "leave out elements"
+        _demand(run.start == end, f"the pieces of {name} {kind} at {min(run.start, end)}")
+        end = run.start + run.length
+    _demand(end == math.prod(shape), f"the pieces of {name} end at {end} of {math.prod(shape)} elements")
+    return Tensor(shape, entry["dtype"], tuple(runs))

@@ -1,0 +1,162 @@
+"""Reading checkpoints, under any number of ranks and any backend: whole tensors by name, one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from clae_dist.config import Config, ConfigError
+from clae_dist.models import PretrainModel, build_model
+from clae_dist.recipe import from_yaml
+from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Run, open_inside, read_index
+from clae_dist.runs.checkpoint.pieces import sections
+from clae_dist.runs.checkpoint.places import find_checkpoints
+from clae_dist.world import World
+
+_CHUNK = 8 << 20
+Say = Callable[[str], None]
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """A checkpoint on disk. Tensors are whole, on the CPU, read when asked for, and must not be written to.
+
+    Raises DamagedError when checkpoint.json is not what was written; `verify` looks at the other files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index = read_index(path)
+        self._files: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return self.index.step
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the run keeps beside tensors: images_seen, train_s, bad_samples."""
+        return self.index.info
+
+    def state(self) -> dict[str, Any]:
+        """What Backend.load_state takes."""
+        return sections(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index.tensors)
+
+    def __len__(self) -> int:
+        return len(self.index.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.index.tensors[name]
+        dtype = DTYPES[tensor.dtype]
+        if len(tensor.runs) == 1:
+            return self._run(name, tensor.runs[0], dtype).view(tensor.shape)
+        whole = torch.empty(torch.Size(tensor.shape).numel(), dtype=dtype)
+        for run in tensor.runs:
+            whole[run.start : run.start + run.length] = self._run(name, run, dtype)
+        return whole.view(tensor.shape)
+
+    def _run(self, name: str, run: Run, dtype: torch.dtype) -> torch.Tensor:
+        """Its elements in a row, in memory that is mapped from the file."""
+        try:
+            if run.file not in self._files:
+                os.close(open_inside(self.path, run.file))  # a plain file of this folder
+                self._files[run.file] = safe_open(self.path / run.file, framework="pt")
+            found: torch.Tensor = self._files[run.file].get_tensor(name).reshape(-1)
+        except (SafetensorError, OSError) as error:
+            raise DamagedError(f"{run.file}: {name} cannot be read ({error})") from None
+        if (found.dtype, found.numel()) != (dtype, run.length):
+            raise DamagedError(f"{run.file}: {name} has {found.numel()} of {found.dtype}, not {run.length} of {dtype}")
+        return found
+
+    def verify(self, share: int = 0, of: int = 1) -> None:
+        """Checks size and sha256 of every `of`-th file. Raises DamagedError with the file, what was expected and found."""
+        for name in sorted(self.index.files)[share::of]:
+            wanted = self.index.files[name]
+            try:
+                with open(open_inside(self.path, name), "rb", buffering=0) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != wanted.num_bytes:
+                        raise DamagedError(f"{name} has {size:,} bytes, expected {wanted.num_bytes:,}")
+                    sha256 = hashlib.sha256()
+                    buffer = memoryview(bytearray(_CHUNK))
+                    while count := file.readinto(buffer):
+                        sha256.update(buffer[:count])
+            except OSError as error:
+                raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+            if sha256.hexdigest() != wanted.sha256:
+                where = self._damaged_tensors(name)
+                raise DamagedError(f"{name} has sha256 {sha256.hexdigest()[:12]}…, expected {wanted.sha256[:12]}…{where}")
+
+    def _damaged_tensors(self, file: str) -> str:
+        """Which tensors of a file are not what was written, in words."""
+        damaged = []
+        for name, tensor in self.index.tensors.items():
+            for run in tensor.runs:
+                if run.file == file:
+                    try:
+                        row = self._run(name, run, DTYPES[tensor.dtype]).contiguous().view(torch.uint8)
+                    except DamagedError:
+                        return " (nothing in it can be read)"
+                    if zlib.crc32(memoryview(row.numpy())) != run.crc32:
+                        damaged.append(name)
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        return f" (damaged: {damaged[0]}{more})" if damaged else " (its header; the tensors are whole)"
+
+
+def load_checkpoint(run_dir: Path, say: Say, world: World | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint, or None without any; damaged ones are named. All ranks of `world` call, and share the work.
+
+    Raises ConfigError when there are checkpoints and none is whole, RankError when ranks see different ones.
+    """
+    world = world or World.single("cpu")
+    found = find_checkpoints(run_dir)
+    names = [path.name for path in found]
+    world.agree(
+        names == world.broadcast(names), f"ranks found different checkpoints; is {run_dir} on storage that all hosts share?"
+    )
+    for path in found:
+        problem, checkpoint = "", None
+        try:
+            checkpoint = Checkpoint(path)
+            checkpoint.verify(world.rank, world.size)
+        except DamagedError as error:
+            problem = str(error)
+        problems = [text for text in world.gather_objects(problem) if text]
+        if not problems:
+            return checkpoint
+        say(f"{path} is damaged: {problems[0]}; trying the one before.")
+    if found:
+        raise ConfigError(
+            f"run_dir is {str(run_dir)!r}, where none of the {len(found)} checkpoints can be read; "
+            "delete the folder to start anew."
+        )
+    return None
+
+
+def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
+    """A run's configuration, its model with the (averaged) weights of the newest whole checkpoint, and {"step", "images_seen"}.
+
+    The model is on the CPU, in evaluation mode. Raises ConfigError without a run folder or checkpoint.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
+    config = from_yaml(run_dir / "config.yaml")
+    checkpoint = load_checkpoint(run_dir, print)
+    if checkpoint is None:
+        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no checkpoint yet; start `clae train` with run_dir={run_dir}.")
+    state = checkpoint.state()
+    model = build_model(config)
+    model.load_state_dict(state.get("average", state["model"]))
+    return config, model.eval(), {"step": checkpoint.step, "images_seen": checkpoint.info["images_seen"]}

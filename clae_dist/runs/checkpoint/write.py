@@ -1,0 +1,244 @@
+"""One rank's part in writing checkpoints: a copy to host memory, then a thread that writes it while training goes on.
+
+A checkpoint is written in checkpoints/step-00000123.partial-ATTEMPT/, a file a rank, and gets its name when all ranks are done:
+whatever happens before, older ones stay the newest. No collective here: training.saving carries what ranks must hear.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clae_dist.runs.checkpoint.index import DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
+from clae_dist.runs.checkpoint.pieces import Piece, share_of
+from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_checkpoints, folder_name
+from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
+
+_ALIGN = 64  # bytes
+
+
+class _CancelledError(Exception):
+    """The rank that writes was told to stop."""
+
+
+class HostMemory:
+    """Memory that one save after another is copied to; pinned where the copies come from a GPU."""
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, pieces: Sequence[Piece]) -> None:
+        """Room for them, its pages touched: the first copy into fresh memory takes three times as long."""
+        needed = sum(_room(piece.tensor) for piece in pieces)
+        if self._bytes.numel() < needed:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._bytes = torch.empty(needed, dtype=torch.uint8, pin_memory=self._pin).zero_()
+
+    def copy(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """A copy of each, with the strides of the original: one straight copy, whatever the order of its dimensions.
+
+        On a GPU the copies are only queued, ahead of whatever the present stream does next.
+        """
+        self.reserve(pieces)
+        copies, offset = [], 0
+        for piece in pieces:
+            held = piece.tensor
+            row = self._bytes[offset : offset + held.nbytes].view(held.dtype)
+            copies.append(row.as_strided(held.shape, torch.empty_like(held, device="meta").stride()))
+            copies[-1].copy_(held, non_blocking=True)
+            offset += _room(held)
+        return copies
+
+
+def _room(tensor: torch.Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGN) * _ALIGN
+
+
+class Writer:
+    """Writes what `rank` of `size` has to write. `attempt` tells this start of a run from others, which may still write.
+
+    `begin`, then, once no rank is `busy`, `commit` on rank 0. `problem` is why the last of them failed.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, size: int, attempt: str, device: torch.device) -> None:
+        self._folder = checkpoints_folder(run_dir)
+        self._rank, self._size, self._attempt, self._device = rank, size, attempt, device
+        self._memory = HostMemory(pin=device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._cancelled = threading.Event()
+        self.problem = ""
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        """Waits for what goes on."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def cancel(self) -> None:
+        """Ends what goes on, and waits for it; what it has written stays without a name."""
+        self._cancelled.set()
+        self.join()
+
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Makes room for the next save in the background."""
+        mine = share_of(list(pieces), self._rank)
+        self._start(lambda: self._memory.reserve(mine))
+
+    def begin(self, step: int, pieces: Iterable[Piece]) -> None:
+        """Copies this rank's share of the pieces, and writes the copy in the background."""
+        self.join()
+        mine = share_of(list(pieces), self._rank)
+        copies = self._memory.copy(mine)
+        copied = None
+        if self._device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            self._write(step, mine, copies)
+
+        self._start(write)
+
+    def commit(self, step: int, backend: str, info: dict[str, Any], keep: int, keep_every_s: float) -> None:
+        """In the background: gives the checkpoint its name, when all ranks have written, and deletes what is not to be kept."""
+
+        def commit() -> None:
+            _commit(self._partial(step), self._folder / folder_name(step), self._size, step, backend, info)
+            delete_old(self._folder, keep, keep_every_s)
+
+        self.join()
+        self._start(commit)
+
+    def discard(self, step: int) -> None:
+        """Removes what was written of a checkpoint that could not be; no rank may be busy."""
+        shutil.rmtree(self._partial(step), ignore_errors=True)
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f"{folder_name(step)}.partial-{self._attempt}"
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except _CancelledError:
+                pass
+            except Exception as error:  # told to all ranks by whoever asks for `problem`
+                reason = f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                self.problem = f"rank {self._rank}: {reason}"
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self, step: int, mine: Sequence[Piece], copies: Sequence[torch.Tensor]) -> None:
+        partial, name = self._partial(step), data_file(self._rank)
+        partial.mkdir(parents=True, exist_ok=True)
+        specs = [Spec.of(piece.name, copy) for piece, copy in zip(mine, copies, strict=True)]
+        file, crcs = write_safetensors(partial / name, specs, copies, check=self._check)
+        tensors = {
+            piece.name: [list(piece.shape), spec.dtype, piece.start, piece.tensor.numel(), crc]
+            for piece, spec, crc in zip(mine, specs, crcs, strict=True)
+        }
+        written = {"file": name, "bytes": file.num_bytes, "sha256": file.sha256, "tensors": tensors}
+        _write_synced(_part_of(partial, self._rank), json.dumps(written))
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise _CancelledError
+
+
+def _part_of(partial: Path, rank: int) -> Path:
+    """What a rank says of its file, for rank 0 to put together."""
+    return partial / f"rank-{rank:05d}.json"
+
+
+def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info: dict[str, Any]) -> None:
+    """Puts together what the ranks say of their files, and renames the folder."""
+    index = Index(step, time.time(), size, backend, info)
+    runs: dict[str, list[Run]] = {}
+    for rank in range(size):
+        written = json.loads(_part_of(partial, rank).read_text())
+        index.files[written["file"]] = File(written["bytes"], written["sha256"])
+        for name, (shape, dtype, start, length, crc) in written["tensors"].items():
+            index.tensors.setdefault(name, Tensor(tuple(shape), dtype))
+            runs.setdefault(name, []).append(Run(written["file"], start, length, crc))
+    for name, tensor in index.tensors.items():
+        index.tensors[name] = Tensor(tensor.shape, tensor.dtype, tuple(sorted(runs[name], key=lambda run: run.start)))
+    text = index.as_json()
+    parse_index(text)  # what could not be read is not to be named a checkpoint
+    _write_synced(partial / INDEX, text)
+    for rank in range(size):
+        _part_of(partial, rank).unlink()
+    _sync(partial)
+    delete_folder(path)  # a damaged one, which this run has passed over
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def delete_old(folder: Path, keep: int, keep_every_s: float) -> None:
+    """Deletes all but the newest `keep` and, where keep_every_s is not 0, the first of every so many seconds."""
+    found = find_checkpoints(folder.parent)
+    for path in outdated([(path, _saved(path) if keep_every_s else None) for path in found], keep, keep_every_s):
+        delete_folder(path)
+
+
+def outdated(newest_first: Sequence[tuple[Path, float | None]], keep: int, keep_every_s: float) -> list[Path]:
+    """Which checkpoints (with the time they were saved at, None where that cannot be read) are not to be kept."""
+    old, last = [], float("-inf")
+    for path, saved in reversed(newest_first):
+        if keep_every_s and saved is not None and saved >= last + keep_every_s:
+            last = saved
+        else:
+            old.append(path)
+    newest = {path for path, _ in newest_first[:keep]}
+    return [path for path in old if path not in newest]
+
+
+def _saved(path: Path) -> float | None:
+    try:
+        return read_index(path).saved
+    except DamagedError:
+        return None
+
+
+def delete_folder(path: Path) -> None:
+    """Deletes a checkpoint. It loses its name first: one that is half deleted must not look like one."""
+    if path.exists():
+        nameless = path.with_name(f"{path.name}.partial-deleted")
+        shutil.rmtree(nameless, ignore_errors=True)
+        path.rename(nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what killed runs have left behind without a name."""
+    for path in checkpoints_folder(run_dir).glob("step-*.partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,112 @@
+"""When a run saves, and what its ranks must hear of each other for that.
+
+A save copies to host memory and goes on in a thread of each rank. Collectives stay in the loop: whether a write goes on or
+has failed travels with the flags that ranks exchange in every step; once all have written, rank 0 gives the checkpoint its name.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from clae_dist.config import Config
+from clae_dist.parallel import Backend
+from clae_dist.runs.checkpoint import CheckpointError, Writer, find_checkpoints
+from clae_dist.world import World
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that has no name yet."""
+
+    step: int
+    info: dict[str, Any]
+    committing: bool = False
+
+
+class Saving:
+    """The checkpoints of a run. All ranks call alike, but for `flags`, which is no collective, and `close`."""
+
+    def __init__(self, config: Config, world: World, backend: Backend, say: Callable[[str], None]) -> None:
+        self._config, self._world, self._backend, self._say = config, world, backend, say
+        self._writer = Writer(config.folder, world.rank, world.size, world.broadcast(uuid.uuid4().hex[:8]), world.device)
+        self._pending: _Pending | None = None
+        self._last = time.monotonic()
+        self._waited = False
+
+    def reserve(self) -> None:
+        """Makes room in host memory, in the background, once the optimiser has a state."""
+        self._writer.reserve(self._backend.pieces())
+
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Whether, on this rank: it is time to save (rank 0's clock decides), a write goes on, a write has failed."""
+        minutes = self._config.checkpoint.every_minutes
+        due = self._world.is_main and 0 < minutes <= (time.monotonic() - self._last) / 60
+        busy = self._writer.busy  # asked first: a thread says what failed before it ends
+        return due, busy, bool(self._writer.problem)
+
+    def hear(self, busy: bool, failed: bool) -> None:
+        """Takes the flags of any rank; a checkpoint that all have written gets its name. Raises CheckpointError."""
+        if self._pending is None:
+            return
+        if failed:
+            self._give_up(self._pending)
+        if busy:
+            return
+        if self._pending.committing:
+            self._pending = None
+            return
+        self._pending.committing = True
+        if self._world.is_main:
+            settings = self._config.checkpoint
+            self._writer.commit(
+                self._pending.step,
+                self._backend.describe(),
+                self._pending.info,
+                settings.keep,
+                settings.keep_every_hours * 3600,
+            )
+
+    def save(self, step: int, info: dict[str, Any]) -> float:
+        """Starts to save the state after `step` steps; the seconds that it held up training. Raises CheckpointError."""
+        start = time.perf_counter()
+        if self._pending is not None:
+            if not self._waited:
+                self._waited = True
+                self._say(
+                    f"the checkpoint of step {step} waits for that of step {self._pending.step} to be written: "
+                    "storage is slower than checkpoint.every_steps and checkpoint.every_minutes ask for."
+                )
+            self.settle()
+        self._backend.average_local_statistics()
+        self._pending = _Pending(step, info)
+        self._writer.begin(step, self._backend.pieces())
+        self._last = time.monotonic()
+        return time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Waits until the checkpoint in flight, if any, has its name. Raises CheckpointError."""
+        while self._pending is not None:
+            self._writer.join()
+            _, *raised = self.flags()
+            self.hear(*self._world.flags_anywhere(*raised))
+
+    def close(self) -> None:
+        """Ends this rank's thread; a checkpoint in flight is given up, and its leftovers go at the next start."""
+        self._writer.cancel()
+
+    def _give_up(self, pending: _Pending) -> None:
+        self._writer.cancel()
+        problems = [text for text in self._world.gather_objects(self._writer.problem) if text]
+        folder = self._config.folder / "checkpoints"
+        if self._world.is_main:
+            self._writer.discard(pending.step)
+        older = self._world.broadcast([path.name for path in find_checkpoints(self._config.folder)])
+        rest = f"{older[0]} is untouched" if older else "there is no older one"
+        raise CheckpointError(
+            f"the checkpoint of step {pending.step} could not be written to {folder} ({problems[0]}); {rest}. "
+            "Free some space and start the same command again: it goes on from there."
+        )
