@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.launchers.rank import Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import BAD_CONFIG, BAD_DATA, OK, STOPPED, Ending, RankBroke, run_rank
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -17,9 +18,27 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             "start with `torchrun --nproc-per-node=2 -m clae_dist train CONFIG --launcher torchrun`, or use --launcher local."
         )
     try:
+        _check_elastic(config)
         return say_once(run_rank(config, origins, debug, sys.stdout if os.environ["RANK"] == "0" else None))
+    except ConfigError as error:
+        return say_once(Ending(BAD_CONFIG, str(error)))
     except RankBroke as error:
         return Ending(error.code, str(error))
+
+
+def _check_elastic(config: Config) -> None:
+    """Raises ConfigError when the run may come to a number of hosts (CLAE_NODES, "MIN:MAX") whose ranks cannot share a batch."""
+    low, _, high = os.environ.get("CLAE_NODES", "").partition(":")
+    if not high:
+        return
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sizes = [hosts * per_host for hosts in range(int(low), int(high) + 1)]
+    if wrong := [size for size in sizes if not config.works_on(size)]:
+        raise ConfigError(
+            f"--nodes is {low}:{high} with {per_host} rank(s) each, but {' or '.join(map(str, wrong))} ranks cannot share "
+            f"batch.global_size {config.batch.global_size} in {config.num_streams} streams, and torchrun takes any number between; "
+            "use another range, another batch.global_size, or Ray, which is told which numbers work (launch.min_workers)."
+        )
 
 
 def num_ranks() -> int:
@@ -28,5 +47,14 @@ def num_ranks() -> int:
 
 
 def say_once(ending: Ending) -> Ending:
-    """All ranks end alike; the first says it."""
-    return ending if os.environ["RANK"] == "0" else Ending(ending.code, "")
+    """All ranks end alike; the first says it.
+
+    Where launch/torchrun.sh asks for it (CLAE_ENDING), a code that another start would not change goes into that file and the
+    rank ends with 0: torchrun starts ranks again whatever their code.
+    """
+    told = os.environ.get("CLAE_ENDING", "")
+    code = ending.code
+    if told and code in (OK, STOPPED, BAD_CONFIG, BAD_DATA):
+        Path(told).write_text(f"{code}\n")
+        code = OK
+    return Ending(code, ending.message if os.environ["RANK"] == "0" else "")

@@ -16,7 +16,7 @@ _ONE_REQUEST_S = 2.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by SIGINT or SIGTERM, or by a STOP file in the run folder."""
+    """Whether this process was asked to stop: by SIGINT, SIGTERM or SIGUSR1, or by a STOP file in the run folder."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / STOP_FILE
@@ -39,7 +39,7 @@ class StopRequest:
 
 @contextmanager
 def listen_for_stop(run_dir: Path) -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM only set the request, unless this process ignores them.
+    """Inside, SIGINT and SIGTERM only set the request, unless this process ignores them; SIGUSR1, a scheduler's notice, always.
 
     Outside of the main thread signals are the launcher's affair.
     """
@@ -48,7 +48,8 @@ def listen_for_stop(run_dir: Path) -> Iterator[StopRequest]:
         yield request
         return
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, request.on_signal) for number in heard}
+    # Launchers let ranks start with SIGUSR1 ignored, lest it kill those that do not listen yet.
+    before = {number: signal.signal(number, request.on_signal) for number in (*heard, signal.SIGUSR1)}
     try:
         yield request
     finally:

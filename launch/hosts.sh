@@ -1,0 +1,57 @@
+# shellcheck shell=bash
+# What the scripts for several hosts share; sourced by them, not run.
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+script=$(basename "$0" .sh)
+say() { printf '%s: %s\n' "$script" "$*"; }
+wrong() { printf '%s: %s\n' "$script" "$*" >&2; exit 2; }
+
+whole() { # whole OPTION VALUE: wrong unless it is a whole number from 1
+  case $2 in "" | *[!0-9]* | 0*) wrong "$1 is '$2'; use a whole number from 1." ;; esac
+}
+
+take_setting() { # take_setting WORD: CONFIG, then settings
+  case $1 in
+    -*) wrong "$1 is not an option; see --help." ;;
+    *=*) settings+=("$1") ;;
+    *) [ -z "$config" ] || wrong "$1 is a second recipe beside $config; settings are written key=value."
+      config=$1 ;;
+  esac
+}
+
+check_config() {
+  [ -n "$config" ] || wrong "no recipe was named; try configs/cifar10/clae.yaml, or see --help."
+  [ -f "$config" ] || wrong "$config is no file here ($PWD); every host needs the recipe at the same path."
+}
+
+find_env() { # sets python and the environment of every command; dry: nothing is installed
+  if [ -n "${CLAE_ENV:-}" ]; then
+    [ -x "$CLAE_ENV/bin/python" ] || wrong "CLAE_ENV is $CLAE_ENV, which has no bin/python; name an environment that has this package's dependencies."
+    env=$CLAE_ENV
+  elif [ -n "${dry:-}" ]; then
+    env=ENVIRONMENT
+  else
+    env=$("$here/launch/env.sh" | tail -1) || wrong "the environment could not be made; the reason stands above."
+  fi
+  python=$env/bin/python
+  export PATH=$env/bin:$PATH
+  export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+}
+
+find_route() { # find_route HOST: sets address, interface and at_head ("yes" where HOST is this machine)
+  local found probe=$python
+  [ -x "$probe" ] || probe=python3
+  found=$("$probe" -m clae_dist.launchers.route "$1") || wrong "$found"
+  # shellcheck disable=SC2034 # for the script that sources this one
+  read -r address interface at_head <<<"$found"
+  if [ -n "${chosen_interface:-}" ]; then
+    say "interface: $chosen_interface (--interface; the route to $1 would be $interface)"
+    interface=$chosen_interface
+  else
+    say "interface: $interface, address $address (this host's way to $1)"
+  fi
+}
+
+show() { # show COMMAND …: as it could be typed
+  printf '$'; printf ' %q' "$@"; printf '\n'
+}

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Trains on several hosts under torchrun. Start the same line on every host.
+set -euo pipefail
+# shellcheck source=launch/hosts.sh
+source "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
+
+usage() {
+  cat <<'TEXT'
+usage: ./launch/torchrun.sh --nodes N|MIN:MAX --head HOST[:PORT] [options] CONFIG [key=value …]
+
+Start the same line on every host, in any order; they meet at HOST, one of them. CONFIG, the shards and run_dir must be at the
+same path on all.
+
+  --nodes N            hosts; with MIN:MAX the run goes on with fewer when some are lost, from the newest checkpoint, and takes
+                       in those that come back. Every number of ranks from MIN to MAX hosts must divide the batch: it is checked
+  --gpus-per-node K    ranks on each host, one a GPU (default: the GPUs that torch sees; 1 without)
+  --ranks-per-node K   the same for hosts without GPUs
+  --head HOST[:PORT]   where they meet (default port 29500); left out with --nodes 1
+  --id NAME            of the meeting, when several share a HOST:PORT (default: clae)
+  --node-rank R        static rendezvous: this is host R of N (0 is HOST). No host is replaced, nothing is started again
+  --max-restarts N     how often ranks are started again after a failure (default 3; 0 with --node-rank)
+  --wait-s S           how long hosts wait for each other (default 600)
+  --interface NAME     network for the ranks (default: by the route to HOST)
+  --dry-run            print what would run on this host, and run nothing
+
+SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and leave, exit code 75; the same line goes on from there.
+CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
+exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts, 75.
+TEXT
+}
+
+nodes="" ranks="" head="" id=clae node_rank="" restarts="" wait_s=600 chosen_interface="" dry="" config="" settings=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --nodes | --gpus-per-node | --ranks-per-node | --head | --id | --node-rank | --max-restarts | --wait-s | --interface)
+      [ -n "${2:-}" ] || wrong "$1 needs a value; see --help."
+      case $1 in
+        --nodes) nodes=$2 ;;
+        --gpus-per-node | --ranks-per-node) whole "$1" "$2"; ranks=$2 ;;
+        --head) head=$2 ;;
+        --id) id=$2 ;;
+        --node-rank) node_rank=$2 ;;
+        --max-restarts) restarts=$2 ;;
+        --wait-s) whole "$1" "$2"; wait_s=$2 ;;
+        --interface) chosen_interface=$2 ;;
+      esac
+      shift 2 ;;
+    --dry-run) dry=yes; shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) take_setting "$1"; shift ;;
+  esac
+done
+[ -n "$nodes" ] || wrong "--nodes is missing: how many hosts, such as 2, or 2:4 for any number from 2 to 4."
+whole --nodes "${nodes%%:*}"; whole --nodes "${nodes##*:}"
+[ "${nodes%%:*}" -le "${nodes##*:}" ] || wrong "--nodes is $nodes; the smaller number comes first."
+[ "$nodes" != 1 ] || head=${head:-127.0.0.1}
+[ -n "$head" ] || wrong "--head is missing: the HOST[:PORT] where the $nodes hosts meet, one of them."
+case $head in *:*) port=${head##*:} host=${head%:*} ;; *) port=29500 host=$head ;; esac
+whole "the port of --head" "$port"
+if [ -n "$node_rank" ]; then
+  case $nodes in *:*) wrong "--node-rank is for a fixed number of hosts, but --nodes is $nodes; leave one of them out." ;; esac
+  case $node_rank in *[!0-9]*) wrong "--node-rank is $node_rank; use 0 to $((nodes - 1))." ;; esac
+  [ "$node_rank" -lt "$nodes" ] || wrong "--node-rank is $node_rank; $nodes hosts are 0 to $((nodes - 1))."
+  [ "${restarts:-0}" = 0 ] || wrong "--max-restarts is $restarts, which static rendezvous (--node-rank) cannot do; leave one of them out."
+fi
+case ${restarts:-0} in *[!0-9]*) wrong "--max-restarts is $restarts; use 0 or more." ;; esac
+check_config
+find_env
+find_route "$host"
+if [ -z "$ranks" ]; then
+  if [ "$env" = ENVIRONMENT ]; then
+    ranks=RANKS
+  else
+    ranks=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    say "ranks: $ranks on this host (one a GPU that torch sees, 1 without; --gpus-per-node or --ranks-per-node says otherwise)"
+  fi
+fi
+
+# Not left to torchrun: host names need not resolve, and a host cannot always tell whether HOST is itself.
+run=("$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --local-addr="$address")
+if [ -n "$node_rank" ]; then
+  run+=(--rdzv-backend=static --node-rank="$node_rank" --master-addr="$host" --master-port="$port" --max-restarts=0)
+else
+  is_host=0
+  [ "$at_head" = no ] || is_host=1
+  run+=(--rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$id" --max-restarts="${restarts:-3}"
+    --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s")
+fi
+run+=(--module clae_dist train "$config" --launcher torchrun ${settings[@]+"${settings[@]}"})
+variables=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" CLAE_NODES="$nodes")
+say "$nodes host(s) of $ranks rank(s) meet at $host:$port"
+show env PYTHONPATH="$PYTHONPATH" "${variables[@]}" "${run[@]}"
+if [ -n "$dry" ]; then
+  say "dry run: nothing was run. The other hosts run the same, with their own interface and address, and is_host=1 on $host alone."
+  exit 0
+fi
+
+# Ranks that end for good (done, stopped, a user's mistake) leave their exit code here: torchrun would start them again.
+ending=$(mktemp)
+agent="" asking=""
+trap 'rm -f "$ending"' EXIT
+# shellcheck disable=SC2329 # called by the traps below
+ask() { # hands the request on to this host's ranks until they end: one that is still starting does not hear yet
+  if [ -n "$asking" ]; then
+    [ "$1" != INT ] || kill -TERM "$agent" 2>/dev/null || true
+    return 0
+  fi
+  say "SIG$1: asking the ranks to save and leave"
+  (
+    trap - EXIT
+    while kill -0 "$agent" 2>/dev/null; do
+      read -r -a ranks_here <<<"$(cat "/proc/$agent"/task/*/children 2>/dev/null)" || true
+      kill -USR1 ${ranks_here[@]+"${ranks_here[@]}"} 2>/dev/null || true
+      sleep 2
+    done
+  ) &
+  asking=$!
+}
+set -m # torchrun gets a process group of its own: it would kill the ranks on a terminal's Ctrl-C
+( trap '' USR1; trap - INT TERM EXIT; exec env "${variables[@]}" CLAE_ENDING="$ending" "${run[@]}" ) &
+agent=$!
+set +m
+for name in TERM INT USR1; do
+  # shellcheck disable=SC2064
+  trap "ask $name" $name
+done
+code=0
+while :; do
+  code=0
+  wait "$agent" || code=$?
+  kill -0 "$agent" 2>/dev/null || break # else a signal ended the waiting, not torchrun
+done
+[ -z "$asking" ] || kill "$asking" 2>/dev/null || true
+# A code from before a change of hosts, which stops the ranks, too, is of no account where torchrun failed.
+if [ "$code" -ne 0 ]; then code=4; elif [ -s "$ending" ]; then code=$(cat "$ending"); fi
+case $code in
+  0) say "finished" ;;
+  75) say "stopped with everything saved (exit code 75); the same line goes on from there." ;;
+  4) say "ranks failed and were not started again; the reason stands above, and the same line goes on from the newest checkpoint." >&2 ;;
+  *) say "ended with exit code $code; the reason stands above." >&2 ;;
+esac
+exit "$code"

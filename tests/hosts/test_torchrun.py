@@ -1,0 +1,119 @@
+"""launch/torchrun.sh on three hosts: what it says it would run, what it runs, and what is left after faults."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clae_dist.data.manifest import Manifest
+from tests.hosts.cluster import ROOT, Hosts, clean_environment
+from tests.hosts.small import STEPS, assert_bitwise, assert_steps_once, finish, saved_steps, settings, wait_for
+
+
+def torchrun(hosts: Hosts, nodes: str, recipe: Path, overrides: list[str], *options: str) -> list[str]:
+    head = f"{hosts.address(0)}:29507"
+    return ["launch/torchrun.sh", "--nodes", nodes, "--ranks-per-node", "1", "--head", head, *options, str(recipe), *overrides]
+
+
+def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path) -> None:
+    overrides = settings(shards, tmp_path / "run", "name=two words", "attack.epsilon=8/255")
+    for host, is_host in ((0, "1"), (2, "0")):
+        said = hosts.run(host, torchrun(hosts, "2:3", recipe, overrides, "--id", "mine", "--dry-run")).stdout
+        (line,) = [line for line in said.splitlines() if line.startswith("$")]
+        words = shlex.split(line[1:])
+        assert words[0] == "env"
+        assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0", "CLAE_NODES=2:3"} <= set(words)
+        assert {"--nnodes=2:3", "--nproc-per-node=1", "--rdzv-id=mine", "--max-restarts=3"} <= set(words)
+        assert {f"--local-addr={hosts.address(host)}", f"--rdzv-endpoint={hosts.address(0)}:29507"} <= set(words)
+        assert f"is_host={is_host}," in next(word for word in words if word.startswith("--rdzv-conf="))
+        assert words[words.index("clae_dist") :] == ["clae_dist", "train", str(recipe), "--launcher", "torchrun", *overrides]
+        assert f"interface: eth0, address {hosts.address(host)}" in said
+        assert "nothing was run" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "2", "configs/quickstart.yaml"], "--head is missing"),
+        (["--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is missing"),
+        (["--nodes", "3:2", "--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is 3:2; the smaller number comes first"),
+        (["--nodes", "two", "--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is 'two'; use a whole number from 1"),
+        (["--nodes", "2", "--head", "127.0.0.1:x", "configs/quickstart.yaml"], "the port of --head is 'x'"),
+        (["--nodes", "2", "--head", "127.0.0.1", "nowhere.yaml"], "nowhere.yaml is no file here"),
+        (["--nodes", "2", "--head", "127.0.0.1"], "no recipe was named"),
+        (["--nodes", "2", "--head", "nowhere.invalid", "configs/quickstart.yaml"], "nowhere.invalid cannot be reached"),
+        (["--nodes", "2", "--head", "127.0.0.1", "--node-rank", "2", "configs/quickstart.yaml"], "2 hosts are 0 to 1"),
+        (["--nodes", "2", "--ranks", "1"], "--ranks is not an option"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_way_out(arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        [ROOT / "launch" / "torchrun.sh", *arguments],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.startswith("torchrun: ")
+
+
+def test_numbers_of_hosts_that_cannot_share_the_batch_are_refused_at_the_start(
+    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path
+) -> None:
+    """16 images among 2 or 3: the run would end on the day that a host is lost."""
+    overrides = settings(shards, tmp_path / "run", "batch.global_size=16")
+    process = hosts.popen(1, torchrun(hosts, "2:3", recipe, overrides))
+    code, said = finish(hosts.popen(0, torchrun(hosts, "2:3", recipe, overrides)))
+    assert code == finish(process)[0] == 2
+    assert "--nodes is 2:3 with 1 rank(s) each, but 3 ranks cannot share batch.global_size 16" in said
+
+
+@pytest.mark.slow
+def test_three_hosts_train_to_the_bits_of_one(
+    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Stopped by the scheduler's signal on one host, all save and leave with 75; the same lines go on."""
+    overrides = settings(shards, tmp_path / "run", "data.workers=1")
+    def start() -> list[subprocess.Popen[str]]:
+        return [hosts.popen(host, torchrun(hosts, "3", recipe, overrides)) for host in (2, 1, 0)]
+
+    processes = start()
+    wait_for(tmp_path / "run", "step  5/24", processes)
+    processes[0].send_signal(signal.SIGUSR1)
+    for process in processes:
+        code, said = finish(process)
+        assert code == 75, said
+    assert "stopped after step" in (tmp_path / "run" / "console.log").read_text()
+    assert 5 <= saved_steps(tmp_path / "run")[0] < STEPS
+
+    for process in start():
+        code, said = finish(process)
+        assert code == 0, said
+    assert "ranks: 3 on 3 host(s)" in (tmp_path / "run" / "console.log").read_text()
+    assert_bitwise(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(
+    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+) -> None:
+    overrides = settings(shards, tmp_path / "run", "train.epochs=12")
+    start = [hosts.popen(host, torchrun(hosts, "2:3", recipe, overrides)) for host in range(3)]
+    wait_for(tmp_path / "run", "ranks: 3 on 3 host(s)", start)
+    wait_for(tmp_path / "run", "step  5/48", start)
+    hosts.kill(2)
+    wait_for(tmp_path / "run", "ranks: 2 on 2 host(s)", start[:2])
+    start[2] = hosts.popen(2, torchrun(hosts, "2:3", recipe, overrides))
+    for process in start:
+        code, said = finish(process)
+        assert code == 0, said
+    assert_steps_once(tmp_path / "run", 48)
