@@ -55,7 +55,10 @@ class ShardReader:
         return memoryview(mapped), self.manifest.index(record)
 
     def encoded(self, shard: int, row: int) -> tuple[memoryview, int]:
-        """The encoded image, where it lies in the mapped shard, and its label (-1: none)."""
+        """The encoded image, where it lies in the mapped shard, and its label (-1: none).
+
+        The shard stays mapped for as long as anybody holds these bytes, also when this reader has let go of it.
+        """
         mapped, index = self._open(shard)
         offset, length, label = index[row].tolist()
         return mapped[offset : offset + length], label

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 from clae_dist.config import Batch, Config, Data
+from clae_dist.data import decode
+from clae_dist.data.decode import as_tensor, torchvision_decoder
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch as Views
 from clae_dist.data.loader import load
@@ -175,3 +179,29 @@ def test_an_empty_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "train-000000.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"train-000000.tar has 0 bytes, but the manifest says"):
         ShardReader(empty, "train").read(0, 0)
+
+
+def test_the_decoder_is_handed_the_mapped_bytes_themselves(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each JPEG was copied once on its way, since torch warns of a buffer that cannot be written to."""
+    handed: list[torch.Tensor] = []
+    real = torchvision_decoder()
+    assert real is not None
+    monkeypatch.setattr(decode, "torchvision_decoder", lambda: lambda data: [handed.append(data), real(data)][1])
+    reader = ShardReader(manifest, "train")
+    reader.read(1, 3)
+    mapped = np.frombuffer(reader.encoded(1, 3)[0], np.uint8)
+    assert handed[0].data_ptr() == mapped.ctypes.data
+
+
+def test_bytes_stay_readable_when_their_shard_is_let_go(tmp_path: Path) -> None:
+    """A shard that is unmapped under a decoder would end the process."""
+    made = write_synthetic_set(tmp_path / "shards", 12, 20, num_shards=3)
+    reader = ShardReader(made, "train")
+    reader._open = lru_cache(1)(reader._map)  # two shards at a time would be one too many
+    held = as_tensor(reader.encoded(0, 0)[0])
+    wanted = bytes(reader.encoded(0, 0)[0])
+    for shard in (1, 2):
+        reader.read(shard, 0)
+    (made.folder / "train-000000.tar").unlink()
+    gc.collect()
+    assert bytes(held.tolist()) == wanted
