@@ -48,6 +48,8 @@ class Data:
     retries: int = _no_effect(8)  # of a fetch that gets no further, with growing pauses (a minute in all)
     # Images that cannot be decoded, for which others stand in, before a run ends: a share of all (below 1), or a number.
     max_bad: float = _no_effect(0.001)
+    # Files of a sample that come along with its image, as bytes (Batch.metadata): [json, txt]. They cost a look at the tar.
+    metadata: tuple[str, ...] = _no_effect(())
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")

@@ -75,6 +75,10 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
         return value
     if kind is tuple:
         inner = typing.get_args(wanted)
+        if inner[-1] is Ellipsis:
+            if not isinstance(value, (list, tuple)):
+                refuse("a list, such as [json, txt]")
+            return tuple(_coerce(f"{key}[{i}]", item, inner[0], origin) for i, item in enumerate(value))
         if not isinstance(value, (list, tuple)) or len(value) != len(inner):
             refuse(f"a list of {len(inner)} numbers, such as [{', '.join(['0.5'] * len(inner))}]")
         return tuple(_coerce(f"{key}[{i}]", item, inner[i], origin) for i, item in enumerate(value))

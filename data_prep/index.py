@@ -6,7 +6,6 @@ What is done is kept in `.parts/` beside the manifest-to-be, one record a shard,
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifes
 from clae_dist.data.tar_index import index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
 from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
+from data_prep.named_labels import named_classes, place_index
 from data_prep.pool import run_tasks
 from data_prep.progress import Progress
 from data_prep.workspace import QUARANTINE, open_workspace
@@ -69,11 +69,14 @@ def index(
         results = _check_all(tasks, max_bad, num_workers, folder, say)
         for note in notes:
             say(note)
-        classes = _classes(settings.classes, results)
+        odd = sum(result.odd_labels for result in results.values())
+        if odd:
+            say(f"The labels of {odd} images are neither names nor whole numbers from 0 on; these images have no label.")
+        names = named_classes(settings.classes, results, folder / _PARTS)
+        classes = names or _classes(settings.classes, results)
         for tar in tars:
             _link(tar, folder / tar.name)
-        for result in results.values():
-            os.replace(folder / _PARTS / result.shard.index_name, folder / result.shard.index_name)
+        results = {name: place_index(result, folder / _PARTS, folder, names) for name, result in results.items()}
         bad = [image for result in results.values() for image in result.bad]
         _write_quarantine(folder, bad)
         manifest = write_manifest(

@@ -46,6 +46,8 @@ class IndexResult:
     bad: list[tuple[str, str]]  # (path, reason)
     largest_label: int
     fingerprint: list[int]
+    names: tuple[str, ...] = ()  # of the labels, where they are names rather than numbers
+    odd_labels: int = 0
 
 
 def finished(task: IndexTask) -> IndexResult | None:
@@ -54,7 +56,8 @@ def finished(task: IndexTask) -> IndexResult | None:
         content = json.loads(task.record.read_text())
     except FileNotFoundError:
         return None
-    result = IndexResult(Shard(**content.pop("shard")), bad=[tuple(image) for image in content.pop("bad")], **content)
+    shard, bad, names = Shard(**content.pop("shard")), content.pop("bad"), content.pop("names", ())
+    result = IndexResult(shard, bad=[tuple(image) for image in bad], names=tuple(names), **content)
     index_path = task.parts / result.shard.index_name
     return result if result.fingerprint == task.fingerprint and index_path.is_file() else None
 
@@ -86,6 +89,6 @@ def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexResult:
     shard = Shard(name, len(rows), fingerprint[0], file_sha256(task.tar), file_sha256(index_path))
     if task.fingerprint != fingerprint:
         raise DataError(f"{task.tar} changes while it is read; wait for that, then start anew.")
-    result = IndexResult(shard, bad, int(rows[:, 2].max(initial=-1)), fingerprint)
+    result = IndexResult(shard, bad, int(rows[:, 2].max(initial=-1)), fingerprint, found.names, found.odd_labels)
     write_atomically(task.record, json.dumps(dataclasses.asdict(result)).encode())
     return result

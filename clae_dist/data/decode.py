@@ -211,12 +211,28 @@ def _decode_jpeg(data: bytes | memoryview) -> torch.Tensor | None:
     decoder = torchvision_decoder()
     if decoder is None:
         return None
-    import torch
-
     try:
-        return decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return decoder(as_tensor(data))
     except RuntimeError:  # Pillow, asked next, decodes it or says why not
         return None
+
+
+def as_tensor(data: bytes | memoryview) -> torch.Tensor:
+    """uint8 (len(data),) over these very bytes, which are not copied and must not be written to; `data` is not empty."""
+    return _frombuffer()(data)
+
+
+@functools.cache
+def _frombuffer() -> Callable[[bytes | memoryview], torch.Tensor]:
+    """torch warns of the first buffer that cannot be written to, and of no other: that one is here.
+
+    (A private, writable mapping would need no such care, but counts as memory where the kernel does not overcommit.)
+    """
+    import torch
+
+    with warnings.catch_warnings(action="ignore"):
+        torch.frombuffer(b"0", dtype=torch.uint8)
+    return lambda data: torch.frombuffer(data, dtype=torch.uint8)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # int64 (B,): index of the sample in its split
     labels: torch.Tensor  # int64 (B,): -1 without label
     bad: dict[str, str]  # samples that could not be decoded, with reasons; another of their shard is in their place
+    metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
 
 
 class TwoViews(Dataset[Batch]):
@@ -62,7 +63,7 @@ class TwoViews(Dataset[Batch]):
         # One line of numbers a view and sample, whoever asks: two world sizes train on the same pixels.
         draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epochs, places.ids) for view in (0, 1)])
         read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
-        images, labels, bad = zip(*read, strict=True)
+        images = [sample.image for sample in read]
         heights, widths = np.array([image.shape[1:] for image in images]).T
         views = torch.empty((2, rows, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
         for view in (0, 1):
@@ -71,8 +72,10 @@ class TwoViews(Dataset[Batch]):
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
         augment_draws = torch.from_numpy(draws[:, :, CROP_DRAWS:].astype(np.float32))
-        skipped = {sample: reason for found in bad for sample, reason in found.items()}
-        return Batch(views, augment_draws, torch.from_numpy(places.ids), torch.tensor(labels), skipped)
+        labels = torch.tensor([sample.label for sample in read])
+        skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
+        metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
+        return Batch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, metadata)
 
 
 def make_order(config: Config, reader: ShardReader) -> Order | MixedOrder:
@@ -105,7 +108,7 @@ def leave_signals_to_the_rank(worker: int) -> None:
 
 def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
     """This rank's batches of the steps first_step … last_step - 1, in order."""
-    reader = ShardReader(manifest, config.data.train_split)
+    reader = ShardReader(manifest, config.data.train_split, config.data.metadata)
     workers = num_workers(config, world.local_size)
     order, steps = make_order(config, reader), range(first_step, last_step)
     batches = iter(

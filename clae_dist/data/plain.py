@@ -21,7 +21,7 @@ import numpy as np
 from clae_dist.data.fetch import digest_check, fetch
 from clae_dist.data.manifest import DataError, Manifest, Shard, content_digest
 from clae_dist.data.remote import MAX_OPEN, Fetching
-from clae_dist.data.tar_index import index_tar
+from clae_dist.data.tar_index import TarIndex, index_tar
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
 from clae_dist.world import World
 
@@ -42,6 +42,7 @@ class Record:
     shard: Shard  # sha256 "" for one of this machine: its bytes are not read
     largest_label: int
     without_image: int
+    without_number: int = 0  # samples whose label is a name, or odd: taken as unlabelled
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PlainShards:
     def open_index(self, shard: Shard) -> IO[bytes]:
         def fill(part: IO[bytes]) -> None:
             with self.open(shard) as file:
-                part.write(_as_npy(index_tar(file, shard.name).rows))
+                part.write(_as_npy(_without_names(index_tar(file, shard.name))[0]))
 
         return self.fetching.cache.open(f"{self._key(shard.name)}.npy", 0, fill)
 
@@ -90,14 +91,15 @@ class PlainShards:
             size = file.seek(0, 2)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if scheme(self.sources[name]) else ""  # type: ignore[arg-type]
-        npy = _as_npy(index.rows)
+        rows, without_number = _without_names(index)
+        npy = _as_npy(rows)
 
         def write(part: IO[bytes]) -> None:
             part.write(npy)
 
         self.fetching.cache.open(f"{self._key(name)}.npy", 0, write).close()
-        shard = Shard(name, len(index.rows), size, sha256, hashlib.sha256(npy).hexdigest())
-        return Record(shard, int(index.rows[:, 2].max()), index.without_image)
+        shard = Shard(name, len(rows), size, sha256, hashlib.sha256(npy).hexdigest())
+        return Record(shard, int(rows[:, 2].max()), index.without_image, without_number)
 
     def _tar(self, name: str, shard: Shard | None, stop: threading.Event | None) -> IO[bytes]:
         source = self.sources[name]
@@ -124,6 +126,14 @@ class PlainShards:
             parts = urlsplit(source)
             source = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         return f"plain-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()}"
+
+
+def _without_names(index: TarIndex) -> tuple[np.ndarray, int]:
+    """The rows with labels that are numbers alone, and how many had another: a name has no number without the other shards."""
+    if not index.names:
+        return index.rows, index.odd_labels
+    named = int((index.rows[:, 2] >= 0).sum())
+    return np.column_stack([index.rows[:, :2], np.full(len(index.rows), -1)]), named + index.odd_labels
 
 
 def _as_npy(rows: np.ndarray) -> bytes:
@@ -173,6 +183,12 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
     without = sum(record.without_image for record in found)
     if without:
         say(f"data: {without:,} samples hold no image and are left out")
+    without = sum(record.without_number for record in found)
+    if without:
+        say(
+            f"data: the labels of {without:,} samples are names or no whole numbers from 0 on and are left out; "
+            "`python -m data_prep index` turns names (KEY.cls) into classes"
+        )
     return _manifest(files, found)
 
 

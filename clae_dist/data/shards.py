@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from clae_dist.data.decode import DecodeError, decode_rgb
 from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.tar_index import files_of
 
 _OPEN_SHARDS = 512
 
@@ -26,20 +28,34 @@ class BadSampleError(DataError):
         return BadSampleError, (self.sample, self.reason, self._way_out)
 
 
-class ShardReader:
-    """The images of one split, by (shard, row). Opens shards when first read; safe to send to loader processes."""
+@dataclass(frozen=True)
+class Sample:
+    """What is read at a place."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    image: torch.Tensor  # uint8 (3, H, W)
+    label: int  # -1: none
+    bad: dict[str, str]  # samples that cannot be decoded, in whose place this one is, with reasons
+    metadata: dict[str, bytes]  # the files that were asked for, by kind; those that it has
+
+
+class ShardReader:
+    """The images of one split, by (shard, row). Opens shards when first read; safe to send to loader processes.
+
+    `metadata`: kinds of files (`json`, `txt`) that `read_or_next` gives along with an image.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, metadata: tuple[str, ...] = ()) -> None:
         self.manifest = manifest
         self.split = split
+        self._kinds = metadata
         self.sizes = [shard.samples for shard in manifest.shards(split)]
         self._first_id = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self._open = lru_cache(manifest.files.max_open if manifest.files else _OPEN_SHARDS)(self._map)
 
-    def __getstate__(self) -> tuple[Manifest, str]:
-        return self.manifest, self.split
+    def __getstate__(self) -> tuple[Manifest, str, tuple[str, ...]]:
+        return self.manifest, self.split, self._kinds
 
-    def __setstate__(self, state: tuple[Manifest, str]) -> None:
+    def __setstate__(self, state: tuple[Manifest, str, tuple[str, ...]]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def _map(self, shard: int) -> tuple[memoryview, np.ndarray]:
@@ -55,7 +71,10 @@ class ShardReader:
         return memoryview(mapped), self.manifest.index(record)
 
     def encoded(self, shard: int, row: int) -> tuple[memoryview, int]:
-        """The encoded image, where it lies in the mapped shard, and its label (-1: none)."""
+        """The encoded image, where it lies in the mapped shard, and its label (-1: none).
+
+        The shard stays mapped for as long as anybody holds these bytes, also when this reader has let go of it.
+        """
         mapped, index = self._open(shard)
         offset, length, label = index[row].tolist()
         return mapped[offset : offset + length], label
@@ -73,16 +92,25 @@ class ShardReader:
                 f"`python -m data_prep verify {self.manifest.where}` says whether the shard has changed.",
             ) from None
 
-    def read_or_next(self, shard: int, row: int) -> tuple[torch.Tensor, int, dict[str, str]]:
-        """Image and label of the sample, or of the next one in its shard that can be decoded (after the last, the first).
+    def metadata(self, shard: int, row: int) -> dict[str, bytes]:
+        """The files of a sample by kind, of the kinds that were asked for."""
+        if not self._kinds:
+            return {}
+        (mapped, index), record = self._open(shard), self.manifest.splits[self.split][shard]
+        offset = index[row, 0]
+        before = index[index[:, 0] < offset, :2].sum(1).max(initial=0)  # where the image before ends
+        files = files_of(mapped.obj, record.name, int(offset), int(before))  # type: ignore[arg-type]
+        return {kind: bytes(mapped[f.offset : f.offset + f.size]) for kind, f in files.items() if kind in self._kinds}
 
-        The third: samples that cannot be, with reasons. Which sample stands in depends on nothing but the shard.
-        Raises DataError when the shard has none.
+    def read_or_next(self, shard: int, row: int) -> Sample:
+        """The sample, or the next one in its shard that can be decoded (after the last, the first).
+
+        Which sample stands in depends on nothing but the shard. Raises DataError when the shard has none.
         """
         bad: dict[str, str] = {}
         for other in (*range(row, self.sizes[shard]), *range(row)):
             try:
-                return *self.read(shard, other), bad
+                return Sample(*self.read(shard, other), bad, self.metadata(shard, other))
             except BadSampleError as error:
                 bad[error.sample] = error.reason
         name = self.manifest.splits[self.split][shard].name

@@ -1,7 +1,7 @@
 """Where the images of a WebDataset shard lie, from the headers of the tar alone: 0.01 ms a file, no image is read.
 
 WebDataset's conventions: files with the same path up to the first dot of the base name are one sample, one after the other;
-what follows that dot says what a file is: `jpg`, `png`, … the image, `cls` or `json` its label.
+what follows that dot says what a file is: `jpg`, `png`, … the image, `cls` (a number or a name) or `json` its label.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from clae_dist.data.manifest import DataError
 
 IMAGES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 img".split())
 _MOST_CLASSES = 1_000_000  # a larger number is an id
+_LONGEST_NAME = 200  # characters of a class; more is a caption
 _LABEL_KEYS = ("label", "cls", "class_id", "class_index", "class")
 _BLOCK = 512
 _END = bytes(_BLOCK)
@@ -39,27 +40,42 @@ class TarIndex:
     rows: np.ndarray
     keys: tuple[str, ...]  # of the samples
     without_image: int  # samples that hold no image and are left out
+    names: tuple[str, ...] = ()  # where KEY.cls is a text: the labels are positions here
+    odd_labels: int = 0  # neither whole numbers from 0 on nor names; -1 in `rows`
 
 
 def index_tar(file: IO[bytes], name: str) -> TarIndex:
     """The samples of an open tar, in its order; `name` is what errors call it.
 
-    Raises DataError for what is no whole, uncompressed tar, for one without images, and for labels that are no numbers.
+    Raises DataError for what is no whole, uncompressed tar, and for one without images.
     """
     if not file.seek(0, 2):
         raise DataError(f"{name} is empty; fetch or write it again.")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        rows, keys, without_image = [], [], 0
+        places, labels, keys, without_image = [], [], [], 0
         for key, files in _samples(members(content, name)):
             image = next((files[kind] for kind in files if kind.lower() in IMAGES), None)
             if image is None:
                 without_image += 1
                 continue
-            rows.append((image.offset, image.size, _label(content, files, f"{name}: {key}")))
+            places.append((image.offset, image.size))
+            labels.append(_label(content, files))
             keys.append(key)
-    if not rows:
+    if not places:
         raise DataError(f"{name} holds no images (files such as KEY.jpg or KEY.png); name shards of images.")
-    return TarIndex(np.array(rows, np.int64), tuple(keys), without_image)
+    numbers, names = _numbered(labels)
+    rows = np.array([(*place, label) for place, label in zip(places, numbers, strict=True)], np.int64)
+    return TarIndex(rows, tuple(keys), without_image, names, labels.count(None))
+
+
+def files_of(content: mmap.mmap, name: str, offset: int, after: int) -> dict[str, Member]:
+    """The files of the sample whose image's bytes begin at `offset`, by kind (`jpg`, `json`, …).
+
+    `after` is the end of an earlier file's bytes, such as the image before, or 0. Raises DataError where a tar is damaged.
+    """
+    start = -(-after // _BLOCK) * _BLOCK
+    found = (files for _, files in _samples(members(content, name, start)) if any(f.offset == offset for f in files.values()))
+    return next(found, {})
 
 
 def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -79,36 +95,48 @@ def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
         yield key, files
 
 
-def _label(content: mmap.mmap, files: dict[str, Member], what: str) -> int:
-    """From KEY.cls, else from KEY.json, else -1."""
+def _label(content: mmap.mmap, files: dict[str, Member]) -> int | str | None:
+    """From KEY.cls a number or a text, else the number in KEY.json, else -1. None for what is in KEY.cls and can be neither."""
     member = files.get("cls") or files.get("json")
     if member is None:
         return -1
     if member.size > _MAX_TEXT_BYTES:
-        raise DataError(f"{what} has a label file of {member.size} bytes; a label is a whole number in KEY.cls or KEY.json.")
-    text = content[member.offset : member.offset + member.size]
+        return None if "cls" in files else -1
+    data = content[member.offset : member.offset + member.size]
+    if "cls" in files:
+        return _number_or_name(data.decode("utf-8", "replace").strip())
     try:
-        if "cls" in files:
-            return _number(int(text))
-        record = json.loads(text)
-        found = next((record[key] for key in _LABEL_KEYS if isinstance(record, dict) and type(record.get(key)) is int), -1)
-        return _number(found)
-    except (ValueError, RecursionError):
-        raise DataError(
-            f"{what} has the label {text[:40]!r}; labels are whole numbers from 0 on (-1: none) in KEY.cls, or in KEY.json as "
-            f'{{"label": 3}}.'
-        ) from None
+        record = json.loads(data)
+    except (ValueError, RecursionError):  # JSON of another kind than labels; it is not ours to judge
+        return -1
+    found = next((record[key] for key in _LABEL_KEYS if isinstance(record, dict) and type(record.get(key)) is int), -1)
+    return found if -1 <= found < _MOST_CLASSES else None
 
 
-def _number(label: int) -> int:
-    if not -1 <= label < _MOST_CLASSES:
-        raise ValueError(label)
-    return label
+def _number_or_name(text: str) -> int | str | None:
+    try:
+        number = int(text)
+    except ValueError:
+        return text if 0 < len(text) <= _LONGEST_NAME and text.isprintable() else None
+    return number if -1 <= number < _MOST_CLASSES else None
 
 
-def members(content: mmap.mmap | bytes, name: str) -> Iterator[Member]:
-    """The files of a tar (ustar, pax, GNU). Raises DataError, naming the place, for one that is damaged or cut short."""
-    position, override = 0, dict[str, str]()
+def _numbered(labels: list[int | str | None]) -> tuple[list[int], tuple[str, ...]]:
+    """The labels as numbers, and their names if one of them is a name: then the numbers among them are names, too."""
+    if not any(isinstance(label, str) for label in labels):
+        return [label if isinstance(label, int) else -1 for label in labels], ()
+    named = [None if label in (None, -1) else str(label) for label in labels]
+    names = tuple(sorted({name for name in named if name is not None}))
+    places = {name: place for place, name in enumerate(names)}
+    return [-1 if name is None else places[name] for name in named], names
+
+
+def members(content: mmap.mmap | bytes, name: str, start: int = 0) -> Iterator[Member]:
+    """The files of a tar (ustar, pax, GNU), from the one whose header is at `start` on.
+
+    Raises DataError, naming the place, for one that is damaged or cut short.
+    """
+    position, override = start, dict[str, str]()
     while True:
         header = content[position : position + _BLOCK]
         if len(header) < _BLOCK:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import io
+import tarfile
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +15,13 @@ import pytest
 import torch
 
 from clae_dist.config import Batch, Config, Data
+from clae_dist.data import decode
+from clae_dist.data.decode import as_tensor, torchvision_decoder
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch as Views
 from clae_dist.data.loader import load
 from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.shard_set import open_shards
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.world import World
@@ -33,14 +40,15 @@ def batches(manifest: Manifest, rank: int = 0, size: int = 1, workers: int = 0, 
 
 
 def together(parts: list[Views]) -> Views:
-    *tensors, bad = zip(*parts, strict=True)
+    *tensors, bad, metadata = zip(*parts, strict=True)
     joined = [torch.cat(part, dim=1 if part[0].dim() > 1 else 0) for part in tensors]
-    return Views(*joined, {sample: reason for part in bad for sample, reason in part.items()})
+    skipped = {sample: reason for part in bad for sample, reason in part.items()}
+    return Views(*joined, skipped, [files for part in metadata for files in part])
 
 
 def assert_same(found: Views, wanted: Views) -> None:
     for name, a, b in zip(Views._fields, found, wanted, strict=True):
-        assert a == b if name == "bad" else torch.equal(a, b), name
+        assert a == b if name in ("bad", "metadata") else torch.equal(a, b), name
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on machines with fewer cores
@@ -124,9 +132,9 @@ def test_what_stands_in_for_a_damaged_image_depends_on_nothing_but_the_shard(tmp
     assert {sample for batch in found for sample in batch.bad} == {f"sample {row} of train-000001.tar" for row in (2, 3, 12)}
     reader = ShardReader(whole, "train")
     for row, instead in ((2, 4), (3, 4), (12, 0)):
-        image, label, _ = reader.read_or_next(1, row)
-        assert torch.equal(image, reader.read(1, instead)[0])
-        assert label == reader.read(1, instead)[1]
+        found_there = reader.read_or_next(1, row)
+        assert torch.equal(found_there.image, reader.read(1, instead)[0])
+        assert found_there.label == reader.read(1, instead)[1]
     first = int(sum(reader.sizes[:1]))
     ids = torch.cat([batch.ids for batch in found])
     assert torch.equal(ids, right.ids)  # batches keep their size and their places
@@ -175,3 +183,62 @@ def test_an_empty_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "train-000000.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"train-000000.tar has 0 bytes, but the manifest says"):
         ShardReader(empty, "train").read(0, 0)
+
+
+def test_the_decoder_is_handed_the_mapped_bytes_themselves(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each JPEG was copied once on its way, since torch warns of a buffer that cannot be written to."""
+    handed: list[torch.Tensor] = []
+    real = torchvision_decoder()
+    assert real is not None
+    monkeypatch.setattr(decode, "torchvision_decoder", lambda: lambda data: [handed.append(data), real(data)][1])
+    reader = ShardReader(manifest, "train")
+    reader.read(1, 3)
+    mapped = np.frombuffer(reader.encoded(1, 3)[0], np.uint8)
+    assert handed[0].data_ptr() == mapped.ctypes.data
+
+
+def test_bytes_stay_readable_when_their_shard_is_let_go(tmp_path: Path) -> None:
+    """A shard that is unmapped under a decoder would end the process."""
+    made = write_synthetic_set(tmp_path / "shards", 12, 20, num_shards=3)
+    reader = ShardReader(made, "train")
+    reader._open = lru_cache(1)(reader._map)  # two shards at a time would be one too many
+    held = as_tensor(reader.encoded(0, 0)[0])
+    wanted = bytes(reader.encoded(0, 0)[0])
+    for shard in (1, 2):
+        reader.read(shard, 0)
+    (made.folder / "train-000000.tar").unlink()
+    gc.collect()
+    assert bytes(held.tolist()) == wanted
+
+
+def tar_with(path: Path, samples: list[list[tuple[str, bytes]]]) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in (file for sample in samples for file in sample):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_metadata_comes_along_when_it_is_asked_for(tmp_path: Path, manifest: Manifest, workers: int) -> None:
+    """Whatever the order of a sample's files; JSON that is none is bytes as any other; who did not ask gets nothing."""
+    reader = ShardReader(manifest, "train")
+    jpeg = bytes(reader.encoded(0, 0)[0])
+    long = "n" * 150  # a name with an extended header of its own
+    samples = [
+        [("a.jpg", jpeg), ("a.json", b'{"x": 1}'), ("a.txt", b"text of a")],
+        [("b.json", b"{"), ("b.txt", "\u00e4".encode()), ("b.jpg", jpeg)],
+        [("none.txt", b"of no image")],
+        [(f"{long}.txt", b"long"), (f"{long}.jpg", jpeg), (f"{long}.seg.png", b"mask")],
+        [("d.jpg", jpeg), ("d.cls", b"cat")],
+    ]
+    tar_with(tmp_path / "plain.tar", samples)
+    wanted = [{"json": b'{"x": 1}', "txt": b"text of a"}, {"json": b"{", "txt": b"\xc3\xa4"}, {"txt": b"long"}, {}]
+    for kinds, metadata in ((("json", "txt"), wanted), ((), [])):
+        data = Data(str(tmp_path / "plain.tar"), cache=str(tmp_path / "cache"), image_size=16, workers=workers, metadata=kinds)
+        said: list[str] = []
+        config = Config(data=data, batch=Batch(global_size=4))
+        (batch,) = load(open_shards(data, say=said.append), config, World.single("cpu"), 0, 1)
+        assert list(batch.metadata) == ([metadata[row] for row in batch.ids.tolist()] if kinds else [])
+        assert batch.labels.tolist() == [-1] * 4
+        assert sum("labels of 1 samples are names" in line for line in said) == 1

@@ -162,5 +162,5 @@ def test_a_damaged_image_of_a_mixture_is_named_with_its_set(tmp_path: Path) -> N
     offset = int(other.index(other.splits["train"][0])[3, 0])
     data[offset : offset + 8] = b"notaJPEG"
     path.write_bytes(data)
-    bad = ShardReader(mix([made, other], [0.5, 0.5], "train"), "train").read_or_next(1, 3)[2]
+    bad = ShardReader(mix([made, other], [0.5, 0.5], "train"), "train").read_or_next(1, 3).bad
     assert list(bad) == ["sample 3 of 1-other/train-000000.tar"]

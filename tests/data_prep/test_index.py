@@ -96,6 +96,36 @@ def test_labels_get_names(shards: Path) -> None:
         made(shards, classes=("cat",))
 
 
+def shard_of(path: Path, image: bytes, labels: list[bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, label in enumerate(labels):
+            for name, data in ((f"{number}.jpg", image), (f"{number}.cls", label)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_labels_that_are_names(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    """Each shard numbers the names that it has; the set numbers them all, and a number among them is a name, too."""
+    folder, lines = tmp_path / "shards", list[str]()
+    folder.mkdir()
+    wanted = [[b"dog", b"cat"], [b"ant", b"dog", b"ant"], [b"7", b"-2"]]
+    for number, labels in enumerate(wanted):
+        shard_of(folder / f"train-{number}.tar", encoded(0), labels)
+    manifest = made(folder, to=tmp_path / "to", said=lines)
+    assert manifest.classes == ("7", "ant", "cat", "dog")
+    found = [
+        [manifest.classes[label] if label >= 0 else "" for label in manifest.index(shard)[:, 2]]
+        for shard in manifest.splits["train"]
+    ]
+    assert found == [["dog", "cat"], ["ant", "dog", "ant"], ["7", ""]]
+    assert "The labels of 1 images are neither names nor whole numbers" in "\n".join(lines)
+    assert verify(tmp_path / "to") == []
+    with pytest.raises(DataError, match=r"train-1\.tar has the label 'ant', which --classes does not name"):
+        made(folder, to=tmp_path / "other", classes=("dog", "cat", "7"))
+    assert made(folder, to=tmp_path / "other", classes=("dog", "cat", "7", "ant")).classes == ("dog", "cat", "7", "ant")
+
+
 def test_images_without_labels(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
     with tarfile.open(tmp_path / "plain.tar", "w") as tar:
         for number in range(3):
