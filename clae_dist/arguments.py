@@ -110,7 +110,8 @@ def _add_results(commands: _Commands) -> None:
     evaluate = _add(commands, "evaluate", "kNN and linear probe of a run's encoder, before and after pretraining")
     report = _add(commands, "report", "write a run's report (HTML, PNGs) and summary.json, and print the table")
     export = _add(commands, "export", "write the encoder as safetensors that timm or torchvision load without this package")
-    for sub in (evaluate, report, export):
+    checkpoints = _add(commands, "checkpoints", "list, verify and export a run's checkpoints; exit code 1 where one is damaged")
+    for sub in (evaluate, report, export, checkpoints):
         sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, such as runs/clae")
     for sub in (evaluate, report):
         sub.add_argument("--shards", default="", metavar="SHARDS", help="where its images are (default: as config.yaml says)")
@@ -118,6 +119,12 @@ def _add_results(commands: _Commands) -> None:
         "--compare", type=Path, metavar="RUN", help="another run that has a report, for the table's second column"
     )
     export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
+    checkpoints.add_argument("--verify", action="store_true", help="read every byte, and say what is damaged")
+    checkpoints.add_argument("--json", action="store_true", help="print one JSON array, newest first")
+    checkpoints.add_argument(
+        "--export", type=int, nargs="?", const=-1, metavar="STEP", help="write all of its tensors, whole (default: the newest)"
+    )
+    checkpoints.add_argument("--to", type=Path, metavar="FILE", help="where --export writes a safetensors file")
 
 
 def _add_proofs(commands: _Commands) -> None:

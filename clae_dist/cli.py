@@ -83,6 +83,18 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from clae_dist.config import ConfigError
+    from clae_dist.runs.checkpoint.listing import export_checkpoint, say_checkpoints
+
+    if (arguments.export is None) != (arguments.to is None):
+        raise ConfigError("--export [STEP] and --to FILE go together; one of them is missing.")
+    if arguments.export is None:
+        return say_checkpoints(arguments.run, arguments.verify, arguments.json, print)
+    print(f"wrote {export_checkpoint(arguments.run, arguments.export, arguments.to)}")
+    return 0
+
+
 def _parity(arguments: argparse.Namespace) -> int:
     from clae_dist.config import ConfigError
     from clae_dist.parity.run import DEMO, parity
@@ -135,6 +147,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "report": _report,
     "export": _export,
+    "checkpoints": _checkpoints,
     "parity": _parity,
     "bench": _bench,
     "doctor": _doctor,

@@ -62,7 +62,7 @@ def test_settings_may_follow_options_and_paths_stay_as_they_are(capsys: pytest.C
     settings = [f"data.shards={shards}", f"run_dir={odd / 'run'}", "tracking.name=none", "data.image_size=16", "data.workers=0"]
     more = ["model.encoder=small_resnet", "batch.global_size=32", "train.epochs=1", "train.knn_every=0"]
     assert main(["train", RECIPE, *settings, "--launcher", "local", "launch.workers=1", *more]) == 0
-    assert (odd / "run" / "checkpoints" / "step-00000002.pt").is_file()
+    assert (odd / "run" / "checkpoints" / "step-00000002" / "checkpoint.json").is_file()
     with pytest.raises(SystemExit):
         main(["train", RECIPE, "--launcher", "local", "--epochs"])
     assert "unrecognized arguments: --epochs" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_the_whole_job_on_a_small_budget(images: Path, tmp_path: Path) -> None:
     assert "kNN" in said.rsplit("== Report", 1)[1]
     assert "<html" in (run_dir / "report" / "report.html").read_text()
     assert list((run_dir / "export").glob("*.safetensors"))
-    assert list((run_dir / "checkpoints").glob("step-*.pt"))
+    assert list((run_dir / "checkpoints").glob("step-*/checkpoint.json"))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert any("wrong_sign_share" in line for line in lines)
 

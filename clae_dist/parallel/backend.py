@@ -145,16 +145,15 @@ class Backend(ABC):
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds of what a checkpoint keeps: the same names in the same order on every rank."""
-        yield from self._weights("model", self._shards())
-        if self.average.decay:
-            yield from self._weights("average", self.average.parts)
-        for name, value in self._buffers().items():
-            yield everywhere(value, self.world).piece(f"model/{name}", value)
+        shards = self._shards()  # first: it may put parts in the place of whole parameters
+        weights = dict(self.model.named_parameters())
+        parts = dict(zip(weights, shards, strict=True))
+        for name, value in self.model.state_dict().items():
+            place = self._place(weights[name]) if name in weights else everywhere(value, self.world)
+            yield place.piece(f"model/{name}", parts.get(name, value))
+        for (name, parameter), part in zip(weights.items(), self.average.parts, strict=False):  # none without an average
+            yield self._place(parameter).piece(f"average/{name}", part)
         yield from self._optimizer_pieces()
-
-    def _weights(self, section: str, parts: list[torch.Tensor]) -> Iterator[Piece]:
-        for (name, parameter), part in zip(self.model.named_parameters(), parts, strict=True):
-            yield self._place(parameter).piece(f"{section}/{name}", part)
 
     def _place(self, parameter: nn.Parameter) -> Place:
         """Where this rank's shard of a parameter lies in the whole."""
@@ -190,8 +189,10 @@ class Backend(ABC):
             if not self._sharded():
                 yield self.model
                 return
-            weights = gather_whole(self._weights("", self._shards()), self.world)
-            state = {**self._buffers(), **{name.removeprefix("/"): value for name, value in weights}}
+            shards = self._shards()
+            parts = zip(self.model.named_parameters(), shards, strict=True)
+            weights = dict(gather_whole((self._place(p).piece(name, part) for (name, p), part in parts), self.world))
+            state = {**self._buffers(), **weights}
         model = build_model(self.config).to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.load_state_dict(state)
         yield model

@@ -1,7 +1,8 @@
 """When a run saves, and what its ranks must hear of each other for that.
 
-A save copies to host memory and goes on in a thread of each rank. Collectives stay in the loop: whether a write goes on or
-has failed travels with the flags that ranks exchange in every step; once all have written, rank 0 gives the checkpoint its name.
+A save copies to host memory and goes on in a thread of each rank. Collectives stay in the loop: whether a write goes on
+or has failed travels with the flags that ranks exchange in every step; once all have written, rank 0 gives the checkpoint
+its name.
 """
 
 from __future__ import annotations

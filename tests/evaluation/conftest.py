@@ -21,7 +21,7 @@ from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.features import Features
 from clae_dist.models import build_model
 from clae_dist.recipe import resolve, to_yaml
-from clae_dist.runs.checkpoint import save_checkpoint
+from tests.checkpoints import write_checkpoint
 
 CLASSES = ("blue", "green", "red")
 SIDE = 16
@@ -157,7 +157,7 @@ def make_run(tmp_path: Path, labelled_shards: Path) -> Callable[..., Path]:
 def _save(config: Config, run_dir: Path) -> None:
     model = build_model(config)
     _disturb(model)
-    save_checkpoint(run_dir, 7, {"model": model.state_dict(), "step": 7, "images_seen": 224}, keep=1)
+    write_checkpoint(run_dir, 7, {f"model/{name}": value for name, value in model.state_dict().items()})  # 224 images seen
 
 
 def _line(images_seen: int, **values: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ batch: {global_size: 16, micro_size: 4}
 model: {encoder: small_resnet, projector_dim: 16}
 attack: {name: fgsm, cost: fused, anchor: other}
 optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0, clip_norm: 1}
-train: {epochs: 2, log_every: 1, diagnose_every: 4, knn_every: 1, checkpoint_every: 4, ema_decay: 0.9}
+train: {epochs: 2, log_every: 1, diagnose_every: 4, knn_every: 1, ema_decay: 0.9}
+checkpoint: {every_steps: 4}
 tracking: {name: none}
 launch: {workers: 2}
 """  # 8 steps
@@ -53,9 +55,10 @@ def train(recipe: Path, shards: Manifest, run_dir: Path, launcher: str, *setting
 
 
 def assert_finished(run_dir: Path, shards: Manifest) -> None:
-    state = load_checkpoint(run_dir, pytest.fail)
-    assert state is not None
-    assert state["step"] == 8
+    checkpoint = load_checkpoint(run_dir, pytest.fail)
+    assert checkpoint is not None
+    assert checkpoint.step == 8
+    state = checkpoint.state()
     _, model, _ = load_model(run_dir)
     weight = model.get_parameter("projector.0.weight")
     assert torch.equal(weight, state["average"]["projector.0.weight"])  # what is evaluated
@@ -98,9 +101,9 @@ def test_a_run_goes_on_under_other_backends(recipe: Path, shards: Manifest, tmp_
     run_dir = tmp_path / "run"
     train(recipe, shards, run_dir, "local", "parallel.backend=fsdp2")
     newest, *_ = sorted((run_dir / "checkpoints").iterdir(), reverse=True)
-    newest.unlink()  # as if it had been lost after step 4
+    shutil.rmtree(newest)  # as if it had been lost after step 4
     train(recipe, shards, run_dir, "local", "parallel.backend=deepspeed", "parallel.zero_stage=3")
     assert_finished(run_dir, shards)
-    newest.unlink()
+    shutil.rmtree(newest)
     train(recipe, shards, run_dir, "local", "parallel.backend=ddp", "launch.workers=1")
     assert_finished(run_dir, shards)

@@ -28,7 +28,8 @@ data: {image_size: 16, workers: 0}
 batch: {global_size: 16}
 model: {encoder: small_resnet, projector_dim: 16}
 optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
-train: {epochs: 4, log_every: 1, diagnose_every: 100, knn_every: 0, checkpoint_every: 4}
+train: {epochs: 4, log_every: 1, diagnose_every: 100, knn_every: 0}
+checkpoint: {every_steps: 4}
 tracking: {name: none}
 """  # 24 steps
 
@@ -113,10 +114,10 @@ def run(arguments: list[str]) -> str:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = load_checkpoint(run_dir, pytest.fail)
-    assert state is not None
-    assert state["step"] == 24
-    return state["model"]
+    checkpoint = load_checkpoint(run_dir, pytest.fail)
+    assert checkpoint is not None
+    assert checkpoint.step == 24
+    return dict(checkpoint.state()["model"])
 
 
 def assert_bitwise(run_dir: Path, other: Path) -> None:
@@ -160,7 +161,7 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     assert "was killed by SIGKILL" in said or "ray" in launcher, said
     assert "The same command goes on from the newest checkpoint" in said
     assert len(said.splitlines()) < 12, said  # readable
-    assert 4 <= int(find_checkpoints(tmp_path / "run")[0].stem.removeprefix("step-")) < 24
+    assert 4 <= int(find_checkpoints(tmp_path / "run")[0].name.removeprefix("step-")) < 24
     assert "resuming after step" in run(arguments)
     assert_bitwise(tmp_path / "run", undisturbed)
 
@@ -187,11 +188,11 @@ def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest
 def test_a_signal_saves_and_leaves(
     launcher: str, how: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """checkpoint_every is 1000 here: the checkpoint is the one that the signal asked for.
+    """checkpoint.every_steps is 1000 here: the checkpoint is the one that the signal asked for.
 
     Ctrl-C reaches every process of a terminal, loaders too; a rank took the launcher's copy of it for a second one.
     """
-    arguments = command(recipe, shards, tmp_path / "run", launcher, "train.checkpoint_every=1000", "data.workers=1")
+    arguments = command(recipe, shards, tmp_path / "run", launcher, "checkpoint.every_steps=1000", "data.workers=1")
     with started(arguments) as process:
         read_until(process, "step  5/24")
         if how == "Ctrl-C":
@@ -202,7 +203,7 @@ def test_a_signal_saves_and_leaves(
     assert code == STOPPED, said
     assert "saved. The same command goes on from there." in said
     (checkpoint,) = find_checkpoints(tmp_path / "run")
-    assert 5 <= int(checkpoint.stem.removeprefix("step-")) < 24
+    assert 5 <= int(checkpoint.name.removeprefix("step-")) < 24
     run(arguments)
     assert_bitwise(tmp_path / "run", undisturbed)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import Batch, Config, Data, Model, Optim, Tracking, Train
+from clae_dist.config import Batch, Checkpointing, Config, Data, Model, Optim, Tracking, Train
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import load_checkpoint
@@ -37,7 +37,8 @@ def recipe(shards: str, run_dir: Path, **data: Any) -> Config:
         batch=Batch(global_size=12),
         model=Model(encoder="small_resnet", projector_dim=16),
         optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.0),
-        train=Train(epochs=2, precision="float32", knn_every=1, checkpoint_every=4, threads=1),
+        train=Train(epochs=2, precision="float32", knn_every=1, threads=1),
+        checkpoint=Checkpointing(every_steps=4),
         tracking=Tracking(name="none"),
     )
 
@@ -52,9 +53,9 @@ def train_on(world: World, config: Config) -> str:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = load_checkpoint(run_dir, lambda text: pytest.fail(text))
-    assert state is not None
-    return state["model"]  # type: ignore[no-any-return]
+    checkpoint = load_checkpoint(run_dir, lambda text: pytest.fail(text))
+    assert checkpoint is not None
+    return dict(checkpoint.state()["model"])
 
 
 def test_a_run_under_faults_ends_with_the_local_runs_weights(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:

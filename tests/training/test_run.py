@@ -68,7 +68,7 @@ def train_on(world: World, config: Config, lose_at: int = 0, stop_at: int = 0) -
         nonlocal count
         count += 1
         if count == lose_at:
-            (config.folder / "checkpoints" / "step-00000099.partial-12345678").mkdir()
+            (config.folder / "checkpoints" / "step-00000099.partial-12345678").mkdir(exist_ok=True)
             raise InterruptedError("lost")
         if count == stop_at:
             (config.folder / STOP_FILE).touch()
@@ -90,7 +90,7 @@ _FLAGS = Saving.flags
 
 
 def _after_writing(saving: Saving) -> tuple[bool, bool, bool]:
-    """The flags of a rank whose writes take less than a step: what has been saved when a run is lost does not depend on time."""
+    """The flags of a rank whose writes take less than a step: what a lost run has saved does not depend on time."""
     saving._writer.join()
     return _FLAGS(saving)
 

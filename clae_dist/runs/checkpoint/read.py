@@ -18,6 +18,7 @@ from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Run, open_inside, read_index
 from clae_dist.runs.checkpoint.pieces import sections
 from clae_dist.runs.checkpoint.places import find_checkpoints
+from clae_dist.runs.checkpoint.safetensors_file import bytes_of
 from clae_dist.world import World
 
 _CHUNK = 8 << 20
@@ -106,10 +107,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             for run in tensor.runs:
                 if run.file == file:
                     try:
-                        row = self._run(name, run, DTYPES[tensor.dtype]).contiguous().view(torch.uint8)
+                        found = zlib.crc32(bytes_of(self._run(name, run, DTYPES[tensor.dtype])))
                     except DamagedError:
                         return " (nothing in it can be read)"
-                    if zlib.crc32(memoryview(row.numpy())) != run.crc32:
+                    if found != run.crc32:
                         damaged.append(name)
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         return f" (damaged: {damaged[0]}{more})" if damaged else " (its header; the tensors are whole)"

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -33,6 +33,12 @@ class Spec:
     @staticmethod
     def of(name: str, tensor: torch.Tensor) -> Spec:
         return Spec(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's bytes, in the order of its elements; where they lie, if it is contiguous."""
+    row: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(row)
 
 
 def _header(specs: Sequence[Spec], metadata: dict[str, str]) -> bytes:
@@ -80,8 +86,7 @@ def write_safetensors(
         put(file, memoryview(_header(specs, metadata or {})))
         for spec, tensor in zip(specs, tensors, strict=True):
             assert Spec.of(spec.name, tensor) == spec, f"{spec} is announced, {Spec.of(spec.name, tensor)} came"
-            row = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            crcs.append(put(file, memoryview(row.numpy())))
+            crcs.append(put(file, bytes_of(tensor)))
         file.flush()
         os.fsync(file.fileno())
     return File(total, sha256.hexdigest()), crcs

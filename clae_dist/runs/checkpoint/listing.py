@@ -1,0 +1,126 @@
+"""`clae checkpoints RUN`: what there is, whether it is whole, and one of them as one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clae_dist.config import ConfigError
+from clae_dist.runs.checkpoint.index import DamagedError
+from clae_dist.runs.checkpoint.places import find_checkpoints, step_of
+from clae_dist.runs.checkpoint.read import Checkpoint
+from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
+
+NEWEST = -1
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A checkpoint of the list. None: not known, because checkpoint.json is damaged; `whole`: because nobody looked."""
+
+    step: int
+    path: str
+    images_seen: int | None = None
+    saved: float | None = None  # seconds since 1970
+    num_bytes: int | None = None
+    world_size: int | None = None
+    backend: str | None = None
+    whole: bool | None = None
+    problem: str = ""
+
+
+def list_checkpoints(run_dir: Path, verify: bool) -> list[Line]:
+    """The checkpoints of a run, newest first; `verify` reads every byte. Raises ConfigError without a run folder."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
+    return [_line(path, verify) for path in find_checkpoints(run_dir)]
+
+
+def _line(path: Path, verify: bool) -> Line:
+    line = Line(step_of(path), str(path))
+    try:
+        found = Checkpoint(path)
+        index = found.index
+        line = dataclasses.replace(
+            line,
+            images_seen=index.info["images_seen"],
+            saved=index.saved,
+            num_bytes=index.num_bytes,
+            world_size=index.world_size,
+            backend=index.backend,
+        )
+        if verify:
+            found.verify()
+            line = dataclasses.replace(line, whole=True)
+    except DamagedError as error:
+        line = dataclasses.replace(line, whole=False, problem=str(error))
+    return line
+
+
+def say_checkpoints(run_dir: Path, verify: bool, as_json: bool, say: Say) -> int:
+    """Says the list as a table or as one JSON array; 1 where one is damaged, 0 otherwise."""
+    lines = list_checkpoints(run_dir, verify)
+    if as_json:
+        say(json.dumps([dataclasses.asdict(line) for line in lines], indent=1))
+    else:
+        say(f"{'step':>10}{'images seen':>15}{'age':>10}{'size':>12}  saved by")
+        for line in lines:
+            say(_text(line))
+        if not lines:
+            say("no checkpoint yet")
+    return 1 if any(line.whole is False for line in lines) else 0
+
+
+def _text(line: Line) -> str:
+    if line.saved is None or line.num_bytes is None:
+        return f"{line.step:>10,}  damaged: {line.problem}"
+    state = "" if line.whole is None else "; whole" if line.whole else f"; damaged: {line.problem}"
+    ranks = f"{line.world_size} rank{'' if line.world_size == 1 else 's'}"
+    return (
+        f"{line.step:>10,}{line.images_seen:>15,}{_age(time.time() - line.saved):>10}{line.num_bytes / 1e6:>9,.1f} MB"
+        f"  {ranks}, {line.backend}{state}"
+    )
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
+    """Writes whole tensors of the checkpoint of `step` (or of the NEWEST) as one safetensors file, one at a time.
+
+    The file appears whole or not at all. Raises ConfigError for a step that there is not, or a damaged checkpoint.
+    """
+    found = {step_of(path): path for path in find_checkpoints(run_dir)}
+    wanted = max(found, default=NEWEST) if step == NEWEST else step
+    if wanted not in found:
+        there = f"it has {', '.join(map(str, sorted(found)))}" if found else "it has none"
+        asked = "" if step == NEWEST else f" of step {step}"
+        raise ConfigError(f"RUN is {str(run_dir)!r}, which has no checkpoint{asked}; {there}.")
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        checkpoint = Checkpoint(found[wanted])
+        checkpoint.verify()
+        specs = [Spec(name, tensor.shape, tensor.dtype) for name, tensor in checkpoint.index.tensors.items()]
+        about = {"step": str(checkpoint.step), "images_seen": str(checkpoint.info["images_seen"])}
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(partial, specs, (checkpoint[spec.name] for spec in specs), about)
+        partial.replace(destination)
+    except DamagedError as error:
+        raise ConfigError(
+            f"the checkpoint of step {wanted} is damaged: {error}; `clae checkpoints {run_dir} --verify` shows which are whole."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--to is {str(destination)!r}, which cannot be written ({error.strerror}); name another.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return destination

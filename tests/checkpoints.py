@@ -1,0 +1,45 @@
+"""Checkpoints made without training: what the tests of whoever reads or writes them have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clae_dist.runs.checkpoint import Piece, Writer, find_checkpoints
+
+CPU = torch.device("cpu")
+
+
+def pieces_of(name: str, tensor: torch.Tensor, rank: int, size: int, sharded: bool) -> Piece:
+    """Rank's piece of a whole tensor: all of it, as every rank has, or the rank's run of elements, which may be empty."""
+    if not sharded:
+        return Piece(name, tuple(tensor.shape), 0, tensor, tuple(range(size)))
+    length = -(-tensor.numel() // size)
+    start = min(rank * length, tensor.numel())
+    return Piece(name, tuple(tensor.shape), start, tensor.reshape(-1)[start : start + length], (rank,))
+
+
+def write_checkpoint(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    size: int = 1,
+    sharded: bool = False,
+    keep: int = 3,
+    **info: Any,
+) -> Path:
+    """A whole checkpoint, as `size` ranks would write it."""
+    writers = [Writer(run_dir, rank, size, "attempt0", CPU) for rank in range(size)]
+    for rank, writer in enumerate(writers):
+        writer.begin(step, [pieces_of(name, tensor, rank, size, sharded) for name, tensor in tensors.items()])
+    for writer in writers:
+        writer.join()
+        assert not writer.problem, writer.problem
+    everything = {"images_seen": 32 * step, "train_s": 1.5, "bad_samples": {}, **info}
+    writers[0].commit(step, "ddp", everything, keep, 0.0)
+    writers[0].join()
+    assert not writers[0].problem, writers[0].problem
+    return find_checkpoints(run_dir)[0]

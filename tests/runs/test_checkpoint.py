@@ -1,0 +1,367 @@
+"""Checkpoints on disk: what is written is read, whole or not at all, whatever happens to the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clae_dist.cli import main
+from clae_dist.config import Config, ConfigError
+from clae_dist.recipe import to_yaml
+from clae_dist.runs.checkpoint import Checkpoint, Piece, Writer, find_checkpoints, load_checkpoint
+from clae_dist.runs.checkpoint.index import DamagedError, _digest
+from clae_dist.runs.checkpoint.pieces import share_of
+from clae_dist.runs.checkpoint.write import outdated
+from tests.checkpoints import CPU, pieces_of, write_checkpoint
+from tests.mutations import mutate
+
+ROOT = Path(__file__).parents[2]
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every type and layout that a state has."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "model/conv.weight": draw(5, 3, 3, 3).to(memory_format=torch.channels_last),
+        "model/linear.weight": draw(7, 11).double(),
+        "model/half": draw(6).bfloat16(),
+        "model/steps": torch.tensor(17 + seed),
+        "model/mask": draw(9) > 0,
+        "model/empty": torch.empty(0, 4),
+        "optimizer/linear.weight/exp_avg": draw(7, 11).t().contiguous().t(),
+        "optimizer/linear.weight/step": torch.tensor(3.0),
+    }
+
+
+def assert_same(found: Checkpoint, wanted: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(("size", "sharded"), [(1, False), (3, False), (3, True), (20, True)])
+def test_what_some_ranks_write_one_reads_whole(tmp_path: Path, size: int, sharded: bool) -> None:
+    path = write_checkpoint(tmp_path, 12, tensors(), size, sharded, bad_samples={"a": "why"})
+    checkpoint = load_checkpoint(tmp_path, pytest.fail)
+    assert checkpoint is not None
+    assert_same(checkpoint, tensors())
+    assert (checkpoint.step, checkpoint.info["images_seen"], checkpoint.info["bad_samples"]) == (12, 384, {"a": "why"})
+    assert path.name == "step-00000012"
+    assert sorted(file.name for file in path.iterdir()) == [
+        "checkpoint.json",
+        *(f"rank-{rank:05d}.safetensors" for rank in range(size)),
+    ]
+    state = checkpoint.state()
+    assert list(state["optimizer"]) == ["linear.weight"]
+    assert set(state["model"]) == {name.removeprefix("model/") for name in tensors() if name.startswith("model/")}
+
+
+def test_files_are_plain_safetensors(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1, tensors(), 2)
+    found = {**load_file(path / "rank-00000.safetensors"), **load_file(path / "rank-00001.safetensors")}
+    assert set(found) == set(tensors())
+    assert all(torch.equal(found[name], value) for name, value in tensors().items())
+
+
+def test_what_several_ranks_hold_is_written_once_and_shared_by_bytes() -> None:
+    sizes = [1000, 10, 400, 300, 300, 20, 0]
+    pieces = [Piece(str(i), (n,), 0, torch.zeros(n), (0, 1)) for i, n in enumerate(sizes)]
+    shares = [share_of(pieces, rank) for rank in (0, 1)]
+    assert sorted(piece.name for share in shares for piece in share) == [str(i) for i in range(len(sizes))]
+    written = [sum(piece.tensor.nbytes for piece in share) for share in shares]
+    assert abs(written[0] - written[1]) <= 4 * 30
+    halves = [[Piece("w", (8,), 4 * (rank % 2), torch.zeros(4), (rank % 2, rank % 2 + 2))] for rank in range(4)]
+    assert [len(share_of(held, rank)) for rank, held in enumerate(halves)] == [1, 1, 0, 0]  # two copies of two halves
+
+
+def test_a_save_is_of_the_moment_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training writes into the weights while they are being written out."""
+    go_on, write = threading.Event(), Writer._write
+    monkeypatch.setattr(Writer, "_write", lambda *arguments: go_on.wait(60) and write(*arguments))
+    weight = torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    writer = Writer(tmp_path, 0, 1, "a", CPU)
+    writer.reserve([pieces_of("model/w", weight, 0, 1, False)])
+    writer.begin(1, [pieces_of("model/w", weight, 0, 1, False)])
+    weight.zero_()
+    assert writer.busy
+    go_on.set()
+    writer.join()
+    writer.commit(1, "ddp", {"images_seen": 1}, 3, 0)
+    writer.join()
+    assert writer.problem == ""
+    assert Checkpoint(find_checkpoints(tmp_path)[0])["model/w"].eq(1).all()
+
+
+def test_a_write_that_is_cancelled_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, write = threading.Event(), Writer._write
+    monkeypatch.setattr(Writer, "_write", lambda *arguments: go_on.wait(60) and write(*arguments))
+    writer = Writer(tmp_path, 0, 1, "a", CPU)
+    writer.begin(1, [pieces_of("model/w", torch.ones(3), 0, 1, False)])
+    writer._cancelled.set()
+    go_on.set()
+    writer.cancel()
+    assert not writer.busy
+    assert find_checkpoints(tmp_path) == []
+
+
+# ---- damage ----
+
+
+def rewrite_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """checkpoint.json changed by somebody who knows how to sign it."""
+    file = path / "checkpoint.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    change(content)
+    file.write_text(json.dumps({**content, "sha256": _digest(content)}))
+
+
+def flip(file: str, at: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray((path / file).read_bytes())
+        data[at] ^= 1
+        (path / file).write_bytes(data)
+
+    return damage
+
+
+def replace_bytes(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda path: (path / file).write_bytes(change((path / file).read_bytes())) and None
+
+
+def link(path: Path) -> None:
+    file = path / "rank-00001.safetensors"
+    outside = path.parents[1] / "outside"
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+def pipe(path: Path) -> None:
+    (path / "rank-00001.safetensors").unlink()
+    os.mkfifo(path / "rank-00001.safetensors")
+
+
+def set_tensor(key: str, value: Any) -> Callable[[Path], None]:
+    return lambda path: rewrite_index(path, lambda content: content["tensors"]["model/linear.weight"].update({key: value}))
+
+
+def set_pieces(change: Callable[[list[Any]], list[Any]]) -> Callable[[Path], None]:
+    def damage(content: dict[str, Any]) -> None:
+        entry = content["tensors"]["model/linear.weight"]
+        entry["pieces"] = change(entry["pieces"])
+
+    return lambda path: rewrite_index(path, damage)
+
+
+def rename_file(to: str) -> Callable[[Path], None]:
+    def damage(content: dict[str, Any]) -> None:
+        content["files"][to] = content["files"].pop("rank-00001.safetensors")
+        for entry in content["tensors"].values():
+            entry["pieces"] = [[to if f == "rank-00001.safetensors" else f, *rest] for f, *rest in entry["pieces"]]
+
+    return lambda path: rewrite_index(path, damage)
+
+
+ENDLESS = {"shape": [2**50], "pieces": [["rank-00000.safetensors", 0, 2**50, 0]]}
+R1, INDEX = "rank-00001.safetensors", "checkpoint.json"
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a bit of a tensor": (flip(R1, -1), r"rank-00001.safetensors has sha256 \w{12}…, expected \w{12}… \(damaged: optimizer/"),
+    "a bit of a header": (flip(R1, 30), "rank-00001.safetensors has sha256"),
+    "cut": (replace_bytes(R1, lambda data: data[:200]), "rank-00001.safetensors has 200 bytes, expected "),
+    "empty": (replace_bytes(R1, lambda data: b""), "rank-00001.safetensors has 0 bytes"),
+    "longer": (replace_bytes(R1, lambda data: data + b"x"), "rank-00001.safetensors has"),
+    "missing": (lambda path: (path / R1).unlink(), "rank-00001.safetensors cannot be read"),
+    "a link": (link, "rank-00001.safetensors cannot be read"),
+    "a pipe": (pipe, "rank-00001.safetensors is not a plain file"),
+    "no index": (lambda path: (path / INDEX).unlink(), "checkpoint.json cannot be read"),
+    "a bit of the index": (flip(INDEX, 40), "checkpoint.json: "),
+    "garbage": (replace_bytes(INDEX, lambda data: b"\x80\x04 not JSON"), "checkpoint.json: it is no checkpoint of ours"),
+    "deep": (replace_bytes(INDEX, lambda data: b"[" * 100_000), "checkpoint.json: it is no checkpoint of ours"),
+    "a list": (replace_bytes(INDEX, lambda data: b"[]"), "checkpoint.json: it is no checkpoint of ours"),
+    "another step": (lambda path: rewrite_index(path, lambda c: c.update(step=7)), "it says step 7"),
+    "another format": (lambda path: rewrite_index(path, lambda c: c.update(format=9)), "its format is 9"),
+    "a path upwards": (rename_file("../outside"), "has a name that no rank writes"),
+    "an absolute path": (rename_file("/etc/passwd"), "has a name that no rank writes"),
+    "an absurd shape": (set_tensor("shape", [2**40, 2**40]), "the pieces of model/linear.weight end at 77"),
+    "a negative shape": (set_tensor("shape", [-7, -11]), "which is no count"),
+    "an odd dtype": (set_tensor("dtype", "object"), "odd shape or dtype"),
+    "a piece too few": (set_pieces(lambda runs: runs[:1]), "the pieces of model/linear.weight end at 39 of 77"),
+    "a piece twice": (set_pieces(lambda runs: [*runs, runs[0]]), "overlap"),
+    "a hole": (set_pieces(lambda runs: [[runs[0][0], 0, 38, 0], runs[1]]), "leave out elements at 38"),
+    "a piece of nowhere": (set_pieces(lambda runs: [["rank-00009.safetensors", 0, 77, 0]]), "is not one of the files"),
+    "an endless piece": (
+        lambda path: rewrite_index(path, lambda c: c["tensors"]["model/linear.weight"].update(ENDLESS)),
+        "longer than its file",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_with_its_file_and_passed_over(tmp_path: Path, kind: str) -> None:
+    damage, words = DAMAGE[kind]
+    write_checkpoint(tmp_path, 3, tensors(3), 2, True)
+    newest = write_checkpoint(tmp_path, 6, tensors(6), 2, True)
+    damage(newest)
+    said: list[str] = []
+    checkpoint = load_checkpoint(tmp_path, said.append)
+    assert checkpoint is not None
+    assert checkpoint.step == 3
+    assert_same(checkpoint, tensors(3))
+    assert len(said) == 1
+    assert "step-00000006 is damaged: " in said[0]
+    with pytest.raises(DamagedError, match=words):
+        Checkpoint(newest).verify()
+    again = write_checkpoint(tmp_path, 6, tensors(6), 1)  # the run comes to this step again
+    assert_same(Checkpoint(again), tensors(6))
+
+
+def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path, pytest.fail) is None
+    for step in (3, 6):
+        flip(INDEX, 50)(write_checkpoint(tmp_path, step, tensors()))
+    with pytest.raises(ConfigError, match="none of the 2 checkpoints can be read; delete the folder to start anew"):
+        load_checkpoint(tmp_path, lambda text: None)
+
+
+def test_an_index_that_lies_about_a_file_reads_nothing_else(tmp_path: Path) -> None:
+    """Digests right, yet a tensor is not in the file that is said to hold it: an error, and no other bytes."""
+    path = write_checkpoint(tmp_path, 1, tensors(), 2)
+
+    def swap(content: dict[str, Any]) -> None:
+        for entry in content["tensors"].values():
+            entry["pieces"] = [
+                ["rank-00001.safetensors" if f == "rank-00000.safetensors" else "rank-00000.safetensors", *rest]
+                for f, *rest in entry["pieces"]
+            ]
+
+    def widen(content: dict[str, Any]) -> None:
+        content["tensors"]["model/half"]["dtype"] = "U8"
+
+    rewrite_index(path, widen)
+    with pytest.raises(DamagedError, match="model/half has 6 of torch.bfloat16, not 6 of torch.uint8"):
+        Checkpoint(path)["model/half"]
+    rewrite_index(path, swap)
+    with pytest.raises(DamagedError, match="cannot be read"):
+        Checkpoint(path)["model/mask"]
+
+
+def test_drawn_damage_never_loads(tmp_path: Path) -> None:
+    """Bytes to other bytes, in any file: the older one is loaded, or the damage has changed nothing."""
+    rng = np.random.default_rng(5)
+    write_checkpoint(tmp_path, 3, tensors(3), 2, True)
+    newest = write_checkpoint(tmp_path, 6, tensors(6), 2, True)
+    files = sorted(newest.iterdir())
+    whole = {file: file.read_bytes() for file in files}
+    for _ in range(150):
+        file = files[int(rng.integers(len(files)))]
+        file.write_bytes(mutate(rng, whole[file], [whole[other] for other in files]))
+        checkpoint = load_checkpoint(tmp_path, lambda text: None)
+        assert checkpoint is not None
+        assert_same(checkpoint, tensors(checkpoint.step))
+        file.write_bytes(whole[file])
+
+
+def test_kill_minus_9_at_every_point_leaves_the_older_or_the_newer(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.runs.killed", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["points"] > 20
+    assert found["steps"] == sorted(found["steps"])  # the older up to the rename, the newer from then on
+    assert set(found["steps"]) == {1, 2}
+
+
+# ---- retention ----
+
+
+def kept(saved: list[float | None], keep: int, every: float) -> list[int]:
+    """Which stay (numbered from the oldest) when each is saved at its time, with deletion after every save."""
+    alive: list[tuple[Path, float | None]] = []
+    for number, when in enumerate(saved):
+        alive.insert(0, (Path(str(number)), when))
+        gone = set(outdated(alive, keep, every))
+        alive = [entry for entry in alive if entry[0] not in gone]
+    return sorted(int(path.name) for path, _ in alive)
+
+
+def test_which_stay() -> None:
+    times: list[float | None] = [0, 5, 9, 14, 21, 22, 23, 41]
+    assert kept(times, 3, 0) == [5, 6, 7]
+    assert kept(times, 1, 0) == [7]
+    assert kept(times, 2, 10) == [0, 3, 6, 7]  # 41 is one of its own, and one of the newest two
+    assert kept([0, None, 20, 30], 1, 10) == [0, 2, 3]  # one that cannot be read is not kept for good
+
+
+def test_old_ones_are_deleted(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        write_checkpoint(tmp_path, step, {"model/w": torch.ones(2)}, keep=2)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000005", "step-00000004"]
+
+
+# ---- clae checkpoints ----
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(to_yaml(Config(), {}))
+    write_checkpoint(tmp_path, 3, tensors(3), 2, True)
+    write_checkpoint(tmp_path, 60_000, tensors(6), 1)
+    return tmp_path
+
+
+def test_the_list(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(run_dir)]) == 0
+    _, newest, oldest = capsys.readouterr().out.splitlines()
+    assert newest.split()[:2] == ["60,000", "1,920,000"]
+    assert newest.endswith("MB  1 rank, ddp")
+    assert oldest.endswith("MB  2 ranks, ddp")
+    flip(R1, -1)(run_dir / "checkpoints" / "step-00000003")
+    assert main(["checkpoints", str(run_dir), "--verify", "--json"]) == 1
+    newest, oldest = json.loads(capsys.readouterr().out)
+    assert (newest["step"], newest["whole"], newest["images_seen"]) == (60_000, True, 1_920_000)
+    assert (oldest["step"], oldest["whole"]) == (3, False)
+    assert "rank-00001.safetensors has sha256" in oldest["problem"]
+    flip(INDEX, 40)(run_dir / "checkpoints" / "step-00000003")
+    assert main(["checkpoints", str(run_dir)]) == 1
+    assert "damaged: checkpoint.json" in capsys.readouterr().out
+
+
+def test_one_of_them_as_one_file(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out" / "whole.safetensors"
+    assert main(["checkpoints", str(run_dir), "--export", "3", "--to", str(file)]) == 0
+    found = load_file(file)
+    assert set(found) == set(tensors())
+    assert all(torch.equal(found[name], value) for name, value in tensors(3).items())
+    assert main(["checkpoints", str(run_dir), "--to", str(file), "--export"]) == 0
+    assert torch.equal(load_file(file)["model/steps"], tensors(6)["model/steps"])
+    assert main(["checkpoints", str(run_dir), "--export", "4", "--to", str(file)]) == 2
+    assert "no checkpoint of step 4; it has 3, 60000" in capsys.readouterr().err
+    assert main(["checkpoints", str(run_dir), "--export", "4"]) == 2
+    flip(R1, -1)(run_dir / "checkpoints" / "step-00000003")
+    before = file.read_bytes()
+    assert main(["checkpoints", str(run_dir), "--export", "3", "--to", str(file)]) == 2
+    assert "the checkpoint of step 3 is damaged: rank-00001.safetensors" in capsys.readouterr().err
+    assert [file.read_bytes(), list(file.parent.iterdir())] == [before, [file]]
