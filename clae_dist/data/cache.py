@@ -8,8 +8,8 @@ mapped stays readable until it is unmapped.
 from __future__ import annotations
 
 import fcntl
+import io
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from clae_dist.data.manifest import DataError
+from clae_dist.data.room import FAILED, PART, ROOM, PartFile, Room
 
-PART, FAILED = ".part", ".failed"
-_FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
 _LEFTOVER_S = 24 * 3600.0
-_LOCK = ".room.lock"
 
 Fill = Callable[[IO[bytes]], None]
 
@@ -67,60 +65,30 @@ class Cache:
                 return
             if waited_since and failed.exists() and failed.stat().st_mtime >= waited_since:
                 raise DataError(failed.read_text())  # trying again would only make everybody wait as long once more
-            self._make_room(num_bytes)
             try:
-                fill(file)
+                self._fill_part(part, file, num_bytes, fill)
             except DataError as error:
                 failed.write_text(str(error))
                 raise
-            file.flush()
-            os.fsync(file.fileno())
-            if not num_bytes and self.limit_bytes:
-                self._remove_oldest(file.seek(0, 2))  # on the disk it is already
             os.replace(part, path)
             failed.unlink(missing_ok=True)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Removes the least recently used files until `num_bytes` more fit. Raises DataError when the disk cannot hold them."""
-        self._remove_oldest(num_bytes)
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            raise DataError(
-                f"data.cache {self.folder} has {free / 1e9:.1f} GB free, the next shard needs {num_bytes / 1e9:.1f} GB; free "
-                "some, or name a folder on another disk."
-            )
-
-    def _remove_oldest(self, num_bytes: int) -> None:
-        with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            files = sorted(self._files(), reverse=True)
-            held = sum(size for _, size, _ in files)
-            while files and not self._fits(held, num_bytes):
-                _, size, oldest = files.pop()
-                oldest.unlink(missing_ok=True)
-                held -= size
-
-    def _fits(self, held: int, num_bytes: int) -> bool:
-        if self.limit_bytes:
-            return held + num_bytes <= self.limit_bytes
-        return shutil.disk_usage(self.folder).free >= num_bytes + _FREE_BYTES
-
-    def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """(last use in ns, bytes, path) of the whole files."""
-        for entry in os.scandir(self.folder):
-            if entry.name.startswith(".") or entry.name.endswith((PART, FAILED)):
-                continue
-            try:
-                stat = entry.stat()
-            except FileNotFoundError:  # removed by another process
-                continue
-            yield stat.st_mtime_ns, stat.st_size, Path(entry.path)
+    def _fill_part(self, part: Path, file: io.FileIO, num_bytes: int, fill: Fill) -> None:
+        room = Room(self.folder, self.limit_bytes)
+        try:
+            room.reserve(part, num_bytes)
+            with PartFile(io.FileIO(os.dup(file.fileno()), "r+b"), room, part, num_bytes) as buffered:
+                fill(buffered)
+                buffered.flush()
+                os.fsync(buffered.fileno())
+        finally:
+            room.give_back(part)
 
     def remove_leftovers(self) -> None:
         """Parts that nobody has filled for a day, and what is noted of fetches that failed before then."""
         if not self.folder.is_dir():
             return
-        for path in (*self.folder.glob(f"*{PART}"), *self.folder.glob(f"*{FAILED}")):
+        for path in (path for kind in (PART, FAILED, ROOM) for path in self.folder.glob(f"*{kind}")):
             try:
                 if time.time() - path.stat().st_mtime < _LEFTOVER_S:
                     continue
@@ -139,11 +107,11 @@ def _touch(path: Path) -> None:
 
 
 @contextmanager
-def _locked(part: Path) -> Iterator[tuple[IO[bytes], float]]:
+def _locked(part: Path) -> Iterator[tuple[io.FileIO, float]]:
     """The part file, locked, and since when this process had to wait for another (0: it did not)."""
     waited_since = 0.0
     while True:
-        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        with io.FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -154,7 +122,7 @@ def _locked(part: Path) -> Iterator[tuple[IO[bytes], float]]:
                 return
 
 
-def _is_still(path: Path, file: IO[bytes]) -> bool:
+def _is_still(path: Path, file: io.FileIO) -> bool:
     """Whether the name belongs to the file that we have open."""
     try:
         ours, there = os.fstat(file.fileno()), path.stat()

@@ -24,6 +24,7 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch, load, num_workers
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.noise import uniform_noise
+from clae_dist.data.transfer import Transfer
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.knn import knn_accuracy
@@ -219,7 +220,7 @@ class _Loop:
         self.started -= train_s
         self.step = self.saved = self.logged = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
-        batches = load(self.sets.train, self.config, self.world, first_step, plan.total)
+        batches = Transfer.to(self.world.device, load(self.sets.train, self.config, self.world, first_step, plan.total))
         rows = self.config.rows_per_rank(self.world.size)
         if first_step == 0 and plan.knn_every:
             self._log(self._knn())
@@ -254,6 +255,8 @@ class _Loop:
             rate = plan.learning_rate(self.step)
             self.backend.set_learning_rate(rate)
             metrics = pretrain_step(run, batch, plan.alpha(self.step))
+            with self.clock.timed("data"):
+                batches.look_ahead()
             self.last = metrics
             if (
                 metrics.adversarial is not None or self.shown is None or self.shown.adversarial is None

@@ -1,0 +1,173 @@
+"""Room in the cache, for all processes of a node: what is there, what is being fetched, and what that will still need.
+
+Whoever fills NAME.part says how much it will be in .NAME.room, a file of that size without a byte in it. It counts for as long
+as NAME.part is locked: the kernel lets go of that when the process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from clae_dist.data.manifest import DataError
+
+PART, FAILED, ROOM = ".part", ".failed", ".room"
+_FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
+_LOCK = ".room.lock"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A file of the cache. `num_bytes`: what it takes or will take."""
+
+    used_ns: int
+    path: Path
+    num_bytes: int
+    on_disk: int
+    removable: bool  # whole, or a part that nobody fills
+    coming: bool  # somebody fills it, and has room for that
+
+
+class Room:
+    """`limit_bytes` 0: as much as the disk holds but 1 GiB."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder, self._limit_bytes = folder, limit_bytes
+
+    def reserve(self, part: Path, num_bytes: int) -> None:
+        """Room for `part`, which this process has locked, to become `num_bytes`. The least recently used files go for it.
+
+        Waits for what others fetch where that has taken the room, and goes above the limit where nothing else is left.
+        Raises DataError when the disk cannot hold it.
+        """
+        while (other := self._try(part, num_bytes)) is not None:
+            try:
+                with other.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_SH)  # until it is there, or its process is gone
+            except FileNotFoundError:
+                continue
+
+    def _try(self, part: Path, num_bytes: int) -> Path | None:
+        """None once the room is taken; else a part to wait for."""
+        with self._alone():
+            _room_of(part).unlink(missing_ok=True)  # of a process that died: who waits must not look as if it were filling
+            held, fits = self._clear(part, num_bytes)
+            coming = next((one.path for one in held if one.coming), None)
+            if coming is not None and not fits:
+                return coming
+            _note(part, num_bytes)
+            return None
+
+    def grow(self, part: Path, num_bytes: int) -> int:
+        """Room for a part whose size is not known beforehand; never waits. Bytes that it may have before it asks again.
+
+        Raises DataError when the disk cannot hold it.
+        """
+        with self._alone():
+            held, _ = self._clear(part, num_bytes)
+            wish = num_bytes + num_bytes // 8
+            taken = wish if self._fits(held, part, wish) else num_bytes
+            _note(part, taken)
+            return taken
+
+    def give_back(self, part: Path) -> None:
+        _room_of(part).unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self._folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _clear(self, part: Path, num_bytes: int) -> tuple[list[_Held], bool]:
+        """Removes what was not used for longest until `part` fits; what is left, and whether it does."""
+        held = sorted(self._held(part), key=lambda one: one.used_ns, reverse=True)
+        for one in [one for one in reversed(held) if one.removable]:
+            if self._fits(held, part, num_bytes):
+                break
+            if _remove(one.path):
+                held.remove(one)
+        fits, more = self._fits(held, part, num_bytes), num_bytes - _size(part)
+        free = shutil.disk_usage(self._folder).free
+        if free < more and not any(one.coming for one in held):
+            raise DataError(
+                f"data.cache {self._folder} has {free / 1e9:.1f} GB free, the next shard needs {more / 1e9:.1f} GB; free "
+                "some, or name a folder on another disk."
+            )
+        return held, fits
+
+    def _fits(self, held: list[_Held], part: Path, num_bytes: int) -> bool:
+        if self._limit_bytes and sum(one.num_bytes for one in held) + num_bytes > self._limit_bytes:
+            return False
+        spare = 0 if self._limit_bytes else _FREE_BYTES
+        to_come = sum(one.num_bytes - one.on_disk for one in held) + num_bytes - _size(part)
+        return shutil.disk_usage(self._folder).free >= to_come + spare
+
+    def _held(self, mine: Path) -> Iterator[_Held]:
+        for entry in os.scandir(self._folder):
+            path = Path(entry.path)
+            if entry.name.startswith(".") or entry.name.endswith(FAILED) or path == mine:
+                continue
+            try:
+                stat = entry.stat()
+                filling = entry.name.endswith(PART) and _is_locked(path)
+                noted = _size(_room_of(path)) if filling else 0
+            except FileNotFoundError:  # removed, or whole, meanwhile: then it is found the next time
+                continue
+            yield _Held(stat.st_mtime_ns, path, max(stat.st_size, noted), stat.st_size, not filling, noted > 0)
+
+
+class PartFile(io.BufferedRandom):
+    """A part of a size that is not known beforehand: asks for room as it grows."""
+
+    def __init__(self, file: io.FileIO, room: Room, path: Path, reserved: int) -> None:
+        super().__init__(file)
+        self._room, self._path, self._reserved = room, path, reserved
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        end = self.tell() + len(data)
+        if end > self._reserved:
+            self._reserved = self._room.grow(self._path, end)
+        return super().write(data)
+
+
+def _room_of(part: Path) -> Path:
+    return part.with_name(f".{part.name.removesuffix(PART)}{ROOM}")
+
+
+def _note(part: Path, num_bytes: int) -> None:
+    with _room_of(part).open("wb") as file:
+        file.truncate(num_bytes)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _is_locked(part: Path) -> bool:
+    with part.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _remove(path: Path) -> bool:
+    """Whether the file could go; a part that somebody has begun to fill meanwhile stays."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix == PART:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # removed by another process
+        return True
+    return True

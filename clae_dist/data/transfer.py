@@ -1,0 +1,74 @@
+"""Batches to the device: the next one is on its way while the step before still runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from clae_dist.data.loader import Batch
+
+
+class Copier(Protocol):
+    """Brings batches to a device while it works on something else."""
+
+    def start(self, batch: Batch) -> Batch:
+        """The batch with its views on the device, where they may still be on their way."""
+
+    def hand_over(self, batch: Batch) -> None:
+        """From here on, what the device is given to do finds the views whole."""
+
+
+class Transfer(Iterator[Batch]):
+    """The batches of a loader, one ahead of the step with a copier; without one (the CPU) as they come.
+
+    What goes wrong with a batch is raised when it is that batch's turn, and not while the step before is at work.
+    """
+
+    def __init__(self, batches: Iterator[Batch], copier: Copier | None) -> None:
+        self._batches, self._copier = batches, copier
+        self._ahead: Batch | Exception | None = None
+
+    @staticmethod
+    def to(device: torch.device, batches: Iterator[Batch]) -> Transfer:
+        """For batches in pinned memory where `device` is a GPU."""
+        return Transfer(batches, SideStream(device) if device.type == "cuda" else None)
+
+    def __next__(self) -> Batch:
+        if self._copier is None:
+            return next(self._batches)
+        found = self._take() if self._ahead is None else self._ahead
+        self._ahead = None
+        if isinstance(found, Exception):
+            raise found
+        self._copier.hand_over(found)
+        return found
+
+    def look_ahead(self) -> None:
+        """Sends the next batch on its way. To be called when a step has been given to the device, which is busy with it."""
+        if self._copier is not None and self._ahead is None:
+            self._ahead = self._take()
+
+    def _take(self) -> Batch | Exception:
+        assert self._copier is not None
+        try:
+            return self._copier.start(next(self._batches))
+        except Exception as error:  # StopIteration, too
+            return error
+
+
+class SideStream:
+    """A copier with a CUDA stream of its own. Draws, ids and labels stay where the host reads them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def start(self, batch: Batch) -> Batch:
+        with torch.cuda.stream(self._stream):
+            return batch._replace(views=batch.views.to(self._device, non_blocking=True))
+
+    def hand_over(self, batch: Batch) -> None:
+        working = torch.cuda.current_stream(self._device)
+        working.wait_stream(self._stream)
+        batch.views.record_stream(working)  # its memory is of the side stream, which must not take it back before
