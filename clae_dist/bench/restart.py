@@ -1,0 +1,148 @@
+"""`clae bench restart`: from kill -9 of a rank to the next training step, split into its parts.
+
+A small run on ranks of this machine is killed again and again; its launcher starts it again by itself. What a large run adds is the
+time to read its checkpoint and to compile, and its scheduler's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from clae_dist.bench.measure import Row, Say
+from clae_dist.bench.outcome import Outcome
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.runs.goodput import read_lines
+
+_PATIENCE_S = 300.0
+_RECIPE = """\
+data: {image_size: 32, workers: 0}
+batch: {global_size: 32}
+model: {encoder: small_resnet}
+optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
+train: {epochs: 100000, log_every: 1, diagnose_every: 1000000, knn_every: 0}
+checkpoint: {every_steps: 10}
+launch: {launcher: local, max_failures: 1000}
+tracking: {name: none}
+"""
+PARTS = {
+    "noticed": "the launcher sees that a rank is gone, and ends the others",
+    "processes": "Python, torch and the process group of new ranks",
+    "opened": "shards, model and the newest checkpoint",
+    "first_step": "the first batch and step after it",
+    "repeated": "the steps since the checkpoint again, and one more",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    workers: int = 2
+    kills: int = 5
+
+
+QUICK = Settings(kills=1)
+
+
+class RunEndedError(RuntimeError):
+    """The run that was to be killed ended by itself."""
+
+
+def bench(settings: Settings, say: Say) -> Outcome:
+    """A row a part, and one for all of them. Raises RunEndedError."""
+    with tempfile.TemporaryDirectory(prefix="clae-restart-") as name:
+        folder = Path(name)
+        write_synthetic_set(folder / "shards", 256, 32, num_shards=4)
+        (folder / "recipe.yaml").write_text(_RECIPE)
+        victim = _Victim(folder, settings.workers)
+        try:
+            found = []
+            for kill in range(settings.kills):
+                found.append(victim.kill_once())
+                say(f"kill {kill + 1} of {settings.kills}: {sum(found[-1].values()):.1f} s to the next new step")
+        finally:
+            victim.end()
+    case = f"kill -9 of one of {settings.workers} ranks on this machine, small_resnet"
+    rows = [_row(case, f"{part}: {what}", [one[part] for one in found]) for part, what in PARTS.items()]
+    rows.append(_row(case, "all: from the kill to the first step that is new", [sum(one.values()) for one in found]))
+    return Outcome(rows, torch.device("cpu"))
+
+
+def _row(case: str, what: str, seconds: list[float]) -> Row:
+    median = statistics.median(seconds)
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median, median, median)
+    return Row(case, what, median, (high - low) / median if median else 0.0, {})
+
+
+class _Victim:
+    """A run that goes on for ever, as its user started it."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self._run_dir = folder / "run"
+        command = [sys.executable, "-m", "clae_dist", "train", str(folder / "recipe.yaml"), f"launch.workers={workers}"]
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._log = folder / "output.log"
+        with self._log.open("w") as output:
+            self._process = subprocess.Popen(
+                [*command, f"data.shards={folder / 'shards'}", f"run_dir={self._run_dir}"],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+
+    def end(self) -> None:
+        """The ranks end with the process that started them."""
+        self._process.kill()
+        self._process.wait()
+
+    def kill_once(self) -> dict[str, float]:
+        """Seconds of each part. The kill comes half-way between two checkpoints."""
+        reached = self._until(lambda: self._step() % 10 == 5 and self._step() > 10 and self._step())
+        starts = len(self._events("start"))
+        killed = time.time()
+        self._ranks()[-1].kill()
+        self._until(lambda: len(self._events("start")) > starts)
+        resumed = self._until(lambda: len(self._events("resume")) > starts and self._events("resume")[-1])
+        again = float(resumed["at"])  # type: ignore[index]
+        first = self._until(lambda: self._step() > resumed["step"] and time.time())  # type: ignore[index]
+        new = self._until(lambda: self._step() > reached and time.time())
+        started = float(self._events("start")[-1]["at"])  # type: ignore[arg-type]
+        noticed = max(process.create_time() for process in self._ranks())
+        times = [killed, noticed, started, again, first, new]
+        return {part: max(0.0, times[i + 1] - times[i]) for i, part in enumerate(PARTS)}  # type: ignore[operator]
+
+    def _until(self, happened: Callable[[], object]) -> object:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not (found := happened()):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RunEndedError(f"the run that was to be killed got no further:\n{self._log.read_text()[-2000:]}")
+            time.sleep(0.005)
+        return found
+
+    def _step(self) -> int:
+        """Of the newest line of metrics; 0 before the first."""
+        try:
+            text = (self._run_dir / "metrics.jsonl").read_text()
+        except FileNotFoundError:
+            return 0
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return int(json.loads(whole[-1])["step"]) if whole else 0
+
+    def _events(self, kind: str) -> list[dict[str, object]]:
+        return [line for line in read_lines(self._run_dir) if line["event"] == kind]
+
+    def _ranks(self) -> list[psutil.Process]:
+        """Their processes, the oldest first."""
+        children = psutil.Process(self._process.pid).children()
+        ranks = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return sorted(ranks, key=lambda process: process.create_time())
