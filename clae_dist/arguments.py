@@ -41,6 +41,8 @@ open_clip's losses are among it.
              time times the forward and backward units that the step needs.
   data       from shards to views, stage by stage and whole, with processes and with threads, beside Pillow's and torchvision's
              SimCLR pipeline and plain WebDataset; how many cores a GPU needs. Floor: a JPEG's entropy decoding alone.
+  checkpoint how long a save of 1 GB of state holds up training, beside torch.save and torch's async_save, and how long
+             until it is committed. Floor: a copy of the same bytes. Written to the system's temporary folder.
 
 Each row: case; what ("name: what it is"); median_s; spread (interquartile range over median); ratio_to: {name: this median
 over that of another row of the case}; floor_s; added_bytes (peak memory of one call over what was there before) or
@@ -136,8 +138,8 @@ def _add_proofs(commands: _Commands) -> None:
         "--rows", type=int, default=4, metavar="B", help="images a rank (default 4); one process holds W times as many"
     )
     parity.add_argument("--json", action="store_true", help="print one JSON object")
-    bench = _add(commands, "bench", "measure loss, gather, training step or data on this machine, beside others'", _BENCH)
-    bench.add_argument("bench", choices=("contrast", "step", "gather", "data"), help="what to measure")
+    bench = _add(commands, "bench", "measure loss, gather, step, data or checkpoints on this machine, beside others'", _BENCH)
+    bench.add_argument("bench", choices=("contrast", "step", "gather", "data", "checkpoint"), help="what to measure")
     bench.add_argument("shards", metavar="SHARDS", nargs="?", default="", help="data: a prepared set (default: made-up images)")
     bench.add_argument(
         "--images-per-s", type=float, default=0.0, metavar="RATE", help="data: say how many cores feed a GPU that takes so many"

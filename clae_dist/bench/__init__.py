@@ -1,4 +1,4 @@
-"""`clae bench`: what the loss, the gather, the step and the data cost on this machine, beside others' and the floor."""
+"""`clae bench`: what loss, gather, step, data and a checkpoint cost on this machine, beside others' and the floor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from clae_dist.bench import contrast, gather, step
+from clae_dist.bench import checkpoint, contrast, gather, step
 from clae_dist.bench.measure import Say
 
 
@@ -18,6 +18,8 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, sh
     elif name == "step":
         full = step.CUDA if device.type == "cuda" else step.CPU
         outcome = step.bench(step.QUICK if quick else full, device, progress)
+    elif name == "checkpoint":
+        outcome = checkpoint.bench(checkpoint.QUICK if quick else checkpoint.Settings(), device, progress)
     elif name == "data":
         from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
 
