@@ -311,12 +311,6 @@ class Launch:
                 self.min_workers,
                 f"use 0 (not elastic), or 1 to launch.workers, which is {self.workers}.",
             )
-            _require(
-                self.launcher != "local",
-                "launch.launcher",
-                self.launcher,
-                "launch.min_workers is Ray's: use launch.launcher=ray, or launch.min_workers=0.",
-            )
 
 
 @dataclass(frozen=True)

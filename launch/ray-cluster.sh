@@ -120,7 +120,8 @@ start_node() { # start_node WHAT OPTION …: in the background, until `stop`
   mkdir -p "$temp_dir"
   [ ! -f "$temp_dir/pid" ] || ! kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null ||
     wrong "$temp_dir is in use by a cluster that runs here; stop it ($0 stop --temp-dir $temp_dir), or use another --port."
-  setsid "${run[@]}" >"$temp_dir/ray.log" 2>&1 </dev/null &
+  # Without SIGUSR1: Slurm sends it to every process of a job step, and it is for the run alone.
+  (trap '' USR1; exec setsid "${run[@]}" >"$temp_dir/ray.log" 2>&1 </dev/null) &
   echo $! >"$temp_dir/pid"
   while ! grep -q "Ray runtime started" "$temp_dir/ray.log"; do
     kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null && [ $waited -lt 600 ] || {
@@ -130,20 +131,26 @@ start_node() { # start_node WHAT OPTION …: in the background, until `stop`
     }
     sleep 0.2; waited=$((waited + 1))
   done
-  echo "$1" >"$temp_dir/options"
 }
 
 stop_node() { # Not `ray stop`, which ends every Ray of this machine.
   local pid waited=0
   pid=$(cat "$temp_dir/pid" 2>/dev/null || true)
-  [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
-  while pgrep -f -- "$temp_dir/" >/dev/null && [ $waited -lt 50 ]; do sleep 0.2; waited=$((waited + 1)); done
-  pkill -KILL -f -- "$temp_dir/" 2>/dev/null || true
+  if [ -n "$pid" ]; then # all that it started is in its session
+    kill -TERM "$pid" 2>/dev/null || true
+    while pgrep -s "$pid" >/dev/null && [ $waited -lt 50 ]; do sleep 0.2; waited=$((waited + 1)); done
+    pkill -KILL -s "$pid" 2>/dev/null || true
+  fi
   rm -f "$temp_dir/pid" "$temp_dir/address"
 }
 
 start_head() {
-  if [ -n "$address" ]; then find_route "$address"; else find_route 192.0.2.1; fi # a documentation address: the way out
+  if [ -n "$address" ]; then
+    find_route "$address"
+    [ "$at_head" = yes ] || wrong "--address is $address, which is not this host's; use the address of one of its interfaces."
+  else
+    find_route 192.0.2.1 "name this host's address for the others with --address" # nobody's address: the way out
+  fi
   if [ -n "$dry" ]; then say "token: $token (made when it is missing)"; else make_token; check_token; fi
   start_node "head" --head --port="$port" --temp-dir="$temp_dir" --dashboard-host=127.0.0.1
   [ -z "$dry" ] || return 0
@@ -172,6 +179,39 @@ train() { # train ADDRESS
   [ -n "$dry" ] || exec "${run[@]}"
 }
 
+lead_allocation() { # the first node: head, then the run, then everybody's end
+  local code=0
+  address=$head
+  start_head
+  if [ -n "$dry" ]; then train "$head:$port"; return 0; fi
+  trap 'touch "$token.done"; stop_node' EXIT
+  ask_ray wait "$head:$port" "$nodes" 300 || exit 2
+  ask_ray compare "$head:$port" || exit 2
+  (train "$head:$port") &
+  run_pid=$!
+  trap 'kill -USR1 $run_pid 2>/dev/null || true' USR1 TERM
+  while :; do
+    code=0
+    wait "$run_pid" || code=$?
+    kill -0 "$run_pid" 2>/dev/null || break
+  done
+  exit "$code"
+}
+
+follow_allocation() { # the other nodes: join when the head is there, and leave when it is done
+  local waited=0
+  trap : USR1 TERM
+  trap stop_node EXIT
+  until [ -f "$token" ] && ask_ray check "$head:$port" 2>"/tmp/clae-check-$$"; do
+    [ $waited -lt 120 ] || { cat "/tmp/clae-check-$$" >&2; exit 2; }
+    sleep 2; waited=$((waited + 1))
+  done
+  rm -f "/tmp/clae-check-$$"
+  target=$head
+  start_worker
+  while [ ! -f "$token.done" ] && kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null; do sleep 1; done
+}
+
 find_env
 case $command in
   head) start_head ;;
@@ -188,7 +228,11 @@ case $command in
     cluster=$(known_address)
     ask_ray compare "$cluster" || exit 2
     train "$cluster" ;;
-  allocation)
-    wrong "allocation is not there yet." ;;
+  allocation) # in slurm.sbatch, on every node: cluster, run and end
+    case $head in *:*) port=${head##*:} head=${head%:*} ;; *) wrong "allocation is for slurm.sbatch; see --help." ;; esac
+    check_config
+    temp_dir=/tmp/clae-ray-${SLURM_JOB_ID:-JOB}-${SLURM_NODEID:-NODE}
+    find_route "$head"
+    if [ "$at_head" = yes ] || [ -n "$dry" ]; then lead_allocation; else follow_allocation; fi ;;
 esac
 [ -z "$dry" ] || say "dry run: nothing was run."

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def _versions_and_name() -> tuple[dict[str, str], str]:
 
 def _store(address: str) -> Any:
     """The cluster's key-value store: also hosts that are no part of it can ask."""
-    from ray._raylet import GcsClient
+    import ray
 
-    return GcsClient(address=address)
+    return ray._raylet.GcsClient(address=address)
 
 
 def _connect(address: str) -> Any:
@@ -108,7 +109,13 @@ def main(arguments: list[str]) -> int:
     """Runs `announce|check|compare|status|wait ADDRESS …`; prints what is wrong, and is 2 then."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     name, *rest = arguments
-    commands = {"announce": announce, "check": check, "compare": compare, "status": status, "wait": wait}
+    commands: dict[str, Callable[..., str]] = {
+        "announce": announce,
+        "check": check,
+        "compare": compare,
+        "status": status,
+        "wait": wait,
+    }
     try:
         problem = commands[name](*rest)
     except Exception as error:

@@ -1,8 +1,8 @@
 """How many Ray Train workers there are, and when that should change: in Ray's controller, beside the ranks.
 
 Ray's elastic policy takes any number between a smallest and a largest, and restarts ranks where they stand. Here only numbers
-that can share the global batch count, and before a change that can wait, ranks are asked (by the run folder's STOP file) to save
-and leave; launchers/ray.py then starts them again. So growing, or leaving a host that is going to be taken away, loses no step.
+that can share the global batch count, and before a change that can wait, ranks are asked (by the run folder's STOP file) to
+save and leave; launchers/ray.py then starts them again. So growing, or leaving a host that will be taken away, loses no step.
 """
 
 from __future__ import annotations

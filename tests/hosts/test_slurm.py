@@ -13,7 +13,7 @@ from clae_dist.data.manifest import Manifest
 from tests.hosts.cluster import ROOT, Hosts, clean_environment
 from tests.hosts.needs import require
 from tests.hosts.slurm import Slurm, submit, why_not
-from tests.hosts.small import assert_bitwise, settings
+from tests.hosts.small import CHECKPOINT_EVERY, assert_bitwise, settings
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
@@ -36,13 +36,13 @@ def until(slurm: Slurm, job: str, states: set[str], output: Path, timeout_s: flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
 def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
     launcher: str, slurm: Slurm, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed_two: Path
 ) -> None:
     output, run_dir = tmp_path / "job.out", tmp_path / "run"
-    arguments = [str(recipe), *settings(shards, run_dir, "train.checkpoint_every=1000")]
-    job = submit(slurm, SCRIPT, [f"--output={output}"], arguments, CLAE_LAUNCHER=launcher)
+    arguments = [str(recipe), *settings(shards, run_dir, f"{CHECKPOINT_EVERY}=1000", "launch.workers=2")]
+    job = submit(slurm, SCRIPT, [f"--output={output}"], arguments, CLAE_LAUNCHER=launcher, CLAE_SHARED=str(tmp_path))
     until(slurm, job, {"RUNNING 0"}, output)
     deadline = time.monotonic() + 240
     while "step  5/24" not in (output.read_text() if output.exists() else ""):
