@@ -313,23 +313,19 @@ class Launch:
     launcher: Literal["ray", "torchrun", "local"] = _no_effect("local")
     workers: int = _no_effect(0)  # ranks; 0: one a GPU, or one without GPUs
     min_workers: int = _no_effect(0)  # Ray: goes on with as few when hosts are lost, up to launch.workers again; 0: not elastic
+    look_every_s: float = _no_effect(30.0)  # Ray: seconds between looks for hosts that came back or will be taken away
     max_failures: int = _no_effect(3)  # Ray: how often a run is started again after a lost worker
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "launch.workers", self.workers, "use 0 (automatic) or more.")
         _require(self.max_failures >= 0, "launch.max_failures", self.max_failures, "use 0 or more.")
+        _require(self.look_every_s > 0, "launch.look_every_s", self.look_every_s, "use a positive number of seconds.")
         if self.min_workers:
             _require(
                 0 < self.min_workers <= self.workers,
                 "launch.min_workers",
                 self.min_workers,
                 f"use 0 (not elastic), or 1 to launch.workers, which is {self.workers}.",
-            )
-            _require(
-                self.launcher != "local",
-                "launch.launcher",
-                self.launcher,
-                "launch.min_workers is Ray's: use launch.launcher=ray, or launch.min_workers=0.",
             )
 
 

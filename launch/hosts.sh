@@ -38,10 +38,10 @@ find_env() { # sets python and the environment of every command; dry: nothing is
   export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 }
 
-find_route() { # find_route HOST: sets address, interface and at_head ("yes" where HOST is this machine)
+find_route() { # find_route HOST [WAY_OUT]: sets address, interface and at_head ("yes" where HOST is this machine)
   local found probe=$python
   [ -x "$probe" ] || probe=python3
-  found=$("$probe" -m clae_dist.launchers.route "$1") || wrong "$found"
+  found=$("$probe" -m clae_dist.launchers.route "$1") || wrong "${2:+$2: }$found"
   # shellcheck disable=SC2034 # for the script that sources this one
   read -r address interface at_head <<<"$found"
   if [ -n "${chosen_interface:-}" ]; then

@@ -76,6 +76,7 @@ if [ -z "$ranks" ]; then
   fi
 fi
 
+variables=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" CLAE_NODES="$nodes")
 # Not left to torchrun: host names need not resolve, and a host cannot always tell whether HOST is itself.
 run=("$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --local-addr="$address")
 if [ -n "$node_rank" ]; then
@@ -86,8 +87,9 @@ else
   run+=(--rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$id" --max-restarts="${restarts:-3}"
     --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s")
 fi
+# With the meeting's own store for the ranks, too, a host that joins later waits for ever for what it was told before (torch 2.15).
+case $nodes in *:*) variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) ;; esac
 run+=(--module clae_dist train "$config" --launcher torchrun ${settings[@]+"${settings[@]}"})
-variables=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" CLAE_NODES="$nodes")
 say "$nodes host(s) of $ranks rank(s) meet at $host:$port"
 show env PYTHONPATH="$PYTHONPATH" "${variables[@]}" "${run[@]}"
 if [ -n "$dry" ]; then

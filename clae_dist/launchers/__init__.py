@@ -32,8 +32,14 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
     """Trains under the launcher that `launch.launcher` names. Raises ConfigError and DataError."""
     import importlib
 
+    from clae_dist.config import ConfigError
     from clae_dist.runs.folder import STOP_FILE, make_folder
 
+    if config.launch.min_workers and config.launch.launcher != "ray":
+        raise ConfigError(
+            f"launch.min_workers is {config.launch.min_workers}, but launch.launcher is {config.launch.launcher!r}; it is Ray's: "
+            "use --launcher ray, or launch.min_workers=0 (torchrun: launch/torchrun.sh --nodes MIN:MAX)."
+        )
     config = _with_absolute_paths(config)
     make_folder(config.folder)
     (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import write_atomically
 from clae_dist.launchers.local import default_workers
-from clae_dist.launchers.rank import FAILED, Ending, run_rank
+from clae_dist.launchers.rank import FAILED, STOPPED, Ending, run_rank
 from clae_dist.recipe import Setting, build, flatten
 from clae_dist.runs.folder import STOP_FILE
 
@@ -29,6 +30,8 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own watcher lets ranks go on until a host is taken away; ray_elastic.py has them save and leave before.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         import ray
         import ray.train.torch
@@ -51,17 +54,36 @@ def _rank_main(settings: dict[str, Any]) -> None:
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     """Trains with `launch.workers` Ray Train workers: of the cluster that RAY_ADDRESS names, else of this machine.
 
-    Ctrl-C and SIGTERM ask the workers to save and leave; a second one ends at once.
+    On a cluster, with launch.min_workers, with as few as that while hosts are missing. SIGINT, SIGTERM and SIGUSR1 ask the
+    workers to save and leave; a second SIGINT or SIGTERM ends at once.
     """
-    workers = config.launch.workers or default_workers()
-    config.rows_per_rank(workers)
+    sizes = working_sizes(config)
     ray = _import_ray()
-    print(f"ray: starting {workers} worker(s) with Ray {ray.__version__}", flush=True)
-    _init(ray, workers, debug)
+    others = f", or as few as {sizes[0]} while hosts are missing" if len(sizes) > 1 else ""
+    print(f"ray: {sizes[-1]} worker(s){others}, with Ray {ray.__version__}", flush=True)
+    left_out = sorted(set(range(sizes[0], sizes[-1])) - set(sizes))
+    if left_out:
+        print(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
+    _init(ray, sizes[-1], debug)
+    stop_file = config.folder.resolve() / STOP_FILE
     try:
-        return _fit(ray, config, origins, workers, debug)
+        with _StopFile(stop_file) as stop:
+            while True:
+                ending = _fit(ray, config, origins, sizes, debug)
+                asked = stop_file.read_text() if stop_file.exists() else ""
+                if ending.code != STOPPED or stop.asked or not asked:
+                    return ending
+                print(f"ray: {asked}; starting again", flush=True)
+                stop_file.unlink()
     finally:
         ray.shutdown()
+
+
+def working_sizes(config: Config) -> list[int]:
+    """The numbers of workers that the run may have, smallest first. Raises ConfigError when the largest does not work."""
+    workers = config.launch.workers or default_workers()
+    config.rows_per_rank(workers)
+    return [size for size in range(config.launch.min_workers or workers, workers) if config.works_on(size)] + [workers]
 
 
 def _init(ray: Any, workers: int, debug: bool) -> None:
@@ -77,27 +99,45 @@ def _init(ray: Any, workers: int, debug: bool) -> None:
     ray.init(address="local", num_cpus=max(cores, workers), include_dashboard=False, object_store_memory=128 * 2**20, **common)
 
 
-def _fit(ray: Any, config: Config, origins: dict[str, str], workers: int, debug: bool) -> Ending:
+def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    folder = config.folder.resolve()
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = gpus >= sizes[0] and gpus > 0
+    cluster = bool(os.environ.get("RAY_ADDRESS"))
+    scaling = ScalingConfig(num_workers=(sizes[0], sizes[-1]) if cluster else sizes[-1], use_gpu=use_gpu)
+    settings: dict[str, Any] = {
+        "train_loop_per_worker": _rank_main,
+        "train_loop_config": {"config": {**flatten(config), "run_dir": str(folder)}, "origins": origins, "debug": debug},
+        "scaling_config": scaling,
+        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=600),
+        "run_config": RunConfig(
+            name=f"ray-{os.getpid()}-{time.time_ns()}",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=config.launch.max_failures),
+        ),
+    }
+    if not cluster:
+        return TorchTrainer(**settings)
+    try:
+        from clae_dist.launchers.ray_elastic import Trainer, WorkingSizes
+    except ImportError as error:
+        raise ConfigError(
+            f"Ray {ray.__version__} has no elastic policy that a cluster's run needs ({error}); pip install 'ray[train]>=2.60'."
+        ) from None
+    policy = WorkingSizes(scaling, sizes, folder / STOP_FILE, config.launch.look_every_s)
+    return Trainer(**settings, policy=policy)
+
+
+def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Ending:
     folder = config.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not debug:
         for name in ("ray", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
-    trainer = TorchTrainer(
-        _rank_main,
-        train_loop_config={"config": {**flatten(config), "run_dir": str(folder)}, "origins": origins, "debug": debug},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=600),
-        run_config=RunConfig(
-            name=f"ray-{os.getpid()}",
-            storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=config.launch.max_failures),
-        ),
-    )
+    trainer = _trainer(ray, config, origins, sizes, debug)
     result: dict[str, Exception] = {}
     (folder / _ENDING).unlink(missing_ok=True)
 
@@ -109,7 +149,7 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], workers: int, debug:
 
     # Beside the main thread, so that signals are ours and the workers' console can be shown meanwhile.
     thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
-    with _ConsoleTail(folder / "console.log") as tail, _StopFile(folder / STOP_FILE):
+    with _ConsoleTail(folder / "console.log") as tail:
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
@@ -159,19 +199,26 @@ class _ConsoleTail:
 
 
 class _StopFile:
-    """Inside, the first SIGINT or SIGTERM makes the file that asks the ranks to save and leave; the second ends at once."""
+    """Inside, the first SIGINT, SIGTERM or SIGUSR1 makes the file that asks the ranks to save and leave.
+
+    Once more, SIGINT and SIGTERM end at once; a scheduler may send its SIGUSR1 as often as it likes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._asked = False
+        self.asked = False
 
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> _StopFile:
+        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
+        return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
+        if self.asked:
+            if number != signal.SIGUSR1:
+                raise KeyboardInterrupt
+            return
+        self.asked = True
         self._path.touch()
         print(f"{signal.Signals(number).name}: saving after this step, then leaving; once more ends at once.", flush=True)
 

@@ -27,7 +27,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
 
 
 def _check_elastic(config: Config) -> None:
-    """Raises ConfigError when the run may come to a number of hosts (CLAE_NODES, "MIN:MAX") whose ranks cannot share a batch."""
+    """Raises ConfigError when a number of hosts that the run may come to (CLAE_NODES, "MIN:MAX") cannot share a batch."""
     low, _, high = os.environ.get("CLAE_NODES", "").partition(":")
     if not high:
         return
@@ -36,8 +36,8 @@ def _check_elastic(config: Config) -> None:
     if wrong := [size for size in sizes if not config.works_on(size)]:
         raise ConfigError(
             f"--nodes is {low}:{high} with {per_host} rank(s) each, but {' or '.join(map(str, wrong))} ranks cannot share "
-            f"batch.global_size {config.batch.global_size} in {config.num_streams} streams, and torchrun takes any number between; "
-            "use another range, another batch.global_size, or Ray, which is told which numbers work (launch.min_workers)."
+            f"batch.global_size {config.batch.global_size} in {config.num_streams} streams, and torchrun takes any number "
+            "between; use another range, another batch.global_size, or Ray, which is told which numbers work (launch.min_workers)."
         )
 
 

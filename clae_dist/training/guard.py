@@ -25,7 +25,7 @@ class StopRequest:
 
     def made(self) -> bool:
         if not self.reason and self._file.exists():
-            self.reason = "the launcher asked"
+            self.reason = self._file.read_text().strip() or "the launcher asked"
         return bool(self.reason)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:

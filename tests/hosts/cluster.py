@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ class Hosts:
         self.num_hosts = num_hosts
         self._bridge = f"clae{self.tag}"
         self._net = f"10.{random.SystemRandom().randint(64, 127)}.{random.SystemRandom().randint(0, 254)}"
+        self._etc = Path(tempfile.mkdtemp(prefix=f"clae-hosts-{self.tag}-"))
         self._processes: list[subprocess.Popen[str]] = []
 
     def name(self, host: int) -> str:
@@ -60,9 +62,7 @@ class Hosts:
     def _make(self, host: int) -> None:
         space, outer, inner = self._space(host), self._link(host), f"i{self.tag}{host}"
         names = "".join(f"{self.address(other)} {self.name(other)}\n" for other in range(self.num_hosts))
-        etc = self._etc(host)
-        etc.mkdir(parents=True)
-        (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")  # `ip netns exec` lays it over /etc/hosts
+        (self._etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         _ip("netns", "add", space)
         _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
         _ip("link", "set", inner, "netns", space, "name", "eth0")
@@ -75,9 +75,11 @@ class Hosts:
         self, host: int, command: Sequence[str], env: Mapping[str, str] | None = None, **options: object
     ) -> subprocess.Popen[str]:
         """A process on a host, in a session of its own; stdout and stderr are one pipe unless `options` say otherwise."""
-        named = 'hostname "$0"; exec "$@"'
+        # Not `ip netns exec`, which mounts another /sys, without the cgroups that Slurm looks for.
+        named = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
+        enter = ["nsenter", f"--net=/run/netns/{self._space(host)}", "unshare", "--uts", "--mount", "sh", "-c", named]
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self._space(host), "unshare", "--uts", "sh", "-c", named, self.name(host), *command],
+            [*enter, str(self._etc / "hosts"), self.name(host), *command],
             **{  # type: ignore[call-overload]
                 "stdout": subprocess.PIPE,
                 "stderr": subprocess.STDOUT,
@@ -139,17 +141,14 @@ class Hosts:
         for host in range(self.num_hosts):
             _ip("link", "del", self._link(host), check=False)
             _ip("netns", "del", self._space(host), check=False)
-            shutil.rmtree(self._etc(host), ignore_errors=True)
         _ip("link", "del", self._bridge, check=False)
+        shutil.rmtree(self._etc)
 
     def _space(self, host: int) -> str:
         return f"clae-{self.tag}-{host}"
 
     def _link(self, host: int) -> str:
         return f"o{self.tag}{host}"
-
-    def _etc(self, host: int) -> Path:
-        return Path("/etc/netns") / self._space(host)
 
 
 def clean_environment() -> dict[str, str]:
@@ -164,8 +163,8 @@ def why_not() -> str:
         return "network namespaces are Linux's"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if shutil.which("ip") is None or shutil.which("unshare") is None:
-        return "`ip` and `unshare` are missing; Debian: apt-get install iproute2 util-linux"
+    if missing := [name for name in ("ip", "nsenter", "unshare") if shutil.which(name) is None]:
+        return f"{' and '.join(missing)} missing; Debian: apt-get install iproute2 util-linux"
     space = f"clae-try-{secrets.token_hex(3)}"
     tried = subprocess.run(["ip", "netns", "add", space], capture_output=True, text=True, check=False)
     if tried.returncode:

@@ -29,13 +29,20 @@ def test_hosts_have_names_and_addresses_and_can_be_cut_off(hosts: Hosts) -> None
 
 @pytest.mark.usefixtures("hosts")
 def test_nothing_is_left_even_after_a_failure() -> None:
-    with pytest.raises(KeyError), Hosts(2) as hosts:
-        process = hosts.popen(1, ["sh", "-c", "trap '' TERM; setsid sleep 1000 & echo started; wait"])
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
-        pids = hosts.pids(1)
-        assert len(pids) >= 2
-        raise KeyError
+    def fail() -> None:
+        with Hosts(2) as hosts:
+            process = hosts.popen(1, ["sh", "-c", "trap '' TERM; setsid sleep 1000 & echo started; wait"])
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            pids.extend(hosts.pids(1))
+            tags.append(hosts.tag)
+            raise KeyError
+
+    pids: list[int] = []
+    tags: list[str] = []
+    with pytest.raises(KeyError):
+        fail()
+    assert len(pids) >= 2
     assert [pid for pid in pids if is_running(pid)] == []
-    left = subprocess.run(["sh", "-c", "ip link; ip netns; ls /etc/netns"], capture_output=True, text=True, check=False)
-    assert hosts.tag not in left.stdout
+    left = subprocess.run(["sh", "-c", "ip link; ip netns; ls ${TMPDIR:-/tmp}"], capture_output=True, text=True, check=False)
+    assert tags[0] not in left.stdout

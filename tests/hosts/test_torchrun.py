@@ -41,7 +41,10 @@ def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, sha
     [
         (["--nodes", "2", "configs/quickstart.yaml"], "--head is missing"),
         (["--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is missing"),
-        (["--nodes", "3:2", "--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is 3:2; the smaller number comes first"),
+        (
+            ["--nodes", "3:2", "--head", "127.0.0.1", "configs/quickstart.yaml"],
+            "--nodes is 3:2; the smaller number comes first",
+        ),
         (["--nodes", "two", "--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is 'two'; use a whole number from 1"),
         (["--nodes", "2", "--head", "127.0.0.1:x", "configs/quickstart.yaml"], "the port of --head is 'x'"),
         (["--nodes", "2", "--head", "127.0.0.1", "nowhere.yaml"], "nowhere.yaml is no file here"),
@@ -83,6 +86,7 @@ def test_three_hosts_train_to_the_bits_of_one(
 ) -> None:
     """Stopped by the scheduler's signal on one host, all save and leave with 75; the same lines go on."""
     overrides = settings(shards, tmp_path / "run", "data.workers=1")
+
     def start() -> list[subprocess.Popen[str]]:
         return [hosts.popen(host, torchrun(hosts, "3", recipe, overrides)) for host in (2, 1, 0)]
 

@@ -1,0 +1,73 @@
+"""How many Ray Train workers there are, and when that should change: in Ray's controller, beside the ranks.
+
+Ray's elastic policy takes any number between a smallest and a largest, and restarts ranks where they stand. Here only numbers
+that can share the global batch count, and before a change that can wait, ranks are asked (by the run folder's STOP file) to
+save and leave; launchers/ray.py then starts them again. So growing, or leaving a host that will be taken away, loses no step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
+
+CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
+
+
+class WorkingSizes(ElasticScalingPolicy):
+    """Takes the largest of `sizes` for which there is room on hosts that stay."""
+
+    def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], stop_file: Path, check_every_s: float) -> None:
+        super().__init__(scaling_config)
+        self._sizes, self._stop_file, self._check_every_s = sizes, stop_file, check_every_s
+        self._checked = float("-inf")
+        self._more_at = 0  # a larger size that was possible at the last check, too
+
+    def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
+        leaving = _draining_nodes()
+        staying = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
+        possible = int(super()._count_possible_workers(staying))
+        return max((size for size in self._sizes if size <= possible), default=0)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:
+        self._maybe_send_resource_request()
+        now = time.monotonic()
+        if now - self._checked >= self._check_every_s and not self._stop_file.exists():
+            self._checked = now
+            if reason := self._why_change(worker_group_state):
+                self._stop_file.write_text(CHANGE + reason)
+        return NoopDecision()
+
+    def _why_change(self, running: Any) -> str:
+        in_use = {worker.metadata.node_id for worker in running.workers}
+        if leaving := in_use & set(_draining_nodes()):
+            names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+            return f"{', '.join(sorted(names.get(node, node) for node in leaving))} will be taken away"
+        reserved = self._get_reserved_resources()
+        possible = self._count_possible_workers(reserved) if reserved is not None else 0
+        # Twice: a host that has just come back may not be ready, or be about to go again.
+        stable, self._more_at = possible > running.num_workers and possible == self._more_at, possible
+        return f"room for {possible} workers instead of {running.num_workers}" if stable else ""
+
+
+def _draining_nodes() -> dict[str, int]:
+    """Nodes that are going to be taken away, and until when (ms since 1970; 0: not said)."""
+    nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return nodes
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer with another policy; its constructor has no argument for one."""
+
+    def __init__(self, *arguments: Any, policy: WorkingSizes, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._policy = policy
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**settings, "scaling_policy": self._policy})

@@ -1,0 +1,98 @@
+"""launch/slurm.sbatch under a real two-node Slurm: preempted, requeued, finished."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clae_dist.data.manifest import Manifest
+from tests.hosts.cluster import ROOT, Hosts, clean_environment
+from tests.hosts.needs import require
+from tests.hosts.slurm import Slurm, submit, why_not
+from tests.hosts.small import CHECKPOINT_EVERY, assert_bitwise, settings
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+
+
+@pytest.fixture
+def slurm(hosts: Hosts) -> Iterator[Slurm]:
+    require(why_not())
+    with Slurm(hosts) as cluster:
+        yield cluster
+
+
+def until(slurm: Slurm, job: str, states: set[str], output: Path, timeout_s: float = 300.0) -> str:
+    """The job's state, once it is one of `states`; fails with all that was said when it never is."""
+    deadline = time.monotonic() + timeout_s
+    while (state := slurm.state(job)) not in states:
+        over = state.split()[0] in ("FAILED", "CANCELLED", "TIMEOUT", "COMPLETED", "GONE") or time.monotonic() > deadline
+        assert not over, f"{state}\n{output.read_text() if output.exists() else ''}\n{slurm.logs()}"
+        time.sleep(0.2)
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
+    launcher: str, slurm: Slurm, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed_two: Path
+) -> None:
+    output, run_dir = tmp_path / "job.out", tmp_path / "run"
+    arguments = [str(recipe), *settings(shards, run_dir, f"{CHECKPOINT_EVERY}=1000", "launch.workers=2")]
+    job = submit(slurm, SCRIPT, [f"--output={output}"], arguments, CLAE_LAUNCHER=launcher, CLAE_SHARED=str(tmp_path))
+    until(slurm, job, {"RUNNING 0"}, output)
+    deadline = time.monotonic() + 240
+    while "step  5/24" not in (output.read_text() if output.exists() else ""):
+        assert slurm.state(job) == "RUNNING 0", output.read_text() + slurm.logs()
+        assert time.monotonic() < deadline, output.read_text() + slurm.logs()
+        time.sleep(0.1)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    until(slurm, job, {"COMPLETED 1"}, output)
+    said = output.read_text()
+    assert "SIGUSR1: asking the ranks to save and leave" in said
+    assert f"stopped with everything saved; requeueing job {job}" in said
+    assert "started again for the 1. time" in said
+    assert "resuming after step" in said
+    assert "ranks: 2 on 2 host(s)" in said
+    assert_bitwise(run_dir, undisturbed_two)
+
+
+def say(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPT, *arguments],
+        cwd=ROOT,
+        env={**clean_environment(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_dry_run_without_slurm_says_what_each_node_would_run() -> None:
+    done = say("--dry-run", "configs/quickstart.yaml", "seed=%a", SLURM_ARRAY_TASK_ID="3")
+    assert done.returncode == 0
+    assert "srun --nodes=NODES --ntasks-per-node=1" in done.stdout
+    assert (
+        "torchrun.sh --nodes NODES --ranks-per-node 1 --head FIRST_NODE:PORT --id JOB configs/quickstart.yaml seed=3"
+        in done.stdout
+    )
+    assert "--signal=B:USR1@120 --requeue" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["configs/quickstart.yaml"], {}, "this is no Slurm job; submit it"),
+        (["--dry-run"], {}, "no recipe was named"),
+        (["--dry-run", "configs/quickstart.yaml"], {"CLAE_LAUNCHER": "mpi"}, "CLAE_LAUNCHER is mpi; use torchrun or ray."),
+        (["--dry-run", "configs/quickstart.yaml"], {"CLAE_HOME": "/tmp"}, "/tmp is no checkout"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: list[str], environment: dict[str, str], words: str) -> None:
+    done = say(*arguments, **environment)
+    assert done.returncode == 2
+    assert words in done.stderr
