@@ -42,9 +42,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> int:
     from clae_dist.recipe import to_yaml
+    from clae_dist.runs.folder import shareable
 
     config, origins = _resolve(arguments)
-    print(to_yaml(config, origins), end="")
+    print(to_yaml(shareable(config), origins), end="")
     return 0
 
 

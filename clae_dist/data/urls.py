@@ -8,6 +8,9 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://")
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>]+")
+_SECRET = re.compile("pass|secret|token|key|cred|sig", re.IGNORECASE)
+_SHELL = re.compile(r"[|;&$`<>()]")
+_UNPACKERS = frozenset("cat gzip gunzip zcat bzip2 bzcat xz xzcat zstd zstdcat lz4 pigz".split())
 PIPE = "pipe:"
 HIDDEN = "?…"  # what stands for the query of a URL, which may be a signature
 
@@ -73,8 +76,30 @@ def redact_list(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`data.shards` as a run's files may hold it: as it was written, but without logins and what follows "?" in URLs."""
-    return "::".join(redact_text(part) if scheme(part) == "pipe" else redact(part) for part in text.split("::"))
+    """`data.shards` as a run's files may hold it: as it was written, but without logins and what follows "?" in URLs.
+
+    Of a command, which may hold a token anywhere, no more than the program's name, unless it does no more than unpack a file.
+    """
+    return "::".join(_command_without_secrets(part) if scheme(part) == "pipe" else redact(part) for part in text.split("::"))
+
+
+def _command_without_secrets(entry: str) -> str:
+    words = entry[len(PIPE) :].split()
+    if words and words[0] in _UNPACKERS and not _SHELL.search(entry) and "://" not in entry:
+        return entry
+    return f"{PIPE}{next(iter(words), '')} {HIDDEN}"
+
+
+def uri_without_secrets(uri: str) -> str:
+    """The address of a store without its login; a database's user stays (libpq finds the password in ~/.pgpass by it)."""
+    parts = urlsplit(uri)
+    login, at, host = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
+    if parts.scheme in ("http", "https"):  # it may be a token instead of a user
+        user, at = "", ""
+    options = "&".join(option for option in parts.query.split("&") if not _SECRET.search(option.partition("=")[0]))
+    shown = uri.replace(parts.netloc, f"{user}{at}{host}", 1)  # not put together anew: sqlite has more slashes than a URL
+    return shown.replace(f"?{parts.query}", f"?{options}" if options else "", 1)
 
 
 def redact_text(text: str) -> str:

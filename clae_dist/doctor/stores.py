@@ -65,6 +65,7 @@ def mlflow_store(config: Config | None) -> Iterator[Finding]:
     if config.tracking.name == "none":
         yield Finding("ok", "mlflow store", "tracking.name is none")
         return
+    from clae_dist.data.urls import uri_without_secrets
     from clae_dist.tracking.mlflow import require_mlflow, store_problem, store_uri
 
     try:
@@ -76,9 +77,9 @@ def mlflow_store(config: Config | None) -> Iterator[Finding]:
     problem = store_problem(uri)
     if problem:
         advice = "a run goes on without it; start the server, correct tracking.uri, or tracking.name=none."
-        yield Finding("warning", "mlflow store", f"{uri}: {problem}", advice)
+        yield Finding("warning", "mlflow store", f"{uri_without_secrets(uri)}: {problem}", advice)
     else:
-        yield Finding("ok", "mlflow store", uri)
+        yield Finding("ok", "mlflow store", uri_without_secrets(uri))
 
 
 def shards(config: Config | None) -> Iterator[Finding]:

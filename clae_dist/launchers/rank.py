@@ -10,6 +10,7 @@ from typing import TextIO
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
+from clae_dist.data.urls import redact_text
 from clae_dist.runs.checkpoint import CheckpointError
 from clae_dist.training.run import train
 from clae_dist.world import RankError, connect
@@ -44,13 +45,20 @@ class Console:
     def __init__(self, config: Config, also: TextIO | None) -> None:
         self._path = config.folder / "console.log"
         self._also = also
+        self._missed = False
 
     def write(self, text: str) -> int:
         if self._also is not None:
             self._also.write(text)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            return file.write(text)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(text)
+        except OSError as error:  # a full disk: training goes on
+            if self._also is not None and not self._missed:
+                self._also.write(f"{self._path} cannot be written ({error.strerror}): lines will be missing there.\n")
+            self._missed = True
+        return len(text)
 
     def flush(self) -> None:
         if self._also is not None:
@@ -86,11 +94,13 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
                 traceback.print_exc(file=sys.stderr)
             return Ending(exit_code(error), str(error))
         except Exception as error:
-            what = f"rank {world.rank} of {world.size}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            what = (
+                f"rank {world.rank} of {world.size}: {type(error).__name__}: {' '.join(redact_text(str(error)).split())[:200]}"
+            )
             code = STORAGE if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS else UNEXPECTED
             log = config.folder / f"error-rank-{world.rank}.log"
             try:
-                log.write_text(traceback.format_exc())
+                log.write_text(redact_text(traceback.format_exc()))
             except OSError:
                 raise RankBroke(what, code) from error
             raise RankBroke(f"{what} (traceback: {log})", code) from error

@@ -12,7 +12,7 @@ from typing import Any
 from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import Manifest, write_atomically
-from clae_dist.data.urls import without_secrets
+from clae_dist.data.urls import uri_without_secrets, without_secrets
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
 from clae_dist.world import World
 
@@ -72,7 +72,11 @@ def read_identity(run_dir: Path) -> Identity:
 def shareable(config: Config) -> Config:
     """The configuration without the secrets of the URLs in it: what is written down outlives them, and others read it."""
     mixture = {without_secrets(name): share for name, share in config.data.mixture.items()}
-    return replace(config, data=replace(config.data, shards=without_secrets(config.data.shards), mixture=mixture))
+    return replace(
+        config,
+        data=replace(config.data, shards=without_secrets(config.data.shards), mixture=mixture),
+        tracking=replace(config.tracking, uri=uri_without_secrets(config.tracking.uri)),
+    )
 
 
 def make_folder(folder: Path) -> None:

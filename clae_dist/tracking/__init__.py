@@ -78,6 +78,8 @@ def build_trackers(
     def say(text: str) -> None:
         print(text, file=stream, flush=True)
 
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = MetricsFile(run_dir / "metrics.jsonl", resume_images_seen, say)
     others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
     page = ""
     if config.tracking.name == "mlflow":
@@ -86,7 +88,7 @@ def build_trackers(
 
         uri = mlflow.store_uri(config, run_dir)
         store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say)
-        others.append(BackgroundTracker(store, say, images_seen=resume_images_seen))
+        # The process that was killed may not have sent all that it had written down.
+        others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))
         page = mlflow.page_command(uri)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return Trackers(MetricsFile(run_dir / "metrics.jsonl", resume_images_seen, say), others, say, page)
+    return Trackers(file, others, say, page)

@@ -5,27 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from clae_dist.tracking.tracker import Say, Status
+from clae_dist.data.urls import redact_text
+from clae_dist.tracking.tracker import Row, Say, Status
 
 ROWS_AT_ONCE = 100
 
 
 class Refused(Exception):
     """The store answered and will not take this; trying again is pointless."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Metrics as they were logged."""
-
-    metrics: Mapping[str, float]
-    images_seen: int
-    time_ms: int  # since 1970
 
 
 class Store(Protocol):
@@ -53,7 +44,8 @@ class BackgroundTracker:
     """A Tracker over a Store.
 
     Metrics wait in a queue of `capacity` rows; when it is full the oldest row is dropped and counted. Artifacts and the
-    model are few and are never dropped before the end. `close` waits `close_timeout_s` at most.
+    model are few and are never dropped before the end. `close` waits `close_timeout_s` at most. `rows` were logged before this
+    process was started, and come first.
     """
 
     def __init__(
@@ -62,12 +54,13 @@ class BackgroundTracker:
         say: Say,
         *,
         images_seen: int = 0,
+        rows: Sequence[Row] = (),
         capacity: int = 10_000,
         close_timeout_s: float = 30.0,
         retry_s: float = 15.0,
     ) -> None:
         self._store, self._say, self._retry_s, self._close_timeout_s = store, say, retry_s, close_timeout_s
-        self._rows: deque[Row] = deque()
+        self._rows: deque[Row] = deque(rows)
         self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
         self._taken_rows = 0  # what the thread has taken from the queue and not finished
         self._taken_job: list[str] = []
@@ -198,6 +191,6 @@ class BackgroundTracker:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of an error, short enough for the console."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error, short enough for the console and without logins."""
+    text = (redact_text(str(error)).strip().splitlines() or [type(error).__name__])[0]
     return text if len(text) <= 160 else text[:157] + "..."

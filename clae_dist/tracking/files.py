@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
-from clae_dist.tracking.tracker import Say, Status
+from clae_dist.tracking.tracker import Row, Say, Status
 
 
 class MetricsFile:
@@ -17,16 +18,35 @@ class MetricsFile:
     Opening it for a run that goes on at `resume_images_seen` first takes away what a kill left behind: lines that are
     cut off, and lines of steps after the checkpoint, which are trained and logged again. A run that starts at 0 has no
     checkpoint: it keeps no line, not even those logged before its first step.
+    A disk that is full does not end the run: lines wait until it has room again.
     """
 
     def __init__(self, path: Path, resume_images_seen: int, say: Say) -> None:
-        self.path = path
+        self.path, self._say = path, say
         self._trim(resume_images_seen, say)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._end = self._file.tell()  # of the last whole line
+        self._waiting: list[bytes] = []
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        self._file.write(json.dumps({"images_seen": images_seen, **metrics}) + "\n")
-        self._file.flush()
+        """Writes the line, and those before it that a full disk did not take."""
+        self._waiting.append(json.dumps({"images_seen": images_seen, **metrics}).encode() + b"\n")
+        data, late = b"".join(self._waiting), len(self._waiting) > 1
+        try:
+            if self._file.write(data) < len(data):  # what fitted of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(self._end)
+            if not late:
+                self._say(
+                    f"{self.path} cannot be written ({error.strerror}): training goes on, and the metrics wait in memory; free "
+                    "some of that disk."
+                )
+            return
+        self._end += len(data)
+        self._waiting.clear()
+        if late:
+            self._say(f"{self.path} is written again; it has all metrics.")
 
     def log_artifacts(self, path: Path, name: str) -> None:
         pass  # they lie in the run folder already
@@ -36,6 +56,14 @@ class MetricsFile:
 
     def close(self, status: Status) -> None:
         self._file.close()
+        if self._waiting:
+            self._say(f"{self.path} could not be written to the end: its last {len(self._waiting)} lines are missing.")
+
+    def rows(self) -> list[Row]:
+        """What the file holds."""
+        now_ms = int(time.time() * 1000)
+        read = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [Row(metrics, metrics.pop("images_seen"), now_ms) for metrics in read]
 
     def _trim(self, resume_images_seen: int, say: Say) -> None:
         if not self.path.exists():

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.data.urls import uri_without_secrets
 from clae_dist.recipe import flatten
 from clae_dist.runs.folder import shareable
-from clae_dist.tracking.background import Refused, Row, brief
-from clae_dist.tracking.tracker import Say, Status
+from clae_dist.tracking.background import Refused, brief
+from clae_dist.tracking.tracker import Row, Say, Status
 
 Item = TypeVar("Item")
 RUN_KEY_TAG = "clae.run_key"
@@ -47,10 +48,11 @@ def store_uri(config: Config, run_dir: Path) -> str:
 
 
 def page_command(uri: str) -> str:
-    """What a user types to see the runs."""
+    """What a user types to see the runs, on this machine alone as is MLflow's default; the password is theirs to add."""
+    shown = uri_without_secrets(uri)
     if urlsplit(uri).scheme in ("http", "https"):
-        return uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        return shown
+    return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
 
 
 def require_mlflow() -> None:
@@ -80,6 +82,7 @@ class MlflowStore:
 
     `run_key` is our own name for the run, made before anything starts and kept in the run folder. It is a tag of the
     MLflow run, by which a continued run finds it again, whenever the process that made it was killed.
+    MLflow keeps every value that it was ever sent: of what is trained again after a kill, it is sent what it does not have.
     The run's status is that of its training: a store that is not `training` only adds to the run and leaves it alone.
     """
 
@@ -87,7 +90,7 @@ class MlflowStore:
         self, uri: str, config: Config, run_name: str, run_key: str, tags: dict[str, str], say: Say, *, training: bool = True
     ) -> None:
         assert run_key.isalnum(), f"run_key {run_key!r} goes into a query; letters and digits only"
-        self.address = f"MLflow at {uri}"
+        self.address = f"MLflow at {uri_without_secrets(uri)}"
         self.run_id = ""
         self.system_metrics_every_s = 10.0
         self._uri, self._run_name, self._run_key, self._say = uri, run_name, run_key, say
@@ -96,6 +99,7 @@ class MlflowStore:
         self._params = {key: str(value) for key, value in flatten(shareable(config)).items()}
         self._tags = {**tags, RUN_KEY_TAG: run_key}
         self._experiment_id = ""
+        self._known: dict[str, set[int]] = {}  # what a continued run has: the images seen at each value, by metric
         self._client: Any = None
         self._monitor: Any = None
 
@@ -116,7 +120,12 @@ class MlflowStore:
     def log_rows(self, rows: list[Row]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(key, float(x), row.time_ms, row.images_seen) for row in rows for key, x in row.metrics.items()]
+        metrics = [
+            Metric(key, float(x), row.time_ms, row.images_seen)
+            for row in rows
+            for key, x in row.metrics.items()
+            if row.images_seen not in self._known.get(key, ())
+        ]
         with refusals():
             for some in chunks(metrics, 1000):  # MLflow's limit a request
                 self._client.log_batch(self.run_id, metrics=some, synchronous=True)
@@ -174,6 +183,8 @@ class MlflowStore:
         self._client.update_run(run.info.run_id, status="RUNNING")
         known = run.data.params
         self.run_id = run.info.run_id
+        ours = [key for key in run.data.metrics if not key.startswith("system/")]
+        self._known = {key: {found.step for found in self._client.get_metric_history(self.run_id, key)} for key in ours}
         self._log_params({key: value for key, value in self._params.items() if key not in known})
         # MLflow's parameters never change; what a continued run does otherwise (how often it logs, say) goes into tags.
         changed = [key for key, value in self._params.items() if known.get(key, _stored(value)) != _stored(value)]

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Status = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be continued
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Metrics as they were logged."""
+
+    metrics: Mapping[str, float]
+    images_seen: int
+    time_ms: int  # since 1970
 
 
 class Tracker(Protocol):

@@ -37,7 +37,11 @@ class BadSamples:
                 if len(self.known) == _SAID:
                     say(f"further ones are named in {self._file} only")
         lines = [json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in sorted(self.known.items())]
-        world.run_on_main(lambda: write_atomically(self._file, "".join(lines).encode()))
+        if world.is_main:
+            try:
+                write_atomically(self._file, "".join(lines).encode())
+            except OSError as error:  # the list is in the checkpoint, too, and is written with the next one that is found
+                say(f"{self._file} cannot be written ({error.strerror}): training goes on; free some of that disk.")
         if len(self.known) > self._budget:
             sample, reason = min(self.known.items())
             raise DataError(

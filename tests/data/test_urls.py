@@ -8,7 +8,7 @@ import pytest
 
 from clae_dist.config import Config, ConfigError, Data
 from clae_dist.data.shard_set import entries_of, open_shards
-from clae_dist.data.urls import absolute, join, redact, redact_list, redact_text, scheme, without_secrets
+from clae_dist.data.urls import absolute, join, redact, redact_list, redact_text, scheme, uri_without_secrets, without_secrets
 from clae_dist.runs.folder import shareable
 
 
@@ -63,9 +63,7 @@ def test_secrets_are_not_shown(text: str, shown: str) -> None:
 
 def test_messages_and_files_of_a_run_hold_no_secret() -> None:
     assert redact_text("no route to 'https://u:p@h/x?t=1', sorry") == "no route to 'https://h/x?…', sorry"
-    assert (
-        without_secrets("https://u:p@h/x?t=1::pipe:curl https://u:p@h/y | cat") == "https://h/x?…::pipe:curl https://h/y | cat"
-    )
+    assert without_secrets("https://u:p@h/x?t=1::pipe:curl -H 'X: tok' https://h/y") == "https://h/x?…::pipe:curl ?…"
 
 
 def test_schemes() -> None:
@@ -88,3 +86,35 @@ def test_a_run_writes_down_no_secret() -> None:
 def test_a_url_whose_secret_was_not_written_down_is_asked_for_again() -> None:
     with pytest.raises(ConfigError, match=r"what followed the question mark was a secret.*--shards"):
         entries_of(shareable(Config(data=Data(shards="https://host/a?token=1"))).data.shards)
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("pipe:gzip -dc /data/x-{0..9}.tar.gz", "pipe:gzip -dc /data/x-{0..9}.tar.gz"),
+        ("pipe:cat /data/x.tar", "pipe:cat /data/x.tar"),
+        ("pipe:cat x | openssl enc -d -k tok3n", "pipe:cat ?…"),
+        ("pipe:aws s3 cp --token tok3n s3://b/x.tar -", "pipe:aws ?…"),
+        ("pipe:cat https://me:tok3n@h/x", "pipe:cat ?…"),
+        ("pipe:", "pipe: ?…"),
+    ],
+)
+def test_a_command_may_hold_a_token_anywhere(command: str, kept: str) -> None:
+    assert without_secrets(command) == kept
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://clae:s3cret@db:5432/mlflow", "postgresql://clae@db:5432/mlflow"),
+        ("postgresql://clae@db/mlflow?password=s3cret&sslmode=require", "postgresql://clae@db/mlflow?sslmode=require"),
+        ("https://s3cret@host:5000", "https://host:5000"),
+        ("https://me:s3cret@host:5000/a", "https://host:5000/a"),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
+        ("sqlite:///mlflow.db?timeout=5", "sqlite:///mlflow.db?timeout=5"),
+        ("", ""),
+    ],
+)
+def test_the_address_of_a_store_without_its_password(uri: str, shown: str) -> None:
+    assert uri_without_secrets(uri) == shown

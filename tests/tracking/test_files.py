@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,41 @@ def test_a_run_killed_before_its_first_checkpoint_logs_its_start_once(tmp_path: 
     file.log({"knn_accuracy": 31.0}, images_seen=0)
     file.close("finished")
     assert lines(path) == [{"images_seen": 0, "knn_accuracy": 31.0}]
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """A disk that is full, as far as a file of this process is concerned."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_no_line_and_no_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0, said.append)
+    with largest_file(100):
+        for step in range(1, 6):
+            file.log({"step": step, "loss": 1.25}, 256 * step)
+        whole = path.read_bytes()
+        assert (whole.endswith(b"}\n"), len(whole) <= 100) == (True, True)  # never half a line
+        assert len(said) == 1
+        assert "metrics.jsonl cannot be written (" in said[0]
+    file.log({"step": 6, "loss": 1.25}, 256 * 6)
+    file.close("finished")
+    assert [row.images_seen for row in file.rows()] == [256 * step for step in range(1, 7)]
+    assert said[1:] == [f"{path} is written again; it has all metrics."]
+
+
+def test_lines_that_a_full_disk_never_took_are_counted(tmp_path: Path) -> None:
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, said.append)
+    with largest_file(10):
+        file.log({"step": 1}, 256)
+        file.log({"step": 2}, 512)
+        file.close("finished")
+    assert "its last 2 lines are missing" in said[-1]
