@@ -104,6 +104,14 @@ def _parity(arguments: argparse.Namespace) -> int:
     return ending.code
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from clae_dist.launchers.replay import replay_step
+
+    ending = replay_step(arguments.step, arguments.shards)
+    print(ending.message)
+    return ending.code
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from clae_dist.bench import run_bench
     from clae_dist.config import ConfigError
@@ -136,6 +144,7 @@ _COMMANDS = {
     "report": _report,
     "export": _export,
     "parity": _parity,
+    "replay": _replay,
     "bench": _bench,
     "doctor": _doctor,
 }

@@ -19,6 +19,7 @@ from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import CheckpointError, find_checkpoints, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE
+from clae_dist.training import journal
 from clae_dist.training import run as training
 from clae_dist.world import RankError, World
 from tests.parallel.expected_steps import largest_difference
@@ -445,7 +446,7 @@ def test_a_batch_that_ranks_cannot_share(ranks: RankPool, shards: Manifest, tmp_
 def test_a_run_that_waits_for_data_says_once_what_to_change(
     shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "MOST_WAIT", -1)
+    monkeypatch.setattr(journal, "MOST_WAIT", -1)
     said = io.StringIO()
     assert training.train(recipe(shards, tmp_path / "run"), {}, World.single("cpu"), said).step == STEPS
     assert said.getvalue().count("of the time is spent waiting for data") == 1
