@@ -131,29 +131,36 @@ def _watch(ranks: Sequence[_Rank], request: _Request, advice: str, stop_within_s
         patience_s = (_HUNG_GRACE_S if killed and killed[0].code == HUNG else _GRACE_S) if failed else _POLL_S
         ready = wait(list(alive), timeout=patience_s if asked is None else min(asked, patience_s))
         if not ready and (failed or asked == 0.0):
-            break
+            break  # those that are left are killed
         for sentinel in ready:
             number = alive.pop(sentinel)
             process, ending = ranks[number].process, ranks[number].ending
             process.join()
             if process.exitcode:
-                killed.append(_how_it_died(number, len(ranks), process.exitcode, advice))
+                killed.append(_how_it_died(number, len(ranks), process.exitcode, request.name if stop_within_s else "", advice))
             elif ending.poll():
                 endings.append(ending.recv())
-    if request.name and stop_within_s and not any(ending.code == STOPPED for ending in endings):
-        early = all(death.code == STOPPED or "SIGTERM" in death.message for death in killed)
-        if (killed or alive) and early:
-            return Ending(STOPPED, f"{request.name}: ended before there was anything new to save. {advice}".rstrip())
-    # A killed rank is the cause of what the others then saw.
-    found = (killed or [ending for ending in endings if ending.code not in (OK, STOPPED)] or endings)[0]
-    return replace(found, again=found.again and not request.name)
+    return _sum_up(killed, endings, request.name, advice)
 
 
-def _how_it_died(number: int, num_ranks: int, code: int, advice: str) -> Ending:
+def _sum_up(killed: list[Ending], endings: list[Ending], asked: str, advice: str) -> Ending:
+    """The cause: ranks that were killed, then those that left unsaved because they were asked to, then what others say."""
+    lost = [ending for ending in killed if ending.code != STOPPED]
+    unsaved = [ending for ending in killed if ending.code == STOPPED]
+    failed = [ending for ending in endings if ending.code not in (OK, STOPPED)]
+    for found in (lost, [] if unsaved else failed, [ending for ending in endings if ending.code == STOPPED], unsaved, endings):
+        if found:
+            return replace(found[0], again=found[0].again and not asked)
+    return Ending(STOPPED, f"{asked}: the ranks did not leave in time and were killed. {advice}".rstrip())
+
+
+def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str) -> Ending:
     if code == HUNG:
         return Ending(HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=True)
-    if code == STOPPED:
-        return Ending(STOPPED, "")
+    if code == STOPPED or (asked and -code in STOP_SIGNALS):  # it had not come so far as to listen
+        return Ending(
+            STOPPED, f"rank {number} of {num_ranks} was asked to stop and left with nothing new saved. {advice}".rstrip()
+        )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=True)
 

@@ -225,9 +225,11 @@ class DeepSpeedBackend(Backend):
         if self.stage == 0:
             self.engine.optimizer.zero_grad()
         elif not self._left_out:
-            for gradients in self.engine.optimizer.averaged_gradients.values():
-                for gradient in gradients:
-                    gradient.fill_(float("nan"))
+            held = [g for group in self.engine.optimizer.averaged_gradients.values() for g in group or ()]
+            if not held:
+                return  # there was no backward
+            for gradient in held:
+                gradient.fill_(float("nan"))
             self._step()
             assert self._left_out, "ZeRO took a step that was to be left out"
 

@@ -45,6 +45,10 @@ class Goodput:
         """In percent of the wall time."""
         return {kind: 100 * seconds / max(self.wall_s, 1e-9) for kind, seconds in self.spent.items()}
 
+    def metrics(self) -> dict[str, float]:
+        """For trackers, in percent: `goodput`, and the shares of what was not training."""
+        return {"goodput": self.shares["training"], **{f"goodput_{kind}_share": self.shares[kind] for kind in KINDS[1:]}}
+
     def as_dict(self) -> dict[str, Any]:
         """For summary.json."""
         return {"wall_s": self.wall_s, "starts": self.starts, **{f"{kind}_share": self.shares[kind] for kind in KINDS}}
@@ -57,20 +61,31 @@ class Goodput:
 
 
 class Ledger:
-    """Rank 0's book of one start. `switch` ends one kind of thing and begins another; lines are written now and then."""
+    """Rank 0's book of one start. `switch` ends one kind of thing and begins another; lines are written now and then.
+
+    Nothing is written before `resumed`: until then the folder may turn out to be another run's.
+    """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time, write: bool = True) -> None:
-        self._path, self._clock, self._write = run_dir / FILE_NAME, clock, write
+        self._folder, self._clock, self._write = run_dir, clock, write
         self._spent: dict[Kind, float] = {}
         self._kind: Kind = "starting"
         self._begun = self._since = self._written = clock()
         self._step = 0
-        self._lines = read_lines(run_dir) if write else []
-        self._append({"event": "start", "at": self._begun})
+        self._earlier = Goodput(dict.fromkeys(KINDS, 0.0), 1)  # all starts before this one, and what it made of them
 
     def resumed(self, step: int) -> None:
         """This start goes on from the checkpoint of `step`; all that came after it was lost."""
         self._step = step
+        begin = {"event": "start", "at": self._begun}
+        # With nothing of this start in it yet, but knowing what it does again.
+        known = [
+            *(read_lines(self._folder) if self._write else []),
+            begin,
+            {"event": "resume", "at": self._begun, "step": step},
+        ]
+        self._earlier = account(known)
+        self._append(begin)
         self._line("resume")
 
     def switch(self, kind: Kind, step: int) -> None:
@@ -80,7 +95,7 @@ class Ledger:
             self._take()
             self._kind = kind
             # A line at a checkpoint is where a later start cuts what it does again.
-            if "checkpoint" in (before, kind) or self._since - self._written > _EVERY_S:
+            if (kind != before and "checkpoint" in (before, kind)) or self._since - self._written > _EVERY_S:
                 self._line("mark")
 
     def move(self, source: Kind, to: Kind, seconds: float) -> None:
@@ -96,29 +111,25 @@ class Ledger:
     def so_far(self) -> Goodput:
         """Of the whole run, this start included."""
         self._take()
-        return account([*self._lines, self._content("mark")])
+        total = {kind: self._earlier.spent[kind] + self._spent.get(kind, 0.0) for kind in KINDS}
+        return Goodput(total, self._earlier.starts)
 
     def _take(self) -> None:
-        now = self._clock()
-        self._spent[self._kind] = self._spent.get(self._kind, 0.0) + max(0.0, now - self._since)
+        now = max(self._since, self._clock())  # a clock may be set back
+        self._spent[self._kind] = self._spent.get(self._kind, 0.0) + now - self._since
         self._since = now
-
-    def _content(self, event: str) -> dict[str, Any]:
-        return {"event": event, "at": self._since, "step": self._step, "spent": dict(self._spent)}
 
     def _line(self, event: str) -> None:
         self._take()
-        self._append(self._content(event))
+        self._written = self._since
+        self._append({"event": event, "at": self._since, "step": self._step, "spent": dict(self._spent)})
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._written = self._since
-        self._lines.append(line)
         if not self._write:
             return
         # A line that a kill has cut off stays alone, whatever comes after it.
-        with self._path.open("a+b") as file:
-            file.seek(0, os.SEEK_END)
-            torn = file.tell() > 0 and _last_byte(file) != b"\n"
+        with (self._folder / FILE_NAME).open("a+b") as file:
+            torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 

@@ -11,12 +11,14 @@ import torch
 from clae_dist.config import Config
 from clae_dist.contrast.step import StepMetrics
 from clae_dist.data.loader import num_workers
+from clae_dist.runs.goodput import Ledger
 from clae_dist.tracking import NullTracker, Trackers
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.plan import Plan
 from clae_dist.world import World
 
+GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
 MOST_WAIT = 5  # percent of the time for data, above which a run says what to change
 
 
@@ -31,10 +33,12 @@ class Journal:
         tracker: Trackers | NullTracker,
         bad: BadSamples,
         say: Callable[[str], None],
+        ledger: Ledger,
         first_step: int,
         train_s: float,
     ) -> None:
         self._config, self._world, self._plan, self._tracker = config, world, plan, tracker
+        self.ledger, self._said_goodput = ledger, time.monotonic()
         self._bad, self._say = bad, say
         self.clock = Clock(world.device)
         self._started = time.perf_counter() - train_s
@@ -67,15 +71,28 @@ class Journal:
         """Rates and shares (percent) of the time since the last call. A collective."""
         seconds, spent = self.clock.read()
         waited = self._world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
+        self.ledger.move("training", "data", waited / 100 * seconds - spent.get("data", 0.0))
         self._advise(waited)
+        goodput = self.ledger.so_far()
+        if time.monotonic() - self._said_goodput > GOODPUT_EVERY_S:
+            self._said_goodput = time.monotonic()
+            self._say(goodput.describe())
         num_images = (step - self._logged) * self._config.batch.global_size
         self._logged = step
         return {
             "images_per_s": num_images / seconds,
             "data_wait_share": waited,
             "attack_share": 100 * spent.get("attack", 0.0) / seconds,
+            "goodput": goodput.shares["training"],
             **({"bad_samples": float(len(self._bad.known))} if self._bad.known else {}),
         }
+
+    def close(self, step: int) -> None:
+        """The end of this start: where the time of the run went."""
+        self.ledger.close()
+        goodput = self.ledger.so_far()
+        self.log(step, goodput.metrics())
+        self._say(goodput.describe())
 
     def _advise(self, waited: float) -> None:
         """Says once what to change when data is waited for; the first lines are of a loader that has just been started."""

@@ -20,6 +20,7 @@ from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import load_checkpoint, save_checkpoint
 from clae_dist.runs.folder import Identity, open_run_folder
+from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, check_tracking, new_run_key
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
@@ -60,6 +61,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
             print(text, file=stream, flush=True)
 
     config.rows_per_rank(world.size)
+    ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     sets = open_sets(config, world, say)
@@ -83,6 +85,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         say("this run is finished already; give another run_dir or name to start a new one.")
         return Outcome("finished", first_step)
 
+    ledger.resumed(first_step)
     tracker: Trackers | NullTracker = NullTracker()
     if world.is_main:
         seen = plan.images_seen(first_step)
@@ -98,10 +101,11 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
     status: Status = "failed"
     try:
         bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, known_bad)
-        journal = Journal(config, world, plan, tracker, bad, say, first_step, train_s)
+        journal = Journal(config, world, plan, tracker, bad, say, ledger, first_step, train_s)
         nonfinite = NonFiniteSteps(config, world, backend, sets.train, skipped, say)
         outcome = _Loop(config, world, backend, sets, plan, journal, stop, watch, bad, nonfinite, say).run(first_step)
         status = outcome.status
+        journal.close(outcome.step)
         watch.doing(ENDING, outcome.step)
         if world.is_main and status == "finished" and config.tracking.name != "none":
             _log_encoder(config, tracker, sets.train, say)
@@ -207,10 +211,12 @@ class _Loop:
         self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images; saved in {self.config.folder}")
         return Outcome("finished", self.step)
 
-    def _doing(self, what: str) -> None:
+    def _doing(self, what: Kind) -> None:
         # The first batch and step take as long as loaders, caches and compilers need to start.
-        first = self.step == self.first_step and what in ("data", "training")
-        self.watch.doing("starting" if first else what, self.step)
+        if self.step == self.first_step and what in ("data", "training"):
+            what = "starting"
+        self.watch.doing(what, self.step)
+        self.journal.ledger.switch(what, self.step)
 
     def _batch(self, batches: Iterator[Batch]) -> Batch | None:
         """This rank's batch of the step; None on every rank when one was asked to stop. A collective."""
@@ -259,10 +265,10 @@ class _Loop:
             if metrics.adversarial is not None or self.shown is None or self.shown.adversarial is None:
                 self.shown = metrics
         self.step += 1
+        self._doing("training")
         return rate
 
     def _log(self, values: dict[str, float]) -> None:
-        self._doing("logging")
         losses = self.journal.losses(self.shown) if self.shown else {}
         skipped = {"skipped_steps": float(self.nonfinite.skipped)} if self.nonfinite.skipped else {}
         self.journal.log(self.step, {**losses, **values, **self.journal.speed(self.step), **skipped})

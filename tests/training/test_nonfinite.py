@@ -128,6 +128,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(pair: RankPool, shards: Manifes
         states[how] = trained(config)
         assert states[how]["skipped_steps"] == 1
         lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "learning_rate" in line]
         assert [line.get("skipped_steps") for line in lines] == [None, None, 1, 1]
         assert [("loss" in line) for line in lines] == [True, True, False, True]
     for how in ("pixel", "gradient"):
