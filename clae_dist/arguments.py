@@ -10,6 +10,7 @@ from clae_dist import __version__
 
 _EXIT_CODES = """\
 exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank failed; 5 storage;
+            6 a rank hung, and the run was not started again;
             75 stopped on request with everything saved (start the same command again); 130 ended at once by Ctrl-C;
             doctor: 1 where it found a problem
 """
@@ -27,6 +28,13 @@ under DeepSpeed) differences are rounding or a mistake. Run it on your cluster b
   torchrun --nnodes 2 --nproc-per-node 8 … -m clae_dist parity configs/imagenet/clae.yaml     (torchrun's ranks are the W)
 
 exit code 0: the same; 1: not, and the first tensor that differs is named with what usually causes it.
+"""
+_REPLAY = """\
+Takes one step again as it was written down (weights, settings, random numbers; the images come from the shards, in the run's
+order), compares loss and gradients, and names the first module whose output is not finite. In one process with the whole
+global batch, so use a machine that holds it; with model.norm=local, in as many processes as the run had ranks.
+
+exit code 0: reproduced; 1: not, and what differs is named (a device that computes wrongly, or another machine's rounding).
 """
 _BENCH = """\
 Measures this machine. What is compared is first found equal (loss and gradients against float64; steps bit for bit), then
@@ -120,6 +128,13 @@ def _add_results(commands: _Commands) -> None:
     report.add_argument(
         "--compare", type=Path, metavar="RUN", help="another run that has a report, for the table's second column"
     )
+    replay = _add(
+        commands, "replay", "take a step again whose loss or gradient was not finite, and say where that begins", _REPLAY
+    )
+    replay.add_argument("step", metavar="STEP", type=Path, help="what the run wrote down: RUN/nonfinite/step-00000123")
+    replay.add_argument(
+        "--shards", default="", metavar="SHARDS", help="where the run's images are (default: as config.yaml says)"
+    )
     export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte, and say what is damaged")
     checkpoints.add_argument("--json", action="store_true", help="print one JSON array, newest first")
@@ -139,7 +154,7 @@ def _add_proofs(commands: _Commands) -> None:
     )
     parity.add_argument("--json", action="store_true", help="print one JSON object")
     bench = _add(commands, "bench", "measure loss, gather, step, data or checkpoints on this machine, beside others'", _BENCH)
-    bench.add_argument("bench", choices=("contrast", "step", "gather", "data", "checkpoint"), help="what to measure")
+    bench.add_argument("bench", choices=("contrast", "step", "gather", "data", "checkpoint", "restart"), help="what to measure")
     bench.add_argument("shards", metavar="SHARDS", nargs="?", default="", help="data: a prepared set (default: made-up images)")
     bench.add_argument(
         "--images-per-s", type=float, default=0.0, metavar="RATE", help="data: say how many cores feed a GPU that takes so many"

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from clae_dist.arguments import parser as make_parser
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
+
+_STOPPED = 75  # training.guard.STOPPED, which is torch's time away
 
 
 def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
@@ -28,6 +35,30 @@ def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    with _leaving_at_signals():  # until a launcher listens
+        return _start(arguments)
+
+
+@contextmanager
+def _leaving_at_signals() -> Iterator[None]:
+    """Inside, what would kill this process ends it with the exit code that asks a scheduler for another start."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        print(f"clae: {signal.Signals(number).name} before training began; the same command starts it.", file=sys.stderr)
+        sys.exit(_STOPPED)
+
+    here = threading.current_thread() is threading.main_thread()
+    heard = [number for number in (signal.SIGTERM, signal.SIGUSR1) if here and signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _start(arguments: argparse.Namespace) -> int:
     from clae_dist.launchers import start
 
     config, origins = _resolve(arguments)
@@ -117,6 +148,14 @@ def _parity(arguments: argparse.Namespace) -> int:
     return ending.code
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from clae_dist.launchers.replay import replay_step
+
+    ending = replay_step(arguments.step, arguments.shards)
+    print(ending.message)
+    return ending.code
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from clae_dist.bench import run_bench
     from clae_dist.config import ConfigError
@@ -150,6 +189,7 @@ _COMMANDS = {
     "export": _export,
     "checkpoints": _checkpoints,
     "parity": _parity,
+    "replay": _replay,
     "bench": _bench,
     "doctor": _doctor,
 }

@@ -314,7 +314,7 @@ class Launch:
     workers: int = _no_effect(0)  # ranks; 0: one a GPU, or one without GPUs
     min_workers: int = _no_effect(0)  # Ray: goes on with as few when hosts are lost, up to launch.workers again; 0: not elastic
     look_every_s: float = _no_effect(30.0)  # Ray: seconds between looks for hosts that came back or will be taken away
-    max_failures: int = _no_effect(3)  # Ray: how often a run is started again after a lost worker
+    max_failures: int = _no_effect(3)  # Ray and local: how often a run is started again after a lost or hung rank
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "launch.workers", self.workers, "use 0 (automatic) or more.")
@@ -327,6 +327,31 @@ class Launch:
                 self.min_workers,
                 f"use 0 (not elastic), or 1 to launch.workers, which is {self.workers}.",
             )
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a run does when something goes wrong."""
+
+    # Seconds without progress of any kind after which ranks say which of them hangs, and leave, to be started again; four
+    # times as many while they start, evaluate or save; 0: wait for ever.
+    hang_s: float = _no_effect(300.0)
+    stop_within_s: float = _no_effect(60.0)  # after a signal, for the step and its checkpoint; then ranks leave without one
+    max_skipped: int = _no_effect(0)  # steps of a run that may be left out because loss or gradient are not finite
+
+    def __post_init__(self) -> None:
+        _require(self.hang_s >= 0, "guard.hang_s", self.hang_s, "use 0 (wait for ever) or a number of seconds, 300 as a rule.")
+        _require(self.max_skipped >= 0, "guard.max_skipped", self.max_skipped, "use 0 (stop at the first) or more.")
+        _require(self.stop_within_s > 0, "guard.stop_within_s", self.stop_within_s, "use a positive number of seconds.")
+
+    def limit_s(self, patient: bool = False) -> float:
+        """Seconds without progress that are too many; 0: there is no limit. `patient`: where much may take long."""
+        return self.hang_s * (4 if patient else 1)
+
+    @property
+    def timeout_s(self) -> float:
+        """Of collectives: later than any limit, so that the watch, which names the rank, comes first."""
+        return max(600.0, 2 * self.limit_s(patient=True))
 
 
 @dataclass(frozen=True)
@@ -382,6 +407,7 @@ class Config:
     checkpoint: Checkpointing = Checkpointing()
     parallel: Parallel = Parallel()
     launch: Launch = Launch()
+    guard: Guard = Guard()
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
 

@@ -14,7 +14,7 @@ from clae_dist.config import Attack, Config
 from clae_dist.contrast.step import Pretraining
 from clae_dist.parallel import Backend
 from clae_dist.training.clock import Clock
-from clae_dist.training.run import make_pretraining
+from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
 
 

@@ -20,6 +20,10 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, sh
         outcome = step.bench(step.QUICK if quick else full, device, progress)
     elif name == "checkpoint":
         outcome = checkpoint.bench(checkpoint.QUICK if quick else checkpoint.Settings(), device, progress)
+    elif name == "restart":
+        from clae_dist.bench import restart  # with psutil, of the extra `bench`
+
+        outcome = restart.bench(restart.QUICK if quick else restart.Settings(), progress)
     elif name == "data":
         from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
 

@@ -1,7 +1,7 @@
 """`clae bench restart`: from kill -9 of a rank to the next training step, split into its parts.
 
-A small run on ranks of this machine is killed again and again; its launcher starts it again by itself. What a large run adds is the
-time to read its checkpoint and to compile, and its scheduler's.
+A small run on ranks of this machine is killed again and again; its launcher starts it again by itself. What a large run adds
+is the time to read its checkpoint and to compile, and its scheduler's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from clae_dist.bench.measure import Row, Say
@@ -25,6 +26,7 @@ from clae_dist.bench.outcome import Outcome
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.goodput import read_lines
 
+T = TypeVar("T")
 _PATIENCE_S = 300.0
 _RECIPE = """\
 data: {image_size: 32, workers: 0}
@@ -107,21 +109,22 @@ class _Victim:
 
     def kill_once(self) -> dict[str, float]:
         """Seconds of each part. The kill comes half-way between two checkpoints."""
-        reached = self._until(lambda: self._step() % 10 == 5 and self._step() > 10 and self._step())
-        starts = len(self._events("start"))
+        reached = self._until(lambda: self._step() if self._step() % 10 == 5 and self._step() > 10 else 0)
+        starts = len(self._times("start"))
         killed = time.time()
         self._ranks()[-1].kill()
-        self._until(lambda: len(self._events("start")) > starts)
-        resumed = self._until(lambda: len(self._events("resume")) > starts and self._events("resume")[-1])
-        again = float(resumed["at"])  # type: ignore[index]
-        first = self._until(lambda: self._step() > resumed["step"] and time.time())  # type: ignore[index]
-        new = self._until(lambda: self._step() > reached and time.time())
-        started = float(self._events("start")[-1]["at"])  # type: ignore[arg-type]
-        noticed = max(process.create_time() for process in self._ranks())
-        times = [killed, noticed, started, again, first, new]
-        return {part: max(0.0, times[i + 1] - times[i]) for i, part in enumerate(PARTS)}  # type: ignore[operator]
+        self._until(lambda: len(self._times("resume")) > starts)
+        noticed = min(process.create_time() for process in self._ranks())
+        started, resumed = self._times("start")[-1], self._times("resume")[-1]
+        self._until(lambda: self._step() < reached)  # what is done again is taken out of the file
+        begun = self._step()
+        self._until(lambda: self._step() > begun)
+        first = time.time()
+        self._until(lambda: self._step() > reached)
+        times = [killed, noticed, started, resumed, first, time.time()]
+        return {part: max(0.0, times[i + 1] - times[i]) for i, part in enumerate(PARTS)}
 
-    def _until(self, happened: Callable[[], object]) -> object:
+    def _until(self, happened: Callable[[], T]) -> T:
         deadline = time.monotonic() + _PATIENCE_S
         while not (found := happened()):
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -138,8 +141,9 @@ class _Victim:
         whole = text[: text.rfind("\n") + 1].splitlines()
         return int(json.loads(whole[-1])["step"]) if whole else 0
 
-    def _events(self, kind: str) -> list[dict[str, object]]:
-        return [line for line in read_lines(self._run_dir) if line["event"] == kind]
+    def _times(self, event: str) -> list[float]:
+        """When the starts of the run came to `event`, in seconds since 1970."""
+        return [float(line["at"]) for line in read_lines(self._run_dir) if line["event"] == event]
 
     def _ranks(self) -> list[psutil.Process]:
         """Their processes, the oldest first."""

@@ -19,7 +19,7 @@ from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.norms import add_routes
 from clae_dist.parallel import make_backend
 from clae_dist.training.clock import Clock
-from clae_dist.training.run import make_pretraining
+from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from clae_dist.contrast.adversary import Ball, LossAndGradient, Perturbation, pe
 from clae_dist.contrast.encoding import Embedding, Encoding, TrainingEncoding
 from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.objectives import Rows
-from clae_dist.world import World
+from clae_dist.world import RankError, World
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,18 @@ class StepMetrics:
     grad_norm: torch.Tensor
 
 
+class NonFinite(RankError):
+    """The loss is not finite: nothing was updated, gradients are still there, and `metrics` has no grad_norm."""
+
+    def __init__(self, message: str, metrics: StepMetrics) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
 def pretrain_step(run: Pretraining, batch: Any, alpha: float) -> StepMetrics:
     """One update on the global batch: L(z(x), z(y)) + α · L(z(x), z(x_adv)). With α = 0 it is plain SimCLR.
 
-    Raises RankError on every rank when the loss of any is not finite.
+    Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`grad_norm`).
     """
     x, y = run.augment(batch)
     if alpha > 0 and run.attack.cost == "fused":
@@ -98,8 +106,7 @@ def pretrain_step(run: Pretraining, batch: Any, alpha: float) -> StepMetrics:
 
     loss.backward()  # as far as the embeddings
     run.encoding.backward(*embeddings)
-    _agree_on_finite(run, loss, embeddings)
-    return _update(run, loss, clean, adversarial)
+    return _update(run, embeddings, loss, clean, adversarial)
 
 
 def _fused_step(run: Pretraining, x: torch.Tensor, y: torch.Tensor, alpha: float) -> StepMetrics:
@@ -122,13 +129,19 @@ def _fused_step(run: Pretraining, x: torch.Tensor, y: torch.Tensor, alpha: float
     loss = clean.detach() + alpha * adversarial
     (alpha * adversarial).backward()
     run.encoding.backward(a, c)
-    _agree_on_finite(run, loss, [a, b, c])
-    return _update(run, loss, clean, adversarial)
+    return _update(run, [a, b, c], loss, clean, adversarial)
 
 
-def _update(run: Pretraining, loss: torch.Tensor, clean: torch.Tensor, adversarial: torch.Tensor | None) -> StepMetrics:
-    grad_norm = run.encoding.backend.update()
-    return StepMetrics(loss.detach(), clean.detach(), None if adversarial is None else adversarial.detach(), grad_norm)
+def _update(
+    run: Pretraining, embeddings: list[Embedding], loss: torch.Tensor, clean: torch.Tensor, adversarial: torch.Tensor | None
+) -> StepMetrics:
+    attacked = None if adversarial is None else adversarial.detach()
+    metrics = StepMetrics(loss.detach(), clean.detach(), attacked, loss.new_tensor(torch.nan))
+    try:
+        _agree_on_finite(run, loss, embeddings)
+    except RankError as error:
+        raise NonFinite(str(error), metrics) from None
+    return replace(metrics, grad_norm=run.encoding.backend.update())
 
 
 # ---- the attack ----

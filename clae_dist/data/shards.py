@@ -122,3 +122,10 @@ class ShardReader:
         """Shard and row of a sample's id (its index in the split)."""
         shard = int(np.searchsorted(self._first_id, sample, side="right")) - 1
         return shard, sample - int(self._first_id[shard])
+
+    def name_of(self, sample: int) -> str:
+        """Shard and key of a sample's id, such as "train-000001.tar: 000017.jpg"; the key is what the archive calls it."""
+        shard, row = self.place(sample)
+        mapped, index = self._open(shard)
+        name = bytes(mapped[max(0, int(index[row, 0]) - 512) :][:100]).split(b"\0")[0]  # a tar header lies before its file
+        return f"{self.manifest.splits[self.split][shard].name}: {name.decode(errors='replace')} (sample {row})"

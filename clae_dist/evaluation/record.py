@@ -11,6 +11,7 @@ from typing import Any
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.recipe import from_yaml
+from clae_dist.runs.goodput import Goodput, account, read_lines
 
 Line = dict[str, float]
 
@@ -26,6 +27,7 @@ class Record:
     lines: list[Line]
     train_s: float | None  # seconds of training: time_s counts on over restarts
     evaluation: dict[str, Any] | None
+    goodput: Goodput | None = None
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Images seen and values, where `key` was logged."""
@@ -43,6 +45,7 @@ def read_record(run_dir: Path) -> Record:
     if not path.is_file():
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
     lines = merge_lines(_read_lines(run_dir / "metrics.jsonl"))
+    times = read_lines(run_dir)
     return Record(
         run_dir=run_dir,
         config=from_yaml(path),
@@ -51,6 +54,7 @@ def read_record(run_dir: Path) -> Record:
         lines=lines,
         train_s=max((line["time_s"] for line in lines if "time_s" in line), default=None),
         evaluation=_read_json(run_dir / "evaluation.json"),
+        goodput=account(times) if times else None,
     )
 
 
@@ -102,7 +106,9 @@ def summarise(record: Record) -> dict[str, Any]:
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
         "bad_samples": int(next(reversed(record.series("bad_samples")[1]), 0)),
+        "skipped_steps": int(next(reversed(record.series("skipped_steps")[1]), 0)),
         "wall_s": record.train_s,
+        "goodput": record.goodput.as_dict() if record.goodput else None,
         "evaluation_wall_s": evaluation.get("wall_s"),
         "encoder": record.config.model.encoder,
         "epochs": record.config.train.epochs,

@@ -26,6 +26,7 @@ from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
 from clae_dist.evaluation.record import Record, number, read_record, summarise
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.goodput import KINDS, MEANING
 
 ATTACK_BATCH = 256  # images that are each other's negatives in the pictures of the attack
 SECTIONS = (
@@ -63,6 +64,7 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     body += [part for name, lead, names in SECTIONS for part in _curves(record, name, lead, names, album)]
     body += _attack_page(record, manifest, album, say)
     body += _neighbour_page(record, manifest, album)
+    body += _goodput(record)
     body += _settings(record, summary)
     for old in set(folder.glob("*.png")) - album.written:
         old.unlink()
@@ -213,6 +215,20 @@ def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) ->
         "by cosine, nearest first; green frames have the same class."
     )
     return [title, page.picture(png, verdict[0].upper() + verdict[1:], caption, css="pixels")]
+
+
+def _goodput(record: Record) -> list[str]:
+    if record.goodput is None:
+        return []
+    found = record.goodput
+    lead = (
+        f"Of {number(found.wall_s, ',.0f', ' s')} since the first start, over {found.starts} start{'s' * (found.starts > 1)}."
+    )
+    rows = [[kind, number(found.shares[kind], ".1f", " %"), MEANING[kind]] for kind in KINDS]
+    return [
+        page.heading("Where the time went", lead),
+        page.table(rows, ["", "share of the wall time", "what it is"], numbers=False),
+    ]
 
 
 def _settings(record: Record, summary: dict[str, Any]) -> list[str]:

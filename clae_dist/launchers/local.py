@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -18,10 +19,14 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.config import Config
-from clae_dist.launchers.rank import FAILED, OK, STOPPED, UNEXPECTED, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, UNEXPECTED, Console, Ending, RankBroke, run_rank
+from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
 
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
+_HUNG_GRACE_S = 2.0  # where they have given up together
+_POLL_S = 1.0
+_ADVICE = "The same command goes on from the newest checkpoint."
 
 
 @dataclass(frozen=True)
@@ -35,51 +40,56 @@ def default_workers() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
-    """Trains with `launch.workers` ranks here."""
+def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[..., Ending] | None = None) -> Ending:
+    """Trains with `launch.workers` ranks here (each does `work`, train as a rule).
+
+    A rank that is killed or hangs costs the steps since the newest checkpoint: all are started again, `launch.max_failures`
+    times. One rank alone runs in this very process, where only the user can start it again.
+    """
     workers = config.launch.workers or default_workers()
     config.rows_per_rank(workers)
     if workers == 1:
         try:
-            return run_rank(config, origins, debug, sys.stdout)
+            return (work or _train)(config, origins, debug)
         except RankBroke as error:
             return Ending(error.code, str(error))
-    return spawn(workers, _train, config, origins, debug, advice="The same command goes on from the newest checkpoint.")
+    for failure in range(1, config.launch.max_failures + 2):
+        ending = spawn(
+            workers, work or _train, config, origins, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s
+        )
+        if not ending.again or failure > config.launch.max_failures:
+            break
+        line = f"{ending.message.removesuffix(_ADVICE)}Starting again (failure {failure} of {config.launch.max_failures})."
+        print(line, file=Console(config, sys.stderr), flush=True)
+    return ending
 
 
-def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: str = "") -> Ending:
+def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: str = "", stop_within_s: float = 0.0) -> Ending:
     """work(*arguments) in `workers` processes of this machine that `world.connect` joins; the ending of the first that failed,
-    or of any, with `advice` where one was killed. Ctrl-C and SIGTERM are handed on to them once, as SIGTERM."""
+    or of any, with `advice` where one was killed.
+
+    The first Ctrl-C, SIGTERM or SIGUSR1 is handed on to them as SIGTERM, and with `stop_within_s` they are killed when they
+    are still there somewhat later; Ctrl-C again ends at once.
+    """
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    ranks = []
-    for rank in range(workers):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank_main,
-            args=(rank, workers, store.port, os.getpid(), theirs, work, arguments),
-            name=f"rank-{rank}",
-        )
-        process.start()
-        theirs.close()
-        ranks.append(_Rank(process, ours))
-
+    ranks: list[_Rank] = []
+    request = _Request(ranks)
     # Ranks ignore the terminal's Ctrl-C: one request is handed on, by this process, once.
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-        for process in (rank.process for rank in ranks):
-            if process.pid and process.is_alive():
-                os.kill(process.pid, signal.SIGTERM)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, request.on_signal) for number in STOP_SIGNALS}
     try:
-        return _watch(ranks, advice)
+        for rank in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(rank, workers, store.port, os.getpid(), theirs, work, arguments),
+                name=f"rank-{rank}",
+            )
+            process.start()
+            theirs.close()
+            ranks.append(_Rank(process, ours))
+        return _watch(ranks, request, advice, stop_within_s)
     finally:
         for process in (rank.process for rank in ranks):
             if process.is_alive():
@@ -89,28 +99,70 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[_Rank], advice: str) -> Ending:
+class _Request:
+    """What a user or a scheduler asked this process, handed on to the ranks."""
+
+    def __init__(self, ranks: Sequence[_Rank]) -> None:
+        self._ranks = ranks
+        self.name = ""
+        self._asked_at = 0.0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name, self._asked_at = signal.Signals(number).name, time.monotonic()
+        for process in (rank.process for rank in self._ranks):
+            if process.pid and process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+
+    def left_s(self, within_s: float) -> float:
+        """Until ranks that do not leave are killed."""
+        return max(0.0, self._asked_at + within_s + _GRACE_S - time.monotonic())
+
+
+def _watch(ranks: Sequence[_Rank], request: _Request, advice: str, stop_within_s: float) -> Ending:
     """Waits for the ranks. When one has failed, the others get a moment to end by themselves; the first failure counts."""
-    alive: dict[object, int] = {rank.process.sentinel: number for number, rank in enumerate(ranks)}
+    alive: dict[Any, int] = {rank.process.sentinel: number for number, rank in enumerate(ranks)}
     endings: list[Ending] = []
     killed: list[Ending] = []
     while alive:
         failed = killed or any(ending.code not in (OK, STOPPED) for ending in endings)
-        ready = wait([ranks[number].process.sentinel for number in alive.values()], timeout=_GRACE_S if failed else None)
-        if not ready:
-            break
+        asked = request.left_s(stop_within_s) if request.name and stop_within_s else None
+        patience_s = (_HUNG_GRACE_S if killed and killed[0].code == HUNG else _GRACE_S) if failed else _POLL_S
+        ready = wait(list(alive), timeout=patience_s if asked is None else min(asked, patience_s))
+        if not ready and (failed or asked == 0.0):
+            break  # those that are left are killed
         for sentinel in ready:
             number = alive.pop(sentinel)
             process, ending = ranks[number].process, ranks[number].ending
             process.join()
             if process.exitcode:
-                code = process.exitcode
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                killed.append(Ending(FAILED, f"rank {number} of {len(ranks)} {how}. {advice}".rstrip()))
+                killed.append(_how_it_died(number, len(ranks), process.exitcode, request.name if stop_within_s else "", advice))
             elif ending.poll():
                 endings.append(ending.recv())
-    # A killed rank is the cause of what the others then saw.
-    return (killed or [ending for ending in endings if ending.code not in (OK, STOPPED)] or endings)[0]
+    return _sum_up(killed, endings, request.name, advice)
+
+
+def _sum_up(killed: list[Ending], endings: list[Ending], asked: str, advice: str) -> Ending:
+    """The cause: ranks that were killed, then those that left unsaved because they were asked to, then what others say."""
+    lost = [ending for ending in killed if ending.code != STOPPED]
+    unsaved = [ending for ending in killed if ending.code == STOPPED]
+    failed = [ending for ending in endings if ending.code not in (OK, STOPPED)]
+    for found in (lost, [] if unsaved else failed, [ending for ending in endings if ending.code == STOPPED], unsaved, endings):
+        if found:
+            return replace(found[0], again=found[0].again and not asked)
+    return Ending(STOPPED, f"{asked}: the ranks did not leave in time and were killed. {advice}".rstrip())
+
+
+def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str) -> Ending:
+    if code == HUNG:
+        return Ending(HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=True)
+    if code == STOPPED or (asked and -code in STOP_SIGNALS):  # it had not come so far as to listen
+        return Ending(
+            STOPPED, f"rank {number} of {num_ranks} was asked to stop and left with nothing new saved. {advice}".rstrip()
+        )
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=True)
 
 
 def _rank_main(
@@ -135,7 +187,7 @@ def _rank_main(
 
 
 def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:
-    return run_rank(config, origins, debug, sys.stdout if os.environ["RANK"] == "0" else None)
+    return run_rank(config, origins, debug, sys.stdout if os.environ.get("RANK", "0") == "0" else None)
 
 
 def _die_with(parent: int) -> None:

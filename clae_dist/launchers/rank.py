@@ -12,11 +12,13 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact_text
 from clae_dist.runs.checkpoint import CheckpointError
+from clae_dist.training.guard import HUNG as HUNG
+from clae_dist.training.guard import STOPPED as STOPPED
 from clae_dist.training.run import train
 from clae_dist.world import RankError, connect
 
-# Exit codes of `clae`. 75 is EX_TEMPFAIL: start the same command again and it goes on.
-OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED, STORAGE, STOPPED = 0, 1, 2, 3, 4, 5, 75
+# Exit codes of `clae`, beside those of a rank that leaves by itself.
+OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED, STORAGE = range(6)
 
 USER_ERRORS: dict[type[Exception], int] = {
     ConfigError: BAD_CONFIG,
@@ -37,6 +39,7 @@ class Ending:
 
     code: int
     message: str  # one readable line; "" when all is well
+    again: bool = False  # whether another start may go better: a rank was killed, or hung
 
 
 class Console:
@@ -85,7 +88,7 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
 
     Raises RankBroke for anything else, so that a launcher that restarts ranks sees it.
     """
-    with connect() as world:
+    with connect(config.guard.timeout_s) as world:
         stream = Console(config, also)
         try:
             outcome = train(config, origins, world, stream)  # type: ignore[arg-type]

@@ -39,8 +39,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 class Backend(ABC):
     """The model across ranks. `model` is what it was, moved to the device; a backend may shard its parameters in place.
 
-    Collectives, which every rank must call alike: backward (outside of reduction_held), update, gradients, state,
-    full_model, average_local_statistics; with sharded parameters embed and attack_embed, too.
+    Collectives, which every rank must call alike: backward (outside of reduction_held), update, discard, gradients,
+    gradient_norms, state, weights, full_model, average_local_statistics; with sharded parameters embed and attack_embed, too.
     """
 
     def __init__(self, config: Config, model: PretrainModel, world: World) -> None:
@@ -87,7 +87,11 @@ class Backend(ABC):
 
     @abstractmethod
     def _step(self) -> torch.Tensor:
-        """Clips, steps, clears; returns the norm of the gradient before clipping."""
+        """Clips, steps, clears; returns the norm of the gradient before clipping. Where that is not finite, nothing changes."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forgets the gradients of a step that is left out, on every rank: after backward, or after an update."""
 
     @abstractmethod
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -134,10 +138,22 @@ class Backend(ABC):
         return not self.config.train.compile  # compiled blocks give their buffers away in the first backward
 
     def update(self) -> torch.Tensor:
-        """One optimiser step; returns the gradient's norm before clipping."""
+        """One optimiser step; returns the gradient's norm before clipping. Where that is not finite, nothing has changed, and
+        `discard` is to be called."""
         norm = self._step()
-        self.average.update()
+        if not self.average.decay or norm.isfinite():
+            self.average.update()
         return norm
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of every parameter's gradient, where there still is one. A collective."""
+        return {name: gradient.norm().item() for name, gradient in self.gradients().items()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole model's state_dict on the CPU, under the names of the bare model, on every rank. A collective."""
+        parts = zip(self.model.named_parameters(), self._shards(), strict=True)
+        whole = dict(gather_whole((self._place(p).piece(name, part) for (name, p), part in parts), self.world))
+        return {**{name: value.detach().to("cpu", copy=True) for name, value in self._buffers().items()}, **whole}
 
     def set_learning_rate(self, value: float) -> None:
         for group in self._optimizer().param_groups:
@@ -189,10 +205,7 @@ class Backend(ABC):
             if not self._sharded():
                 yield self.model
                 return
-            shards = self._shards()
-            parts = zip(self.model.named_parameters(), shards, strict=True)
-            weights = dict(gather_whole((self._place(p).piece(name, part) for (name, p), part in parts), self.world))
-            state = {**self._buffers(), **weights}
+            state = self.weights()
         model = build_model(self.config).to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.load_state_dict(state)
         yield model

@@ -79,11 +79,17 @@ class DdpBackend(Backend):
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def _step(self) -> torch.Tensor:
-        limit = self.config.optim.clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if norm.isfinite():
+            if self.config.optim.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
+            self.optimizer.step()
+            self.discard()
         return norm
+
+    def discard(self) -> None:
+        """Gradients are None."""
+        self.optimizer.zero_grad()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

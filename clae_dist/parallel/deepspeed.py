@@ -151,6 +151,7 @@ class DeepSpeedBackend(Backend):
         self._full_gradient = deepspeed.utils.safe_get_full_grad
         self._zero = ZeroState(self.engine, self.optimizer, self.model, self.world) if self.stage else None
         self._held = False
+        self._left_out = False  # ZeRO has found a gradient that is not finite, and forgotten it
         self._coalescing: ExitStack | None = None  # open from the first backward of a held reduction to the one that reduces
 
     def describe(self) -> str:
@@ -188,6 +189,7 @@ class DeepSpeedBackend(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of `loss`, averaged over ranks; parameters that it leaves out get zeros, as under DDP."""
+        self._left_out = False
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(not self._held)
         elif self._held and self._coalescing is None:
@@ -199,21 +201,39 @@ class DeepSpeedBackend(Backend):
             self._coalescing = None
 
     def gradients(self) -> dict[str, torch.Tensor]:
+        if self._left_out:
+            return {}
         return {name: self._full_gradient(p).detach().clone() for name, p in self.model.named_parameters()}
 
     def _step(self) -> torch.Tensor:
         """Clips, steps, clears. ZeRO leaves the step out where a gradient is not finite; the norm is then infinite."""
         if self.stage == 0:
-            limit = self.config.optim.clip_norm or float("inf")
-            before = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-            self.engine.step()
+            before = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if before.isfinite():
+                if self.config.optim.clip_norm:
+                    torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, before)
+                self.engine.step()
             return before
         self.engine.step()
+        self._left_out = not self.engine.was_step_applied()
         if self.stage == 3:
             # The next step would find this step's gradient where it makes none: that of a left-out route.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else float("inf")
+        norm = float("inf") if self._left_out else self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    def discard(self) -> None:
+        """ZeRO forgets gradients where a step finds one that is not finite, and nowhere else: it is given one."""
+        if self.stage == 0:
+            self.engine.optimizer.zero_grad()
+        elif not self._left_out:
+            held = [g for group in self.engine.optimizer.averaged_gradients.values() for g in group or ()]
+            if not held:
+                return  # there was no backward
+            for gradient in held:
+                gradient.fill_(float("nan"))
+            self._step()
+            assert self._left_out, "ZeRO took a step that was to be left out"
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

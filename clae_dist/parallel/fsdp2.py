@@ -169,12 +169,18 @@ class Fsdp2Backend(Backend):
         self._reshard()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = _whole(torch.nn.utils.get_total_norm(grads))
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
-        self.optimizer.step()
+        if norm.isfinite():
+            if self.config.optim.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
+            self.optimizer.step()
+            self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Gradients are None, and no forward waits for its backward."""
+        self._reshard()
         self.optimizer.zero_grad()
         self._unused.clear()
-        return norm
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

@@ -17,7 +17,7 @@ from clae_dist.contrast.step import Pretraining, adversarial_view, attacked_rows
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.training.clock import Clock
-from clae_dist.training.run import make_pretraining
+from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
 
 Tensors = dict[str, torch.Tensor]

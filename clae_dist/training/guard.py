@@ -12,11 +12,14 @@ from types import FrameType
 
 from clae_dist.runs.folder import STOP_FILE
 
+# Exit codes of a rank. 75 is EX_TEMPFAIL: start the same command again and it goes on.
+HUNG, STOPPED = 6, 75
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 2.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by SIGINT, SIGTERM or SIGUSR1, or by a STOP file in the run folder."""
+    """Whether this process was asked to stop: by a signal, or by a STOP file in the run folder."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / STOP_FILE
@@ -25,16 +28,27 @@ class StopRequest:
 
     def made(self) -> bool:
         if not self.reason and self._file.exists():
-            self.reason = self._file.read_text().strip() or "the launcher asked"
+            self.make(self._file.read_text().strip() or "the launcher asked")
         return bool(self.reason)
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        # A terminal and a launcher may both send what a user asked for once; asked again, it means at once.
-        if self.reason and number == signal.SIGINT and now - self._asked_at > _ONE_REQUEST_S:
-            raise KeyboardInterrupt
+    def make(self, reason: str) -> None:
+        """From now on the request is there, and time runs."""
         if not self.reason:
-            self.reason, self._asked_at = signal.Signals(number).name, now
+            self._asked_at, self.reason = time.monotonic(), reason
+
+    @property
+    def waited_s(self) -> float:
+        """Since the request."""
+        return time.monotonic() - self._asked_at if self.reason else 0.0
+
+    def overdue(self, within_s: float) -> bool:
+        return bool(self.reason) and self.waited_s > within_s
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        # A terminal and a launcher may both send what a user asked for once; asked again, it means at once.
+        if self.reason and number == signal.SIGINT and self.waited_s > _ONE_REQUEST_S:
+            raise KeyboardInterrupt
+        self.make(signal.Signals(number).name)
 
 
 @contextmanager
@@ -47,9 +61,9 @@ def listen_for_stop(run_dir: Path) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     # Launchers let ranks start with SIGUSR1 ignored, lest it kill those that do not listen yet.
-    before = {number: signal.signal(number, request.on_signal) for number in (*heard, signal.SIGUSR1)}
+    heard = [n for n in STOP_SIGNALS if n == signal.SIGUSR1 or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request.on_signal) for number in heard}
     try:
         yield request
     finally:

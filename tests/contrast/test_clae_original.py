@@ -13,7 +13,7 @@ from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.recipe import resolve
 from clae_dist.training.clock import Clock
-from clae_dist.training.run import make_pretraining
+from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
 from tests import reference
 from tests.networks import small_model

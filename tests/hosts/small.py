@@ -15,7 +15,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
 
-CHECKPOINT_EVERY = "train.checkpoint_every"  # the key of steps between checkpoints
+CHECKPOINT_EVERY = "checkpoint.every_steps"  # the key of steps between checkpoints
 STEPS = 24
 RECIPE = """\
 name: small
@@ -45,16 +45,15 @@ def settings(shards: Manifest, run_dir: Path, *more: str) -> list[str]:
 
 
 def weights(run_dir: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    state = load_checkpoint(run_dir, pytest.fail)
-    assert state is not None
-    assert state["step"] == steps
-    model: dict[str, torch.Tensor] = state["model"]
-    return model
+    checkpoint = load_checkpoint(run_dir, pytest.fail)
+    assert checkpoint is not None
+    assert checkpoint.step == steps
+    return dict(checkpoint.state()["model"])
 
 
 def saved_steps(run_dir: Path) -> list[int]:
     """The steps whose checkpoints there are, newest first."""
-    return [int(path.stem.removeprefix("step-")) for path in find_checkpoints(run_dir)]
+    return [int(path.name.removeprefix("step-")) for path in find_checkpoints(run_dir)]
 
 
 def assert_bitwise(run_dir: Path, other: Path, steps: int = STEPS) -> None:

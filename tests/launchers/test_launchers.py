@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers.rank import FAILED, OK, STOPPED
 from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
+from clae_dist.runs.goodput import account, read_lines
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -166,15 +168,23 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     assert_bitwise(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.slow
-def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path) -> None:
-    with started(command(recipe, shards, tmp_path / "run", "ray")) as process:
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_killed_rank_is_started_again_by_itself(
+    launcher: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+) -> None:
+    with started(command(recipe, shards, tmp_path / "run", launcher)) as process:
         read_until(process, "step 10/24")
         ranks_of(process)[0].kill()
         code, said = finish(process)
     assert code == OK, said
     assert "resuming after step" in said
+    assert launcher == "ray" or "rank 0 of 2 was killed by SIGKILL. Starting again (failure 1 of 3)." in said
     assert_bitwise(tmp_path / "run", undisturbed)
+    times = account(read_lines(tmp_path / "run"))
+    assert sum(times.shares.values()) == pytest.approx(100)
+    assert (times.starts, account(read_lines(undisturbed)).spent["lost"]) == (2, 0)
+    assert min(times.spent[kind] for kind in ("training", "starting", "data", "checkpoint", "idle")) > 0
+    assert times.describe() in said  # what the console says is what the file holds
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,7 @@ def test_ray_starts_a_killed_rank_again_by_itself(recipe: Path, shards: Manifest
     [
         ("local", "Ctrl-C"),
         pytest.param("local", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("local", "SIGUSR1", marks=pytest.mark.slow),
         pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow),
     ],
 )
@@ -198,7 +209,7 @@ def test_a_signal_saves_and_leaves(
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
         else:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(getattr(signal, how))
         code, said = finish(process)
     assert code == STOPPED, said
     assert "saved. The same command goes on from there." in said
@@ -206,6 +217,29 @@ def test_a_signal_saves_and_leaves(
     assert 5 <= int(checkpoint.name.removeprefix("step-")) < 24
     run(arguments)
     assert_bitwise(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["no rank yet", "ranks start"])
+def test_a_signal_before_training_ends_with_the_code_for_another_start(
+    early: bool, recipe: Path, shards: Manifest, tmp_path: Path
+) -> None:
+    """Neither the launcher nor its ranks listen to the run's own handlers yet: both would die of it."""
+    with started(command(recipe, shards, tmp_path / "run", "local")) as process:
+        deadline = time.monotonic() + 60
+        while not (_handles(process.pid, signal.SIGTERM) if early else len(ranks_of(process)) == 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        code, said = finish(process)
+    assert code == STOPPED, said
+    assert "The same command goes on" in said or "the same command starts it" in said
+    assert len(said.splitlines()) < 5, said
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for the signal."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
 
 
 def test_no_rank_outlives_a_launcher_that_was_killed(recipe: Path, shards: Manifest, tmp_path: Path) -> None:

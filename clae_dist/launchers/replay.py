@@ -1,0 +1,30 @@
+"""`clae replay` on ranks of this machine, or in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from clae_dist.launchers.local import spawn
+from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
+from clae_dist.training.replay import num_ranks, read_step, replay
+from clae_dist.world import connect
+
+
+def replay_step(folder: Path, shards: str = "") -> Ending:
+    """Takes a step again that `folder` describes; code 0 when it is as it was, 1 when not. Raises ConfigError and DataError."""
+    folder = folder.absolute()
+    ranks = num_ranks(*read_step(folder, shards))
+    return _rank(folder, shards) if ranks == 1 else spawn(ranks, _rank, folder, shards)
+
+
+def _rank(folder: Path, shards: str) -> Ending:
+    with connect() as world:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        try:
+            found = replay(*read_step(folder, shards), folder, world)
+        except tuple(USER_ERRORS) as error:
+            return Ending(exit_code(error), f"clae: {error}")
+        return Ending(OK if found.reproduced else UNEXPECTED, found.text)

@@ -1,0 +1,188 @@
+"""Goodput: where the time of a run went, over all its starts, from RUN/goodput.jsonl.
+
+Each start appends a line when it begins, one when it has resumed, and further ones with the seconds that it has spent on each
+kind of thing so far. A kill -9 loses at most what came after the last line. What a later start trains again was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+FILE_NAME = "goodput.jsonl"
+Kind = Literal["training", "starting", "data", "checkpoint", "evaluation", "lost", "idle"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MEANING: dict[Kind, str] = {
+    "training": "steps whose result was kept",
+    "starting": "opening shards, building the model, loading a checkpoint, the first batch and step",
+    "data": "waiting for batches, on the rank that waited the longest",
+    "checkpoint": "waiting for a checkpoint",
+    "evaluation": "kNN while training",
+    "lost": "whatever came after the checkpoint from which a later start went on, and was done again",
+    "idle": "between one start and the next: hung, killed, waiting for a place",
+}
+_EVERY_S = 30.0  # between lines
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Seconds of each kind since the first start; they add up to the wall time."""
+
+    spent: dict[Kind, float]
+    starts: int
+
+    @property
+    def wall_s(self) -> float:
+        return sum(self.spent.values())
+
+    @property
+    def shares(self) -> dict[Kind, float]:
+        """In percent of the wall time."""
+        return {kind: 100 * seconds / max(self.wall_s, 1e-9) for kind, seconds in self.spent.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """For trackers, in percent: `goodput`, and the shares of what was not training."""
+        return {"goodput": self.shares["training"], **{f"goodput_{kind}_share": self.shares[kind] for kind in KINDS[1:]}}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {"wall_s": self.wall_s, "starts": self.starts, **{f"{kind}_share": self.shares[kind] for kind in KINDS}}
+
+    def describe(self) -> str:
+        """A line for the console."""
+        parts = ", ".join(f"{kind} {self.shares[kind]:.1f} %" for kind in KINDS[1:] if self.spent[kind] > 0)
+        wall = f"{self.wall_s / 3600:.2f} h" if self.wall_s >= 3600 else f"{self.wall_s:.0f} s"
+        return f"goodput {self.shares['training']:.1f} % of {wall} in {self.starts} start(s)" + (f" ({parts})" if parts else "")
+
+
+class Ledger:
+    """Rank 0's book of one start. `switch` ends one kind of thing and begins another; lines are written now and then.
+
+    Nothing is written before `resumed`: until then the folder may turn out to be another run's.
+    """
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time, write: bool = True) -> None:
+        self._folder, self._clock, self._write = run_dir, clock, write
+        self._spent: dict[Kind, float] = {}
+        self._kind: Kind = "starting"
+        self._begun = self._since = self._written = clock()
+        self._step = 0
+        self._earlier = Goodput(dict.fromkeys(KINDS, 0.0), 1)  # all starts before this one, and what it made of them
+
+    def resumed(self, step: int) -> None:
+        """This start goes on from the checkpoint of `step`; all that came after it was lost."""
+        self._step = step
+        begin = {"event": "start", "at": self._begun}
+        # With nothing of this start in it yet, but knowing what it does again.
+        known = [
+            *(read_lines(self._folder) if self._write else []),
+            begin,
+            {"event": "resume", "at": self._begun, "step": step},
+        ]
+        self._earlier = account(known)
+        self._append(begin)
+        self._line("resume")
+
+    def switch(self, kind: Kind, step: int) -> None:
+        """From now on it is `kind` that takes the time, after `step` steps."""
+        if kind != self._kind or step != self._step:
+            before, self._step = self._kind, step
+            self._take()
+            self._kind = kind
+            # A line at a checkpoint is where a later start cuts what it does again.
+            if (kind != before and "checkpoint" in (before, kind)) or self._since - self._written > _EVERY_S:
+                self._line("mark")
+
+    def move(self, source: Kind, to: Kind, seconds: float) -> None:
+        """Seconds that went to `source` were `to` after all: this rank waited for one that waited for data."""
+        seconds = max(0.0, min(seconds, self._spent.get(source, 0.0)))
+        self._spent[source] = self._spent.get(source, 0.0) - seconds
+        self._spent[to] = self._spent.get(to, 0.0) + seconds
+
+    def close(self) -> None:
+        """The last line of this start."""
+        self._line("end")
+
+    def so_far(self) -> Goodput:
+        """Of the whole run, this start included."""
+        self._take()
+        total = {kind: self._earlier.spent[kind] + self._spent.get(kind, 0.0) for kind in KINDS}
+        return Goodput(total, self._earlier.starts)
+
+    def _take(self) -> None:
+        now = max(self._since, self._clock())  # a clock may be set back
+        self._spent[self._kind] = self._spent.get(self._kind, 0.0) + now - self._since
+        self._since = now
+
+    def _line(self, event: str) -> None:
+        self._take()
+        self._written = self._since
+        self._append({"event": event, "at": self._since, "step": self._step, "spent": dict(self._spent)})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if not self._write:
+            return
+        # A line that a kill has cut off stays alone, whatever comes after it.
+        with (self._folder / FILE_NAME).open("a+b") as file:
+            torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    byte: bytes = file.read(1)
+    return byte
+
+
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's goodput.jsonl; [] without one."""
+    path = run_dir / FILE_NAME
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut off by a kill
+        if isinstance(line, dict) and "event" in line and "at" in line:
+            found.append(line)
+    return found
+
+
+def account(lines: Sequence[dict[str, Any]]) -> Goodput:
+    """What a run's lines add up to."""
+    starts: list[list[dict[str, Any]]] = []
+    for line in lines:
+        if line["event"] == "start" or not starts:
+            starts.append([])
+        starts[-1].append(line)
+    total: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    kept_up_to = float("inf")  # steps beyond were done again by a later start
+    later: float | None = None  # when the next start began
+    for start in reversed(starts):
+        if later is not None:
+            total["idle"] += max(0.0, later - start[-1]["at"])
+        _add(start, kept_up_to, total)
+        kept_up_to = min([kept_up_to, *(line["step"] for line in start if line["event"] == "resume")])
+        later = start[0]["at"]
+    return Goodput(total, len(starts))
+
+
+def _add(start: Sequence[dict[str, Any]], kept_up_to: float, total: dict[Kind, float]) -> None:
+    """Adds the seconds between the lines of a start, those of steps that were done again as lost."""
+    before: dict[str, Any] = {"step": next((line["step"] for line in start if "step" in line), 0), "spent": {}}
+    for line in start:
+        if "spent" not in line:
+            continue
+        first, last = before["step"], line["step"]
+        lost = 0.0 if last <= kept_up_to else min(1.0, (last - kept_up_to) / max(1, last - first))
+        for kind, seconds in line["spent"].items():
+            delta = seconds - before["spent"].get(kind, 0.0)
+            again = 0.0 if kind == "starting" else lost
+            total[kind] += delta * (1 - again)
+            total["lost"] += delta * again
+        before = line

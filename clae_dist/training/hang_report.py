@@ -1,0 +1,90 @@
+"""What ranks that get no further say of themselves, and the one line that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+_NAMED = 4  # ranks that a line names one by one
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank does, in the step after `step` others. A new object whenever that begins: it is compared by identity."""
+
+    doing: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.doing}, after step {self.step}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A rank that gets no further: its host, what it does and for how long, and its main thread's stack."""
+
+    rank: int
+    host: str
+    doing: str
+    step: int
+    quiet_s: float
+    where: str  # the innermost function of this package
+    stack: str
+
+
+def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], folder: Path) -> str:
+    """One line that names the rank that is the cause, its host and what it does. `hosts` are those of all ranks, or empty."""
+    first = min(reports, key=lambda report: report.rank)
+    silent = [rank for rank in range(num_ranks) if rank not in {report.rank for report in reports}]
+    in_data = [report for report in reports if report.doing == "data"]
+    elsewhere = _outliers(reports)
+    if silent:
+        names = _names([(rank, hosts[rank] if hosts else "a host that never answered") for rank in silent])
+        cause = f"{names} {_do(silent, 'does', 'do')} not answer: stopped, killed or cut off"
+    elif in_data and (len(in_data) < num_ranks or num_ranks == 1):
+        cause = f"{_of(in_data)} {_do(in_data, 'waits', 'wait')} for data, which the loader does not give"
+    elif in_data:
+        cause = f"all ranks wait for data, rank {first.rank} on {first.host} among them: is the storage of the shards stuck?"
+    elif elsewhere:
+        others = next(report for report in reports if report not in elsewhere)
+        cause = (
+            f"{_of(elsewhere)} {_do(elsewhere, 'is', 'are')} at {elsewhere[0].doing} in {elsewhere[0].where}, where no other "
+            f"rank comes; {_of([others])} is at {others.doing} in {others.where}"
+        )
+    else:
+        place = f"{first.doing} in {first.where}"
+        cause = f"all {num_ranks} rank(s) wait at {place}, such as {_of([first])}: network, device or storage"
+    return (
+        f"no progress for {first.quiet_s:.0f} s after step {first.step}: {cause}. Stacks of all ranks: {folder / 'hang'}. "
+        "The same command goes on from the newest checkpoint."
+    )
+
+
+def stacks_by_ranks(reports: Sequence[Report]) -> str:
+    """The stacks of the main threads, equal ones once."""
+    by_stack = sorted(reports, key=lambda report: (report.stack, report.rank))
+    groups = [list(group) for _, group in groupby(by_stack, key=lambda report: report.stack)]
+    return "\n".join(f"{_of(group)}: {group[0].doing}, after step {group[0].step}\n{group[0].stack}" for group in groups)
+
+
+def _outliers(reports: Sequence[Report]) -> list[Report]:
+    """Those that are where the fewest are; of two places with as many ranks, where rank 0 is not. [] if all are in one."""
+    places: dict[tuple[str, str], list[Report]] = {}
+    for report in sorted(reports, key=lambda report: report.rank, reverse=True):
+        places.setdefault((report.doing, report.where), []).append(report)
+    return min(places.values(), key=len) if len(places) > 1 else []
+
+
+def _of(reports: Sequence[Report]) -> str:
+    return _names(sorted((report.rank, report.host) for report in reports))
+
+
+def _names(ranks: Sequence[tuple[int, str]]) -> str:
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return ", ".join(f"rank {rank} on {host}" for rank, host in ranks[:_NAMED]) + more
+
+
+def _do(who: Sequence[object], one: str, many: str) -> str:
+    return one if len(who) == 1 else many

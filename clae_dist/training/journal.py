@@ -1,0 +1,108 @@
+"""What a run logs about its steps: losses of the global batch, speed, and advice where time is lost."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from clae_dist.config import Config
+from clae_dist.contrast.step import StepMetrics
+from clae_dist.data.loader import num_workers
+from clae_dist.runs.goodput import Ledger
+from clae_dist.tracking import NullTracker, Trackers
+from clae_dist.training.bad_samples import BadSamples
+from clae_dist.training.clock import Clock
+from clae_dist.training.plan import Plan
+from clae_dist.world import World
+
+GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
+MOST_WAIT = 5  # percent of the time for data, above which a run says what to change
+
+
+class Journal:
+    """Hands lines of metrics to the tracker. `train_s`: seconds that the steps before took; `first_step`: how many they are."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        plan: Plan,
+        tracker: Trackers | NullTracker,
+        bad: BadSamples,
+        say: Callable[[str], None],
+        ledger: Ledger,
+        first_step: int,
+        train_s: float,
+    ) -> None:
+        self._config, self._world, self._plan, self._tracker = config, world, plan, tracker
+        self.ledger, self._said_goodput = ledger, time.monotonic()
+        self._bad, self._say = bad, say
+        self.clock = Clock(world.device)
+        self._started = time.perf_counter() - train_s
+        self._logged = first_step
+        self._lines, self._advised = 0, False
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training, over all starts of this run."""
+        return time.perf_counter() - self._started
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A line about the run after `step` steps."""
+        place = {"step": step, "epoch": step / self._plan.steps_per_epoch, "time_s": round(self.train_s, 3)}
+        self._tracker.log({**place, **values}, self._plan.images_seen(step))
+
+    def losses(self, metrics: StepMetrics) -> dict[str, float]:
+        """Means over the ranks: the losses of the global batch. A collective."""
+        named = {
+            "loss": metrics.loss,
+            "loss_clean": metrics.clean,
+            "loss_adversarial": metrics.adversarial,
+            "grad_norm": metrics.grad_norm,
+        }
+        present = {name: value for name, value in named.items() if value is not None}
+        means = self._world.mean(torch.stack([value.double() for value in present.values()]))
+        return dict(zip(present, means.tolist(), strict=True))
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Rates and shares (percent) of the time since the last call. A collective."""
+        seconds, spent = self.clock.read()
+        waited = self._world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
+        self.ledger.move("training", "data", waited / 100 * seconds - spent.get("data", 0.0))
+        self._advise(waited)
+        goodput = self.ledger.so_far()
+        if time.monotonic() - self._said_goodput > GOODPUT_EVERY_S:
+            self._said_goodput = time.monotonic()
+            self._say(goodput.describe())
+        num_images = (step - self._logged) * self._config.batch.global_size
+        self._logged = step
+        return {
+            "images_per_s": num_images / seconds,
+            "data_wait_share": waited,
+            "attack_share": 100 * spent.get("attack", 0.0) / seconds,
+            "goodput": goodput.shares["training"],
+            **({"bad_samples": float(len(self._bad.known))} if self._bad.known else {}),
+        }
+
+    def close(self, step: int) -> None:
+        """The end of this start: where the time of the run went."""
+        self.ledger.close()
+        goodput = self.ledger.so_far()
+        self.log(step, goodput.metrics())
+        self._say(goodput.describe())
+
+    def _advise(self, waited: float) -> None:
+        """Says once what to change when data is waited for; the first lines are of a loader that has just been started."""
+        self._lines += 1
+        if waited > MOST_WAIT and self._lines > 2 and not self._advised:
+            self._advised = True
+            workers = num_workers(self._config, self._world.local_size)
+            self._say(
+                f"{waited:.0f} % of the time is spent waiting for data, more than {MOST_WAIT} %: more loader processes "
+                f"(data.workers is {workers} a rank, this machine has {len(os.sched_getaffinity(0))} cores for "
+                f"{self._world.local_size} rank(s)), or smaller images (`python -m data_prep … --resize short=256`); "
+                "`clae bench data` says what a core can do."
+            )

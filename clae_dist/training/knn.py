@@ -1,0 +1,45 @@
+"""kNN accuracy while training, on parts of the splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from clae_dist.config import Config
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.evaluation.features import Features, extract, gather
+from clae_dist.evaluation.knn import knn_accuracy
+from clae_dist.parallel import Backend
+from clae_dist.world import World
+
+
+def knn_while_training(
+    config: Config, world: World, backend: Backend, manifest: Manifest, say: Callable[[str], None]
+) -> dict[str, float]:
+    """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split.
+
+    A collective. Raises DataError on every rank when one cannot read its images.
+    """
+    if not manifest.classes or config.data.test_split not in manifest.splits:
+        return {}
+    backend.average_local_statistics()
+    settings = config.evaluation
+
+    def features(split: str, limit: int) -> Features:
+        images = EvaluationSet(manifest, split, config.data.image_size, limit)
+        share, problem = None, ""
+        try:
+            share = extract(model, images, world.device, settings.batch_size, world.rank, world.size)
+        except DataError as error:
+            problem = str(error)
+        world.raise_together(DataError, problem)
+        assert share is not None
+        found = gather(share, world)
+        if len(found) < len(images):
+            say(f"{len(images) - len(found)} images of {split} cannot be decoded and are left out of the kNN")
+        return found
+
+    with backend.full_model() as model:
+        bank = features(config.data.train_split, settings.knn_bank)
+        queries = features(config.data.test_split, settings.knn_queries)
+    return {"knn_accuracy": knn_accuracy(bank, queries, settings.knn_k, settings.knn_temperature, world.device)}

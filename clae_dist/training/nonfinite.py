@@ -1,0 +1,101 @@
+"""Steps whose loss or gradient is not finite: written down so that they can be taken again, then left out, or the end.
+
+A step that is left out changes nothing: weights, optimiser, average and running statistics stay as they were, and its images
+count as seen. All ranks agree, because the loss was reduced and the gradient's norm is that of the whole gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from clae_dist.config import Config
+from clae_dist.contrast.step import NonFinite, StepMetrics
+from clae_dist.data.loader import Batch
+from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.data.shards import ShardReader
+from clae_dist.parallel import Backend
+from clae_dist.world import RankError, World
+
+FOLDER = "nonfinite"
+_WORST = 20  # parameters whose gradients are written down
+
+
+class NonFiniteSteps:
+    """Leaves out up to guard.max_skipped steps of a run; `skipped` of them were left out before its last start."""
+
+    def __init__(
+        self, config: Config, world: World, backend: Backend, manifest: Manifest, skipped: int, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._world, self._backend, self._say = config, world, backend, say
+        self._reader = ShardReader(manifest, config.data.train_split)
+        self.skipped = skipped
+
+    def attempt(
+        self, take_step: Callable[[], StepMetrics], batch: Batch, step: int, settings: dict[str, float]
+    ) -> StepMetrics | None:
+        """take_step(), or None where it was left out. `settings` (learning rate, alpha) are written down with it.
+
+        Raises RankError on every rank when no more may be left out.
+        """
+        may_skip = self.skipped < self._config.guard.max_skipped
+        buffers = list(self._backend.model.buffers()) if may_skip else []
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            metrics = take_step()
+            if metrics.grad_norm.isfinite():
+                return metrics
+            problem = (
+                f"the gradient of step {step + 1} is not finite; this step was not saved, and the checkpoint before is whole. "
+                "optim.clip_norm=1, a lower optim.learning_rate or train.precision=float32 may help"
+            )
+        except NonFinite as error:
+            problem, metrics = str(error), error.metrics
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        self._write_down(batch, step, loss_parts(metrics), {**settings, "problem": problem})
+        self._backend.discard()
+        if not may_skip:
+            raise RankError(problem)
+        self.skipped += 1
+        self._say(f"{problem}: left out ({self.skipped} of at most {self._config.guard.max_skipped}, guard.max_skipped)")
+        return None
+
+    def _write_down(self, batch: Batch, step: int, parts: dict[str, float], settings: dict[str, Any]) -> None:
+        folder = self._config.folder / FOLDER / f"step-{step + 1:08d}"
+        norms = self._backend.gradient_norms()
+        worst = sorted(norms, key=lambda name: (torch.tensor(norms[name]).isfinite().item(), -norms[name]))[:_WORST]
+        images = [self._reader.name_of(sample) for sample in batch.ids.tolist()]
+        rank = {"rank": self._world.rank, "host": platform.node(), "loss": parts, "images": images}
+        content = {
+            "step": step,  # of steps that were taken before
+            **settings,
+            "world_size": self._world.size,
+            "precision": self._backend.precision,
+            "gradient_norms": {name: norms[name] for name in worst},
+            "ranks": self._world.gather_objects(rank),
+        }
+        weights = self._backend.weights()
+
+        def write() -> str:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+                write_atomically(folder / "step.json", (json.dumps(content, indent=1) + "\n").encode())
+            except (OSError, SafetensorError) as error:  # the step is left out as well without it
+                return f"step {step + 1} could not be written down: {error}"
+            return f"step {step + 1} is written down: `clae replay {folder}` takes it again"
+
+        self._say(self._world.run_on_main(write))
+
+
+def loss_parts(metrics: StepMetrics) -> dict[str, float]:
+    """The parts of a rank's loss, as numbers."""
+    parts = {"loss": metrics.loss, "clean": metrics.clean, "adversarial": metrics.adversarial}
+    return {name: value.item() for name, value in parts.items() if value is not None}

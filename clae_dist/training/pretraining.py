@@ -1,0 +1,53 @@
+"""What the training step works with, from the parts of a run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from clae_dist.config import Config
+from clae_dist.contrast.encoding import TrainingEncoding
+from clae_dist.contrast.gather import Contrast
+from clae_dist.contrast.step import Pretraining
+from clae_dist.data.augment import augment
+from clae_dist.data.draws import hashed
+from clae_dist.data.loader import Batch
+from clae_dist.data.noise import uniform_noise
+from clae_dist.models.norms import routes_are_one_function
+from clae_dist.parallel import Backend
+from clae_dist.training.clock import Clock
+from clae_dist.world import World
+
+
+def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
+    """What a step works with, from the parts of a run."""
+    dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+
+    def view(batch: Batch, number: int) -> torch.Tensor:
+        images = batch.views[number].to(world.device, non_blocking=True)
+        images = images.contiguous().float() / 255  # planar: what works on channels is half as fast on interleaved pixels
+        return augment(images, batch.draws[number], config.augment).to(dtype)
+
+    def noise(batch: Batch) -> torch.Tensor:
+        return uniform_noise(batch.draws[0], batch.views.shape[2:], world.device).to(dtype)
+
+    settings = config.objective
+    return Pretraining(
+        world=world,
+        attack=config.attack,
+        contrast=Contrast(settings.name, settings.temperature, world, settings.gather, settings.chunk),
+        encoding=TrainingEncoding(backend, config.batch.micro_size),
+        pixel_std=backend.model.std,
+        shared_norms=routes_are_one_function(backend.model),
+        augment=lambda batch: (view(batch, 0), view(batch, 1)),
+        noise=noise,
+        attack_statistics=backend.untouched if config.attack.statistics == "untouched" else nullcontext,
+        timed=clock.timed,
+    )
+
+
+def seed_step(config: Config, step: int, rank: int) -> None:
+    """Dropout and the like draw from the step's own seed: a resumed run draws what the first would have drawn."""
+    torch.manual_seed(int(hashed(config.seed, step, rank)[0] >> np.uint64(1)))

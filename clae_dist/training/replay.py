@@ -1,0 +1,152 @@
+"""`clae replay RUN/nonfinite/step-…`: takes a step that was not finite once more, from what was written down, and says where
+the first number that is not finite comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from clae_dist.config import Config, ConfigError, Data, Parallel
+from clae_dist.contrast.step import NonFinite, pretrain_step
+from clae_dist.data.loader import load
+from clae_dist.data.shards import ShardReader
+from clae_dist.models import build_model
+from clae_dist.parallel import make_backend
+from clae_dist.recipe import from_yaml
+from clae_dist.training.clock import Clock
+from clae_dist.training.nonfinite import loss_parts
+from clae_dist.training.pretraining import make_pretraining, seed_step
+from clae_dist.training.sets import open_sets
+from clae_dist.world import World
+
+_CLOSE = {"bfloat16": 0.05, "float32": 1e-3, "float64": 1e-6}  # relative; another number of ranks adds in another order
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What the step gave when it was taken again."""
+
+    reproduced: bool
+    text: str
+
+
+def read_step(folder: Path, shards: str) -> tuple[Config, dict[str, Any]]:
+    """The settings of the step's run, for a replay, and what was written down. Raises ConfigError where nothing was."""
+    try:
+        wanted: dict[str, Any] = json.loads((folder / "step.json").read_text())
+        config = from_yaml(folder.parents[1] / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"STEP is {str(folder)!r}, which cannot be read ({error}); name a folder such as runs/clae/nonfinite/step-00000123."
+        ) from None
+    data: Data = replace(config.data, shards=shards or config.data.shards, workers=0, verify="size")
+    train = replace(config.train, precision=wanted["precision"], compile=False)
+    return replace(config, data=data, train=train, parallel=Parallel()), wanted
+
+
+def num_ranks(config: Config, wanted: dict[str, Any]) -> int:
+    """How many ranks a replay needs: one holds the whole batch, unless batch statistics were those of each rank."""
+    return int(wanted["world_size"]) if config.model.norm == "local" else 1
+
+
+def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -> Replay:
+    """Takes the step again, on every rank of `world`. A collective. Raises ConfigError and DataError."""
+    step = int(wanted["step"])
+    train = open_sets(config, world, lambda text: None).train
+    model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    backend = make_backend(config, model, world)
+    backend.model.train()
+    backend.set_learning_rate(wanted["learning_rate"])
+    run = make_pretraining(config, world, backend, Clock(world.device))
+    (batch,) = load(train, config, world, step, step + 1)
+    reader = ShardReader(train, config.data.train_split)
+    mine = [reader.name_of(sample) for sample in batch.ids.tolist()]
+    images = [name for names in world.gather_objects(mine) for name in names]
+    seed_step(config, step, world.rank)
+    problem = ""
+    with _first_not_finite(backend.model) as first:
+        try:
+            metrics = pretrain_step(run, batch, wanted["alpha"])
+            if not metrics.grad_norm.isfinite():
+                problem = "the gradient is not finite"
+        except NonFinite as error:
+            problem, metrics = str(error), error.metrics
+    norms = backend.gradient_norms() if problem else {}
+    parts = _mean(world.gather_objects(loss_parts(metrics)))
+    before = _mean([rank["loss"] for rank in wanted["ranks"]])
+    named = sorted(name for rank in wanted["ranks"] for name in rank["images"])
+    checks = {
+        "the images": sorted(images) == named,
+        "a number that is not finite": bool(problem),
+        "the parts of the loss": all(_same(parts.get(name), value, wanted["precision"]) for name, value in before.items()),
+        "the gradients": all(_same(norms.get(name), value, wanted["precision"]) for name, value in _known(wanted, problem)),
+    }
+    lines = [f"step {step + 1}, {len(images)} images, learning rate {wanted['learning_rate']:.4g}: {wanted['problem']}"]
+    lines += [f"  {name:<12} {value:.6g} then, {parts.get(name, math.nan):.6g} now" for name, value in before.items()]
+    lines += [
+        f"  gradient of {name}: {value:.6g} then, {norms.get(name, math.nan):.6g} now"
+        for name, value in list(wanted["gradient_norms"].items())[:3]
+    ]
+    places = [place for place in world.gather_objects(first[0] if first else "") if place]
+    lines.append(f"first that is not finite: {places[0] if places else 'no module in the forward pass'}")
+    failed = [name for name, passed in checks.items() if not passed]
+    lines.append(f"not reproduced: {', '.join(failed)} differ" if failed else "reproduced")
+    return Replay(not failed, "\n".join(lines))
+
+
+def _known(wanted: dict[str, Any], problem: str) -> list[tuple[str, float]]:
+    return list(wanted["gradient_norms"].items()) if problem else []
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The loss of the global batch from those of the ranks."""
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+
+def _same(now: float | None, then: float, precision: str) -> bool:
+    if now is None:
+        return False
+    if not math.isfinite(then):  # which of NaN and infinity it is depends on the order of summation
+        return not math.isfinite(now)
+    return math.isclose(now, then, rel_tol=_CLOSE[precision], abs_tol=_CLOSE[precision])
+
+
+@contextmanager
+def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Fills a list with the first module whose output is not finite, and what else is not finite there."""
+    found: list[str] = []
+
+    def look(name: str, kind: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if found or _finite(output):
+                return
+            weights = [key for key, value in module.named_parameters(recurse=False) if not _finite(value)]
+            causes = [*(f"its {key}" for key in weights), *(["its input"] if not all(map(_finite, inputs)) else [])]
+            found.append(
+                f"the output of {name} ({kind}; not finite as well: {', '.join(causes) or 'nothing, so it overflows'})"
+            )
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(look(name or "the model", type(module).__name__)) for name, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.detach().isfinite().all())

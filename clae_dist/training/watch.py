@@ -1,0 +1,168 @@
+"""Nothing hangs: every rank has a thread that sees when the rank gets no further, and says which rank is the cause.
+
+Ranks go in lockstep, so when one hangs, all of them do. Each that still answers writes what it is doing, and every thread's
+stack, to RUN/hang; the lowest of these reads what the others wrote (hang_report.py) and says it in a line. Then they leave with
+an exit code that launchers take for a failure. Nothing is sent while all goes well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from types import FrameType
+from typing import TypeVar
+
+from clae_dist.config import Config
+from clae_dist.training.guard import HUNG, STOPPED, StopRequest
+from clae_dist.training.hang_report import Place, Report, stacks_by_ranks, verdict
+from clae_dist.world import World, abandon
+
+T = TypeVar("T")
+GRACE_S = 5.0  # for the others to write what they do, and for storage that may be what hangs
+PATIENT = ("starting", "evaluation", "checkpoint")  # may take four times as long
+ENDING = "ending"  # trackers have limits of their own
+_HERE = os.sep + "clae_dist" + os.sep
+
+
+class Watch:
+    """`doing` says what the rank does; a thread looks whether that changes within guard.hang_s, and after a request to stop
+    whether the rank leaves within guard.stop_within_s."""
+
+    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
+        self._config, self._world, self._stop = config, world, stop
+        self._folder = config.folder / "hang"
+        self._hosts: list[str] = []
+        self._now = Place("starting", 0)
+        self._main = threading.get_ident()
+        self._over = threading.Event()
+        hang_s = config.guard.hang_s
+        self._poll_s = min([1.0, config.guard.stop_within_s / 10, *([hang_s / 10] if hang_s else [])])
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def meet(self) -> None:
+        """Learns the hosts of all ranks, for when they no longer answer. A collective."""
+        self._hosts = self._world.gather_objects(f"{os.uname().nodename} (process {os.getpid()})")
+
+    def doing(self, what: str, step: int) -> None:
+        """What this rank begins to do, in the step after `step` others; that is progress."""
+        self._now = Place(what, step)
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        quiet_s, seen, before = 0.0, self._now, time.monotonic()
+        while not self._over.wait(self._poll_s):
+            now = time.monotonic()
+            # A machine that slept, or a job that its scheduler suspended, has not been awake to get any further.
+            awake_s, before = min(now - before, 3 * self._poll_s), now
+            quiet_s = quiet_s + awake_s if self._now is seen else 0.0
+            seen = self._now
+            limit_s = self._config.guard.limit_s(seen.doing in PATIENT) if seen.doing != ENDING else 0.0
+            if limit_s and (quiet_s > limit_s or (quiet_s > limit_s / 2 and self._others_report(limit_s))):
+                self._give_up(seen, quiet_s)
+            if self._stop.overdue(self._config.guard.stop_within_s):
+                self._leave_unsaved(seen)
+
+    def _others_report(self, limit_s: float) -> bool:
+        """Whether another rank, whose patience is less, has given up."""
+        newest = max((path.stat().st_mtime for path in self._folder.glob("rank-*.json")), default=0.0)
+        return time.time() - newest < limit_s / 2
+
+    def _give_up(self, place: Place, quiet_s: float) -> None:
+        frames = sys._current_frames()
+        main = frames.get(self._main)
+        report = Report(
+            rank=self._world.rank,
+            host=f"{os.uname().nodename} (process {os.getpid()})",
+            doing=place.doing,
+            step=place.step,
+            quiet_s=round(quiet_s, 1),
+            where=_own_place(main),
+            stack="".join(traceback.format_stack(main)),
+        )
+        text = _all_threads(frames, self._main)
+        others = _within(GRACE_S, lambda: self._exchange(report, text)) or [report]
+        if report.rank == min(other.rank for other in others):
+            line = verdict(others, self._world.size, self._hosts, self._config.folder)
+            sys.stderr.write(f"clae: {line}\n")
+            sys.stderr.flush()
+            _within(GRACE_S, lambda: self._log(f"{stacks_by_ranks(others)}\n{line}\n"))
+        abandon(HUNG)
+
+    def _exchange(self, report: Report, text: str) -> list[Report]:
+        """Writes this rank's report, and reads those that others write within the grace."""
+        deadline = time.monotonic() + GRACE_S * 0.8
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{report.rank:05d}"
+        (self._folder / f"{name}.txt").write_text(text)
+        partial = self._folder / f"{name}.partial"
+        partial.write_text(json.dumps(asdict(report)))
+        mine = self._folder / f"{name}.json"
+        partial.replace(mine)
+        since = mine.stat().st_mtime - max(GRACE_S, self._config.guard.hang_s / 2)  # by the storage's clock
+        while True:
+            recent = [path for path in sorted(self._folder.glob("rank-*.json")) if path.stat().st_mtime >= since]
+            if len(recent) == self._world.size or time.monotonic() > deadline:
+                return [Report(**json.loads(path.read_text())) for path in recent]
+            time.sleep(0.1)
+
+    def _log(self, text: str) -> None:
+        with (self._config.folder / "console.log").open("a") as file:
+            file.write(text)
+
+    def _leave_unsaved(self, place: Place) -> None:
+        how = "with everything saved" if place.doing == ENDING else "without saving; the newest checkpoint is whole"
+        line = (
+            f"clae: rank {self._world.rank} was asked to stop ({self._stop.reason}) and is still at {place}, "
+            f"{self._config.guard.stop_within_s:g} s later (guard.stop_within_s); it leaves {how}, and the same command goes "
+            "on from there.\n"
+        )
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        _within(GRACE_S, lambda: self._log(line))
+        abandon(STOPPED)
+
+
+def _own_place(frame: FrameType | None) -> str:
+    """The innermost function of this package, as "flags_anywhere (world.py:132)"."""
+    while frame is not None and _HERE not in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename.rpartition(_HERE)[2]}:{frame.f_lineno})"
+
+
+def _all_threads(frames: dict[int, FrameType], main: int) -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    ordered = sorted(frames.items(), key=lambda item: item[0] != main)
+    return "\n".join(f"thread {names.get(i, i)}\n{''.join(traceback.format_stack(frame))}" for i, frame in ordered)
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """What `action` returns, None if it fails or takes longer: storage may be what hangs."""
+    found: list[T] = []
+
+    def act() -> None:
+        try:
+            found.append(action())
+        except (OSError, ValueError, TypeError) as error:
+            sys.stderr.write(f"clae: {error}\n")
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None

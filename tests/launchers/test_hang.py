@@ -1,0 +1,163 @@
+"""Ranks that stop answering, on purpose, in real processes: found in time, named, started again, to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clae_dist.config import Batch, Checkpointing, Config, Data, Guard, Launch, Model, Optim, Tracking, Train
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.launchers import local
+from clae_dist.launchers.rank import HUNG, OK, Ending
+from clae_dist.runs.checkpoint import load_checkpoint
+from clae_dist.training import run as training
+
+HANG_S = 5.0
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
+
+
+def recipe(shards: Manifest, run_dir: Path, **launch: Any) -> Config:
+    return Config(
+        run_dir=str(run_dir),
+        data=Data(shards=str(shards.folder), image_size=16, workers=0),
+        batch=Batch(global_size=24),
+        model=Model(encoder="small_resnet", projector_dim=16),
+        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0),
+        train=Train(epochs=2, log_every=1, diagnose_every=100, knn_every=0, threads=1),
+        checkpoint=Checkpointing(every_steps=3),
+        launch=Launch(workers=2, **launch),
+        guard=Guard(hang_s=HANG_S),
+        tracking=Tracking(name="none"),
+    )
+
+
+def _rank(config: Config, origins: dict[str, str], debug: bool, how: str = "") -> Ending:
+    """A rank; number 1 hangs in step 5, once in the life of a run."""
+    import torch._dynamo  # noqa: F401  (what an optimiser does first takes seconds on a busy machine)
+
+    mark = config.folder / "has-hung"
+    if os.environ["RANK"] == "1" and how and not mark.exists():
+        _hang_at(5, how, mark)
+    return local._train(config, origins, debug)
+
+
+def _hang_at(step: int, how: str, mark: Path) -> None:
+    step_before, load = training.pretrain_step, training.load
+    count = 0
+
+    def hang() -> None:
+        mark.write_text(str(time.time()))
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            threading.Event().wait()
+
+    def pretrain_step(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step and how == "stopped":
+            hang()
+        if count == step and how == "collective":
+            mark.write_text(str(time.time()))
+            dist.recv(torch.zeros(1), src=0, tag=7)  # that rank 0 never sends
+        return step_before(*arguments)
+
+    def batches(*arguments: Any) -> Iterator[Any]:
+        for number, batch in enumerate(load(*arguments)):
+            if number == step:
+                hang()
+            yield batch
+
+    training.pretrain_step = pretrain_step
+    if how == "data":
+        training.load = batches
+
+
+def stopped(*arguments: Any) -> Ending:
+    return _rank(*arguments, how="stopped")
+
+
+def in_data(*arguments: Any) -> Ending:
+    return _rank(*arguments, how="data")
+
+
+def in_a_collective(*arguments: Any) -> Ending:
+    return _rank(*arguments, how="collective")
+
+
+def always_in_data(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+    (config.folder / "has-hung").unlink(missing_ok=True)
+    return in_data(config, origins, debug)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = load_checkpoint(run_dir, pytest.fail)
+    assert checkpoint is not None
+    assert checkpoint.step == STEPS
+    return dict(checkpoint.state()["model"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = recipe(shards, tmp_path_factory.mktemp("undisturbed") / "run")
+    config.folder.mkdir()
+    assert local.launch(config, {}, False, _rank) == Ending(OK, "")
+    return config.folder
+
+
+@pytest.mark.parametrize(
+    ("work", "cause", "answer"),
+    [
+        (stopped, "does not answer: stopped, killed or cut off", 1),
+        (in_data, "waits for data, which the loader does not give", 2),
+        pytest.param(in_a_collective, "where no other rank comes; rank 0 on", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
+    work: Any, cause: str, answer: int, shards: Manifest, tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(shards, tmp_path / "run")
+    config.folder.mkdir()
+    assert local.launch(config, {}, False, work) == Ending(OK, "")
+    said = capfd.readouterr()
+    (line,) = [line for line in said.err.splitlines() if "no progress for" in line]
+    rank = line.partition("rank 1 on ")[2]
+    assert rank.startswith(f"{os.uname().nodename} (process ")
+    assert cause in rank
+    assert "Starting again (failure 1 of 3)" in said.err
+    assert "resuming after step 3" in said.out
+    stacks = {path.name: path for path in (config.folder / "hang").glob("*.txt")}
+    assert set(stacks) == {f"rank-{rank:05d}.txt" for rank in range(answer)}
+    assert "in flags_anywhere" in stacks["rank-00000.txt"].read_text() or work is not in_data
+    assert "thread MainThread" in stacks["rank-00000.txt"].read_text()
+    # hang_s, twice the poll, the grace for others' reports and for storage
+    assert stacks["rank-00000.txt"].stat().st_mtime - float((config.folder / "has-hung").read_text()) < HANG_S + 2
+    console = (config.folder / "console.log").read_text()
+    assert line.removeprefix("clae: ") in console
+    assert "rank 0 on" in console.partition("no progress")[0]  # with its stack
+    found, wanted = weights(config.folder), weights(undisturbed)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_again_and_again_ends(shards: Manifest, tmp_path: Path) -> None:
+    config = recipe(shards, tmp_path / "run", max_failures=0)
+    config.folder.mkdir()
+    ending = local.launch(config, {}, False, always_in_data)
+    assert ending.code == HUNG
+    assert "The same command goes on from the newest checkpoint" in ending.message

@@ -1,0 +1,122 @@
+"""A signal at any time: all ranks stop together, everything is saved, or they leave in the stated time and say so."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.config import Batch, Checkpointing, Config, Data, Guard, Launch, Model, Optim, Tracking, Train
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.launchers import local
+from clae_dist.launchers.rank import STOPPED, Ending
+from clae_dist.runs.checkpoint import find_checkpoints
+from clae_dist.training import run as training
+from clae_dist.world import World
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
+
+
+def recipe(shards: Manifest, run_dir: Path) -> Config:
+    return Config(
+        run_dir=str(run_dir),
+        data=Data(shards=str(shards.folder), image_size=16, workers=0),
+        batch=Batch(global_size=24),
+        model=Model(encoder="small_resnet", projector_dim=16),
+        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0),
+        train=Train(epochs=1, log_every=1, diagnose_every=9, knn_every=0.5, threads=1),
+        checkpoint=Checkpointing(every_steps=2),
+        launch=Launch(workers=2, max_failures=0),
+        tracking=Tracking(name="none"),
+    )
+
+
+def signalled(world: World, config: Config, where: str, number: int) -> tuple[str, int, str]:
+    """Trains; the first time that rank 1 comes to `where`, it is sent the signal there. Status, step, what was said."""
+    holder: Any = training._Loop if where == "_save" else training
+    real = getattr(holder, where)
+    sent = False
+
+    def then(*arguments: Any, **named: Any) -> Any:
+        nonlocal sent
+        if world.rank == 1 and not sent:
+            sent = True
+            os.kill(os.getpid(), number)
+        return real(*arguments, **named)
+
+    setattr(holder, where, then)
+    said = io.StringIO()
+    try:
+        outcome = training.train(config, {}, world, said)
+    finally:
+        setattr(holder, where, real)
+    return outcome.status, outcome.step, said.getvalue()
+
+
+def finished(world: World, config: Config) -> str:
+    return training.train(config, {}, world, io.StringIO()).status
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "step"),
+    [
+        ("open_sets", signal.SIGTERM, 0),
+        ("knn_while_training", signal.SIGUSR1, 0),  # before the first step
+        ("pretrain_step", signal.SIGUSR1, 1),
+        ("_save", signal.SIGTERM, 2),
+        ("describe", signal.SIGINT, 0),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_with_everything_saved(
+    where: str, number: int, step: int, ranks: RankPool, shards: Manifest, tmp_path: Path
+) -> None:
+    config = recipe(shards, tmp_path / "run")
+    found = ranks.run(2, signalled, config, where, number)
+    assert [(status, at) for status, at, _ in found] == [("stopped", step)] * 2
+    assert f"stopped after step {step} ({signal.Signals(number).name}); saved." in found[0][2]
+    assert "(guard.stop_within_s 60)" in found[0][2]
+    assert [path.name for path in find_checkpoints(config.folder)] == ([f"step-0000000{step}"] if step else [])
+    assert ranks.run(2, finished, config) == ["finished", "finished"]
+
+
+def _stuck(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+    """Rank 1 is asked to stop in its third step, which does not end."""
+    real, count = training.pretrain_step, 0
+
+    def step(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait()
+        return real(*arguments)
+
+    training.pretrain_step = step
+    return local._train(config, origins, debug)
+
+
+def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
+    shards: Manifest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(recipe(shards, tmp_path / "run"), guard=Guard(stop_within_s=1.0))
+    config.folder.mkdir()
+    ending = local.launch(config, {}, False, _stuck)
+    assert ending.code == STOPPED
+    assert "left with nothing new saved. The same command goes on from the newest checkpoint." in ending.message
+    line = (
+        "rank 1 was asked to stop (SIGTERM) and is still at training, after step 2, 1 s later (guard.stop_within_s); it leaves"
+    )
+    assert line in capfd.readouterr().err
+    assert line in (config.folder / "console.log").read_text()
+    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000002"]
