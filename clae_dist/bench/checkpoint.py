@@ -32,7 +32,7 @@ class Settings:
 
     encoder: str = "timm/vit_base_patch16_224"
     image_size: int = 224
-    repeats: int = 7
+    repeats: int = 5
 
 
 QUICK = Settings("timm/vit_small_patch16_224", 224, 3)  # 0.27 GB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from clae_dist.config import Attack, Batch, Checkpointing, Config, ConfigError, 
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.runs.checkpoint import CheckpointError, find_checkpoints, load_checkpoint, load_model
+from clae_dist.runs.checkpoint import CheckpointError, Writer, find_checkpoints, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training import journal
 from clae_dist.training import run as training
@@ -369,6 +370,63 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_old_checkpoint(
     assert [path.name for path in (config.folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert ranks.run(3, train_on, config) == ["finished"] * 3
     assert_bitwise(final(config), final(undisturbed(3)))
+
+
+# ---- when a run saves ----
+
+
+def test_saving_by_the_clock(shards: Manifest, tmp_path: Path) -> None:
+    """Before every step but the first, where there is nothing to save, and at the end."""
+    config = replace(
+        recipe(shards, tmp_path / "run", knn_every=0), checkpoint=Checkpointing(every_steps=0, every_minutes=1e-9, keep=100)
+    )
+    assert train_on(World.single("cpu"), config) == "finished"
+    assert [int(path.name[-2:]) for path in find_checkpoints(config.folder)] == list(range(STEPS, 0, -1))
+    final(config)
+    blocked = [line["checkpoint_blocked_s"] for line in logged(config) if "checkpoint_blocked_s" in line]
+    assert len(blocked) == STEPS
+    assert min(blocked) > 0
+
+
+def test_slow_storage_holds_up_the_next_save_and_is_said_once(
+    shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write goes on until somebody waits for it: every save finds the one before unfinished."""
+    waited_for, write, join = threading.Event(), Writer._write, Writer.join
+
+    def slow(*arguments: Any) -> None:
+        waited_for.wait(60)
+        waited_for.clear()
+        write(*arguments)
+
+    def waiting(writer: Writer) -> None:
+        waited_for.set()
+        join(writer)
+
+    monkeypatch.setattr(Writer, "_write", slow)
+    monkeypatch.setattr(Writer, "join", waiting)
+    config = replace(recipe(shards, tmp_path / "run", knn_every=0), checkpoint=Checkpointing(every_steps=2))
+    said = io.StringIO()
+    assert training.train(config, {}, World.single("cpu"), said).status == "finished"
+    assert said.getvalue().count("waits for that of step 2 to be written: storage is slower") == 1
+    assert said.getvalue().count("waits for") == 1
+    assert [int(path.name[-2:]) for path in find_checkpoints(config.folder)] == [8, 6, 4]
+
+
+def test_a_run_that_data_ends_keeps_the_checkpoint_it_was_writing(
+    shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = training.load
+
+    def ends(*arguments: Any) -> Any:
+        yield from list(load(*arguments))[:3]
+        raise DataError("no more")
+
+    monkeypatch.setattr(training, "load", ends)
+    config = recipe(shards, tmp_path / "run", knn_every=0)
+    with pytest.raises(DataError, match="no more"):
+        training.train(config, {}, World.single("cpu"), io.StringIO())
+    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000003"]
 
 
 def test_a_run_folder_of_another_configuration_is_refused(

@@ -6,6 +6,7 @@ whatever happens before, older ones stay the newest. No collective here: trainin
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from clae_dist.runs.checkpoint.index import DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
@@ -67,15 +67,10 @@ def _room(tensor: torch.Tensor) -> int:
 def _copy(held: torch.Tensor, to: torch.Tensor) -> None:
     """On a CPU by one thread: torch would wake all of its own for every tensor and wait for the last, ten times as long where
     the cores have other work."""
-    if held.device.type == "cpu" and held.stride() == to.stride():
-        np.copyto(_in_memory(to), _in_memory(held))
+    if held.device.type == "cpu" and held.stride() == to.stride():  # no gaps: `to` has none
+        ctypes.memmove(to.data_ptr(), held.data_ptr(), held.nbytes)
     else:
         to.copy_(held, non_blocking=True)
-
-
-def _in_memory(dense: torch.Tensor) -> Any:
-    """The bytes of a tensor without gaps, in the order in which they lie in memory."""
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 class Writer:
