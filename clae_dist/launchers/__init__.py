@@ -37,8 +37,8 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
 
     if config.launch.min_workers and config.launch.launcher != "ray":
         raise ConfigError(
-            f"launch.min_workers is {config.launch.min_workers}, but launch.launcher is {config.launch.launcher!r}; it is Ray's: "
-            "use --launcher ray, or launch.min_workers=0 (torchrun: launch/torchrun.sh --nodes MIN:MAX)."
+            f"launch.min_workers is {config.launch.min_workers}, but launch.launcher is {config.launch.launcher!r}; it is "
+            "Ray's: use --launcher ray, or launch.min_workers=0 (torchrun: launch/torchrun.sh --nodes MIN:MAX)."
         )
     config = _with_absolute_paths(config)
     make_folder(config.folder)

@@ -37,7 +37,7 @@ def _check_elastic(config: Config) -> None:
         raise ConfigError(
             f"--nodes is {low}:{high} with {per_host} rank(s) each, but {' or '.join(map(str, wrong))} ranks cannot share "
             f"batch.global_size {config.batch.global_size} in {config.num_streams} streams, and torchrun takes any number "
-            "between; use another range, another batch.global_size, or Ray, which is told which numbers work (launch.min_workers)."
+            "between; use another range or batch.global_size, or Ray, which is told which numbers work (launch.min_workers)."
         )
 
 
