@@ -123,22 +123,23 @@ def test_three_hosts_train_to_the_bits_of_one(
 
 
 def _return(cluster: RayCluster) -> None:
+    """As after a reboot: a raylet that the head gave up ends by itself."""
+    cluster.hosts.link_up(2)
     cluster.ok(2, "stop")
     cluster.join(2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("disturb", "back"),
+    "disturb",
     [
-        pytest.param(lambda cluster: cluster.kill_raylet(2), _return, id="kill-9-raylet"),
-        pytest.param(lambda cluster: cluster.hosts.link_down(2), lambda cluster: cluster.hosts.link_up(2), id="link-down"),
-        pytest.param(lambda cluster: cluster.drain(2, 120), _return, id="preemption-notice"),
+        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet"),
+        pytest.param(lambda cluster: cluster.hosts.link_down(2), id="link-down"),
+        pytest.param(lambda cluster: cluster.drain(2, 120), id="preemption-notice"),
     ],
 )
 def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     disturb: Callable[[RayCluster], None],
-    back: Callable[[RayCluster], None],
     cluster: RayCluster,
     recipe: Path,
     shards: Manifest,
@@ -150,9 +151,9 @@ def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     process = cluster.submit(recipe, settings(shards, run_dir, *LONG, *elastic))
     wait_for(run_dir, "step   5/160", [process])
     disturb(cluster)
-    shrunk = wait_for(run_dir, "ranks: 2 on 2 host(s)", [process])
-    back(cluster)
-    code, said = finish(process)
+    shrunk = wait_for(run_dir, "ranks: 2 on 2 host(s)", [process], timeout_s=400)
+    _return(cluster)
+    code, said = finish(process, timeout_s=600)
     assert code == 0, said
     console = (run_dir / "console.log").read_text()[len(shrunk) :]
     assert "ranks: 3 on 3 host(s)" in console
