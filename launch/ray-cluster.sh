@@ -146,8 +146,9 @@ stop_node() { # Not `ray stop`, which ends every Ray of this machine.
 
 start_head() {
   if [ -n "$address" ]; then
-    find_route "$address"
-    [ "$at_head" = yes ] || wrong "--address is $address, which is not this host's; use the address of one of its interfaces."
+    local wanted=$address
+    find_route "$wanted"
+    [ "$at_head" = yes ] || wrong "--address is $wanted, which is not this host's; use the address of one of its interfaces."
   else
     find_route 192.0.2.1 "name this host's address for the others with --address" # nobody's address: the way out
   fi

@@ -65,6 +65,8 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     if left_out:
         print(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
     _init(ray, sizes[-1], debug)
+    if not debug:
+        _quieten(ray)
     stop_file = config.folder.resolve() / STOP_FILE
     try:
         with _StopFile(stop_file) as stop:
@@ -97,6 +99,13 @@ def _init(ray: Any, workers: int, debug: bool) -> None:
     os.environ["PYTHONPATH"] = path
     cores = len(os.sched_getaffinity(0))
     ray.init(address="local", num_cpus=max(cores, workers), include_dashboard=False, object_store_memory=128 * 2**20, **common)
+
+
+def _quieten(ray: Any) -> None:
+    """Ray's logs, and the pages that it prints when a host is lost, would drown our lines; --debug shows them."""
+    for name in ("ray", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray._private.worker.print_to_stdstream = lambda *arguments, **settings: None
 
 
 def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Any:
@@ -134,9 +143,6 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
 def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Ending:
     folder = config.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if not debug:
-        for name in ("ray", "ray.train"):
-            logging.getLogger(name).setLevel(logging.ERROR)
     trainer = _trainer(ray, config, origins, sizes, debug)
     result: dict[str, Exception] = {}
     (folder / _ENDING).unlink(missing_ok=True)

@@ -30,9 +30,9 @@ class WorkingSizes(ElasticScalingPolicy):
         self._more_at = 0  # a larger size that was possible at the last check, too
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = _draining_nodes()
-        staying = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
-        possible = int(super()._count_possible_workers(staying))
+        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(_draining_nodes())
+        staying_resources = {node: resources for node, resources in reserved_resources.items() if node in staying}
+        possible = int(super()._count_possible_workers(staying_resources))
         return max((size for size in self._sizes if size <= possible), default=0)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:

@@ -140,9 +140,16 @@ class Hosts:
                     stream.close()
         for host in range(self.num_hosts):
             _ip("link", "del", self._link(host), check=False)
-            _ip("netns", "del", self._space(host), check=False)
+            self._delete(self._space(host))
         _ip("link", "del", self._bridge, check=False)
         shutil.rmtree(self._etc)
+
+    def _delete(self, space: str) -> None:
+        """A namespace can be busy for a moment after its last process."""
+        deadline = time.monotonic() + DEADLINE_S
+        while Path("/run/netns", space).exists() and time.monotonic() < deadline:
+            _ip("netns", "del", space, check=False)
+            time.sleep(0.05)
 
     def _space(self, host: int) -> str:
         return f"clae-{self.tag}-{host}"

@@ -17,6 +17,8 @@ from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
 
 CHECKPOINT_EVERY = "checkpoint.every_steps"  # the key of steps between checkpoints
 STEPS = 24
+# Time enough to lose a host and get it back, and float64: what two ranks and three add up in another order stays small.
+LONG, LONG_STEPS = ("train.epochs=40", "train.precision=float64"), 160
 RECIPE = """\
 name: small
 data: {image_size: 16, workers: 0}

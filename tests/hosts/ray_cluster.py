@@ -1,0 +1,78 @@
+"""A Ray cluster on hosts of network namespaces, made by launch/ray-cluster.sh."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.hosts.cluster import Hosts, clean_environment
+
+SCRIPT = "launch/ray-cluster.sh"
+
+
+class RayCluster:
+    """As a context manager: head on host 0, a worker on each other, one core each."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self.hosts = hosts
+
+    def __enter__(self) -> RayCluster:
+        self.folder = Path(tempfile.mkdtemp(prefix="clae-r-", dir="/tmp"))  # unix sockets: a short path
+        self.token = self.folder / "secret" / "token"
+        self.said = [self.ok(0, "head", "--address", self.hosts.address(0), "--cpus", "1")]
+        self.said += [self.join(host) for host in range(1, self.hosts.num_hosts)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for host in range(self.hosts.num_hosts):
+            self.hosts.kill(host)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def line(self, host: int, *words: str) -> list[str]:
+        return [SCRIPT, *words, "--temp-dir", f"{self.folder}/{host}", "--token-file", str(self.token)]
+
+    def __call__(self, host: int, *words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return self.hosts.run(host, self.line(host, *words), env, timeout_s=240)
+
+    def ok(self, host: int, *words: str) -> str:
+        done = self(host, *words)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def join(self, host: int) -> str:
+        return self.ok(host, "worker", self.hosts.address(0), "--cpus", "1")
+
+    def submit(self, recipe: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
+        return self.hosts.popen(0, self.line(0, "submit", str(recipe), *overrides))
+
+    def node(self, host: int) -> str:
+        """Ray's name of the live node on a host."""
+        lines = [line.split() for line in self.ok(0, "status").splitlines() if " alive " in line]
+        (found,) = [words[-1] for words in lines if words[0] == self.hosts.name(host)]
+        return found
+
+    def kill_raylet(self, host: int) -> None:
+        (raylet,) = [pid for pid in self.hosts.pids(host) if _program(pid).endswith("/raylet")]
+        os.kill(raylet, signal.SIGKILL)
+
+    def drain(self, host: int, seconds: int) -> None:
+        """Says that a host will be taken away, as a cloud does before it preempts one."""
+        python = f"{clean_environment()['CLAE_ENV']}/bin/python"
+        words = ["drain-node", "--address", f"{self.hosts.address(0)}:6379", "--node-id", self.node(host)]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        words += ["--deadline-remaining-seconds", str(seconds)]
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        done = self.hosts.run(0, [python, "-m", "ray.scripts.scripts", *words], secret)
+        assert done.returncode == 0, done.stdout
+
+
+def _program(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,105 @@
+"""What the launchers for several hosts decide without any host: numbers of ranks, versions, routes, exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clae_dist.config import Batch, Config, ConfigError, Data, Launch
+from clae_dist.launchers import start
+from clae_dist.launchers.rank import BAD_CONFIG, FAILED, STOPPED, Ending
+from clae_dist.launchers.ray import working_sizes
+from clae_dist.launchers.route import route_to
+from clae_dist.launchers.torchrun import launch as launch_torchrun
+from clae_dist.launchers.torchrun import say_once
+from clae_dist.launchers.versions import differences, versions
+from clae_dist.runs.folder import STOP_FILE
+from clae_dist.training.guard import listen_for_stop
+
+
+def elastic(size: int, low: int, high: int) -> Config:
+    return Config(batch=Batch(global_size=size), launch=Launch(launcher="ray", workers=high, min_workers=low))
+
+
+@pytest.mark.parametrize(
+    ("size", "low", "high", "sizes"),
+    [(16, 1, 4, [1, 2, 4]), (24, 2, 4, [2, 3, 4]), (16, 3, 4, [4]), (16, 0, 4, [4])],
+)
+def test_only_numbers_of_workers_that_can_share_the_batch_count(size: int, low: int, high: int, sizes: list[int]) -> None:
+    assert working_sizes(elastic(size, low, high)) == sizes
+
+
+def test_streams_are_the_same_at_every_number_of_workers() -> None:
+    """data.streams=0 chooses from the batch alone: a run that shrank reads the images that it would have read."""
+    assert {replace(elastic(24, 1, 3), launch=Launch(workers=n)).num_streams for n in (1, 2, 3)} == {24}
+    with pytest.raises(ConfigError, match="3 ranks"):
+        working_sizes(elastic(16, 1, 3))
+    with pytest.raises(ConfigError, match="data.streams is 8, which 3 ranks cannot share"):
+        working_sizes(replace(elastic(24, 1, 3), data=Data(streams=8)))
+
+
+def test_min_workers_is_checked_where_it_is_written() -> None:
+    with pytest.raises(ConfigError, match="launch.min_workers is 5; use 0"):
+        Launch(workers=4, min_workers=5)
+    with pytest.raises(ConfigError, match="it is Ray's"):
+        start(Config(launch=Launch(launcher="local", workers=2, min_workers=1)), {})
+
+
+def test_versions_differ_with_both_named() -> None:
+    here = versions()
+    assert set(here) == {"Python", "torch", "Ray", "clae-dist", "git revision"}
+    assert differences(here, {**here, "Python": f"{here['Python'].rpartition('.')[0]}.99"}, "a", "b") == ""
+    assert differences({**here, "torch": "2.11"}, here, "host1", "host0") == (
+        f"torch is 2.11 on host1, but {here['torch']} on host0"
+    )
+
+
+def test_the_route_to_this_machine_is_known() -> None:
+    route = route_to("127.0.0.1")
+    assert (route.address, route.interface, route.is_here) == ("127.0.0.1", "lo", True)
+
+
+def test_torchrun_is_not_made_to_start_again_what_would_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("CLAE_ENDING", str(tmp_path / "ending"))
+    assert say_once(Ending(STOPPED, "saved")) == Ending(0, "")
+    assert (tmp_path / "ending").read_text() == "75\n"
+    assert say_once(Ending(FAILED, "")).code == FAILED
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("CLAE_NODES", "2:3")
+    assert launch_torchrun(Config(batch=Batch(global_size=16)), {}, False).code == 0
+    assert (tmp_path / "ending").read_text() == f"{BAD_CONFIG}\n"
+
+
+def test_a_schedulers_signal_is_heard_even_where_it_was_ignored(tmp_path: Path) -> None:
+    """launch/torchrun.sh lets ranks start with SIGUSR1 ignored: the notice would kill one that does not listen yet."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from clae_dist.training.guard import listen_for_stop\n"
+        "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN\n"
+        "with listen_for_stop(Path(sys.argv[1])) as stop:\n"
+        "    for _ in range(3): os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    print(stop.made(), stop.reason)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN) and None,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "SIGUSR1"]
+
+
+def test_a_stop_file_says_why(tmp_path: Path) -> None:
+    with listen_for_stop(tmp_path) as stop:
+        assert not stop.made()
+        (tmp_path / STOP_FILE).write_text("host2 will be taken away")
+        assert stop.made()
+        assert stop.reason == "host2 will be taken away"
