@@ -131,7 +131,10 @@ def _add_proofs(commands: _Commands) -> None:
     parity.add_argument("--json", action="store_true", help="print one JSON object")
     bench = _add(commands, "bench", "measure loss, gather, training step or data on this machine, beside others'", _BENCH)
     bench.add_argument("bench", choices=("contrast", "step", "gather", "data"), help="what to measure")
-    bench.add_argument("shards", metavar="SHARDS", nargs="?", default="", help="data: a prepared set (default: made-up images)")
+    bench.add_argument(
+        "shards", metavar="SHARDS", nargs="?", default="", help="data: a set, as data.shards names it (default: made-up images)"
+    )
+    bench.add_argument("--split", default="", help="data: of the set (default: train)")
     bench.add_argument(
         "--images-per-s", type=float, default=0.0, metavar="RATE", help="data: say how many cores feed a GPU that takes so many"
     )

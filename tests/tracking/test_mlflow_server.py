@@ -102,7 +102,7 @@ def assert_all_there(server: Server, run_dir: Path) -> None:
         found = sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
         assert [step for step, _ in found] == [step for step, _ in values], name
         if name in ("loss", "loss_clean", "loss_adversarial", "grad_norm", "learning_rate"):  # others are times
-            assert found == pytest.approx(values), name
+            assert [value for _, value in found] == pytest.approx([value for _, value in values]), name
 
 
 @pytest.mark.parametrize("mode", ["refuse", "stall", "full"])
@@ -127,8 +127,8 @@ def test_a_server_that_fails_mid_run_costs_no_step_and_no_metric(
     outcome = train(recipe(shards, tmp_path / "run", proxy.uri), {}, World.single("cpu"), script)
     assert (outcome.status, outcome.step) == ("finished", STEPS)
     assert passed[0] > 0
-    said = [line for line in script.getvalue().splitlines() if proxy.uri in line and "page" not in line]
-    assert [("is away" in line, "is back" in line) for line in said] == [(True, False), (False, True)], said
+    said = [line for line in script.getvalue().splitlines() if "is away" in line or "is back" in line]
+    assert ["is back" in line for line in said] == [False, True], said
     assert_all_there(team[1], tmp_path / "run")
 
 
