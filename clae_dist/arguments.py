@@ -51,6 +51,7 @@ open_clip's losses are among it.
              SimCLR pipeline and plain WebDataset; how many cores a GPU needs. Floor: a JPEG's entropy decoding alone.
   checkpoint how long a save of 1 GB of state holds up training, beside torch.save and torch's async_save, and how long
              until it is committed. Floor: a copy of the same bytes. Written to the system's temporary folder.
+  restart    from kill -9 of one of two ranks to the next training step that is new, by parts.
 
 Each row: case; what ("name: what it is"); median_s; spread (interquartile range over median); ratio_to: {name: this median
 over that of another row of the case}; floor_s; added_bytes (peak memory of one call over what was there before) or
@@ -153,9 +154,12 @@ def _add_proofs(commands: _Commands) -> None:
         "--rows", type=int, default=4, metavar="B", help="images a rank (default 4); one process holds W times as many"
     )
     parity.add_argument("--json", action="store_true", help="print one JSON object")
-    bench = _add(commands, "bench", "measure loss, gather, step, data or checkpoints on this machine, beside others'", _BENCH)
+    bench = _add(commands, "bench", "measure loss, gather, step, data, checkpoints or restarts on this machine", _BENCH)
     bench.add_argument("bench", choices=("contrast", "step", "gather", "data", "checkpoint", "restart"), help="what to measure")
-    bench.add_argument("shards", metavar="SHARDS", nargs="?", default="", help="data: a prepared set (default: made-up images)")
+    bench.add_argument(
+        "shards", metavar="SHARDS", nargs="?", default="", help="data: a set, as data.shards names it (default: made-up images)"
+    )
+    bench.add_argument("--split", default="", help="data: of the set (default: train)")
     bench.add_argument(
         "--images-per-s", type=float, default=0.0, metavar="RATE", help="data: say how many cores feed a GPU that takes so many"
     )

@@ -160,7 +160,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     from clae_dist.bench import run_bench
     from clae_dist.config import ConfigError
 
-    for option, value in (("SHARDS", arguments.shards), ("--images-per-s", arguments.images_per_s)):
+    for option, value in (
+        ("SHARDS", arguments.shards),
+        ("--images-per-s", arguments.images_per_s),
+        ("--split", arguments.split),
+    ):
         if value and arguments.bench != "data":
             raise ConfigError(
                 f"{option} is {value}, which `clae bench {arguments.bench}` does not use; only `clae bench data` does."
@@ -170,7 +174,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     wanted = (arguments.bench, arguments.quick, arguments.json)
-    return run_bench(*wanted, print, progress, arguments.shards, arguments.images_per_s)
+    if arguments.bench != "data":
+        return run_bench(*wanted, print, progress)
+    of_data = {"shards": arguments.shards, "rate": arguments.images_per_s, "split": arguments.split or "train"}
+    return run_bench(*wanted, print, progress, **of_data)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

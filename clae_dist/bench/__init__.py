@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,8 +11,11 @@ from clae_dist.bench import checkpoint, contrast, gather, step
 from clae_dist.bench.measure import Say
 
 
-def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, shards: str = "", rate: float = 0.0) -> int:
-    """Measures, and says a table or JSON. Returns 0. Raises UnequalError when what is compared does not compute the same."""
+def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **of_data: Any) -> int:
+    """Measures, and says a table or JSON. Returns 0. Raises UnequalError when what is compared does not compute the same.
+
+    `of_data`: `shards`, and fields of chunk.Settings (`rate`, `split`), for the bench "data".
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "contrast":
         outcome = contrast.bench(contrast.QUICK if quick else contrast.Shapes(), device, progress)
@@ -27,7 +31,8 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, sh
     elif name == "data":
         from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
 
-        outcome = data.bench(replace(chunk.QUICK if quick else chunk.Settings(), rate=rate), shards, device, progress)
+        shards = of_data.pop("shards", "")
+        outcome = data.bench(replace(chunk.QUICK if quick else chunk.Settings(), **of_data), shards, device, progress)
     else:
         on_main = gather.bench(gather.QUICK if quick else gather.Settings(), progress)
         if on_main is None:  # a rank that torchrun started, other than the first

@@ -29,6 +29,7 @@ class Settings:
     batches: int = 3  # a worker, timed after its first
     rounds: int = 3  # of the loaders, each of which starts processes
     rate: float = 0.0  # images a second of a training step; 0: not asked
+    split: str = "train"
 
 
 QUICK = Settings(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2, rounds=2)
@@ -47,9 +48,10 @@ class Chunk:
 
     @staticmethod
     def of(manifest: Manifest, settings: Settings) -> Chunk:
-        count = min(settings.chunk, manifest.num_samples("train"))
-        config = Config(data=Data(shards=str(manifest.folder), image_size=settings.image_size), batch=Batch(global_size=count))
-        reader = ShardReader(manifest, "train")
+        count = min(settings.chunk, manifest.num_samples(settings.split))
+        data = Data(shards=str(manifest.folder), train_split=settings.split, image_size=settings.image_size)
+        config = Config(data=data, batch=Batch(global_size=count))
+        reader = ShardReader(manifest, settings.split)
         jpegs = [bytes(reader.encoded(*reader.place(sample))[0]) for sample in range(count)]
         images = [decode_rgb(data) for data in jpegs]
         heights, widths = np.array([image.shape[1:] for image in images]).T

@@ -16,32 +16,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.transforms import v2
 
 from clae_dist.bench import data_peers as peers
 from clae_dist.bench.chunk import Chunk, Settings
 from clae_dist.bench.loaders import measure_loaders
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, cpu_figure, time_in_turns, with_ratios
 from clae_dist.bench.outcome import Outcome
-from clae_dist.config import Augment
+from clae_dist.config import Augment, Data
 from clae_dist.data.augment import augment
 from clae_dist.data.decode import as_tensor, decode_rgb
 from clae_dist.data.loader import TwoViews, make_order
-from clae_dist.data.manifest import load_manifest
+from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 
+_DRAWN = 2000  # images whose augmentation is compared as a distribution
+_APART = 0.05  # of the range of a pixel: four times what two such draws of ours are apart
 _LEVELS = 3  # of 255: two decoders and two antialiased resizers round differently
 
 
 def bench(settings: Settings, shards: str, device: torch.device, say: Say) -> Outcome:
-    """Of the train split of `shards` ("": made-up images of 500 x 500 pixels). Raises DataError and UnequalError."""
+    """Of a split of `shards`, as data.shards names sets ("": made-up images of 500 x 500 pixels).
+
+    Raises ConfigError, DataError and UnequalError.
+    """
     with _one_thread(), tempfile.TemporaryDirectory() as folder:
         made_up = "" if shards else "images: made up, 500 x 500 pixels; name a folder of shards to measure with yours"
-        manifest = load_manifest(shards) if shards else write_synthetic_set(Path(folder) / "shards", 96, 500)
+        manifest = (
+            open_shards(Data(shards=shards), say=say) if shards else write_synthetic_set(Path(folder) / "shards", 96, 500)
+        )
         chunk = Chunk.of(manifest, settings)
         rows = [*_crops(chunk, settings, device, say), *_stages(chunk, settings, device, say)]
+        rows += _augmentations(chunk, settings, device, say)
         rows += [*_batches(chunk, settings, device, say), *_samples(chunk, settings, device, say)]
         rows += measure_loaders(chunk, settings, say)
-        notes = [made_up] if made_up else [f"images: {manifest.name}, {manifest.num_samples('train')} of train"]
+        notes = (
+            [made_up] if made_up else [f"images: {manifest.name}, {manifest.num_samples(settings.split)} of {settings.split}"]
+        )
         return Outcome(rows, device, [*notes, *_advice(rows, settings)])
 
 
@@ -130,6 +141,40 @@ def _stages(chunk: Chunk, settings: Settings, device: torch.device, say: Say) ->
     return _measure("an image: each stage, one core", runs, count, settings, device)
 
 
+def _augmentations(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
+    """What follows the crop, beside others', whose draws are not ours: as distributions they have to be the same."""
+    say("augmentation: equal as distributions?")
+    size, strong = settings.image_size, replace(Augment(), blur=0.5)
+    images = chunk.crops(chunk.images)[0].to(device).contiguous().float() / 255
+    one_by_one, kornia = v2.Compose(peers.photometric(size)), peers.kornia_photometric(size)
+    runs: Runs = {
+        "ours": ("batched, each image with its own draws", lambda: augment(images, torch.rand(len(images), 10), strong)),
+        "v2": (
+            "torchvision v2, image by image, as each needs its own draws",
+            lambda: torch.stack(list(map(one_by_one, images))),
+        ),
+    }
+    if kornia is not None:
+        runs["kornia"] = ("batched, each image with its own draws", lambda: kornia(images))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        repeats = -(-_DRAWN // len(images))
+        facts = {name: _facts(torch.cat([run() for _ in range(repeats)])) for name, (_, run) in runs.items()}
+    for name, found in facts.items():
+        if (found - facts["ours"]).abs().max() > _APART:
+            raise UnequalError(
+                f"augmentation: {name} has mean, deviation, contrast and saturation {found}, ours {facts['ours']}."
+            )
+    say("augmentation: time")
+    return _measure(f"a view: what follows the crop, on {device.type}", runs, len(images), settings, device)
+
+
+def _facts(images: torch.Tensor) -> torch.Tensor:
+    """Mean, standard deviation, contrast within an image, saturation: of what comes out of random draws."""
+    within, saturation = images.std((1, 2, 3)).mean(), (images.amax(1) - images.amin(1)).mean()
+    return torch.stack([images.mean(), images.std(), within, saturation]).cpu()
+
+
 def _batches(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
     say("JPEG to a batch: time")
     data = TwoViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
@@ -145,8 +190,9 @@ def _batches(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -
 def _samples(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
     """Through the first shard, one sample held at a time."""
     say("shard to samples: equal?")
-    reader, first = chunk.reader, chunk.manifest.shards("train")[0]
-    path, rows = chunk.manifest.folder / first.name, range(first.samples)
+    reader, first = chunk.reader, chunk.manifest.shards(settings.split)[0]
+    with chunk.manifest.open(first) as file:  # of this machine: fetched, where it lies elsewhere
+        path, rows = Path(file.name), range(first.samples)
 
     def ours() -> None:
         for row in rows:

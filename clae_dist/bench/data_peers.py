@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,16 +42,37 @@ def huffman_only(jpegs: Jpegs) -> None:
         image.load()
 
 
-def simclr_transform(size: int, of: str) -> Callable[[Image.Image], torch.Tensor]:
-    """SimCLR's augmentation as torchvision's users write it: "v1" on Pillow images, "v2" on uint8 tensors."""
+def photometric(size: int) -> list[v2.Transform]:
+    """SimCLR's augmentation after the crop, as torchvision v2 spells it."""
     radius = max(1, size // 20)
-    random_part = [
-        v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+    return [
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
         v2.RandomGrayscale(0.2),
         v2.RandomApply([v2.GaussianBlur(2 * radius + 1, (0.1, 2.0))], 0.5),
     ]
+
+
+def kornia_photometric(size: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The same in kornia, on a batch, each image with its own parameters; None where it is not installed."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what it imports
+            import kornia.augmentation as kornia
+    except ImportError:
+        return None
+    width = 2 * max(1, size // 20) + 1
+    chain: Callable[[torch.Tensor], torch.Tensor] = kornia.AugmentationSequential(
+        kornia.RandomHorizontalFlip(p=0.5),
+        kornia.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+        kornia.RandomGrayscale(p=0.2),
+        kornia.RandomGaussianBlur((width, width), (0.1, 2.0), p=0.5),
+    )
+    return chain
+
+
+def simclr_transform(size: int, of: str) -> Callable[[Image.Image], torch.Tensor]:
+    """SimCLR's augmentation as torchvision's users write it: "v1" on Pillow images, "v2" on uint8 tensors."""
+    random_part = [v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True), *photometric(size)]
     if of == "v1":
         return v2.Compose([*random_part, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     return v2.Compose([v2.ToImage(), *random_part, v2.ToDtype(torch.float32, scale=True)])

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from clae_dist.bench import chunk, data, data_peers
 from clae_dist.bench.measure import UnequalError
 from clae_dist.cli import main
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from tests.http_faults import serve
 
 SETTINGS = replace(chunk.QUICK, repeats=1, batches=1, rate=1000.0)
 
@@ -34,6 +36,7 @@ def test_every_stage_beside_its_peers(manifest: Manifest) -> None:
     assert list(names.values()) == [
         {"ours", "pil", "decode", "huffman"},
         {"read", "decode", "crop", "collate", "transfer", "augment"},
+        {"ours", "v2", *(["kornia"] if data_peers.kornia_photometric(64) else [])},
         {"ours", "pil_simclr", "v2_simclr"},
         {"ours", "ours_copied", "webdataset"},
         {"ours_0", "ours_1", "threads_1", "pil_1"},
@@ -57,6 +60,25 @@ def test_other_bytes_are_not_timed(manifest: Manifest, monkeypatch: pytest.Monke
     monkeypatch.setattr(data_peers, "webdataset_samples", lambda *arguments: (data[::-1] for data in right(*arguments)))
     with pytest.raises(UnequalError, match="does not give sample 0 of train-000000.tar"):
         data.bench(SETTINGS, str(manifest.folder), torch.device("cpu"), lambda text: None)
+
+
+def test_another_augmentation_is_not_timed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_peers, "photometric", lambda size: [v2.RandomInvert(1.0)])
+    with pytest.raises(UnequalError, match="augmentation: v2 has mean, deviation, contrast and saturation"):
+        data.bench(SETTINGS, str(manifest.folder), torch.device("cpu"), lambda text: None)
+
+
+@pytest.mark.parametrize("where", ["http", "plain"])
+def test_sets_from_elsewhere_and_other_splits(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("CLAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "measure_loaders", lambda *arguments: [])  # others' tests start processes
+    with serve(manifest.folder) as server:
+        shards, split = (server.url, "test") if where == "http" else (f"{server.url}/train-{{000000..000001}}.tar", "train")
+        outcome = data.bench(replace(SETTINGS, split=split), shards, torch.device("cpu"), lambda text: None)
+    assert any(f"12 of {split}" in note for note in outcome.notes)
+    assert any(row.what.startswith("webdataset") for row in outcome.rows)
 
 
 def test_options_of_another_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

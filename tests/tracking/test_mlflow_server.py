@@ -1,0 +1,230 @@
+"""Training against an MLflow server over PostgreSQL that is away, slow, full or restarted: no step is lost, none waits."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.config import Batch, Config, Data, Model, Optim, Tracking, Train
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.runs.folder import read_identity
+from clae_dist.tracking.background import BackgroundTracker
+from clae_dist.training.run import train
+from clae_dist.world import World
+from tests.http_faults import Fault, serve
+from tests.mlflow_server import PASSWORD, Postgres, Proxy, Server, binaries, team_server, wait_for
+
+mlflow = pytest.importorskip("mlflow")
+pytest.importorskip("psycopg2")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        binaries() is None and not (os.environ.get("CI") == "true" and os.geteuid() == 0), reason="PostgreSQL is not installed"
+    ),
+]
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[tuple[Postgres, Server]]:
+    with team_server() as both:
+        yield both
+
+
+@pytest.fixture
+def proxy(team: tuple[Postgres, Server], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setitem(BackgroundTracker.__init__.__kwdefaults__, "retry_s", 0.2)
+    running = Proxy(team[1].port)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 32, 16)
+
+
+def recipe(shards: Manifest, run_dir: Path, uri: str) -> Config:
+    return Config(
+        run_dir=str(run_dir),
+        data=Data(shards=str(shards.folder), image_size=16, workers=0),
+        batch=Batch(global_size=8),
+        model=Model(encoder="small_resnet", projector_dim=16),
+        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.0),
+        train=Train(epochs=STEPS // 4, precision="float32", knn_every=0, checkpoint_every=4, threads=1, log_every=1),
+        tracking=Tracking(uri=uri),
+    )
+
+
+class Script(io.StringIO):
+    """A console on which the line of a step makes something happen, in the training thread, before the next step."""
+
+    def __init__(self, acts: dict[int, Callable[[], None]]) -> None:
+        super().__init__()
+        self._acts = acts
+
+    def write(self, text: str) -> int:
+        found = re.match(r"step +(\d+)/", text)
+        if found and int(found[1]) in self._acts:
+            self._acts.pop(int(found[1]))()
+        return super().write(text)
+
+
+def assert_all_there(server: Server, run_dir: Path) -> None:
+    """Each metric of each line of metrics.jsonl, once, with its value."""
+    client = mlflow.MlflowClient(server.uri)
+    key = read_identity(run_dir).run_key
+    (experiment,) = [one for one in client.search_experiments() if one.name == "clae-dist"]
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{key}'")
+    assert run.info.status == "FINISHED"
+    wanted: dict[str, list[tuple[int, float]]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seen = row.pop("images_seen")
+        for name, value in row.items():
+            wanted.setdefault(name, []).append((seen, value))
+    assert len(wanted["loss"]) == STEPS
+    for name, values in wanted.items():
+        found = sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
+        assert [step for step, _ in found] == [step for step, _ in values], name
+        if name in ("loss", "loss_clean", "loss_adversarial", "grad_norm", "learning_rate"):  # others are times
+            assert [value for _, value in found] == pytest.approx([value for _, value in values]), name
+
+
+@pytest.mark.parametrize("mode", ["refuse", "stall", "full"])
+def test_a_server_that_fails_mid_run_costs_no_step_and_no_metric(
+    team: tuple[Postgres, Server], proxy: Proxy, shards: Manifest, tmp_path: Path, mode: Any
+) -> None:
+    passed: list[int] = []
+
+    def back() -> None:
+        passed.append(proxy.asked)  # steps 5 to 12 were made while the proxy was asked and did not answer
+        proxy.set("through")
+
+    script = Script(
+        {
+            4: lambda: proxy.set(mode),
+            5: lambda: wait_for(lambda: proxy.asked > 0, "a request"),
+            11: lambda: wait_for(lambda: "is away" in script.getvalue(), "a word about it"),
+            12: back,
+            14: lambda: wait_for(lambda: "is back" in script.getvalue(), "that it is back"),
+        }
+    )
+    outcome = train(recipe(shards, tmp_path / "run", proxy.uri), {}, World.single("cpu"), script)
+    assert (outcome.status, outcome.step) == ("finished", STEPS)
+    assert passed[0] > 0
+    said = [line for line in script.getvalue().splitlines() if "is away" in line or "is back" in line]
+    assert ["is back" in line for line in said] == [False, True], said
+    assert_all_there(team[1], tmp_path / "run")
+
+
+def test_away_at_the_start_and_the_database_gone_for_a_while(
+    team: tuple[Postgres, Server], proxy: Proxy, shards: Manifest, tmp_path: Path
+) -> None:
+    database, server = team
+
+    def lose_database() -> None:
+        wait_for(lambda: "is back" in script.getvalue(), "that it is back")
+        database.stop()
+
+    def find_database() -> None:
+        wait_for(lambda: script.getvalue().count("is away") == 2, "a word about the database")
+        database.start()
+
+    script = Script({3: lambda: proxy.set("through"), 6: lose_database, 12: find_database})
+    proxy.set("refuse")
+    train(recipe(shards, tmp_path / "run", proxy.uri), {}, World.single("cpu"), script)
+    assert (script.getvalue().count("is away"), script.getvalue().count("is back")) == (2, 2)
+    assert_all_there(server, tmp_path / "run")
+    assert PASSWORD not in script.getvalue()
+
+
+def test_a_kill_and_a_dead_server_leave_nothing_twice_and_nothing_out(
+    team: tuple[Postgres, Server], shards: Manifest, tmp_path: Path
+) -> None:
+    """MLflow keeps every value that it is sent: the steps after a checkpoint were there twice."""
+    _, server = team
+    settings = ["data.image_size=16", "data.workers=0", "batch.global_size=8", "model.encoder=small_resnet"]
+    settings += ["model.projector_dim=16", f"train.epochs={STEPS // 4}", "train.checkpoint_every=4", "train.log_every=1"]
+    settings += ["optim.warmup_epochs=0", "train.knn_every=0", "launch.workers=1", "launch.launcher=local", "train.threads=1"]
+    (tmp_path / "recipe.yaml").write_text("name: killed\n")
+    command = [sys.executable, "-m", "clae_dist", "train", "recipe.yaml", f"data.shards={shards.folder}", "run_dir=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": server.uri}
+    first = subprocess.Popen(
+        [*command, *settings], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert first.stdout is not None
+    killed = False
+    with first:
+        for line in first.stdout:
+            if re.match(r"step +6/", line):  # two after the checkpoint: sent, and trained again
+                wait_for(lambda: _has(server, tmp_path / "run", 6 * 8), "the metrics of step 6")
+                first.send_signal(signal.SIGKILL)
+                killed = True
+    assert killed
+    again = subprocess.run([*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming after step 4" in again.stdout
+    assert_all_there(server, tmp_path / "run")
+
+
+def _has(server: Server, run_dir: Path, images_seen: int) -> bool:
+    client = mlflow.MlflowClient(server.uri)
+    key = read_identity(run_dir).run_key
+    experiment = client.get_experiment_by_name("clae-dist")
+    runs = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{key}'")
+    return any(one.step >= images_seen for run in runs for one in client.get_metric_history(run.info.run_id, "loss"))
+
+
+def test_secrets_reach_no_file_no_console_and_no_server(
+    team: tuple[Postgres, Server], proxy: Proxy, shards: Manifest, tmp_path: Path
+) -> None:
+    """Planted in the environment and in every URL and command that a run is given; then everything it leaves is searched."""
+    names = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "PGPASSWORD", "MLFLOW_TRACKING_PASSWORD", "MY_API_KEY"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **{name: f"canary-{name}" for name in names}}
+    environment |= {
+        "MLFLOW_TRACKING_URI": proxy.uri.replace("://", "://me:canary-login@"),
+        "CLAE_CACHE": str(tmp_path / "home"),
+    }
+    settings = ["data.image_size=16", "data.workers=0", "batch.global_size=8", "model.encoder=small_resnet", "train.epochs=1"]
+    settings += ["optim.warmup_epochs=0", "train.knn_every=0", "launch.workers=1", "data.timeout_s=5", "data.retries=1"]
+    (tmp_path / "recipe.yaml").write_text("name: secrets\n")
+    said = []
+
+    def clae(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "clae_dist", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        said.append(done.stdout + done.stderr)
+        return done
+
+    with serve(shards.folder) as files:
+        url = files.url.replace("://", "://me:canary-url@") + "/?sig=canary-signature"
+        more = f"pipe:TOKEN=canary-command cat {shards.folder}/train-000000.tar"
+        mixture = f"data.mixture={{{json.dumps(more)}: 0.25}}"
+        assert clae("train", "recipe.yaml", f"data.shards={url}", mixture, "run_dir=run", *settings).returncode == 0, said
+        clae("config", "recipe.yaml", f"data.shards={url}", mixture, *settings)
+        files.choose = lambda name, _: Fault("status", code=403)
+        environment["CLAE_CACHE"] = str(tmp_path / "another")
+        assert clae("train", "recipe.yaml", f"data.shards={url}", "run_dir=failed", *settings).returncode == 3
+        database = "postgresql+psycopg2://clae:canary-database@127.0.0.1:9/x"
+        clae("train", "recipe.yaml", f"data.shards={shards.folder}", "run_dir=away", f"tracking.uri={database}", *settings)
+    assert "postgresql+psycopg2://clae@127.0.0.1:9/x is away" in said[-1]
+    kept = {path: path.read_bytes() + path.name.encode() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in kept} >= {"config.yaml", "run.json", "console.log", "metrics.jsonl"}
+    assert b"manifest_digest" in proxy.received
+    found = {str(path) for path, data in kept.items() if b"canary" in data}
+    assert (found, b"canary" in proxy.received, ["canary" in text for text in said]) == (set(), False, [False] * len(said))
