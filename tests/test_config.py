@@ -223,6 +223,7 @@ def test_types_that_fit_without_being_asked() -> None:
         "train.knn_every=-1", "train.threads=-1",
         "checkpoint.every_steps=-1", "checkpoint.every_minutes=-1", "checkpoint.keep=0", "checkpoint.keep_every_hours=-1",
         "launch.workers=-1", "launch.max_failures=-1",
+        "guard.hang_s=-1", "guard.stop_within_s=0", "guard.max_skipped=-1",
         "evaluation.knn_k=0", "evaluation.knn_bank=0", "evaluation.linear_iterations=0", "evaluation.batch_size=0",
         "evaluation.knn_temperature=0", "evaluation.linear_penalty=-1",
         "name=a/b", "name=''", "name=..", "seed=-1", "seed=9223372036854775808",

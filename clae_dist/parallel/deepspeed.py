@@ -151,7 +151,7 @@ class DeepSpeedBackend(Backend):
         self._full_gradient = deepspeed.utils.safe_get_full_grad
         self._zero = ZeroState(self.engine, self.optimizer, self.model, self.world) if self.stage else None
         self._held = False
-        self._left_out = False  # ZeRO has found a gradient that is not finite, and forgotten it
+        self._has_gradients = False  # of a backward that no step has used or left out
         self._coalescing: ExitStack | None = None  # open from the first backward of a held reduction to the one that reduces
 
     def describe(self) -> str:
@@ -189,7 +189,7 @@ class DeepSpeedBackend(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of `loss`, averaged over ranks; parameters that it leaves out get zeros, as under DDP."""
-        self._left_out = False
+        self._has_gradients = True
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(not self._held)
         elif self._held and self._coalescing is None:
@@ -201,7 +201,7 @@ class DeepSpeedBackend(Backend):
             self._coalescing = None
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        if self._left_out:
+        if not self._has_gradients:
             return {}
         return {name: self._full_gradient(p).detach().clone() for name, p in self.model.named_parameters()}
 
@@ -215,25 +215,23 @@ class DeepSpeedBackend(Backend):
                 self.engine.step()
             return before
         self.engine.step()
-        self._left_out = not self.engine.was_step_applied()
+        self._has_gradients = False
         if self.stage == 3:
             # The next step would find this step's gradient where it makes none: that of a left-out route.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        norm = float("inf") if self._left_out else self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else float("inf")
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
 
     def discard(self) -> None:
         """ZeRO forgets gradients where a step finds one that is not finite, and nowhere else: it is given one."""
         if self.stage == 0:
             self.engine.optimizer.zero_grad()
-        elif not self._left_out:
-            held = [g for group in self.engine.optimizer.averaged_gradients.values() for g in group or ()]
-            if not held:
-                return  # there was no backward
-            for gradient in held:
-                gradient.fill_(float("nan"))
-            self._step()
-            assert self._left_out, "ZeRO took a step that was to be left out"
+        elif self._has_gradients:
+            for gradients in self.engine.optimizer.averaged_gradients.values():
+                for gradient in gradients:
+                    gradient.fill_(float("nan"))
+            norm = self._step()
+            assert not norm.isfinite(), "ZeRO took a step that was to be left out"
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,9 +128,9 @@ class Ledger:
     def _append(self, line: dict[str, Any]) -> None:
         if not self._write:
             return
-        # A line that a kill has cut off stays alone, whatever comes after it.
-        with (self._folder / FILE_NAME).open("a+b") as file:
-            torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"
+        # A full disk ends a run by what it must write (metrics, checkpoints), with their reasons; not by this.
+        with suppress(OSError), (self._folder / FILE_NAME).open("a+b") as file:
+            torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"  # which a kill has cut off
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 

@@ -112,6 +112,8 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         if world.is_main and status == "finished" and config.tracking.name != "none":
             _log_encoder(config, tracker, sets.train, say)
     finally:
+        if status == "failed":
+            ledger.close()
         tracker.close(status)
     if tracker.page:
         say(f"MLflow's page: {tracker.page}")

@@ -79,8 +79,11 @@ class Watch:
 
     def _others_report(self, limit_s: float) -> bool:
         """Whether another rank, whose patience is less, has given up."""
-        newest = max((path.stat().st_mtime for path in self._folder.glob("rank-*.json")), default=0.0)
-        return time.time() - newest < limit_s / 2
+
+        def newest() -> float:
+            return max((path.stat().st_mtime for path in self._folder.glob("rank-*.json")), default=0.0)
+
+        return time.time() - (_within(GRACE_S, newest) or 0.0) < limit_s / 2
 
     def _give_up(self, place: Place, quiet_s: float) -> None:
         frames = sys._current_frames()

@@ -228,3 +228,19 @@ def test_the_table_puts_two_runs_side_by_side() -> None:
 
 
 def _quiet(_: str) -> None: ...
+
+
+def test_where_the_time_went_is_in_report_and_summary(make_run: MakeRun) -> None:
+    run = make_run()
+    lines = [
+        {"event": "start", "at": 0.0},
+        {"event": "resume", "at": 10.0, "step": 0, "spent": {"starting": 10.0}},
+        {"event": "end", "at": 100.0, "step": 9, "spent": {"starting": 10.0, "training": 80.0, "data": 10.0}},
+    ]
+    (run / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "sta')
+    page = write_report(run).read_text()
+    assert "Where the time went" in page
+    assert "Of 100 s since the first start, over 1 start." in page
+    assert "80.0 %" in page
+    found = json.loads((run / "summary.json").read_text())["goodput"]
+    assert (found["wall_s"], found["training_share"], found["data_share"], found["lost_share"]) == (100, 80, 10, 0)

@@ -45,5 +45,5 @@ def test_a_rank_that_has_finished_is_not_aborted_by_the_end_of_python(tmp_path: 
 
 
 def test_a_killed_rank_is_named_with_what_the_caller_advises() -> None:
-    assert spawn(2, _is_killed) == Ending(FAILED, "rank 1 of 2 was killed by SIGKILL.")
-    assert spawn(2, _is_killed, advice="Do this.") == Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. Do this.")
+    assert spawn(2, _is_killed) == Ending(FAILED, "rank 1 of 2 was killed by SIGKILL.", again=True)
+    assert spawn(2, _is_killed, advice="Do this.") == Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. Do this.", again=True)
