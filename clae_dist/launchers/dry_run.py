@@ -41,6 +41,7 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
             optim=replace(config.optim, warmup_epochs=0.0),
             train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1),
+            launch=replace(config.launch, max_failures=0),
             tracking=replace(config.tracking, name="none"),
         )
         ending = start(tiny, origins, debug)

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from clae_dist.cli import main
 from clae_dist.config import Batch, Checkpointing, Config, Data, Guard, Model, Optim, Parallel, Tracking, Train
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.launchers.rank import OK, UNEXPECTED
+from clae_dist.launchers.rank import BAD_CONFIG, OK, UNEXPECTED
 from clae_dist.launchers.replay import replay_step
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import run as training
@@ -175,6 +176,11 @@ def test_what_was_written_down_is_taken_again(ranks: RankPool, shards: Manifest,
     assert "reproduced" in ending.message
     assert "first that is not finite: the output of encoder." in ending.message
     assert "its weight" in ending.message
+
+
+def test_a_folder_without_a_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(tmp_path / "run" / "nonfinite" / "step-00000001")]) == BAD_CONFIG
+    assert "which cannot be read" in capsys.readouterr().err
 
 
 def test_what_the_weights_and_images_do_not_explain_is_not_reproduced(
