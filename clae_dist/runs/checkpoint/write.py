@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,8 @@ def delete_old(folder: Path, keep: int, keep_every_s: float) -> None:
     """Deletes all but the newest `keep` and, where keep_every_s is not 0, the first of every so many seconds."""
     found = find_checkpoints(folder.parent)
     for path in outdated([(path, _saved(path) if keep_every_s else None) for path in found], keep, keep_every_s):
-        delete_folder(path)
+        with suppress(OSError):  # the new one is whole; what could not be deleted is tried again after the next
+            delete_folder(path)
 
 
 def outdated(newest_first: Sequence[tuple[Path, float | None]], keep: int, keep_every_s: float) -> list[Path]:
