@@ -35,6 +35,7 @@ find_env() { # sets python and the environment of every command; dry: nothing is
   fi
   python=$env/bin/python
   export PATH=$env/bin:$PATH
+  export PYTHONSAFEPATH=1 # this checkout, not the one that the caller stands in
   export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 }
 

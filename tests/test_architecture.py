@@ -13,7 +13,7 @@ OURS = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 VENDORS = {
-    "ray": ["clae_dist/launchers/ray.py"],
+    "ray": ["clae_dist/launchers/ray"],
     "mlflow": ["clae_dist/tracking/mlflow.py"],
     "deepspeed": ["clae_dist/parallel/deepspeed.py"],
     "webdataset": ["clae_dist/data/", "clae_dist/bench/data_peers.py", "data_prep/"],

@@ -50,13 +50,6 @@ def _interface_of(address: str) -> str:
     raise OSError(f"no interface has the address {address}")
 
 
-def free_port() -> int:
-    """A TCP port that nothing uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def main(arguments: list[str]) -> int:
     """Prints `ADDRESS INTERFACE yes|no` (this machine's; whether HOST is this machine); 2 without a route."""
     (host,) = arguments

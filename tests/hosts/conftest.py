@@ -37,7 +37,7 @@ def train_here(recipe: Path, shards: Manifest, run_dir: Path, workers: int, *mor
     overrides = settings(shards, run_dir, f"launch.workers={workers}", *more)
     command = [sys.executable, "-m", "clae_dist", "train", str(recipe), *overrides]
     environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return run_dir
 

@@ -18,10 +18,10 @@ from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
 CHECKPOINT_EVERY = "checkpoint.every_steps"  # the key of steps between checkpoints
 STEPS = 24
 # Time enough to lose a host and get it back, and float64: what two ranks and three add up in another order stays small.
-LONG, LONG_STEPS = ("train.epochs=40", "train.precision=float64"), 160
+LONG, LONG_STEPS = ("train.epochs=30", "train.precision=float64"), 120
 RECIPE = """\
 name: small
-data: {image_size: 16, workers: 0}
+data: {image_size: 8, workers: 0}
 batch: {global_size: 24}
 model: {encoder: small_resnet, projector_dim: 16}
 optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
@@ -71,7 +71,7 @@ def assert_steps_once(run_dir: Path, steps: int = STEPS) -> None:
     assert seen == {24 * step: step for step in range(1, steps + 1)}
 
 
-def wait_for(run_dir: Path, words: str, processes: Iterable[subprocess.Popen[str]], timeout_s: float = 240.0) -> str:
+def wait_for(run_dir: Path, words: str, processes: Iterable[subprocess.Popen[str]], timeout_s: float = 600.0) -> str:
     """The run's console once `words` are in it; an AssertionError with all that was said when a process ends before."""
     deadline = time.monotonic() + timeout_s
     console = run_dir / "console.log"
@@ -84,7 +84,7 @@ def wait_for(run_dir: Path, words: str, processes: Iterable[subprocess.Popen[str
     return said
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 240.0) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 600.0) -> tuple[int, str]:
     """Exit code, and what was said from here on."""
     try:
         said, _ = process.communicate(timeout=timeout_s)

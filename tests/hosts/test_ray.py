@@ -149,7 +149,7 @@ def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     elastic = ["launch.workers=3", "launch.min_workers=2", "launch.look_every_s=1"]
     run_dir = tmp_path / "run"
     process = cluster.submit(recipe, settings(shards, run_dir, *LONG, *elastic))
-    wait_for(run_dir, "step   5/160", [process])
+    wait_for(run_dir, "step   5/120", [process])
     disturb(cluster)
     shrunk = wait_for(run_dir, "ranks: 2 on 2 host(s)", [process], timeout_s=400)
     _return(cluster)
