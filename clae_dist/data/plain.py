@@ -186,23 +186,29 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
     now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, Record] = {}
-    started, said = time.monotonic(), 0.0
+    started, said, first = time.monotonic(), 0.0, 0
+
+    def waiting() -> None:
+        nonlocal said
+        passed = time.monotonic() - started
+        if passed > said + _SAY_EVERY_S:
+            said = passed
+            left = f", {passed * (len(names) / first - 1):.0f} s left" if first else f", {passed:.0f} s so far"
+            say(f"data: {first:,} of {len(names):,} shards indexed{left}")
+
     # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
     size = _ROUND * world.size
     for first in range(0, len(names), size):
         problem = ""
         share = names[first : first + size][world.rank :: world.size]
         try:
-            mine.update(together(world, partial(_indexed, files, share)))
+            mine.update(together(world, partial(_indexed, files, share), waiting))
         except DataError as error:
             problem = str(error)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
-        done, passed = min(first + size, len(names)), time.monotonic() - started
-        if passed > said + _SAY_EVERY_S and done < len(names):
-            said = passed
-            say(f"data: {done:,} of {len(names):,} shards indexed, {passed * (len(names) / done - 1):.0f} s left")
+        waiting()
     records = {name: record for part in world.gather_objects(mine) for name, record in part.items()}
     world.raise_together(DataError, files.other_copy(records) if world.local_rank == 0 else "")
     found = [records[name] for name in names]

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 _ASK_EVERY_S = 2.0
 
 
-def together(world: World, work: Callable[[], Result], waiting: Callable[[], None] = lambda: None) -> Result:
+def together(world: World, work: Callable[[], Result], waiting: Callable[[], None]) -> Result:
     """work() on every rank, its own result on each, once all are done; what it raises is raised here, on that rank alone.
 
     Ranks that are done ask again and again whether the others are: a fetch may take hours, a collective may not.
@@ -20,7 +20,8 @@ def together(world: World, work: Callable[[], Result], waiting: Callable[[], Non
     """
     if world.group is None:
         return work()
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         future: Future[Result] = thread.submit(work)
         busy = True
         while busy:
@@ -28,3 +29,5 @@ def together(world: World, work: Callable[[], Result], waiting: Callable[[], Non
             (busy,) = world.flags_anywhere(not future.done())
             waiting()
         return future.result()
+    finally:
+        thread.shutdown(wait=False)  # when a rank is lost, the others need not wait for what they fetch
