@@ -41,6 +41,14 @@ check types python -m mypy
 check "import rules" python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
 check "shell scripts" shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run
 
+# Known vulnerabilities of what is installed: a list to read and no failure. It asks the package index about every package.
+if [ "${CLAE_AUDIT:-}" = true ]; then
+  printf '\n== vulnerabilities: pip-audit\n'
+  if audit=$(timeout 600 python -m pip_audit --progress-spinner off 2>&1); then echo "none known"
+  elif [[ $audit == *"known vulnerabilit"* ]]; then printf 'warning:\n%s\n' "$audit"
+  else printf 'could not be asked for (is there a network?): %s\n' "${audit##*$'\n'}"; fi
+fi
+
 marks=()
 if [ "${CI:-}" = true ]; then marks=(-m "not chaos"); fi
 printf '\n== tests: pytest%s\n' "${*:+ $*}${marks:+ (slow ones too)}"

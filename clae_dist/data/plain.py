@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
@@ -22,6 +24,7 @@ from clae_dist.data.fetch import digest_check, fetch
 from clae_dist.data.manifest import DataError, Manifest, Shard, content_digest
 from clae_dist.data.remote import MAX_OPEN, Fetching
 from clae_dist.data.tar_index import TarIndex, index_tar
+from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
 from clae_dist.world import World
 
@@ -29,6 +32,7 @@ Say = Callable[[str], None]
 _CONNECTIONS = 4
 _SAY_EVERY_S = 10.0
 _ROUND = 16  # shards of a rank
+_ONE_FOR_ALL = "empty data.cache on every node, and see that all of them read the same shards"
 _LOST = (
     "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
     "train; `python -m data_prep index` adds a manifest to shards of this machine"
@@ -73,7 +77,27 @@ class PlainShards:
             with self.open(shard) as file:
                 part.write(_as_npy(_without_names(index_tar(file, shard.name))[0]))
 
-        return self.fetching.cache.open(f"{self._key(shard.name)}.npy", 0, fill)
+        file = self.fetching.cache.open(f"{self._key(shard.name)}.npy", 0, fill)
+        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        file.seek(0)
+        if found != shard.index_sha256:
+            file.close()
+            raise DataError(f"{shard.name} is another one here than where it was indexed; {_ONE_FOR_ALL}.")
+        return file
+
+    def other_copy(self, records: dict[str, Record]) -> str:
+        """Of which shard this machine's cache holds another version than was indexed, "" for none. Fetches nothing."""
+        for name, record in records.items():
+            try:
+                held = json.loads((self.fetching.cache.folder / f"{self._key(name)}.json").read_bytes())["shard"]
+            except FileNotFoundError:
+                continue
+            if held != asdict(record.shard):
+                return (
+                    f"{name} is another one in {self.fetching.cache.folder} of {platform.node()} (sha256 {held['sha256']!r}) "
+                    f"than where it was indexed ({record.shard.sha256!r}): it has changed since; {_ONE_FOR_ALL}."
+                )
+        return ""
 
     def record(self, name: str, stop: threading.Event) -> Record:
         """The index's summary, from the cache or made now. Raises DataError for what is no whole tar of images."""
@@ -162,23 +186,31 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
     now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, Record] = {}
-    started, said = time.monotonic(), 0.0
+    started, said, first = time.monotonic(), 0.0, 0
+
+    def waiting() -> None:
+        nonlocal said
+        passed = time.monotonic() - started
+        if passed > said + _SAY_EVERY_S:
+            said = passed
+            left = f", {passed * (len(names) / first - 1):.0f} s left" if first else f", {passed:.0f} s so far"
+            say(f"data: {first:,} of {len(names):,} shards indexed{left}")
+
     # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
     size = _ROUND * world.size
     for first in range(0, len(names), size):
         problem = ""
+        share = names[first : first + size][world.rank :: world.size]
         try:
-            mine.update(_index(files, names[first : first + size][world.rank :: world.size]))
+            mine.update(together(world, partial(_indexed, files, share), waiting))
         except DataError as error:
             problem = str(error)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
-        done, passed = min(first + size, len(names)), time.monotonic() - started
-        if passed > said + _SAY_EVERY_S and done < len(names):
-            said = passed
-            say(f"data: {done:,} of {len(names):,} shards indexed, {passed * (len(names) / done - 1):.0f} s left")
+        waiting()
     records = {name: record for part in world.gather_objects(mine) for name, record in part.items()}
+    world.raise_together(DataError, files.other_copy(records) if world.local_rank == 0 else "")
     found = [records[name] for name in names]
     without = sum(record.without_image for record in found)
     if without:
@@ -190,6 +222,10 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
             "`python -m data_prep index` turns names (KEY.cls) into classes"
         )
     return _manifest(files, found)
+
+
+def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, Record]]:
+    return list(_index(files, names))
 
 
 def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]:

@@ -13,6 +13,7 @@ import torch
 
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data import fetch as fetching
+from clae_dist.data import together
 from clae_dist.data.loader import load
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shard_set import open_shards
@@ -136,6 +137,49 @@ def test_ranks_index_a_share_each_and_fail_together(ranks: RankPool, prepared: M
     found = ranks.run(2, rank_open, data)
     assert found[0] == found[1]
     assert "train-000001.tar is empty" in found[0]
+
+
+def test_a_rank_whose_shard_takes_longer_than_a_collective_may(
+    ranks: RankPool, prepared: Manifest, server: FaultyServer, cache: Path
+) -> None:
+    """The others waited for it in a collective, which ends after its timeout, and the run with it."""
+    server.faults["train-000001.tar"] = [Fault("stall", 10)] * 4
+    data = Data(shards=f"{server.url}/train-{{000000..000001}}.tar", cache=str(cache), timeout_s=1.0)
+    found = ranks.run(2, rank_open_counting, data)
+    assert found[0][0] == found[1][0] == open_shards(data).digest
+    assert min(asked for _, asked in found) >= 2  # short collectives while it was fetched
+
+
+def rank_open_counting(world: World, data: Data) -> tuple[str, int]:
+    calls: list[bool] = []
+    real, together._ASK_EVERY_S = World.flags_anywhere, 0.2  # type: ignore[misc]
+    World.flags_anywhere = lambda self, *flags: calls.append(True) or real(self, *flags)  # type: ignore[assignment,func-returns-value,method-assign]
+    try:
+        return open_shards(data, world).digest, len(calls)
+    finally:
+        World.flags_anywhere = real  # type: ignore[method-assign]
+
+
+def test_nodes_whose_caches_hold_different_versions_are_noticed(
+    ranks: RankPool, prepared: Manifest, server: FaultyServer, tmp_path: Path
+) -> None:
+    """What a cache has is taken as it is: one node trained on other images than its neighbours, without a word."""
+    text = f"{server.url}/train-{{000000..000001}}.tar"
+    opened(text, tmp_path / "1")
+    shard = prepared.folder / "train-000000.tar"  # the share of rank 0; node 1 has had it since before it changed
+    content = bytearray(shard.read_bytes())
+    index = prepared.index(prepared.splits["train"][0])
+    content[index[0, 0] + 50] ^= 1  # no size and no place has changed
+    shard.write_bytes(content)
+    found = ranks.run(2, rank_open_own, text, tmp_path)
+    assert found[0] == found[1]
+    assert "train-000000.tar is another one in" in found[0]
+    assert "empty data.cache on every node" in found[0]
+
+
+def rank_open_own(world: World, text: str, folder: Path) -> str:
+    node = replace(world, local_rank=0, local_size=1)
+    return rank_open(node, Data(shards=text, cache=str(folder / str(world.rank))))
 
 
 def rank_open(world: World, data: Data) -> str:

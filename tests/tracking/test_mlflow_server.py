@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -73,7 +74,7 @@ def recipe(shards: Manifest, run_dir: Path, uri: str) -> Config:
 class Script(io.StringIO):
     """A console on which the line of a step makes something happen, in the training thread, before the next step."""
 
-    def __init__(self, acts: dict[int, Callable[[], None]]) -> None:
+    def __init__(self, acts: dict[int, Callable[[], Any]]) -> None:
         super().__init__()
         self._acts = acts
 
@@ -153,33 +154,26 @@ def test_away_at_the_start_and_the_database_gone_for_a_while(
     assert PASSWORD not in script.getvalue()
 
 
-def test_a_kill_and_a_dead_server_leave_nothing_twice_and_nothing_out(
-    team: tuple[Postgres, Server], shards: Manifest, tmp_path: Path
-) -> None:
+def test_a_kill_leaves_nothing_twice_and_nothing_out(team: tuple[Postgres, Server], shards: Manifest, tmp_path: Path) -> None:
     """MLflow keeps every value that it is sent: the steps after a checkpoint were there twice."""
     _, server = team
-    settings = ["data.image_size=16", "data.workers=0", "batch.global_size=8", "model.encoder=small_resnet"]
-    settings += ["model.projector_dim=16", f"train.epochs={STEPS // 4}", "train.checkpoint_every=4", "train.log_every=1"]
-    settings += ["optim.warmup_epochs=0", "train.knn_every=0", "launch.workers=1", "launch.launcher=local", "train.threads=1"]
-    (tmp_path / "recipe.yaml").write_text("name: killed\n")
-    command = [sys.executable, "-m", "clae_dist", "train", "recipe.yaml", f"data.shards={shards.folder}", "run_dir=run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": server.uri}
-    first = subprocess.Popen(
-        [*command, *settings], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert first.stdout is not None
-    killed = False
-    with first:
-        for line in first.stdout:
-            if re.match(r"step +6/", line):  # two after the checkpoint: sent, and trained again
-                wait_for(lambda: _has(server, tmp_path / "run", 6 * 8), "the metrics of step 6")
-                first.send_signal(signal.SIGKILL)
-                killed = True
-    assert killed
-    again = subprocess.run([*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "resuming after step 4" in again.stdout
+    config = recipe(shards, tmp_path / "run", server.uri)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    first = context.Process(target=_until_step_6, args=(config, theirs))
+    first.start()
+    assert ours.recv() == "two steps after the checkpoint"
+    wait_for(lambda: _has(server, tmp_path / "run", 6 * 8), "the metrics of step 6")
+    os.kill(first.pid or 0, signal.SIGKILL)
+    first.join()
+    console = io.StringIO()
+    train(config, {}, World.single("cpu"), console)
+    assert "resuming after step 4" in console.getvalue()
     assert_all_there(server, tmp_path / "run")
+
+
+def _until_step_6(config: Config, pipe: Any) -> None:
+    train(config, {}, World.single("cpu"), Script({6: lambda: [pipe.send("two steps after the checkpoint"), pipe.recv()]}))
 
 
 def _has(server: Server, run_dir: Path, images_seen: int) -> bool:
