@@ -121,7 +121,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
         "train_loop_per_worker": _rank_main,
         "train_loop_config": {"config": {**flatten(config), "run_dir": str(folder)}, "origins": origins, "debug": debug},
         "scaling_config": scaling,
-        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=600),
+        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(config.guard.timeout_s)),
         "run_config": RunConfig(
             name=f"ray-{os.getpid()}-{time.time_ns()}",
             storage_path=str(folder / "ray"),
