@@ -24,14 +24,14 @@ from tests.hosts.needs import require_hosts
 GLOBAL_SIZE = 24
 NUM_IMAGES = 600
 STEPS_PER_EPOCH = NUM_IMAGES // GLOBAL_SIZE
-EVERY_STEPS = 40  # a fault
+EVERY_STEPS = 16  # a fault
 RECIPE = f"""\
 data: {{image_size: 16, workers: 1, cache_bytes: 60000, prefetch_shards: 2, timeout_s: 5, verify: size}}
 batch: {{global_size: {GLOBAL_SIZE}}}
 model: {{encoder: small_resnet, projector_dim: 16}}
 optim: {{name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}}
 train: {{log_every: 1, diagnose_every: 1000, knn_every: 0, threads: 1}}
-checkpoint: {{every_steps: 10, keep: 3}}
+checkpoint: {{every_steps: 5, keep: 3}}
 guard: {{hang_s: 15}}
 launch: {{workers: {NUM_HOSTS}, max_failures: 1000}}
 """
@@ -96,7 +96,7 @@ def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed:
             night.start()
             mended = []
             for number, name in enumerate(faults):
-                step = EVERY_STEPS * number + draw.randrange(11, EVERY_STEPS)
+                step = EVERY_STEPS * number + draw.randrange(6, EVERY_STEPS)
                 mended.append(night.suffer(name, FAULTS[name], step))
                 print(mended[-1], flush=True)
             night.finish()
