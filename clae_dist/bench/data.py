@@ -30,7 +30,7 @@ from clae_dist.data.loader import TwoViews, make_order
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 
-_DRAWN = 2000  # images whose augmentation is compared as a distribution
+_DRAWN = 500  # images whose augmentation is compared as a distribution
 _APART = 0.05  # of the range of a pixel: four times what two such draws of ours are apart
 _LEVELS = 3  # of 255: two decoders and two antialiased resizers round differently
 
