@@ -42,19 +42,17 @@ def stop_rank(night: Night) -> None:
 def kill_raylet(night: Night) -> None:
     """A host's raylet is killed; the host joins again when Ray there is gone."""
     host = night.draw.randrange(1, NUM_HOSTS)
-    for process in night.processes(host, "raylet"):
-        if process.name() == "raylet":
-            process.kill()
+    night.cluster.kill_raylet(host)
     _until(lambda: not night.processes(host, "ray::RayTrainWorker"), f"the end of the rank on host {host}")
     night.hosts.kill(host)
-    night.join(host)
+    night.cluster.join(host)
 
 
 def lose_host(night: Night) -> None:
     """A host loses power and comes back."""
     host = night.draw.randrange(1, NUM_HOSTS)
     night.hosts.kill(host)
-    night.join(host)
+    night.cluster.join(host)
 
 
 def cut_link(night: Night) -> None:
@@ -67,7 +65,7 @@ def cut_link(night: Night) -> None:
     finally:
         night.hosts.link_up(host)
     night.hosts.kill(host)
-    night.join(host)
+    night.cluster.join(host)
 
 
 def flap_link(night: Night) -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +20,8 @@ from pathlib import Path
 import psutil
 
 from tests.hosts.cluster import ROOT, Hosts
+from tests.hosts.ray_cluster import RayCluster
 
-HEAD_PORT = 6379  # in a network namespace of its own
 PATIENCE_S = 400.0  # for a run to get further, whatever happened
 NUM_HOSTS = 3
 
@@ -44,7 +42,7 @@ class Mended:
 class Night:
     """The cluster, the run and what happens to it. `command` is that of a user on host 0, run_dir lies on `disk`."""
 
-    hosts: Hosts
+    cluster: RayCluster
     folder: Path
     disk: Path
     settings: list[str]
@@ -58,6 +56,10 @@ class Night:
     log: list[str] = field(default_factory=list)
 
     @property
+    def hosts(self) -> Hosts:
+        return self.cluster.hosts
+
+    @property
     def run_dir(self) -> Path:
         return self.disk / "run"
 
@@ -67,38 +69,8 @@ class Night:
 
     # ---- the cluster ----
 
-    def environment(self, host: int) -> dict[str, str]:
-        return {
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/chaos/recorder"), str(ROOT)]),
-            "CLAE_RECORD": str(self.records),
-            "CLAE_CACHE": str(self.folder / f"cache{host}"),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "2000",
-            "GLOO_SOCKET_IFNAME": "eth0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            "GIT_PYTHON_REFRESH": "quiet",
-        }
-
-    def join(self, host: int) -> None:
-        """Starts Ray on a host: host 0 is the head."""
-        head = f"{self.hosts.address(0)}:{HEAD_PORT}"
-        role = ["--head", f"--port={HEAD_PORT}", "--include-dashboard=false"] if host == 0 else [f"--address={head}"]
-        start = [str(Path(sys.executable).parent / "python"), "-m", "ray.scripts.scripts", "start", *role]
-        more = [f"--node-ip-address={self.hosts.address(host)}", "--num-cpus=1", f"--object-store-memory={80 * 2**20}"]
-        temp = [f"--temp-dir={self.folder}/ray"] if host == 0 else []
-        done = self.hosts.run(host, [*start, *more, *temp, "--disable-usage-stats"], self.environment(host))
-        assert done.returncode == 0, done.stdout
-
     def start(self) -> None:
         self.records.mkdir(parents=True, exist_ok=True)
-        (self.folder / "token").write_text(secrets.token_hex(32))
-        (self.folder / "token").chmod(0o600)
-        for host in range(NUM_HOSTS):
-            self.join(host)
         if self.mlflow:
             self.mlflow_server = self.mlflow()
         self.submit()
@@ -106,14 +78,10 @@ class Night:
     def submit(self) -> None:
         """The user's command, the first time and again."""
         self.commands += 1
-        command = [sys.executable, "-m", "clae_dist", "train", str(self.recipe), f"run_dir={self.run_dir}", *self.settings]
-        address = {"RAY_ADDRESS": f"{self.hosts.address(0)}:{HEAD_PORT}"}
-        output = (self.folder / "driver.log").open("a")
-        self.submitted = self.hosts.popen(0, command, {**self.environment(0), **address}, stdout=output)
-        output.close()
+        with (self.folder / "driver.log").open("a") as output:
+            self.submitted = self.cluster.submit(self.recipe, [f"run_dir={self.run_dir}", *self.settings], stdout=output)
 
     def close(self) -> None:
-        self.hosts.close()
         for server in (self.shard_server, self.mlflow_server):
             if server is not None:
                 kill_family(server)
@@ -155,7 +123,8 @@ class Night:
         return lines[-1] if lines else ""
 
     def tail(self) -> str:
-        return (self.folder / "driver.log").read_text(errors="replace")[-4000:]
+        path = self.folder / "driver.log"
+        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
     def processes(self, host: int, name: str) -> list[psutil.Process]:
         """Those of a host whose command line holds `name`."""
@@ -190,6 +159,17 @@ class Night:
         """Waits for the end of the run."""
         assert self.submitted is not None
         self.wait(lambda: self.submitted is not None and self.submitted.poll() == 0, "the end of the run")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of everything on the hosts: ranks write down what they take, and Ray sees soon that a host is gone."""
+    return {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/chaos/recorder"), str(ROOT)]),
+        "CLAE_RECORD": str(folder / "records"),
+        "CLAE_CACHE": str(folder / "cache"),
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "2000",
+    }
 
 
 def list_restarts(night: Night) -> list[int]:

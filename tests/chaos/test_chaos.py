@@ -17,9 +17,10 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from tests.chaos.faults import FAULTS
 from tests.chaos.history import assert_exactly_once, records, surviving_steps
-from tests.chaos.night import NUM_HOSTS, Mended, Night
+from tests.chaos.night import NUM_HOSTS, Mended, Night, environment
 from tests.hosts.cluster import ROOT, Hosts
 from tests.hosts.needs import require_hosts
+from tests.hosts.ray_cluster import RayCluster
 
 GLOBAL_SIZE = 24
 NUM_IMAGES = 600
@@ -83,10 +84,14 @@ def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed:
     recipe.write_text(RECIPE)
     settings = [f"train.epochs={num_steps / STEPS_PER_EPOCH!r}", *BACKENDS[backend]]
     expected = undisturbed(folder, recipe, shards, settings)
-    with Hosts(NUM_HOSTS) as hosts, small_disk(folder / "disk", 256 << 20) as disk:
-        night = Night(hosts, folder, disk, [], recipe, draw)
+    with (
+        Hosts(NUM_HOSTS) as hosts,
+        RayCluster(hosts, environment(folder)) as cluster,
+        small_disk(folder / "disk", 256 << 20) as disk,
+    ):
+        night = Night(cluster, folder, disk, [], recipe, draw)
         night.shard_server = server(hosts, "http.server", "8765", "--bind", hosts.outside, "--directory", str(shards.folder))
-        night.settings = [f"data.shards=http://{hosts.outside}:8765", *settings, "launch.launcher=ray"]
+        night.settings = [f"data.shards=http://{hosts.outside}:8765", *settings]
         if tracked:
             night.mlflow = mlflow_server(hosts, folder)
             night.settings.append(f"tracking.uri=http://{hosts.outside}:8766")

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.hosts.cluster import Hosts, clean_environment
 
@@ -16,10 +17,10 @@ SCRIPT = "launch/ray-cluster.sh"
 
 
 class RayCluster:
-    """As a context manager: head on host 0, a worker on each other, one core each."""
+    """As a context manager: head on host 0, a worker on each other, one core each. `env` is for what its commands start."""
 
-    def __init__(self, hosts: Hosts) -> None:
-        self.hosts = hosts
+    def __init__(self, hosts: Hosts, env: Mapping[str, str] | None = None) -> None:
+        self.hosts, self.env = hosts, dict(env or {})
 
     def __enter__(self) -> RayCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="clae-r-", dir="/tmp"))  # unix sockets: a short path
@@ -37,7 +38,7 @@ class RayCluster:
         return [SCRIPT, *words, "--temp-dir", f"{self.folder}/{host}", "--token-file", str(self.token)]
 
     def __call__(self, host: int, *words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return self.hosts.run(host, self.line(host, *words), env, timeout_s=240)
+        return self.hosts.run(host, self.line(host, *words), {**self.env, **(env or {})}, timeout_s=240)
 
     def ok(self, host: int, *words: str) -> str:
         done = self(host, *words)
@@ -47,8 +48,8 @@ class RayCluster:
     def join(self, host: int) -> str:
         return self.ok(host, "worker", self.hosts.address(0), "--cpus", "1")
 
-    def submit(self, recipe: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
-        return self.hosts.popen(0, self.line(0, "submit", str(recipe), *overrides))
+    def submit(self, recipe: Path, overrides: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        return self.hosts.popen(0, self.line(0, "submit", str(recipe), *overrides), self.env, **options)
 
     def node(self, host: int) -> str:
         """Ray's name of the live node on a host."""
