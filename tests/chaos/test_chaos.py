@@ -27,7 +27,7 @@ NUM_IMAGES = 600
 STEPS_PER_EPOCH = NUM_IMAGES // GLOBAL_SIZE
 EVERY_STEPS = 16  # a fault
 RECIPE = f"""\
-data: {{image_size: 16, workers: 1, cache_bytes: 60000, prefetch_shards: 2, timeout_s: 5, verify: size}}
+data: {{image_size: 16, workers: 0, cache_bytes: 60000, prefetch_shards: 2, timeout_s: 5, verify: size}}
 batch: {{global_size: {GLOBAL_SIZE}}}
 model: {{encoder: small_resnet, projector_dim: 16}}
 optim: {{name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}}
