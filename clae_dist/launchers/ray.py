@@ -165,7 +165,13 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
         if debug:
             raise result["error"]
         return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
-    ending = Ending(**json.loads((folder / _ENDING).read_text()))
+    try:
+        ending = Ending(**json.loads((folder / _ENDING).read_text()))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"run_dir is {str(folder)!r}, where the ranks have left nothing for this host; "
+            "name a folder on storage that all hosts share."
+        ) from None
     (folder / _ENDING).unlink()
     return ending
 

@@ -85,9 +85,9 @@ def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed:
     settings = [f"train.epochs={num_steps / STEPS_PER_EPOCH!r}", *BACKENDS[backend]]
     expected = undisturbed(folder, recipe, shards, settings)
     with (
+        small_disk(folder / "disk", 256 << 20) as disk,  # first: hosts see what was mounted before they were there
         Hosts(NUM_HOSTS) as hosts,
         RayCluster(hosts, environment(folder)) as cluster,
-        small_disk(folder / "disk", 256 << 20) as disk,
     ):
         night = Night(cluster, folder, disk, [], recipe, draw)
         night.shard_server = server(hosts, "http.server", "8765", "--bind", hosts.outside, "--directory", str(shards.folder))
