@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clae_dist.config import Batch, Config, ConfigError, Data, Launch
-from clae_dist.launchers import start
+from clae_dist.launchers import ray, start
 from clae_dist.launchers.rank import BAD_CONFIG, FAILED, STOPPED, Ending
 from clae_dist.launchers.ray import working_sizes
 from clae_dist.launchers.route import route_to
@@ -103,3 +103,15 @@ def test_a_stop_file_says_why(tmp_path: Path) -> None:
         (tmp_path / STOP_FILE).write_text("host2 will be taken away")
         assert stop.made()
         assert stop.reason == "host2 will be taken away"
+
+
+def test_a_run_folder_that_hosts_do_not_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks wrote into another folder of the same name."""
+
+    class RanksElsewhere:
+        def fit(self) -> None:
+            pass
+
+    monkeypatch.setattr(ray, "_trainer", lambda *arguments: RanksElsewhere())
+    with pytest.raises(ConfigError, match="run_dir is .* nothing for this host; name a folder on storage that all hosts share"):
+        ray._fit(None, Config(run_dir=str(tmp_path / "run")), {}, [1], False)
