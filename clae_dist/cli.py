@@ -206,9 +206,9 @@ def run() -> NoReturn:
     """The program: `main`, and the end of the process."""
     code = main()
     if "WORLD_SIZE" in os.environ:  # torchrun's rank
-        from clae_dist.world import leave
+        from clae_dist.world import leave, told
 
-        leave(code)
+        leave(told(code))
     sys.exit(code)
 
 

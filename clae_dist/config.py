@@ -350,8 +350,8 @@ class Guard:
 
     @property
     def timeout_s(self) -> float:
-        """Of collectives: later than any limit, so that the watch, which names the rank, comes first."""
-        return max(600.0, 2 * self.limit_s(patient=True))
+        """Of collectives: later than any limit, so that the watch, which names the rank, comes first; without one, a week."""
+        return max(600.0, 2 * self.limit_s(patient=True)) if self.hang_s else 7 * 86400.0
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ find_route() { # find_route HOST [WAY_OUT]: sets address, interface and at_head 
   fi
 }
 
-show() { # show COMMAND …: as it could be typed
-  printf '$'; printf ' %q' "$@"; printf '\n'
+show() { # show COMMAND …: as it could be typed, without the secrets of URLs and of pipe: commands
+  { printf '$'; printf ' %q' "$@"; printf '\n'; } |
+    sed -E 's#(://)[^/@ ]*@#\1…@#g; s#(://[^ ?\\]*)\\?\?[^ ]*#\1?…#g; s#pipe:([^ \\]*)(\\ [^ ]*|[^ \\])*#pipe:\1 …#g'
 }

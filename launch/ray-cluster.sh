@@ -25,6 +25,7 @@ a host before it is taken away (`ray drain-node`, spot instances). CONFIG, shard
   --token-file FILE   the cluster's secret (default: RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token). The head makes it when it is
                       missing, readable by you alone; bring it to the workers, for example by scp
   --temp-dir DIR      Ray's sockets and logs (default: /tmp/clae-ray-UID-PORT); at most 45 characters
+  --autoscaling-config FILE   head: of Ray's own cluster launcher (launch/ray-cluster.yaml), which starts the workers from there
   --dry-run           print what would run on this host, and run nothing
   --force             worker: join in spite of versions that differ
 
@@ -42,11 +43,11 @@ case $command in
   "") usage >&2; exit 2 ;;
   *) wrong "$command is not known; use head, worker, submit, status or stop, or see --help." ;;
 esac
-port=6379 address="" chosen_interface="" gpus="" cpus="" temp_dir="" dry="" force="" target="" config="" settings=() nodes="" head=""
+port=6379 address="" chosen_interface="" gpus="" cpus="" temp_dir="" autoscaling="" dry="" force="" target="" config="" settings=() nodes="" head=""
 token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 while [ $# -gt 0 ]; do
   case $1 in
-    --port | --address | --interface | --gpus | --cpus | --token-file | --temp-dir | --nodes | --ranks-per-node | --head)
+    --port | --address | --interface | --gpus | --cpus | --token-file | --temp-dir | --autoscaling-config | --nodes | --ranks-per-node | --head)
       [ -n "${2:-}" ] || wrong "$1 needs a value; see --help."
       case $1 in
         --port) whole "$1" "$2"; port=$2 ;;
@@ -56,6 +57,7 @@ while [ $# -gt 0 ]; do
         --cpus | --ranks-per-node) whole "$1" "$2"; cpus=$2 ;;
         --token-file) token=$2 ;;
         --temp-dir) temp_dir=$2 ;;
+        --autoscaling-config) autoscaling=$2 ;;
         --nodes) nodes=$2 ;;
         --head) head=$2 ;;
       esac
@@ -120,6 +122,7 @@ start_node() { # start_node WHAT OPTION …: in the background, until `stop`
   mkdir -p "$temp_dir"
   [ ! -f "$temp_dir/pid" ] || ! kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null ||
     wrong "$temp_dir is in use by a cluster that runs here; stop it ($0 stop --temp-dir $temp_dir), or use another --port."
+  : >"$temp_dir/ray.log" # what an earlier start said is not this one's
   # Without SIGUSR1: Slurm sends it to every process of a job step, and it is for the run alone.
   (trap '' USR1; exec setsid "${run[@]}" >"$temp_dir/ray.log" 2>&1 </dev/null) &
   echo $! >"$temp_dir/pid"
@@ -153,7 +156,8 @@ start_head() {
     find_route 192.0.2.1 "name this host's address for the others with --address" # nobody's address: the way out
   fi
   if [ -n "$dry" ]; then say "token: $token (made when it is missing)"; else make_token; check_token; fi
-  start_node "head" --head --port="$port" --temp-dir="$temp_dir" --dashboard-host=127.0.0.1
+  start_node "head" --head --port="$port" --temp-dir="$temp_dir" --dashboard-host=127.0.0.1 \
+    ${autoscaling:+--autoscaling-config="$autoscaling"}
   [ -z "$dry" ] || return 0
   echo "$address:$port" >"$temp_dir/address"
   ask_ray announce "$address:$port" || { stop_node; exit 2; }

@@ -30,6 +30,7 @@ TEXT
 }
 
 nodes="" ranks="" head="" id=clae node_rank="" restarts="" wait_s=600 chosen_interface="" dry="" config="" settings=()
+trap 'say "SIGUSR1: nothing had begun"; exit 75' USR1 # until there are ranks to ask
 while [ $# -gt 0 ]; do
   case $1 in
     --nodes | --gpus-per-node | --ranks-per-node | --head | --id | --node-rank | --max-restarts | --wait-s | --interface)

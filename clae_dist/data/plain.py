@@ -174,7 +174,9 @@ def _is_tar(file: IO[bytes]) -> str:
     return ""
 
 
-def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, say: Say) -> Manifest:
+def open_plain(
+    text: str, entries: list[str], fetching: Fetching, world: World, say: Say, progress: Callable[[], None] = lambda: None
+) -> Manifest:
     """A manifest of plain shards, all of them in the split `train`. Every rank calls it and indexes its share.
 
     Raises DataError on every rank.
@@ -190,6 +192,7 @@ def open_plain(text: str, entries: list[str], fetching: Fetching, world: World, 
 
     def waiting() -> None:
         nonlocal said
+        progress()
         passed = time.monotonic() - started
         if passed > said + _SAY_EVERY_S:
             said = passed

@@ -12,8 +12,15 @@ from clae_dist.data.urls import HIDDEN, expand, is_tar, local_path, redact, reda
 from clae_dist.world import World
 
 
-def open_shards(data: Data, world: World | None = None, say: Callable[[str], None] = lambda _: None) -> Manifest:
+def open_shards(
+    data: Data,
+    world: World | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[], None] = lambda: None,
+) -> Manifest:
     """The manifest of what `data.shards` names. Every rank of `world` (none: this process) calls it.
+
+    `progress` is called again and again while shards are fetched and indexed.
 
     Shards that lie elsewhere are fetched when they are read. Raises ConfigError and DataError, on every rank the same.
     """
@@ -22,7 +29,7 @@ def open_shards(data: Data, world: World | None = None, say: Callable[[str], Non
     if len(entries) == 1 and not is_tar(entries[0]):
         manifest: Manifest = world.run_on_main(lambda: _open_folder(entries[0], data))
         return manifest
-    return open_plain(data.shards, entries, Fetching.of(data), world, say)
+    return open_plain(data.shards, entries, Fetching.of(data), world, say, progress)
 
 
 def entries_of(text: str) -> list[str]:

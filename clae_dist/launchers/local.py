@@ -24,7 +24,7 @@ from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
 
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
-_HUNG_GRACE_S = 2.0  # where they have given up together
+_HUNG_GRACE_S = 5.0  # where they have given up together
 _POLL_S = 1.0
 _ADVICE = "The same command goes on from the newest checkpoint."
 

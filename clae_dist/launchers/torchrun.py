@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.launchers.rank import BAD_CONFIG, BAD_DATA, OK, STOPPED, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import BAD_CONFIG, Ending, RankBroke, run_rank
+from clae_dist.world import told
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -47,14 +47,5 @@ def num_ranks() -> int:
 
 
 def say_once(ending: Ending) -> Ending:
-    """All ranks end alike; the first says it.
-
-    Where launch/torchrun.sh asks for it (CLAE_ENDING), a code that another start would not change goes into that file and the
-    rank ends with 0: torchrun starts ranks again whatever their code.
-    """
-    told = os.environ.get("CLAE_ENDING", "")
-    code = ending.code
-    if told and code in (OK, STOPPED, BAD_CONFIG, BAD_DATA):
-        Path(told).write_text(f"{code}\n")
-        code = OK
-    return Ending(code, ending.message if os.environ["RANK"] == "0" else "")
+    """All ranks end alike; the first says it."""
+    return Ending(told(ending.code), ending.message if os.environ["RANK"] == "0" else "")

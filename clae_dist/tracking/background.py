@@ -64,7 +64,7 @@ class BackgroundTracker:
         self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
         self._taken_rows = 0  # what the thread has taken from the queue and not finished
         self._taken_job: list[str] = []
-        self._capacity = capacity
+        self._capacity = capacity + len(self._rows)  # what an earlier start could not send is not of this count
         self._lost_rows = 0
         self._lost_jobs: list[str] = []
         self._last_images_seen = images_seen

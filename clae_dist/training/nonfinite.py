@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from clae_dist.config import Config
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.loader import Batch
-from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.data.manifest import DataError, Manifest, write_atomically
 from clae_dist.data.shards import ShardReader
 from clae_dist.parallel import Backend
 from clae_dist.world import RankError, World
@@ -67,11 +67,18 @@ class NonFiniteSteps:
         self._say(f"{problem}: left out ({self.skipped} of at most {self._config.guard.max_skipped}, guard.max_skipped)")
         return None
 
+    def _name_of(self, sample: int) -> str:
+        """Its shard and key, or its number where this rank alone cannot open the shard: the others wait for what it says."""
+        try:
+            return self._reader.name_of(sample)
+        except DataError:
+            return f"sample {sample}"
+
     def _write_down(self, batch: Batch, step: int, parts: dict[str, float], settings: dict[str, Any]) -> None:
         folder = self._config.folder / FOLDER / f"step-{step + 1:08d}"
         norms = self._backend.gradient_norms()
         worst = sorted(norms, key=lambda name: (torch.tensor(norms[name]).isfinite().item(), -norms[name]))[:_WORST]
-        images = [self._reader.name_of(sample) for sample in batch.ids.tolist()]
+        images = [self._name_of(sample) for sample in batch.ids.tolist()]
         rank = {"rank": self._world.rank, "host": platform.node(), "loss": parts, "images": images}
         content = {
             "step": step,  # of steps that were taken before

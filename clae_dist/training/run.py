@@ -66,7 +66,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    sets = open_sets(config, world, say)
+    sets = open_sets(config, world, say, progress=lambda: watch.doing("starting", 0))
     watch.doing("starting", 0)
     plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
 
@@ -178,7 +178,6 @@ class _Loop:
         self.nonfinite, self.clock = nonfinite, journal.clock
         self.saving = Saving(config, world, backend, say)
         self.step = self.saved = self.first_step = 0
-        self.last: StepMetrics | None = None
         self.shown: StepMetrics | None = None  # of the steps since the last line, the one that it is about
 
     def run(self, first_step: int) -> Outcome:
@@ -211,8 +210,8 @@ class _Loop:
             if self.step % every.diagnose_every == 0:
                 with self.clock.stopped():
                     measured = diagnose(run, batch)
-            rate = self._train_on(run, batch)
             self._look_ahead(batches)
+            rate = self._train_on(run, batch)
             if self.step % every.log_every == 0 or self.step == plan.total or measured:
                 self._log({"learning_rate": rate, **measured})
             if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):
@@ -242,7 +241,7 @@ class _Loop:
             self.stop.made(), bool(problem), new, *self.saving.flags()
         )
         self.saving.hear(*writing)
-        if broken:
+        if broken and not stopping:  # a signal to the whole job ends loader processes, too
             self.world.raise_together(DataError, problem)
         if skipped:
             self.bad.add(batch.bad if batch else {}, self.world, self.say)
@@ -278,12 +277,6 @@ class _Loop:
         if self.saved == self.step:
             return
         self._doing("checkpoint")
-        if self.last is not None:
-            self.world.agree(
-                self.last.grad_norm.isfinite(),
-                f"the gradient of step {self.step} is not finite; this step was not saved, and the checkpoint before is whole. "
-                "optim.clip_norm=1, a lower optim.learning_rate or train.precision=float32 may help",
-            )
         info = {
             "images_seen": self.plan.images_seen(self.step),
             "train_s": self.journal.train_s,
@@ -308,11 +301,9 @@ class _Loop:
         self.backend.set_learning_rate(rate)
         settings = {"learning_rate": rate, "alpha": alpha}
         metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, alpha), batch, self.step, settings)
-        if metrics is not None:
-            self.last = metrics
-            # With attack.every, a line is about an attacked step.
-            if metrics.adversarial is not None or self.shown is None or self.shown.adversarial is None:
-                self.shown = metrics
+        # With attack.every, a line is about an attacked step.
+        if metrics is not None and (metrics.adversarial is not None or self.shown is None or self.shown.adversarial is None):
+            self.shown = metrics
         self.step += 1
         if self.step == self.first_step + 1:
             self.saving.reserve()

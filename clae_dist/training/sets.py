@@ -11,6 +11,7 @@ from clae_dist.data.manifest import DataError, Manifest, check_shard
 from clae_dist.data.mixture import mix
 from clae_dist.data.prefetch import advice
 from clae_dist.data.shard_set import open_shards
+from clae_dist.data.together import together
 from clae_dist.training.plan import Plan
 from clae_dist.world import World
 
@@ -25,21 +26,23 @@ class Sets:
     main: Manifest
 
 
-def open_sets(config: Config, world: World, say: Say) -> Sets:
+def open_sets(config: Config, world: World, say: Say, progress: Callable[[], None] = lambda: None) -> Sets:
     """Opens what the configuration names; the ranks check the shards between them. A collective.
+
+    `progress` is called again and again while that goes on.
 
     Raises DataError or ConfigError, on every rank the same.
     """
     data, split = config.data, config.data.train_split
-    main = open_shards(data, world, say)
-    others = [open_shards(replace(data, shards=name), world, say) for name in data.mixture]
+    main = open_shards(data, world, say, progress)
+    others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
     train = main
     if others:
         shares = [1 - sum(data.mixture.values()), *data.mixture.values()]
         train = mix([main, *others], shares, split)
     Plan.of(config, train.num_samples(split))
     for manifest in (main, *others):
-        _check(manifest, config, world, say)
+        _check(manifest, config, world, say, progress)
     if others:
         say(f"data: a mixture of {train.name}; an epoch is as many images as they have together")
     if train.files is not None:
@@ -48,19 +51,23 @@ def open_sets(config: Config, world: World, say: Say) -> Sets:
     return Sets(train, main)
 
 
-def _check(manifest: Manifest, config: Config, world: World, say: Say) -> None:
+def _check(manifest: Manifest, config: Config, world: World, say: Say, progress: Callable[[], None]) -> None:
     """Shards of this machine now; those from elsewhere are checked when they are fetched."""
     shards = [shard for split in manifest.splits.values() for shard in split]
     if manifest.files is not None:
         say(f"data: {manifest.name}, {len(shards)} shards at {manifest.where}; {manifest.files.describe()}")
         return
-    started, failure = time.perf_counter(), ""
-    for shard in shards[world.rank :: world.size]:
-        try:
-            check_shard(manifest.folder, shard, config.data.verify)
-        except DataError as error:
-            failure = str(error)
-            break
-    world.raise_together(DataError, failure)
+
+    def check() -> str:
+        for shard in shards[world.rank :: world.size]:
+            try:
+                check_shard(manifest.folder, shard, config.data.verify)
+            except DataError as error:
+                return str(error)
+            progress()
+        return ""
+
+    started = time.perf_counter()
+    world.raise_together(DataError, together(world, check, progress))
     seconds = time.perf_counter() - started
     say(f"data: {manifest.name}, {len(shards)} shards checked ({config.data.verify}) in {seconds:.1f} s")

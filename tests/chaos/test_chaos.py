@@ -140,7 +140,7 @@ def seed_of_the_night() -> int:
 @pytest.mark.timeout(900)
 def test_a_short_night(tmp_path: Path, shards: Manifest) -> None:
     require_hosts()
-    faults = ["kill -9 a rank", "SIGSTOP a rank", "kill -9 a raylet", "flipped bytes in the newest checkpoint"]
+    faults = ["SIGSTOP a rank", "flipped bytes in the newest checkpoint"]
     spend(tmp_path, shards, "ddp", faults, seed_of_the_night(), tracked=False)
 
 

@@ -129,13 +129,12 @@ def _return(cluster: RayCluster) -> None:
     cluster.join(2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "disturb",
     [
-        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet"),
-        pytest.param(lambda cluster: cluster.hosts.link_down(2), id="link-down"),
-        pytest.param(lambda cluster: cluster.drain(2, 120), id="preemption-notice"),
+        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet", marks=pytest.mark.slow),
+        pytest.param(lambda cluster: cluster.hosts.link_down(2), id="link-down", marks=pytest.mark.chaos),
+        pytest.param(lambda cluster: cluster.drain(2, 120), id="preemption-notice", marks=pytest.mark.chaos),
     ],
 )
 def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(

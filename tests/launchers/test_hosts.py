@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import Batch, Config, ConfigError, Data, Launch
+from clae_dist.config import Batch, Config, ConfigError, Data, Guard, Launch
 from clae_dist.launchers import ray, start
 from clae_dist.launchers.rank import BAD_CONFIG, FAILED, STOPPED, Ending
 from clae_dist.launchers.ray import working_sizes
@@ -21,6 +21,8 @@ from clae_dist.launchers.torchrun import say_once
 from clae_dist.launchers.versions import differences, versions
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training.guard import listen_for_stop
+
+ROOT = Path(__file__).parents[2]
 
 
 def elastic(size: int, low: int, high: int) -> Config:
@@ -75,6 +77,21 @@ def test_torchrun_is_not_made_to_start_again_what_would_end_the_same(tmp_path: P
     monkeypatch.setenv("CLAE_NODES", "2:3")
     assert launch_torchrun(Config(batch=Batch(global_size=16)), {}, False).code == 0
     assert (tmp_path / "ending").read_text() == f"{BAD_CONFIG}\n"
+
+
+def test_collectives_wait_longer_than_the_watch() -> None:
+    for guard in (Guard(), Guard(hang_s=1), Guard(hang_s=5000)):
+        assert guard.timeout_s > guard.limit_s(patient=True)
+    assert Guard(hang_s=0).timeout_s > Guard().timeout_s  # nobody watches: nobody ends it
+
+
+def test_what_scripts_show_holds_no_secrets() -> None:
+    words = 'uri=postgresql://me:hidden@h/db "https://h/x.tar?token=hidden" "pipe:curl hidden u" end'
+    shown = subprocess.run(
+        ["bash", "-c", f"source launch/hosts.sh; show run {words}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "hidden" not in shown
+    assert shown.startswith("$ run uri=postgresql://…@h/db https://h/x.tar?… pipe:curl …")
 
 
 def test_a_schedulers_signal_is_heard_even_where_it_was_ignored(tmp_path: Path) -> None:

@@ -321,6 +321,14 @@ def test_old_ones_are_deleted(tmp_path: Path) -> None:
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000005", "step-00000004"]
 
 
+def test_damaged_ones_that_were_passed_over_do_not_push_new_ones_out(tmp_path: Path) -> None:
+    """The run went on from an older one: what it saves now counts from there."""
+    write_checkpoint(tmp_path, 9, {"model/w": torch.ones(2)})
+    write_checkpoint(tmp_path, 5, {"model/w": torch.ones(2)}, keep=1)
+    write_checkpoint(tmp_path, 6, {"model/w": torch.ones(2)}, keep=1)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000009", "step-00000006"]
+
+
 # ---- clae checkpoints ----
 
 

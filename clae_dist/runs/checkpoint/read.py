@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from clae_dist.world import World
 
 _CHUNK = 8 << 20
 Say = Callable[[str], None]
+
+_LAG_S = 60.0  # for which a host may see an older list of files on network storage
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -123,10 +126,13 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None) -> Chec
     """
     world = world or World.single("cpu")
     found = find_checkpoints(run_dir)
-    names = [path.name for path in found]
-    world.agree(
-        names == world.broadcast(names), f"ranks found different checkpoints; is {run_dir} on storage that all hosts share?"
-    )
+    names = world.broadcast([path.name for path in found])
+    deadline = time.monotonic() + _LAG_S
+    while [path.name for path in found] != names and time.monotonic() < deadline:
+        time.sleep(1.0)
+        found = find_checkpoints(run_dir)
+    same = [path.name for path in found] == names
+    world.agree(same, f"ranks found different checkpoints; is {run_dir} on storage that all hosts share?")
     for path in found:
         problem, checkpoint = "", None
         try:

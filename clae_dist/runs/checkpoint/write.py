@@ -21,7 +21,7 @@ import torch
 
 from clae_dist.runs.checkpoint.index import DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
-from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_checkpoints, folder_name
+from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_checkpoints, folder_name, step_of
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 
 _ALIGN = 64  # bytes
@@ -129,7 +129,7 @@ class Writer:
 
         def commit() -> None:
             _commit(self._partial(step), self._folder / folder_name(step), self._size, step, backend, info)
-            delete_old(self._folder, keep, keep_every_s)
+            delete_old(self._folder, step, keep, keep_every_s)
 
         self.join()
         self._start(commit)
@@ -199,9 +199,12 @@ def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info:
     _sync(path.parent)
 
 
-def delete_old(folder: Path, keep: int, keep_every_s: float) -> None:
-    """Deletes all but the newest `keep` and, where keep_every_s is not 0, the first of every so many seconds."""
-    found = find_checkpoints(folder.parent)
+def delete_old(folder: Path, step: int, keep: int, keep_every_s: float) -> None:
+    """Deletes all but the newest `keep` up to `step` and, where keep_every_s is not 0, the first of every so many seconds.
+
+    Later ones are damaged: the run has passed over them, and will write them again.
+    """
+    found = [path for path in find_checkpoints(folder.parent) if step_of(path) <= step]
     for path in outdated([(path, _saved(path) if keep_every_s else None) for path in found], keep, keep_every_s):
         with suppress(OSError):  # the new one is whole; what could not be deleted is tried again after the next
             delete_folder(path)
