@@ -22,7 +22,7 @@ from clae_dist.launchers.rank import HUNG, OK, Ending
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import run as training
 
-HANG_S = 5.0
+HANG_S = 8.0
 STEPS = 8
 
 
@@ -145,8 +145,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
     assert set(stacks) == {f"rank-{rank:05d}.txt" for rank in range(answer)}
     assert "in flags_anywhere" in stacks["rank-00000.txt"].read_text() or work is not in_data
     assert "thread MainThread" in stacks["rank-00000.txt"].read_text()
-    # hang_s, twice the poll, the grace for others' reports and for storage
-    assert stacks["rank-00000.txt"].stat().st_mtime - float((config.folder / "has-hung").read_text()) < HANG_S + 2
+    # hang_s, twice the poll, and what a busy machine adds
+    assert stacks["rank-00000.txt"].stat().st_mtime - float((config.folder / "has-hung").read_text()) < 2 * HANG_S
     console = (config.folder / "console.log").read_text()
     assert line.removeprefix("clae: ") in console
     assert "rank 0 on" in console.partition("no progress")[0]  # with its stack
