@@ -1,6 +1,6 @@
 """From a recipe and the command line to a Config.
 
-A recipe (YAML) holds only what differs from the defaults in config.py; `extends: other.yaml` starts from another recipe;
+A recipe (YAML) holds only what differs from the defaults in config/; `extends: other.yaml` starts from another recipe;
 dotted `key=value` overrides come last. `resolve()` returns the Config and, for every key, where its value comes from.
 """
 

@@ -7,7 +7,6 @@ is the time to read its checkpoint and to compile, and its scheduler's.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -92,14 +91,13 @@ class _Victim:
     def __init__(self, folder: Path, workers: int) -> None:
         self._run_dir = folder / "run"
         command = [sys.executable, "-m", "clae_dist", "train", str(folder / "recipe.yaml"), f"launch.workers={workers}"]
-        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._log = folder / "output.log"
         with self._log.open("w") as output:
             self._process = subprocess.Popen(
                 [*command, f"data.shards={folder / 'shards'}", f"run_dir={self._run_dir}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path},
+                cwd=Path(__file__).parents[2],  # where Python finds this package, installed or not
             )
 
     def end(self) -> None:

@@ -218,7 +218,7 @@ class _Loop:
                 self._evaluate()
             every_steps = self.config.checkpoint.every_steps
             if self.step == plan.total or (every_steps and self.step % every_steps == 0):
-                self._checkpoint()
+                self._checkpoint(last=self.step == plan.total)
         self._settle()
         self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images; saved in {self.config.folder}")
         return Outcome("finished", self.step)
@@ -259,7 +259,7 @@ class _Loop:
     def _stopped(self) -> Outcome:
         reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
         self.stop.make(reason)  # on the ranks that were not asked themselves: their time runs, too
-        self._checkpoint()
+        self._checkpoint(last=True)
         self._settle()
         self.say(
             f"stopped after step {self.step} ({reason}); saved. The same command goes on from there. "
@@ -272,7 +272,7 @@ class _Loop:
         with self.clock.stopped():
             self.journal.log(self.step, knn_while_training(self.config, self.world, self.backend, self.sets.main, self.say))
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, last: bool = False) -> None:
         """Begins to save; what it holds up is a copy to memory."""
         if self.saved == self.step:
             return
@@ -284,6 +284,8 @@ class _Loop:
             "skipped_steps": self.nonfinite.skipped,
         }
         with self.clock.stopped():
+            if last:  # that of a moment ago
+                self.saving.settle()
             blocked_s = self.saving.save(self.step, info)
         self.saved = self.step
         self.journal.log(self.step, {"checkpoint_blocked_s": blocked_s})

@@ -1,0 +1,127 @@
+"""Every setting of a run: typed, frozen, validated where it is written. recipe.py makes a Config of YAML and overrides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from clae_dist.config.images import Augment, Batch, Data
+from clae_dist.config.method import Attack, Model, Objective, Optim
+from clae_dist.config.rules import ConfigError, no_effect, require
+from clae_dist.config.running import Checkpointing, Evaluation, Guard, Launch, Parallel, Tracking, Train
+
+__all__ = [
+    "Attack",
+    "Augment",
+    "Batch",
+    "Checkpointing",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Evaluation",
+    "Guard",
+    "Launch",
+    "Model",
+    "Objective",
+    "Optim",
+    "Parallel",
+    "Tracking",
+    "Train",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run."""
+
+    name: str = "run"
+    run_dir: str = no_effect("")  # empty: runs/<name>
+    seed: int = 0
+    data: Data = Data()
+    augment: Augment = Augment()
+    batch: Batch = Batch()
+    model: Model = Model()
+    objective: Objective = Objective()
+    attack: Attack = Attack()
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpointing = Checkpointing()
+    parallel: Parallel = Parallel()
+    launch: Launch = Launch()
+    guard: Guard = Guard()
+    tracking: Tracking = Tracking()
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self) -> None:
+        require(
+            self.name.strip(" .") != "" and "/" not in self.name,
+            "name",
+            self.name,
+            "use a plain word; it names the run's folder.",
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "use 0 up to 2^63 - 1.")
+        streams, size = self.data.streams, self.batch.global_size
+        if streams and size % streams:
+            near = _nearest_divisor(size, streams)
+            raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; {near} would do.")
+        if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
+            raise ConfigError(
+                f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, but train.epochs is {self.train.epochs:g}; "
+                f"warm up for less than the whole run, a tenth as a rule."
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def num_streams(self) -> int:
+        """Canonical streams: a property of the run, the same at every world size."""
+        return self.data.streams or max(d for d in range(1, 257) if self.batch.global_size % d == 0)
+
+    def rows_per_rank(self, world_size: int) -> int:
+        """B, the rows of the global batch on each of `world_size` ranks. Raises ConfigError when they cannot be equal."""
+        size, streams = self.batch.global_size, self.num_streams
+        if size % world_size:
+            below, above = size // world_size * world_size, -(-size // world_size) * world_size
+            choice = f"{above}" if below < 2 else f"{below} or {above}"
+            raise ConfigError(f"batch.global_size is {size}, but {world_size} ranks need equal rows; {choice} would do.")
+        if streams % world_size:
+            wanted = streams * world_size // math.gcd(streams, world_size)
+            way_out = f"data.streams={wanted} would do" if size % wanted == 0 else "use another number of ranks"
+            raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
+        rows, micro = size // world_size, self.batch.micro_size
+        if micro and self.attack.cost == "original" and self.attack.name != "none":
+            raise ConfigError(
+                "attack.cost is 'original', the paper's code to the letter, with a rank's whole share in one graph; "
+                "use attack.cost=exact (the same gradient) with batch.micro_size."
+            )
+        if micro and rows % micro:
+            near = _nearest_divisor(rows, micro)
+            raise ConfigError(f"batch.micro_size is {micro}, which does not divide the {rows} rows of a rank; {near} would do.")
+        if self.attack.name != "none":
+            attacked = self.attack.rows(rows)
+            if micro and attacked % micro:
+                raise ConfigError(
+                    f"batch.micro_size is {micro}, which does not divide the {attacked} attacked rows of a rank "
+                    f"(attack.fraction {self.attack.fraction:g}); {math.gcd(rows, attacked)} would do."
+                )
+        return rows
+
+    def works_on(self, world_size: int) -> bool:
+        """Whether `world_size` ranks can share the global batch."""
+        try:
+            self.rows_per_rank(world_size)
+        except ConfigError:
+            return False
+        return True
+
+    def learning_rate(self) -> float:
+        """The peak learning rate at this global batch (Goyal et al. 2017 for linear, Chen et al. 2020 B.1 for sqrt)."""
+        ratio = self.batch.global_size / self.optim.reference_batch
+        return self.optim.learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.optim.scaling]
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))

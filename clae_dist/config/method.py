@@ -1,0 +1,138 @@
+"""Settings of the method: model, objective, attack, optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clae_dist.config.rules import ConfigError, no_effect, require
+
+
+@dataclass(frozen=True)
+class Model:
+    """Encoder, projector and normalisation layers."""
+
+    encoder: str = "torchvision/resnet50"  # small_resnet, timm/NAME or torchvision/NAME
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: cifar (3x3, no max-pool) up to 64 pixels
+    projector_hidden: int = 0  # width of the hidden layer; 0: the encoder's width
+    projector_dim: int = 128
+    norm: Literal["global", "local"] = "global"  # batch statistics over all ranks, or each rank's own
+    adversarial_norm_momentum: float = 0.1  # of the adversarial route's running statistics
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # pixels are normalised inside the model
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        require(self.projector_hidden >= 0, "model.projector_hidden", self.projector_hidden, "use 0 (encoder's width) or more.")
+        require(self.projector_dim >= 2, "model.projector_dim", self.projector_dim, "use at least 2.")
+        require(min(self.std) > 0, "model.std", self.std, "standard deviations are positive.")
+        momentum = self.adversarial_norm_momentum
+        require(0 < momentum <= 1, "model.adversarial_norm_momentum", momentum, "use a number above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The contrastive loss."""
+
+    name: Literal["nt_xent", "instance"] = "nt_xent"
+    temperature: float = 0.5
+    # How ranks share negatives. log_sum_exp: rows, then one number a row; reduce_scatter: rows, and their gradients on the way
+    # back, for any objective. auto: log_sum_exp where the objective has that form.
+    gather: Literal["auto", "log_sum_exp", "reduce_scatter"] = no_effect("auto")
+    chunk: int = no_effect(0)  # columns of the similarity matrix that exist at a time; 0 chooses
+
+    def __post_init__(self) -> None:
+        require(self.chunk >= 0, "objective.chunk", self.chunk, "use 0 (automatic) or more; 2048 is usual.")
+        require(self.temperature > 0, "objective.temperature", self.temperature, "use a positive number, 0.1 to 0.5 as a rule.")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The adversarial view (Ho & Vasconcelos 2020, section 3)."""
+
+    name: Literal["fgsm", "pgd", "none"] = "fgsm"  # none: plain SimCLR
+    norm: Literal["linf", "l2"] = "linf"  # of the perturbation
+    epsilon: float = 4 / 255  # largest change of a pixel value (linf) or length of an image's change (l2), in the unit below
+    unit: Literal["pixel", "normalised"] = "pixel"  # pixel: of [0, 1]; normalised: after subtracting mean, dividing by std
+    clip: bool = True  # keep the adversarial image a valid image
+    anchor: Literal["same", "other"] = "same"  # the view the attack moves away from: its own image's same view, or the other
+    # exact: the paper's gradient at the least cost. original: the same with the forward and the weight gradients that the
+    # paper's code computes and throws away. fused: another algorithm, the gradient that the clean loss has anyway in view y.
+    cost: Literal["exact", "original", "fused"] = "exact"
+    steps: int = 5  # of pgd; fgsm takes one
+    step_size: float = 0.0  # in the unit of epsilon; 0: epsilon for fgsm, 2.5 epsilon / steps for pgd (Madry et al. 2018)
+    random_start: bool = False  # from a random place in the ball rather than from its middle
+    fraction: float = 1.0  # share of the batch that has an adversarial view; these are contrasted among themselves
+    every: int = 1  # only every so many steps have an adversarial term
+    # Parameters ask for no gradient while the attack runs. auto: where train.compile would compute them otherwise.
+    freeze: Literal["auto", "always", "never"] = no_effect("auto")
+    statistics: Literal["untouched", "updated"] = "untouched"  # what the attack's forwards do to running statistics
+    alpha: float = 1.0  # weight of the adversarial term
+    start_epoch: float = 0.0  # alpha is 0 and nothing is attacked before
+
+    def __post_init__(self) -> None:
+        require(self.epsilon >= 0, "attack.epsilon", self.epsilon, "use 0 or more; 4/255 = 0.0157 is usual in pixels.")
+        require(self.alpha >= 0, "attack.alpha", self.alpha, "use 0 or more.")
+        require(self.start_epoch >= 0, "attack.start_epoch", self.start_epoch, "use 0 or more.")
+        require(self.steps >= 1, "attack.steps", self.steps, "use at least 1.")
+        require(self.step_size >= 0, "attack.step_size", self.step_size, "use 0 (automatic) or more.")
+        require(0 < self.fraction <= 1, "attack.fraction", self.fraction, "use a share above 0 and at most 1.")
+        require(self.every >= 1, "attack.every", self.every, "use at least 1 (every step).")
+        if self.norm == "l2":
+            require(
+                self.unit == "pixel", "attack.unit", self.unit, "attack.norm=l2 is a length in pixels: use attack.unit=pixel."
+            )
+        if self.cost == "fused" and self.name != "none":
+            fused = "attack.cost=fused takes the gradient that the clean loss has in the other view, once"
+            require(self.anchor == "other", "attack.anchor", self.anchor, f"{fused}: use attack.anchor=other.")
+            require(self.name != "pgd", "attack.name", self.name, f"{fused}: use attack.name=fgsm, or attack.cost=exact.")
+            require(not self.random_start, "attack.random_start", True, f"{fused}: use false, or attack.cost=exact.")
+            require(
+                self.statistics == "untouched",
+                "attack.statistics",
+                self.statistics,
+                "attack.cost=fused has no forward of its own: use untouched.",
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Gradients that an attack takes."""
+        return self.steps if self.name == "pgd" else 1
+
+    @property
+    def length_of_step(self) -> float:
+        """How far one step goes, in the unit of epsilon."""
+        return self.step_size or (2.5 * self.epsilon / self.steps if self.name == "pgd" else self.epsilon)
+
+    def rows(self, num_rows: int) -> int:
+        """How many of a rank's rows have an adversarial view. Raises ConfigError when it is no whole number."""
+        chosen = self.fraction * num_rows
+        if abs(chosen - round(chosen)) > 1e-6 or round(chosen) < 1:
+            raise ConfigError(
+                f"attack.fraction is {self.fraction:g}, which makes {chosen:g} of a rank's {num_rows} rows; every "
+                f"rank needs the same whole number: {max(1, round(chosen)) / num_rows:g} would do."
+            )
+        return round(chosen)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimiser and its schedule."""
+
+    name: Literal["adamw", "sgd", "lars"] = "lars"
+    learning_rate: float = 0.3  # at batch.global_size = reference_batch
+    scaling: Literal["linear", "sqrt", "none"] = "linear"  # of the learning rate with batch.global_size / reference_batch
+    reference_batch: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+    decay: Literal["weights", "all"] = "weights"  # weights: not biases and norm layers, which LARS does not adapt either
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 10.0
+    clip_norm: float = 0.0  # of the gradient over all parameters; 0: no clipping
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive number.")
+        require(self.reference_batch >= 1, "optim.reference_batch", self.reference_batch, "use at least 1.")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use 0 up to, not including, 1.")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more.")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more.")
+        require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "use 0 (none) or more.")
