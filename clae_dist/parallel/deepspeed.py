@@ -213,6 +213,7 @@ class DeepSpeedBackend(Backend):
                 if self.config.optim.clip_norm:
                     torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, before)
                 self.engine.step()
+                self._has_gradients = False
             return before
         self.engine.step()
         self._has_gradients = False
@@ -226,6 +227,7 @@ class DeepSpeedBackend(Backend):
         """ZeRO forgets gradients where a step finds one that is not finite, and nowhere else: it is given one."""
         if self.stage == 0:
             self.engine.optimizer.zero_grad()
+            self._has_gradients = False
         elif self._has_gradients:
             for gradients in self.engine.optimizer.averaged_gradients.values():
                 for gradient in gradients:
