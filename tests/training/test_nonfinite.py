@@ -115,7 +115,7 @@ def train(world: World, config: Config, how: str, steps: tuple[int, ...] = (BROK
 def trained(config: Config) -> dict[str, Any]:
     checkpoint = load_checkpoint(config.folder, pytest.fail)
     assert checkpoint is not None
-    return {**checkpoint.info, **checkpoint.state()}
+    return {"step": checkpoint.step, **checkpoint.info, **checkpoint.state()}
 
 
 @pytest.mark.parametrize("parallel", BACKENDS, ids=lambda p: f"{p.backend}{p.zero_stage}")
