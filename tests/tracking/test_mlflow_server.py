@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from clae_dist.config import Batch, Config, Data, Model, Optim, Tracking, Train
+from clae_dist.config import Batch, Checkpointing, Config, Data, Model, Optim, Tracking, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.folder import read_identity
@@ -64,7 +64,8 @@ def recipe(shards: Manifest, run_dir: Path, uri: str) -> Config:
         batch=Batch(global_size=8),
         model=Model(encoder="small_resnet", projector_dim=16),
         optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.0),
-        train=Train(epochs=STEPS // 4, precision="float32", knn_every=0, checkpoint_every=4, threads=1, log_every=1),
+        train=Train(epochs=STEPS // 4, precision="float32", knn_every=0, threads=1, log_every=1),
+        checkpoint=Checkpointing(every_steps=4),
         tracking=Tracking(uri=uri),
     )
 
