@@ -132,7 +132,7 @@ def _return(cluster: RayCluster) -> None:
 @pytest.mark.parametrize(
     "disturb",
     [
-        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet", marks=pytest.mark.slow),
+        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet", marks=pytest.mark.chaos),
         pytest.param(lambda cluster: cluster.hosts.link_down(2), id="link-down", marks=pytest.mark.chaos),
         pytest.param(lambda cluster: cluster.drain(2, 120), id="preemption-notice", marks=pytest.mark.chaos),
     ],
