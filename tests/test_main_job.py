@@ -64,7 +64,7 @@ def test_the_whole_job_on_a_small_budget(images: Path, tmp_path: Path) -> None:
     for key in ("knn_before", "knn_after", "linear_before", "linear_after"):
         assert 0 < summary[key] <= 100
 
-    assert "ray: starting 2 worker(s)" in said
+    assert "ray: 2 worker(s)" in said
     assert "on the global batch's negatives" in said
     assert "mlflow ui --backend-store-uri sqlite:///" in said
     assert "kNN" in said.rsplit("== Report", 1)[1]
