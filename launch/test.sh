@@ -51,6 +51,6 @@ if [ "${CLAE_AUDIT:-}" = true ]; then
 fi
 
 marks=()
-if [ "${CI:-}" = true ]; then marks=(-rs -m "not chaos"); fi
+if [ "${CI:-}" = true ]; then marks=(-rs -m "not long and not chaos"); fi
 printf '\n== tests: pytest%s\n' "${*:+ $*}${marks:+ (slow ones too)}"
 exec python -m pytest "${marks[@]}" "$@"

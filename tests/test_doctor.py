@@ -128,7 +128,7 @@ def test_ranks_that_fail_are_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     failing.write_text("#!/bin/sh\necho 'some trace' >&2\necho 'OSError: no loopback' >&2\nexit 1\n")
     failing.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(failing))
-    assert "rank 0 failed (OSError: no loopback)" in only(collectives.check()).found
+    assert re.search(r"rank [01] failed \(OSError: no loopback\)", only(collectives.check()).found)  # whichever was first
 
 
 def test_wrong_sums_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

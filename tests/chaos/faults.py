@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import psutil
 
+from clae_dist.runs.checkpoint import find_checkpoints
 from tests.chaos.night import NUM_HOSTS, Night, flip_bytes, free_bytes, kill_family
 from tests.hosts.cluster import is_running
 
@@ -95,15 +96,14 @@ def kill_controller(night: Night) -> None:
 def kill_in_checkpoint(night: Night) -> None:
     """A rank is killed while a checkpoint is being written."""
     checkpoints = night.run_dir / "checkpoints"
-    _until(lambda: any(checkpoints.glob("*.partial")), "a checkpoint being written")
+    _until(lambda: any(checkpoints.glob("*.partial-*")), "a checkpoint being written")
     _one_rank(night).kill()
 
 
 def damage_checkpoint(night: Night) -> None:
     """Bytes of the newest checkpoint are flipped, and a rank is killed."""
-    newest = sorted(path for path in (night.run_dir / "checkpoints").glob("step-*") if path.suffix != ".partial")[-1]
-    files = [newest] if newest.is_file() else sorted(newest.iterdir())
-    flip_bytes(night.draw.choice(files), night.draw)
+    newest = find_checkpoints(night.run_dir)[0]
+    flip_bytes(night.draw.choice(sorted(newest.iterdir())), night.draw)
     _one_rank(night).kill()
 
 

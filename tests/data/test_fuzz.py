@@ -21,7 +21,7 @@ def test_damage_to_a_prepared_set_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
 def test_thousands_of_mutations(tmp_path: Path, seed: int) -> None:
     for kind, count in (("image", 4000), ("prepared_set", 1000)):
         (tmp_path / kind).mkdir()

@@ -74,7 +74,7 @@ def make_file(tmp_path: Path, make_folder: Any, archive: Any, encoded: Any) -> C
     return make
 
 
-@pytest.mark.parametrize("mutations", [30, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutations", [30, pytest.param(500, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "zip stored", "imagenet", "parquet"])
 def test_damage_is_an_error_or_named(tmp_path: Path, make_file: Any, run: Any, kind: str, mutations: int) -> None:
     path = make_file(kind)

@@ -16,6 +16,6 @@ def test_archives_are_prepared_whole_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
 def test_thousands_of_archives(tmp_path: Path, seed: int) -> None:
     fuzz("archive", 1500, tmp_path, seed)

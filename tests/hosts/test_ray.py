@@ -132,9 +132,9 @@ def _return(cluster: RayCluster) -> None:
 @pytest.mark.parametrize(
     "disturb",
     [
-        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet", marks=pytest.mark.chaos),
-        pytest.param(lambda cluster: cluster.hosts.link_down(2), id="link-down", marks=pytest.mark.chaos),
-        pytest.param(lambda cluster: cluster.drain(2, 120), id="preemption-notice", marks=pytest.mark.chaos),
+        pytest.param(lambda cluster: cluster.kill_raylet(2), id="kill-9-raylet", marks=pytest.mark.long),
+        pytest.param(lambda cluster: cluster.hosts.link_down(2), id="link-down", marks=pytest.mark.long),
+        pytest.param(lambda cluster: cluster.drain(2, 120), id="preemption-notice", marks=pytest.mark.long),
     ],
 )
 def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(

@@ -168,7 +168,7 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     assert_bitwise(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_killed_rank_is_started_again_by_itself(
     launcher: str, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_killed_rank_is_started_again_by_itself(
     ("launcher", "how"),
     [
         ("local", "Ctrl-C"),
-        pytest.param("local", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("local", "SIGTERM", marks=pytest.mark.long),
         pytest.param("local", "SIGUSR1", marks=pytest.mark.slow),
         pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow),
     ],
