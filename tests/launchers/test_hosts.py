@@ -13,14 +13,14 @@ import pytest
 
 from clae_dist.config import Batch, Config, ConfigError, Data, Guard, Launch
 from clae_dist.launchers import ray, start
-from clae_dist.launchers.rank import BAD_CONFIG, FAILED, STOPPED, Ending
+from clae_dist.launchers.rank import BAD_CONFIG, FAILED, OK, STOPPED, Ending
 from clae_dist.launchers.ray import working_sizes
 from clae_dist.launchers.route import route_to
 from clae_dist.launchers.torchrun import launch as launch_torchrun
-from clae_dist.launchers.torchrun import say_once
 from clae_dist.launchers.versions import differences, versions
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training.guard import listen_for_stop
+from clae_dist.world import told
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,15 +68,19 @@ def test_the_route_to_this_machine_is_known() -> None:
 
 
 def test_torchrun_is_not_made_to_start_again_what_would_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("CLAE_ENDING", str(tmp_path / "ending"))
-    assert say_once(Ending(STOPPED, "saved")) == Ending(0, "")
-    assert (tmp_path / "ending").read_text() == "75\n"
-    assert say_once(Ending(FAILED, "")).code == FAILED
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("CLAE_NODES", "2:3")
-    assert launch_torchrun(Config(batch=Batch(global_size=16)), {}, False).code == 0
-    assert (tmp_path / "ending").read_text() == f"{BAD_CONFIG}\n"
+    left = tmp_path / "ending"
+    assert told(FAILED) == FAILED
+    assert not left.exists()
+    for code in (BAD_CONFIG, STOPPED, OK):  # the last start counts: the one before was stopped for a host that came
+        assert told(code) == OK
+        assert left.read_text() == f"{code}\n"
+
+
+def test_numbers_of_hosts_that_cannot_share_a_batch_end_a_rank_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "CLAE_NODES": "2:3"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch_torchrun(Config(batch=Batch(global_size=16)), {}, False) == Ending(BAD_CONFIG, "")  # rank 0 says it
 
 
 def test_collectives_wait_longer_than_the_watch() -> None:
