@@ -116,7 +116,7 @@ def test_three_hosts_train_to_the_bits_of_one(
 
 @pytest.mark.slow
 def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(
-    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path
 ) -> None:
     overrides = settings(shards, tmp_path / "run", "train.epochs=12")
     start = [hosts.popen(host, torchrun(hosts, "2:3", recipe, overrides)) for host in range(3)]
