@@ -162,9 +162,9 @@ _FOR_GOOD = (2, 3, 75)  # exit codes that another start would not change: settin
 
 
 def told(code: int) -> int:
-    """What a rank exits with, as the last thing that it does. Where launch/torchrun.sh asks for it (CLAE_ENDING), a code for good
-    goes into that file and the rank ends with 0: torchrun starts ranks again whatever their code. Success takes the place of what
-    an earlier start left there: torchrun stops all ranks for a new host, and they say 75."""
+    """What a rank exits with. Where launch/torchrun.sh asks for it (CLAE_ENDING), a code for good goes into that file and the
+    rank ends with 0: torchrun starts ranks again whatever their code. Success takes the place of what an earlier start left
+    there: torchrun stops all ranks for a host that comes, and they say 75."""
     path = os.environ.get("CLAE_ENDING", "")
     if not path or code not in (0, *_FOR_GOOD):
         return code

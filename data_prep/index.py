@@ -13,9 +13,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifest, write_atomically, write_manifest
+from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifest, write_manifest
 from clae_dist.data.tar_index import index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
+from clae_dist.files import write_atomically
 from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
 from data_prep.named_labels import named_classes, place_index
 from data_prep.pool import run_tasks

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clae_dist.data.manifest import DataError, file_sha256
+from clae_dist.data.manifest import DataError
+from clae_dist.files import file_sha256
 from data_prep.index_shard import IndexResult
 
 

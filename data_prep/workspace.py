@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clae_dist.data.manifest import FILE_NAME, DataError, Shard, write_atomically
+from clae_dist.data.manifest import FILE_NAME, DataError, Shard
+from clae_dist.files import sync_folder, write_atomically
 from data_prep.settings import Settings
 from data_prep.write import ShardResult
 
@@ -99,7 +100,7 @@ class Workspace:
         if result.shard:
             os.replace(result.index, self.folder / result.shard.index_name)
             os.replace(result.tar, self.folder / result.shard.name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         else:
             result.tar.unlink()
         shard = dataclasses.asdict(result.shard) if result.shard else None
@@ -139,14 +140,5 @@ def open_workspace(folder: Path) -> Iterator[Workspace]:
             lock.unlink(missing_ok=True)
             if not any(folder.iterdir()):
                 folder.rmdir()
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -15,7 +15,8 @@ from typing import IO
 import numpy as np
 
 from clae_dist.data.decode import DecodeError
-from clae_dist.data.manifest import Shard, file_sha256
+from clae_dist.data.manifest import Shard
+from clae_dist.files import file_sha256
 from data_prep.image import MAX_ENCODED_BYTES, checked
 from data_prep.plan import ShardPlan
 from data_prep.settings import Settings

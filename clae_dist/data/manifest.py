@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from typing import IO, Any, Literal, Protocol, get_origin, get_type_hints
 import numpy as np
 
 from clae_dist import __version__
+from clae_dist.files import file_sha256, write_atomically
 
 FILE_NAME = "manifest.json"
 FORMAT = "clae-dist shards 1"
@@ -194,25 +194,6 @@ def check_shard(folder: str | Path, shard: Shard, how: Literal["sha256", "size"]
         found = file_sha256(file)
         if found != expected:
             raise DataError(f"{file} has sha256 {found}, the manifest expects {expected}: it was changed; {_PREPARE_AGAIN}.")
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` as a whole: after a crash it holds the old bytes or the new ones."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open_index(folder: Path, shard: Shard) -> IO[bytes]:

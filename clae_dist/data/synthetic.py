@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clae_dist.data.manifest import Manifest, Shard, file_sha256, write_manifest
+from clae_dist.data.manifest import Manifest, Shard, write_manifest
+from clae_dist.files import file_sha256
 
 _CLASSES = ("one", "two")
 

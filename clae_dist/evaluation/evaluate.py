@@ -15,11 +15,12 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.data.draws import permutation
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import num_workers
-from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.knn import knn_accuracy, nearest
 from clae_dist.evaluation.linear import linear_probe
+from clae_dist.files import write_atomically
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.runs.checkpoint import load_model
 

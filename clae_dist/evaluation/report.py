@@ -16,7 +16,7 @@ import torch
 from clae_dist import __version__
 from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.manifest import DataError, Manifest, write_atomically
+from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.evaluation import page
@@ -25,6 +25,7 @@ from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
 from clae_dist.evaluation.record import Record, number, read_record, summarise
+from clae_dist.files import write_atomically
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.goodput import KINDS, MEANING
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.data.manifest import write_atomically
+from clae_dist.files import write_atomically
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import FAILED, STOPPED, Ending, run_rank
 from clae_dist.recipe import Setting, build, flatten

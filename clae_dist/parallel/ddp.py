@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clae_dist.models.norms import ROUTES, Route, route_parameters
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
-from clae_dist.parallel.optim import make_optimizer
+from clae_dist.parallel.optim import clip_and_step, make_optimizer
 from clae_dist.runs.checkpoint import Piece
 
 # Broadcasting buffers before a forward would overwrite what an earlier forward of the same backward has saved.
@@ -80,10 +80,7 @@ class DdpBackend(Backend):
 
     def _step(self) -> torch.Tensor:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if norm.isfinite():
-            if self.config.optim.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
-            self.optimizer.step()
+        if clip_and_step(self.optimizer, self.model, norm, self.config.optim.clip_norm):
             self.discard()
         return norm
 

@@ -26,7 +26,7 @@ from clae_dist.models.blocks import encoder_blocks
 from clae_dist.models.norms import Route, RoutedNorm
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
-from clae_dist.parallel.optim import make_optimizer
+from clae_dist.parallel.optim import clip_and_step, make_optimizer
 from clae_dist.runs.checkpoint import Piece, Place
 from clae_dist.world import World
 
@@ -169,10 +169,7 @@ class Fsdp2Backend(Backend):
         self._reshard()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = _whole(torch.nn.utils.get_total_norm(grads))
-        if norm.isfinite():
-            if self.config.optim.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
-            self.optimizer.step()
+        if clip_and_step(self.optimizer, self.model, norm, self.config.optim.clip_norm):
             self.discard()
         return norm
 

@@ -32,6 +32,16 @@ def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> t
     return Lars(groups, lr=learning_rate, momentum=settings.momentum)
 
 
+def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torch.Tensor, clip_norm: float) -> bool:
+    """Takes the step unless `norm`, that of all gradients, is not finite; says whether. clip_norm 0: no clipping."""
+    if not norm.isfinite():
+        return False
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+    optimizer.step()
+    return True
+
+
 def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
     """Linear warm-up to `peak`, then a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017), or constant."""
     if step < warmup_steps:

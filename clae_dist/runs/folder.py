@@ -11,8 +11,9 @@ from typing import Any
 
 from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
-from clae_dist.data.manifest import Manifest, write_atomically
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.urls import uri_without_secrets, without_secrets
+from clae_dist.files import write_atomically
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
 from clae_dist.world import World
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from clae_dist.files import write_atomically
 from clae_dist.tracking.tracker import Row, Say, Status
 
 
@@ -76,12 +77,7 @@ class MetricsFile:
             return
         torn = f" ({seen.count(None)} of them cut off)" if None in seen else ""
         say(f"{self.path.name}: took away {len(lines) - len(kept)} lines{torn}; the run goes on at image {resume_images_seen}")
-        whole = self.path.with_name(self.path.name + ".new")
-        with whole.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(self.path)
+        write_atomically(self.path, b"".join(kept))
 
 
 def _images_seen(line: bytes) -> int | None:

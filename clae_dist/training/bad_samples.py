@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from clae_dist.data.manifest import DataError, write_atomically
+from clae_dist.data.manifest import DataError
+from clae_dist.files import write_atomically
 from clae_dist.world import World
 
 FILE_NAME = "bad-samples.jsonl"

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from clae_dist.config import Config
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.loader import Batch
-from clae_dist.data.manifest import DataError, Manifest, write_atomically
+from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shards import ShardReader
+from clae_dist.files import write_atomically
 from clae_dist.parallel import Backend
 from clae_dist.world import RankError, World
 

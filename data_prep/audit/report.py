@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clae_dist.data.manifest import DataError, write_atomically
+from clae_dist.data.manifest import DataError
+from clae_dist.files import write_atomically
 from data_prep.audit.find import Audit
 from data_prep.audit.overlap import Pair
 from data_prep.audit.profile import oddities

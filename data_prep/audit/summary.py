@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clae_dist.data.manifest import write_atomically
+from clae_dist.files import write_atomically
 from data_prep.audit.find import Audit
 from data_prep.audit.overlap import KINDS, MAX_PAIRS, Pair
 from data_prep.audit.thumbnails import Images

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clae_dist import __version__
+from clae_dist import __version__, files
 from clae_dist.data import manifest as manifests
-from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard, file_sha256, load_manifest, write_manifest
+from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard, load_manifest, write_manifest
+from clae_dist.files import file_sha256
 
 SHARD = {"name": "train-000000.tar", "samples": 2, "bytes": 2560, "sha256": "", "index_sha256": ""}
 
@@ -165,9 +166,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, mo
     def full_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifests.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        manifests.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["manifest.json"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shutil
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from clae_dist.files import sync_folder, write_atomically
 from clae_dist.runs.checkpoint.index import DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
 from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_checkpoints, folder_name, step_of
@@ -164,7 +164,7 @@ class Writer:
             for piece, spec, crc in zip(mine, specs, crcs, strict=True)
         }
         written = {"file": name, "bytes": file.num_bytes, "sha256": file.sha256, "tensors": tensors}
-        _write_synced(_part_of(partial, self._rank), json.dumps(written))
+        write_atomically(_part_of(partial, self._rank), json.dumps(written).encode())
 
     def _check(self) -> None:
         if self._cancelled.is_set():
@@ -190,13 +190,13 @@ def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info:
         index.tensors[name] = Tensor(tensor.shape, tensor.dtype, tuple(sorted(runs[name], key=lambda run: run.start)))
     text = index.as_json()
     parse_index(text)  # what could not be read is not to be named a checkpoint
-    _write_synced(partial / INDEX, text)
+    write_atomically(partial / INDEX, text.encode())
     for rank in range(size):
         _part_of(partial, rank).unlink()
-    _sync(partial)
+    sync_folder(partial)
     delete_folder(path)  # a damaged one, which this run has passed over
     partial.rename(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def delete_old(folder: Path, step: int, keep: int, keep_every_s: float) -> None:
@@ -242,18 +242,3 @@ def remove_leftovers(run_dir: Path) -> None:
     """Removes what killed runs have left behind without a name."""
     for path in checkpoints_folder(run_dir).glob("step-*.partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
