@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Batch, Checkpointing, Config, Data, Guard, Launch, Model, Optim, Tracking, Train
+from clae_dist.config import Checkpointing, Config, Guard, Launch, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import HUNG, OK, Ending
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import run as training
+from tests.small_run import small_run
 
 HANG_S = 8.0
 STEPS = 8
@@ -32,17 +33,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def recipe(shards: Manifest, run_dir: Path, **launch: Any) -> Config:
-    return Config(
-        run_dir=str(run_dir),
-        data=Data(shards=str(shards.folder), image_size=16, workers=0),
-        batch=Batch(global_size=24),
-        model=Model(encoder="small_resnet", projector_dim=16),
-        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0),
+    return small_run(
+        shards.folder,
+        run_dir,
         train=Train(epochs=2, log_every=1, diagnose_every=100, knn_every=0, threads=1),
         checkpoint=Checkpointing(every_steps=3),
         launch=Launch(workers=2, **launch),
         guard=Guard(hang_s=HANG_S),
-        tracking=Tracking(name="none"),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from clae_dist.config import Batch, Checkpointing, Config, Data, Model, Optim, Tracking, Train
+from clae_dist.config import Batch, Checkpointing, Config, Tracking, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.folder import read_identity
@@ -25,6 +25,7 @@ from clae_dist.training.run import train
 from clae_dist.world import World
 from tests.http_faults import Fault, serve
 from tests.mlflow_server import PASSWORD, Postgres, Proxy, Server, binaries, team_server, wait_for
+from tests.small_run import small_run
 
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("psycopg2")
@@ -58,12 +59,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def recipe(shards: Manifest, run_dir: Path, uri: str) -> Config:
-    return Config(
-        run_dir=str(run_dir),
-        data=Data(shards=str(shards.folder), image_size=16, workers=0),
+    return small_run(
+        shards.folder,
+        run_dir,
         batch=Batch(global_size=8),
-        model=Model(encoder="small_resnet", projector_dim=16),
-        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.0),
         train=Train(epochs=STEPS // 4, precision="float32", knn_every=0, threads=1, log_every=1),
         checkpoint=Checkpointing(every_steps=4),
         tracking=Tracking(uri=uri),

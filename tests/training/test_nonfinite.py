@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from clae_dist.cli import main
-from clae_dist.config import Batch, Checkpointing, Config, Data, Guard, Model, Optim, Parallel, Tracking, Train
+from clae_dist.config import Checkpointing, Config, Guard, Model, Optim, Parallel, Train
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
@@ -24,6 +24,7 @@ from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import run as training
 from clae_dist.world import RankError, World
 from tests.ranks import RankPool
+from tests.small_run import small_run
 
 BROKEN = 2  # steps before the one that is not finite
 BACKENDS = [
@@ -47,17 +48,15 @@ def pair() -> Iterator[RankPool]:
 
 
 def recipe(shards: Manifest, run_dir: Path, parallel: Parallel | None = None, norm: str = "global", allowed: int = 1) -> Config:
-    return Config(
-        run_dir=str(run_dir),
-        data=Data(shards=str(shards.folder), image_size=16, workers=0),
-        batch=Batch(global_size=24),
+    return small_run(
+        shards.folder,
+        run_dir,
         model=Model(encoder="small_resnet", projector_dim=16, norm=norm),  # type: ignore[arg-type]
         optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0, clip_norm=1.0),
         train=Train(epochs=1, precision="float32", log_every=1, diagnose_every=9, knn_every=0, threads=1),
         checkpoint=Checkpointing(every_steps=9),
         parallel=parallel or Parallel(),
         guard=Guard(max_skipped=allowed),
-        tracking=Tracking(name="none"),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clae_dist.config import Batch, Checkpointing, Config, Data, Guard, Launch, Model, Optim, Tracking, Train
+from clae_dist.config import Checkpointing, Config, Guard, Launch, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers import local
@@ -22,6 +22,7 @@ from clae_dist.training import run as training
 from clae_dist.training.saving import Saving
 from clae_dist.world import World
 from tests.ranks import RankPool
+from tests.small_run import small_run
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def recipe(shards: Manifest, run_dir: Path) -> Config:
-    return Config(
-        run_dir=str(run_dir),
-        data=Data(shards=str(shards.folder), image_size=16, workers=0),
-        batch=Batch(global_size=24),
-        model=Model(encoder="small_resnet", projector_dim=16),
-        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0),
+    return small_run(
+        shards.folder,
+        run_dir,
         train=Train(epochs=1, log_every=1, diagnose_every=9, knn_every=0.5, threads=1),
         checkpoint=Checkpointing(every_steps=2),
         launch=Launch(workers=2, max_failures=0),
-        tracking=Tracking(name="none"),
     )
 
 

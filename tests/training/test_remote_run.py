@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import Batch, Checkpointing, Config, Data, Model, Optim, Tracking, Train
+from clae_dist.config import Batch, Checkpointing, Config, Data, Train
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import load_checkpoint
@@ -21,6 +21,7 @@ from clae_dist.training.run import train
 from clae_dist.world import World
 from tests.http_faults import Fault, serve
 from tests.ranks import RankPool
+from tests.small_run import small_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,15 +32,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def recipe(shards: str, run_dir: Path, **data: Any) -> Config:
-    return Config(
-        run_dir=str(run_dir),
+    return small_run(
+        shards,
+        run_dir,
         data=Data(shards=shards, image_size=16, workers=0, timeout_s=1.0, cache=str(run_dir.parent / "cache"), **data),
         batch=Batch(global_size=12),
-        model=Model(encoder="small_resnet", projector_dim=16),
-        optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.0),
         train=Train(epochs=2, precision="float32", knn_every=1, threads=1),
         checkpoint=Checkpointing(every_steps=4),
-        tracking=Tracking(name="none"),
     )
 
 

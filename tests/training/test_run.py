@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import Attack, Batch, Checkpointing, Config, ConfigError, Data, Model, Optim, Tracking, Train
+from clae_dist.config import Attack, Batch, Checkpointing, Config, ConfigError, Model, Optim, Train
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
@@ -26,6 +26,7 @@ from clae_dist.training.saving import Saving
 from clae_dist.world import RankError, World
 from tests.parallel.expected_steps import largest_difference
 from tests.ranks import RankPool
+from tests.small_run import small_run
 
 STEPS = 8  # two epochs of 100 images in batches of 24
 
@@ -36,11 +37,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def recipe(shards: Manifest, run_dir: Path, precision: str = "float32", **train: Any) -> Config:
-    return Config(
-        run_dir=str(run_dir),
-        data=Data(shards=str(shards.folder), image_size=16, workers=0),
-        batch=Batch(global_size=24),
-        model=Model(encoder="small_resnet", projector_dim=16),
+    return small_run(
+        shards.folder,
+        run_dir,
         optim=Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0.5),
         train=Train(
             **{
@@ -54,7 +53,6 @@ def recipe(shards: Manifest, run_dir: Path, precision: str = "float32", **train:
             }
         ),
         checkpoint=Checkpointing(every_steps=3),
-        tracking=Tracking(name="none"),
     )
 
 
