@@ -110,7 +110,7 @@ known_address() { # of the cluster that this host is part of
 # ---- a host of the cluster ----
 
 start_node() { # start_node WHAT OPTION …: in the background, until `stop`
-  local what=$1 waited=0
+  local what=$1 attempt waited
   shift
   local run=(env PYTHONPATH="$PYTHONPATH" "${ray_variables[@]}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface"
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m ray.scripts.scripts start --block "$@"
@@ -122,17 +122,23 @@ start_node() { # start_node WHAT OPTION …: in the background, until `stop`
   mkdir -p "$temp_dir"
   [ ! -f "$temp_dir/pid" ] || ! kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null ||
     wrong "$temp_dir is in use by a cluster that runs here; stop it ($0 stop --temp-dir $temp_dir), or use another --port."
-  : >"$temp_dir/ray.log" # what an earlier start said is not this one's
-  # Without SIGUSR1: Slurm sends it to every process of a job step, and it is for the run alone.
-  (trap '' USR1; exec setsid "${run[@]}" >"$temp_dir/ray.log" 2>&1 </dev/null) &
-  echo $! >"$temp_dir/pid"
-  while ! grep -q "Ray runtime started" "$temp_dir/ray.log"; do
-    kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null && [ $waited -lt 600 ] || {
-      tail -n 15 "$temp_dir/ray.log" >&2
-      stop_node
+  for ((attempt = 1; ; attempt++)); do
+    : >"$temp_dir/ray.log" # what an earlier start said is not this one's
+    # Without SIGUSR1: Slurm sends it to every process of a job step, and it is for the run alone.
+    (trap '' USR1; exec setsid "${run[@]}" >"$temp_dir/ray.log" 2>&1 </dev/null) &
+    echo $! >"$temp_dir/pid"
+    for ((waited = 0; waited < 600; waited++)); do
+      ! grep -q "Ray runtime started" "$temp_dir/ray.log" || return 0
+      kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null || break
+      sleep 0.2
+    done
+    tail -n 15 "$temp_dir/ray.log" >&2
+    stop_node
+    # Ray gives its own processes 30 s, whatever the machine is busy with.
+    if [ $attempt -eq 3 ] || ! grep -q "timed out during startup" "$temp_dir/ray.log"; then
       wrong "Ray did not start as $what; the reason stands above. A port in use? --port takes another."
-    }
-    sleep 0.2; waited=$((waited + 1))
+    fi
+    say "Ray was not up within its 30 s; trying again (attempt $((attempt + 1)) of 3)." >&2
   done
 }
 
