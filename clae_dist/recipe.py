@@ -243,7 +243,8 @@ def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
             lines.append(f"{prefix}:")
             section = prefix
         plain = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+        text = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
+        text = text.removesuffix("\n").removesuffix("\n...")
         comment = f"  # {comments[key]}" if comments and key in comments else ""
         lines.append(f"{'  ' if dot else ''}{name}: {text}{comment}")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from urllib.parse import quote, urlsplit, urlunsplit
 
 _SCHEME = re.compile(r"([a-zA-Z][\w+.-]*)://")
@@ -62,7 +63,7 @@ def redact(entry: str) -> str:
     """An entry as logs and errors may show it: no user, no password, nothing after "?", of a pipe only the program's name."""
     kind = scheme(entry)
     if kind == "pipe":
-        return f"{PIPE}{next(iter(entry[len(PIPE) :].split()), '')} …"
+        return f"{PIPE}{_program(entry)} …"
     if not kind:
         return entry
     parts = urlsplit(entry)
@@ -87,7 +88,17 @@ def _command_without_secrets(entry: str) -> str:
     words = entry[len(PIPE) :].split()
     if words and words[0] in _UNPACKERS and not _SHELL.search(entry) and "://" not in entry:
         return entry
-    return f"{PIPE}{next(iter(words), '')} {HIDDEN}"
+    return f"{PIPE}{_program(entry)} {HIDDEN}"
+
+
+def _program(entry: str) -> str:
+    """The program that a pipe starts, without what is assigned before it; "" where that is not a plain word."""
+    try:
+        words = shlex.split(entry[len(PIPE) :])
+    except ValueError:  # a quotation that does not end
+        return ""
+    word = next((word for word in words if "=" not in word), "")
+    return word if re.fullmatch(r"[\w./+-]*", word) else ""
 
 
 def uri_without_secrets(uri: str) -> str:

@@ -36,7 +36,7 @@ def until(slurm: Slurm, job: str, states: set[str], output: Path, timeout_s: flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
     launcher: str, slurm: Slurm, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed_two: Path
 ) -> None:

@@ -182,7 +182,6 @@ def _has(server: Server, run_dir: Path, images_seen: int) -> bool:
     return any(one.step >= images_seen for run in runs for one in client.get_metric_history(run.info.run_id, "loss"))
 
 
-@pytest.mark.chaos  # minutes; not seen to its end yet
 def test_secrets_reach_no_file_no_console_and_no_server(
     team: tuple[Postgres, Server], proxy: Proxy, shards: Manifest, tmp_path: Path
 ) -> None:
