@@ -1,12 +1,35 @@
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ranks import RankPool
+
+_HERE = Path(__file__).parent
+_LAST = ["test_main_job.py", "launchers", "hosts", "chaos"]  # whole runs, in this order after all else
+_BEGIN = time.monotonic()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(_HERE).parts[0]
+        return _LAST.index(name) if name in _LAST else -1
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where time is short (CI, a slow machine): slow tests do not begin after CLAE_TEST_MINUTES, and are named as skipped."""
+    minutes = float(os.environ.get("CLAE_TEST_MINUTES") or "inf")
+    if item.get_closest_marker("slow") and time.monotonic() - _BEGIN > 60 * minutes:
+        pytest.skip(f"slow, and CLAE_TEST_MINUTES={minutes:g} are over")
 
 
 @pytest.fixture(scope="session", autouse=True)
