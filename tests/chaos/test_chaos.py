@@ -28,7 +28,7 @@ STEPS_PER_EPOCH = NUM_IMAGES // GLOBAL_SIZE
 EVERY_STEPS = 16  # a fault
 # An encoder without batch statistics: collectives of three ranks on two cores are most of a step otherwise.
 RECIPE = f"""\
-data: {{image_size: 32, workers: 0, cache_bytes: 60000, prefetch_shards: 2, timeout_s: 5, verify: size}}
+data: {{image_size: 32, workers: 0, cache_bytes: 800000, prefetch_shards: 2, timeout_s: 5, verify: size}}
 batch: {{global_size: {GLOBAL_SIZE}}}
 model: {{encoder: timm/test_convnext, projector_dim: 16}}
 optim: {{name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}}
