@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -101,9 +102,17 @@ def forkserver() -> BaseContext:
     return context
 
 
-def leave_signals_to_the_rank(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the rank still needs its batches to end in good order."""
+def leave_signals_to_the_rank(worker: int = 0) -> None:
+    """Ctrl-C reaches every process of a terminal, and what a scheduler sends every one of a job: the rank still needs its batches
+    to end in good order. After SIGTERM, by which torch ends loaders that stay, too, this process is there for half a minute.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    signal.alarm(30)
 
 
 def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:

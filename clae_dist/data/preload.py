@@ -3,12 +3,11 @@
 import atexit
 import gc
 import os
-import signal
 
-import clae_dist.data.loader  # noqa: F401
 from clae_dist.data.decode import torchvision_decoder
+from clae_dist.data.loader import leave_signals_to_the_rank
 
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's notice goes to every process of a job step; it is for the ranks
+leave_signals_to_the_rank()
 torchvision_decoder()  # imports torchvision, which the first image would
 gc.collect()
 gc.freeze()  # the garbage collector would write to every object, and a page that is written to is a page of one's own

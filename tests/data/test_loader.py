@@ -8,9 +8,11 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -59,6 +61,23 @@ def test_the_same_pixels_for_every_number_of_ranks_and_workers(manifest: Manifes
     parts = [batches(manifest, rank, size, workers if rank == 0 else 0) for rank in range(size)]
     for step in range(STEPS):
         assert_same(together([part[step] for part in parts]), wanted[step])
+
+
+def test_batches_come_on_after_a_schedulers_sigterm(manifest: Manifest) -> None:
+    """Slurm sends it to every process of a job; the rank has a step to end and a checkpoint to write."""
+    config = Config(data=Data(image_size=16, streams=4, shuffle_shards=2, workers=1), batch=Batch(global_size=8))
+    arriving = load(manifest, config, World.single("cpu"), 0, STEPS)
+    found = [next(arriving)]
+    (server,) = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    try:
+        assert server.children()
+        for process in (server, *server.children()):
+            process.terminate()
+        found += arriving
+    finally:  # it will be gone half a minute from now: the next test is not to meet it
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    for batch, same in zip(found, batches(manifest), strict=True):
+        assert_same(batch, same)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

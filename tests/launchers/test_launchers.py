@@ -191,8 +191,8 @@ def test_a_killed_rank_is_started_again_by_itself(
     ("launcher", "how"),
     [
         ("local", "Ctrl-C"),
-        pytest.param("local", "SIGTERM", marks=pytest.mark.long),
-        pytest.param("local", "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("local", "SIGTERM to all", marks=pytest.mark.slow),
+        pytest.param("local", "SIGUSR1", marks=pytest.mark.long),
         pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow),
     ],
 )
@@ -201,15 +201,16 @@ def test_a_signal_saves_and_leaves(
 ) -> None:
     """checkpoint.every_steps is 1000 here: the checkpoint is the one that the signal asked for.
 
-    Ctrl-C reaches every process of a terminal, loaders too; a rank took the launcher's copy of it for a second one.
+    Ctrl-C reaches every process of a terminal, and Slurm's SIGTERM every one of a job, loaders too; a rank took the launcher's
+    copy of it for a second one.
     """
     arguments = command(recipe, shards, tmp_path / "run", launcher, "checkpoint.every_steps=1000", "data.workers=1")
     with started(arguments) as process:
         read_until(process, "step  5/24")
-        if how == "Ctrl-C":
-            os.killpg(process.pid, signal.SIGINT)
+        if how == "SIGUSR1":
+            process.send_signal(signal.SIGUSR1)
         else:
-            process.send_signal(getattr(signal, how))
+            os.killpg(process.pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
         code, said = finish(process)
     assert code == STOPPED, said
     assert "saved. The same command goes on from there." in said
