@@ -103,7 +103,7 @@ def forkserver() -> BaseContext:
 
 
 def leave_signals_to_the_rank(worker: int = 0) -> None:
-    """Ctrl-C reaches every process of a terminal, and what a scheduler sends every one of a job: the rank still needs its batches
+    """Ctrl-C reaches every process of a terminal, and what a scheduler sends every one of a job: the rank still needs batches
     to end in good order. After SIGTERM, by which torch ends loaders that stay, too, this process is there for half a minute.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
