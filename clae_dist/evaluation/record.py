@@ -11,6 +11,7 @@ from typing import Any
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.recipe import from_yaml
+from clae_dist.runs.folder import IDENTITY_FILE
 from clae_dist.runs.goodput import Goodput, account, read_lines
 
 Line = dict[str, float]
@@ -50,7 +51,7 @@ def read_record(run_dir: Path) -> Record:
         run_dir=run_dir,
         config=from_yaml(path),
         config_text=path.read_text(),
-        identity=_read_json(run_dir / "run.json") or {},
+        identity=_read_json(run_dir / IDENTITY_FILE) or {},
         lines=lines,
         train_s=max((line["time_s"] for line in lines if "time_s" in line), default=None),
         evaluation=_read_json(run_dir / "evaluation.json"),

@@ -15,14 +15,13 @@ from types import FrameType
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.files import write_atomically
 from clae_dist.launchers.local import default_workers
-from clae_dist.launchers.rank import FAILED, STOPPED, Ending, run_rank
+from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, run_rank
 from clae_dist.recipe import Setting, build, flatten
-from clae_dist.runs.folder import STOP_FILE
+from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE
 
 _POLL_S = 0.2
-_ENDING = ".ending.json"  # what rank 0 leaves in the run folder for this process
+_NAMESPACE = "clae-dist"  # in Ray's own store, where rank 0 leaves its ending for this process: the disk may be full
 
 
 def _import_ray() -> Any:
@@ -48,7 +47,13 @@ def _rank_main(settings: dict[str, Any]) -> None:
     config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
     ending = run_rank(config, settings["origins"], settings["debug"], None)
     if os.environ.get("RANK") == "0":
-        write_atomically(config.folder / _ENDING, json.dumps(vars(ending)).encode())
+        _store()._internal_kv_put(settings["name"], json.dumps(vars(ending)), namespace=_NAMESPACE)
+
+
+def _store() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -108,7 +113,7 @@ def _quieten(ray: Any) -> None:
     ray._private.worker.print_to_stdstream = lambda *arguments, **settings: None
 
 
-def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Any:
+def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -119,11 +124,16 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
     scaling = ScalingConfig(num_workers=(sizes[0], sizes[-1]) if cluster else sizes[-1], use_gpu=use_gpu)
     settings: dict[str, Any] = {
         "train_loop_per_worker": _rank_main,
-        "train_loop_config": {"config": {**flatten(config), "run_dir": str(folder)}, "origins": origins, "debug": debug},
+        "train_loop_config": {
+            "config": {**flatten(config), "run_dir": str(folder)},
+            "origins": origins,
+            "debug": debug,
+            "name": name,
+        },
         "scaling_config": scaling,
         "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(config.guard.timeout_s)),
         "run_config": RunConfig(
-            name=f"ray-{os.getpid()}-{time.time_ns()}",
+            name=name,
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=config.launch.max_failures),
         ),
@@ -143,9 +153,9 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
 def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Ending:
     folder = config.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(ray, config, origins, sizes, debug)
+    name = f"ray-{os.getpid()}-{time.time_ns()}"
+    trainer = _trainer(ray, config, origins, sizes, debug, name)
     result: dict[str, Exception] = {}
-    (folder / _ENDING).unlink(missing_ok=True)
 
     def fit() -> None:
         try:
@@ -165,14 +175,14 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
         if debug:
             raise result["error"]
         return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
-    try:
-        ending = Ending(**json.loads((folder / _ENDING).read_text()))
-    except FileNotFoundError:
+    told = _store()._internal_kv_get(name, namespace=_NAMESPACE)
+    _store()._internal_kv_del(name, namespace=_NAMESPACE)
+    ending = Ending(**json.loads(told))
+    if ending.code in (OK, STOPPED) and not (folder / IDENTITY_FILE).exists():
         raise ConfigError(
             f"run_dir is {str(folder)!r}, where the ranks have left nothing for this host; "
             "name a folder on storage that all hosts share."
-        ) from None
-    (folder / _ENDING).unlink()
+        )
     return ending
 
 

@@ -17,6 +17,7 @@ from clae_dist.files import write_atomically
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
 from clae_dist.world import World
 
+IDENTITY_FILE = "run.json"
 STOP_FILE = "STOP"  # a launcher that cannot signal its ranks asks them to stop by making this file
 
 
@@ -63,7 +64,7 @@ def git_revision() -> str:
 def read_identity(run_dir: Path) -> Identity:
     """What run.json holds. Raises ConfigError when it is missing or torn."""
     try:
-        return Identity(**json.loads((run_dir / "run.json").read_text()))
+        return Identity(**json.loads((run_dir / IDENTITY_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"RUN is {str(run_dir)!r}, whose run.json cannot be read ({error}); name the folder of a run."
@@ -96,7 +97,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs.
     """
     folder = config.folder
-    if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
+    if (folder / "config.yaml").is_file() and (folder / IDENTITY_FILE).is_file():
         old, identity = from_yaml(folder / "config.yaml"), read_identity(folder)
         before, now = flatten(old), flatten(config)
         differ = [
@@ -131,7 +132,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     }
     try:
         write_atomically(folder / "config.yaml", to_yaml(shareable(config), origins).encode())
-        write_atomically(folder / "run.json", (json.dumps(current, indent=2) + "\n").encode())
+        write_atomically(folder / IDENTITY_FILE, (json.dumps(current, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigError(
             f"run_dir is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."

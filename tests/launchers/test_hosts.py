@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,6 +135,8 @@ def test_a_run_folder_that_hosts_do_not_share(tmp_path: Path, monkeypatch: pytes
         def fit(self) -> None:
             pass
 
+    told = {"_internal_kv_get": lambda *_, **__: json.dumps(vars(Ending(OK, ""))), "_internal_kv_del": lambda *_, **__: 1}
+    monkeypatch.setattr(ray, "_store", lambda: SimpleNamespace(**told))
     monkeypatch.setattr(ray, "_trainer", lambda *arguments: RanksElsewhere())
     with pytest.raises(ConfigError, match="run_dir is .* nothing for this host; name a folder on storage that all hosts share"):
         ray._fit(None, Config(run_dir=str(tmp_path / "run")), {}, [1], False)
