@@ -15,8 +15,10 @@ from typing import Any
 import ray
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, autoscaling_coordinator_client
 
+_CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
+_PAUSE_S = 0.2
 CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
 
 
@@ -28,6 +30,17 @@ class WorkingSizes(ElasticScalingPolicy):
         self._sizes, self._stop_file, self._check_every_s = sizes, stop_file, check_every_s
         self._checked = float("-inf")
         self._more_at = 0  # a larger size that was possible at the last check, too
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        # The claim of a controller that was killed stands, for 180 s if Ray has its way: the run that takes its place waits.
+        autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = _CLAIM_S
+        super().after_controller_start(train_run_context)
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(_PAUSE_S)  # the controller asks again at once
+        return decision
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(_draining_nodes())
