@@ -73,7 +73,9 @@ def undisturbed(folder: Path, recipe: Path, shards: Manifest, settings: list[str
 
 
 def server(hosts: Hosts, *command: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    quiet = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that nobody needs here
+    command = (sys.executable, "-m", *command)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=quiet)
 
 
 def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed: int, *, tracked: bool) -> list[Mended]:
