@@ -109,18 +109,23 @@ class Room:
         to_come = sum(one.num_bytes - one.on_disk for one in held) + num_bytes - _size(part)
         return shutil.disk_usage(self._folder).free >= to_come + spare
 
-    def _held(self, mine: Path) -> Iterator[_Held]:
-        for entry in os.scandir(self._folder):
-            path = Path(entry.path)
-            if entry.name.startswith(".") or entry.name.endswith(FAILED) or path == mine:
-                continue
+    def _held(self, mine: Path) -> list[_Held]:
+        while True:
             try:
+                return list(self._scan(mine))
+            except FileNotFoundError:  # one that became whole meanwhile has another name, and counts
+                continue
+
+    def _scan(self, mine: Path) -> Iterator[_Held]:
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.name.startswith(".") or entry.name.endswith(FAILED) or path == mine:
+                    continue
                 stat = entry.stat()
                 filling = entry.name.endswith(PART) and _is_locked(path)
                 noted = _size(_room_of(path)) if filling else 0
-            except FileNotFoundError:  # removed, or whole, meanwhile: then it is found the next time
-                continue
-            yield _Held(stat.st_mtime_ns, path, max(stat.st_size, noted), stat.st_size, not filling, noted > 0)
+                yield _Held(stat.st_mtime_ns, path, max(stat.st_size, noted), stat.st_size, not filling, noted > 0)
 
 
 class PartFile(io.BufferedRandom):

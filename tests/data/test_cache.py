@@ -268,6 +268,21 @@ def test_a_fetch_waits_for_the_room_of_another_and_not_for_one_that_died(tmp_pat
     assert names(cache) - {"dead.part"} == {"b"}
 
 
+def test_a_part_that_becomes_whole_while_it_is_counted_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = tmp_path / "a.part"
+    part.write_bytes(b"x" * 1000)
+    real = room._is_locked
+
+    def meanwhile(path: Path) -> bool:
+        if part.exists():
+            part.rename(tmp_path / "a")
+        return real(path)
+
+    monkeypatch.setattr(room, "_is_locked", meanwhile)
+    Cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x" * 1000)).close()
+    assert names(Cache(tmp_path)) == {"b"}
+
+
 def test_a_disk_that_fills_up_under_a_fetch_of_unknown_size_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = room.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=500))
