@@ -74,7 +74,8 @@ def check(pool: RankPool, size: int, way: str, tmp_path: Path) -> None:
     data = sum(math.prod(tensor.shape) * checkpoint[name].itemsize for name, tensor in checkpoint.index.tensors.items())
     sizes = [file.num_bytes for file in checkpoint.index.files.values()]
     assert data <= sum(sizes) < data + 12_000 * size  # every element once; the rest are headers
-    assert max(sizes) < 1.5 * min(sizes)
+    if (way, size) != ("fsdp2", 4):  # torch's fully_shard deals rows out: of 6, the last of 4 ranks gets none
+        assert max(sizes) < 1.5 * min(sizes)
     assert_same(pool.run(size, go_on, way, tmp_path, HALF, KINDS[HALF:], False)[0], straight)
     assert_same(go_on(World.single("cpu"), "ddp", tmp_path, HALF, [], False), half)  # one rank, another backend
 
