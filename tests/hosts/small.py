@@ -21,9 +21,9 @@ STEPS = 24
 LONG, LONG_STEPS = ("train.epochs=30", "train.precision=float64"), 120
 RECIPE = """\
 name: small
-data: {image_size: 32, workers: 0}
+data: {image_size: 8, workers: 0}
 batch: {global_size: 24}
-model: {encoder: timm/test_convnext, projector_dim: 16}
+model: {encoder: small_resnet, projector_dim: 16}
 optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
 train: {epochs: 6, threads: 1, log_every: 1, diagnose_every: 100, knn_every: 0}
 tracking: {name: none}
