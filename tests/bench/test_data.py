@@ -26,6 +26,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 12, 80, num_shards=2)
 
 
+@pytest.mark.slow
 def test_every_stage_beside_its_peers(manifest: Manifest) -> None:
     outcome = data.bench(SETTINGS, str(manifest.folder), torch.device("cpu"), lambda text: None)
     found = json.loads(outcome.as_json())

@@ -19,6 +19,7 @@ VIT = steps.Kind("small ViT", "four_blocks/vit_tiny_patch16_224", 8, 4)
 NAMES = ["plain", "original", "exact", "fused", "fused_half"]
 
 
+@pytest.mark.slow
 def test_rows_say_units_and_count_flops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Flops do not depend on what else the machine does: they are the units but for the first and last layers."""
     monkeypatch.setattr(step, "QUICK", step.Settings((RESNET, VIT), repeats=1))

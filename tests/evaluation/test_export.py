@@ -47,6 +47,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_loads_without_this_package(make_run: MakeRun, tmp_path: Path) -> None:
     """The exact lines of each export's README, in a process that cannot import clae_dist."""
     runs = []

@@ -77,6 +77,7 @@ def test_what_is_wrong_is_said_with_the_way_out(arguments: list[str], words: str
     assert done.stderr.startswith("torchrun: ")
 
 
+@pytest.mark.slow
 def test_numbers_of_hosts_that_cannot_share_the_batch_are_refused_at_the_start(
     hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path
 ) -> None:

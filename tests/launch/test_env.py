@@ -71,6 +71,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_at_once_make_one_environment_whose_clae_works_anywhere(checkout: Checkout, tmp_path: Path) -> None:
     both = [checkout.start() for _ in range(2)]
     ended: list[Any] = [process.communicate(timeout=200) for process in both]
@@ -94,6 +95,7 @@ def test_two_at_once_make_one_environment_whose_clae_works_anywhere(checkout: Ch
         assert (done.returncode, done.stdout) == (7, "clae ['a b', '$HOME'] [42]\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_an_install_that_was_killed_is_started_over_without_a_network(checkout: Checkout) -> None:
     no_network = {"PIP_NO_INDEX": "", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
     first = checkout.start()
@@ -115,6 +117,7 @@ def test_an_install_that_was_killed_is_started_over_without_a_network(checkout: 
     assert "using" in checkout.run(**no_network)[2]
 
 
+@pytest.mark.slow
 def test_what_pip_cannot_install_is_told_and_not_taken_for_an_environment(checkout: Checkout) -> None:
     checkout.asks_for(["a-package-of-nobody"])
     code, out, err = checkout.run()

@@ -75,7 +75,7 @@ EVERY += [("deepspeed", f"parallel.zero_stage={stage}") for stage in (0, 2, 3)]
 @pytest.mark.parametrize(
     ("launcher", "settings"),
     [
-        ("torchrun", EVERY[0]),
+        pytest.param("torchrun", EVERY[0], marks=pytest.mark.slow),
         pytest.param("torchrun", EVERY[2], marks=pytest.mark.long),
         pytest.param("local", EVERY[1], marks=pytest.mark.slow),
         pytest.param("local", EVERY[3], marks=pytest.mark.long),

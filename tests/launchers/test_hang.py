@@ -120,7 +120,7 @@ def undisturbed(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize(
     ("work", "cause", "answer"),
     [
-        (stopped, "does not answer: stopped, killed or cut off", 1),
+        pytest.param(stopped, "does not answer: stopped, killed or cut off", 1, marks=pytest.mark.slow),
         (in_data, "waits for data, which the loader does not give", 2),
         pytest.param(in_a_collective, "where no other rank comes; rank 0 on", 2, marks=pytest.mark.slow),
     ],

@@ -143,6 +143,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path, shards: 
     return run_dir
 
 
+@pytest.mark.slow
 def test_torchrun_trains_to_the_same_bits(recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path) -> None:
     run(command(recipe, shards, tmp_path / "run", "torchrun"))
     assert_bitwise(tmp_path / "run", undisturbed)
@@ -190,7 +191,7 @@ def test_a_killed_rank_is_started_again_by_itself(
 @pytest.mark.parametrize(
     ("launcher", "how"),
     [
-        ("local", "Ctrl-C"),
+        pytest.param("local", "Ctrl-C", marks=pytest.mark.slow),
         pytest.param("local", "SIGTERM to all", marks=pytest.mark.slow),
         pytest.param("local", "SIGUSR1", marks=pytest.mark.long),
         pytest.param("ray", "Ctrl-C", marks=pytest.mark.slow),
@@ -243,6 +244,7 @@ def _handles(pid: int, number: int) -> bool:
     return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_launcher_that_was_killed(recipe: Path, shards: Manifest, tmp_path: Path) -> None:
     with started(command(recipe, shards, tmp_path / "run", "local")) as process:
         read_until(process, "step  5/24")

@@ -34,6 +34,7 @@ def start_beside(world: World, folder: str) -> tuple[str, str]:
     return out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_compile_is_explained_and_stops_nobody(tmp_path: Path) -> None:
     """DeepSpeed itself waits for such a lock for ever. A pool of its own: extensions are loaded once in a process."""
     lock = lock_in(tmp_path)

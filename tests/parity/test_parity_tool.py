@@ -163,6 +163,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_object() -> None:
     done = command("data.image_size=16", "--world-size", "2", "--steps", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -174,6 +175,7 @@ def test_the_command_prints_one_json_object() -> None:
     assert (found["world_size"], found["backend"], found["dtype"], found["passed"]) == (2, "ddp", "float64", True)
 
 
+@pytest.mark.slow
 def test_the_command_fails_with_exit_code_1() -> None:
     done = command("data.image_size=16", "model.norm=local", "--world-size", "2", "--steps", "1")
     assert done.returncode == 1

@@ -92,6 +92,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.slow
 def test_tracking_none_works_where_mlflow_is_not_installed_and_mlflow_says_what_to_do(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_MLFLOW, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=Path(__file__).parents[2])

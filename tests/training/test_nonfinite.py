@@ -148,6 +148,7 @@ def _flat(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_more_than_allowed_end_the_run_also_after_a_restart(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run", allowed=1)
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=1))

@@ -57,6 +57,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return dict(checkpoint.state()["model"])
 
 
+@pytest.mark.slow
 def test_a_run_under_faults_ends_with_the_local_runs_weights(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     ranks.run(2, train_on, recipe(str(shards.folder), tmp_path / "local"))
     with serve(shards.folder) as server:

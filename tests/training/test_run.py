@@ -172,6 +172,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert_bitwise(final(config), final(undisturbed(3)))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(
     ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_bitwise(final(config), final(undisturbed(3)))
 
 
+@pytest.mark.slow
 def test_world_sizes_train_to_the_same_weights(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     """The same images, pixels, negatives and attack in every global batch: only the order of summation differs."""
     states = {}
@@ -218,6 +220,7 @@ def test_what_is_logged(undisturbed: Callable[[int], Config]) -> None:
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
 
 
+@pytest.mark.slow
 def test_diagnosing_changes_nothing(
     ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
 ) -> None:
@@ -336,6 +339,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manif
     assert found[0][1].endswith("(on rank 1 of 3)")  # though every rank's loss is, with its rows among the negatives
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_never_saved(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     """The loss was finite: clipping then makes every weight a NaN, in the very step that is saved."""
     config = recipe(shards, tmp_path / "run")
@@ -346,6 +350,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(ranks: RankPool, shards: M
     assert find_checkpoints(config.folder) == []
 
 
+@pytest.mark.slow
 def test_a_rank_with_fewer_rows_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     """A plain error rather than collectives that wait for ever."""
     found = ranks.run(3, outcome, recipe(shards, tmp_path / "run"), "one rank's batch is short")
@@ -354,6 +359,7 @@ def test_a_rank_with_fewer_rows_ends_all_ranks(ranks: RankPool, shards: Manifest
     assert "rank 2's batch has 7 rows where every rank needs 8" in found[0][1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_and_leaves_the_old_checkpoint(
     ranks: RankPool, shards: Manifest, tmp_path: Path, undisturbed: Callable[[int], Config]
 ) -> None:
@@ -483,6 +489,7 @@ def test_an_image_that_one_rank_cannot_read_ends_all_ranks_with_its_name(
     assert [json.loads(line)["sample"] for line in lines] == ["sample 3 of train-000001.tar"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", [1, 0.01])
 def test_within_the_budget_another_image_stands_in_for_it_after_a_restart_too(
     ranks: RankPool, damaged: Manifest, tmp_path: Path, allowed: float
@@ -526,6 +533,7 @@ def test_a_run_that_waits_for_data_says_once_what_to_change(
     assert "data.workers is 0 a rank" in said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_on_on_other_ranks_and_is_evaluated_on_its_first_set(
     ranks: RankPool, shards: Manifest, tmp_path: Path
 ) -> None:
