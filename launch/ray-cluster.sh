@@ -211,7 +211,8 @@ lead_allocation() { # the first node: head, then the run, then everybody's end
 
 follow_allocation() { # the other nodes: join when the head is there, and leave when it is done
   local waited=0
-  trap : USR1 TERM
+  trap '' USR1 # Slurm sends it to what this script starts, too
+  trap : TERM
   trap stop_node EXIT
   until [ -f "$token" ] && ask_ray check "$head:$port" 2>"/tmp/clae-check-$$"; do
     [ $waited -lt 120 ] || { cat "/tmp/clae-check-$$" >&2; exit 2; }
@@ -220,7 +221,7 @@ follow_allocation() { # the other nodes: join when the head is there, and leave 
   rm -f "/tmp/clae-check-$$"
   target=$head
   start_worker
-  while [ ! -f "$token.done" ] && kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null; do sleep 1; done
+  while [ ! -f "$token.done" ] && kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null; do sleep 1 || true; done
 }
 
 find_env
