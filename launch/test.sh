@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs every check: lint, format, types, import rules, shell scripts, tests.
 #
-#   ./launch/test.sh                    all of it (tests marked slow only where CI=true; `-m long`, `-m chaos`: hours)
+#   ./launch/test.sh                    all of it (tests marked slow only where CI=true; longer still: `-m long`, `-m chaos`)
 #   ./launch/test.sh -k gather          what follows goes to pytest
 #
 # Stops at the first check that fails. The last lines are pytest's own.

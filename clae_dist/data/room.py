@@ -20,6 +20,7 @@ from clae_dist.data.manifest import DataError
 PART, FAILED, ROOM = ".part", ".failed", ".room"
 _FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
 _LOCK = ".room.lock"
+_SCANS = 1000
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,12 @@ class Room:
         return shutil.disk_usage(self._folder).free >= to_come + spare
 
     def _held(self, mine: Path) -> list[_Held]:
-        while True:
+        for _ in range(_SCANS):
             try:
                 return list(self._scan(mine))
             except FileNotFoundError:  # one that became whole meanwhile has another name, and counts
                 continue
+        raise DataError(f"data.cache {self._folder} holds what cannot be found, or is gone; name another folder.")
 
     def _scan(self, mine: Path) -> Iterator[_Held]:
         with os.scandir(self._folder) as entries:

@@ -283,6 +283,12 @@ def test_a_part_that_becomes_whole_while_it_is_counted_is_counted(tmp_path: Path
     assert names(Cache(tmp_path)) == {"b"}
 
 
+def test_a_link_to_nothing_ends_the_counting(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds what cannot be found"):
+        Cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x"))
+
+
 def test_a_disk_that_fills_up_under_a_fetch_of_unknown_size_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = room.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=500))
