@@ -22,7 +22,7 @@ from clae_dist.recipe import to_yaml
 from clae_dist.runs.checkpoint import Checkpoint, Piece, Writer, find_checkpoints, load_checkpoint
 from clae_dist.runs.checkpoint.index import DamagedError, _digest
 from clae_dist.runs.checkpoint.pieces import share_of
-from clae_dist.runs.checkpoint.write import outdated
+from clae_dist.runs.checkpoint.write import HostMemory, outdated
 from tests.checkpoints import CPU, pieces_of, write_checkpoint
 from tests.mutations import mutate
 
@@ -106,6 +106,16 @@ def test_a_save_is_of_the_moment_it_began(tmp_path: Path, monkeypatch: pytest.Mo
     writer.join()
     assert writer.problem == ""
     assert Checkpoint(find_checkpoints(tmp_path)[0])["model/w"].eq(1).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_tensors_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr("clae_dist.runs.checkpoint.write._MOVE", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    whole = torch.randint(256, (12_345,), dtype=torch.uint8)
+    pieces = [pieces_of("w", part, 0, 1, sharded=False) for part in (whole, whole[:1000], whole[:1], whole[::3], whole[:0])]
+    copies = HostMemory(pin=False).copy(pieces)
+    assert all(torch.equal(copy, piece.tensor) for copy, piece in zip(copies, pieces, strict=True))
 
 
 def test_a_write_that_is_cancelled_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import json
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_che
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 
 _ALIGN = 64  # bytes
+_MOVE = 4 << 20  # bytes that one thread copies at a time
+_Move = tuple[int, int, int]  # to, from (addresses), bytes
 
 
 class _CancelledError(Exception):
@@ -51,13 +54,20 @@ class HostMemory:
         On a GPU the copies are only queued, ahead of whatever the present stream does next.
         """
         self.reserve(pieces)
-        copies, offset = [], 0
+        copies, moves, offset = [], deque[_Move](), 0
         for piece in pieces:
             held = piece.tensor
             row = self._bytes[offset : offset + held.nbytes].view(held.dtype)
-            copies.append(row.as_strided(held.shape, torch.empty_like(held, device="meta").stride()))
-            _copy(held, copies[-1])
+            copy = row.as_strided(held.shape, torch.empty_like(held, device="meta").stride())
+            if held.device.type == "cpu" and held.stride() == copy.stride():  # no gaps: the copy has none
+                for start in range(0, held.nbytes, _MOVE):
+                    length = min(_MOVE, held.nbytes - start)
+                    moves.append((copy.data_ptr() + start, held.data_ptr() + start, length))
+            else:
+                copy.copy_(held, non_blocking=True)
+            copies.append(copy)
             offset += _room(held)
+        _move(moves)
         return copies
 
 
@@ -65,13 +75,21 @@ def _room(tensor: torch.Tensor) -> int:
     return -(-tensor.nbytes // _ALIGN) * _ALIGN
 
 
-def _copy(held: torch.Tensor, to: torch.Tensor) -> None:
-    """On a CPU by one thread: torch would wake all of its own for every tensor and wait for the last, ten times as long where
-    the cores have other work."""
-    if held.device.type == "cpu" and held.stride() == to.stride():  # no gaps: `to` has none
-        ctypes.memmove(to.data_ptr(), held.data_ptr(), held.nbytes)
-    else:
-        to.copy_(held, non_blocking=True)
+def _move(moves: deque[_Move]) -> None:
+    """Copies by as many threads as torch has. Each takes the next when it has done one: torch's own wait for each other at
+    every tensor, ten times as long where the cores have other work."""
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                ctypes.memmove(*moves.popleft())
+
+    helpers = [threading.Thread(target=work, daemon=True) for _ in range(min(torch.get_num_threads(), len(moves)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
 
 
 class Writer:
