@@ -30,6 +30,7 @@ from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.world import World
 
 _DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
+_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
 class Batch(NamedTuple):
@@ -72,7 +73,8 @@ class TwoViews(Dataset[Batch]):
             boxes = crop_boxes(cut, heights, widths, settings.crop_scale, settings.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
-        augment_draws = torch.from_numpy(draws[:, :, CROP_DRAWS:].astype(np.float32))
+        # float32 makes 1 of what is close to it, once in 30 million; a draw is below 1.
+        augment_draws = torch.from_numpy(np.minimum(draws[:, :, CROP_DRAWS:].astype(np.float32), _BELOW_ONE))
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
@@ -117,8 +119,8 @@ def _end_soon(number: int, frame: FrameType | None) -> None:
 
 def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
     """This rank's batches of the steps first_step … last_step - 1, in order."""
-    reader = ShardReader(manifest, config.data.train_split, config.data.metadata)
     workers = num_workers(config, world.local_size)
+    reader = ShardReader(manifest, config.data.train_split, config.data.metadata, world.local_size * max(1, workers))
     order, steps = make_order(config, reader), range(first_step, last_step)
     batches = iter(
         DataLoader(

@@ -16,8 +16,9 @@ import psutil
 import pytest
 import torch
 
-from clae_dist.config import Batch, Config, Data
-from clae_dist.data import decode
+from clae_dist.config import Augment, Batch, Config, Data
+from clae_dist.data import decode, loader
+from clae_dist.data.augment import augment
 from clae_dist.data.decode import as_tensor, torchvision_decoder
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch as Views
@@ -103,6 +104,18 @@ def test_the_two_views_and_two_epochs_of_an_image_differ(manifest: Manifest) -> 
     assert not torch.equal(first.draws[0], first.draws[1])
     again = int((second.ids == first.ids[0]).nonzero())
     assert not torch.equal(second.draws[0, again], first.draws[0, 0])
+
+
+def test_a_draw_that_rounds_to_one_is_still_below_it(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in 30 million draws: the same step would fail again after every restart."""
+    monkeypatch.setattr(loader, "uniforms", lambda count, *parts: np.full((len(parts[-1]), count), 1 - 2.0**-26))
+    batch = batches(manifest)[0]
+    assert batch.draws.max() < 1
+    images = batch.views[0] / 255
+    augmented = augment(images, batch.draws[0], Augment(jitter=1.0))
+    plain = augment(images, batch.draws[0], Augment(jitter=0.0))
+    assert torch.isfinite(augmented).all()
+    assert not torch.equal(augmented, plain)  # what is certain happens
 
 
 def test_a_shard_cut_short_is_named(manifest: Manifest, tmp_path: Path) -> None:
