@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clae_dist.models.norms import RoutedNorm
+from clae_dist.models.norms import RoutedNorm, statistics_on_copies
 
 
 def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -65,15 +65,11 @@ def _again(module: nn.Module, routes: list[tuple[RoutedNorm, Any]]) -> Iterator[
     before = [(norm, norm.route) for norm, _ in routes]
     # On copies: without running statistics a batch norm would save other tensors than in the first forward.
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    own = [dict(norm._buffers) for norm in norms]
-    for norm in norms:
-        norm._buffers.update({name: value.clone() for name, value in norm._buffers.items() if value is not None})
     for routed, route in routes:
         routed.route = route
     try:
-        yield
+        with statistics_on_copies(norms):
+            yield
     finally:
         for routed, route in before:
             routed.route = route
-        for norm, buffers in zip(norms, own, strict=True):
-            norm._buffers.update(buffers)

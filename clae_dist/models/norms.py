@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -163,13 +163,30 @@ def route_parameters(module: nn.Module, route: Route) -> list[nn.Parameter]:
 def untouched_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, forwards in training mode use batch statistics and leave every running statistic as it is."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
+    # Without running statistics torch 2.15's SyncBatchNorm counts rows in float32, which its kernel refuses with bfloat16 rows.
+    on_copies = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
+    untracked = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]
+    for norm in untracked:
         norm.track_running_stats = False
+    try:
+        with statistics_on_copies(on_copies):
+            yield
+    finally:
+        for norm in untracked:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def statistics_on_copies(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Inside, what forwards do to the running statistics of these layers they do to copies."""
+    own = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: value.clone() for name, value in norm._buffers.items() if value is not None})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, own, strict=True):
+            norm._buffers.update(buffers)
 
 
 def single_route_state(state: dict[str, torch.Tensor], route: Route = "clean") -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from clae_dist.config import Attack, Config, ConfigError, Data, Model
@@ -105,6 +106,20 @@ def test_untouched_statistics_uses_batch_statistics_and_leaves_no_trace() -> Non
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     torch.testing.assert_close(model(x), inside)
     assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_untouched_statistics_of_torchs_sync_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel for bfloat16 needs running statistics to be there, so that it gets copies."""
+    model = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm2d(3)).train()
+    kept = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
+    given, forward = [], F.batch_norm
+    monkeypatch.setattr(F, "batch_norm", lambda x, mean, *more: given.append(mean) or forward(x, mean, *more))
+    with untouched_statistics(model):
+        model(torch.rand(8, 3, 4, 4))
+    assert [mean is None for mean in given] == [False, True]
+    now = dict(model.named_buffers())
+    assert all(now[name] is buffer and torch.equal(buffer, before) for name, buffer, before in kept)
+    assert model[0].track_running_stats
 
 
 def test_simclr_without_attack_has_one_route() -> None:
