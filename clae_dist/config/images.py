@@ -24,7 +24,7 @@ class Data:
     shuffle_shards: int = 8  # shards whose samples are shuffled together
     workers: int = no_effect(-1)  # loader processes a rank; -1 chooses from the cores of this machine
     verify: Literal["sha256", "size"] = no_effect("sha256")  # how shards of this machine are checked when a run starts
-    cache: str = no_effect("")  # folder on this machine for shards from elsewhere; empty: shards/ in the user's cache folder
+    cache: str = no_effect("")  # folder on this machine; shards from elsewhere lie in shards/ there; empty: the user's
     cache_bytes: int = no_effect(0)  # what it may hold, the least recently used goes first; 0: what the disk has, less 1 GiB
     prefetch_shards: int = no_effect(8)  # from elsewhere that a rank fetches ahead of need; 0: none
     timeout_s: float = no_effect(30.0)  # without a byte, after which a connection is cut and tried again

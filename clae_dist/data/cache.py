@@ -29,6 +29,7 @@ class Cache:
 
     def __init__(self, folder: Path, limit_bytes: int = 0) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
+        self.room = Room(folder, limit_bytes)
 
     def open(self, name: str, num_bytes: int, fill: Fill) -> IO[bytes]:
         """The file, open for reading. `fill` writes it (into what an earlier process left of it) when it is not there.
@@ -74,15 +75,14 @@ class Cache:
             failed.unlink(missing_ok=True)
 
     def _fill_part(self, part: Path, file: io.FileIO, num_bytes: int, fill: Fill) -> None:
-        room = Room(self.folder, self.limit_bytes)
         try:
-            room.reserve(part, num_bytes)
-            with PartFile(io.FileIO(os.dup(file.fileno()), "r+b"), room, part, num_bytes) as buffered:
+            self.room.reserve(part, num_bytes)
+            with PartFile(io.FileIO(os.dup(file.fileno()), "r+b"), self.room, part, num_bytes) as buffered:
                 fill(buffered)
                 buffered.flush()
                 os.fsync(buffered.fileno())
         finally:
-            room.give_back(part)
+            self.room.give_back(part)
 
     def remove_leftovers(self) -> None:
         """Parts that nobody has filled for a day, and what is noted of fetches that failed before then."""

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,9 +53,8 @@ class ShardFiles(Protocol):
     def where(self) -> str:
         """As logs and errors may show it."""
 
-    @property
-    def max_open(self) -> int:
-        """Shards that a process may keep mapped."""
+    def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
+        """How many shards, of these that it reads, each of so many processes may keep mapped."""
 
     @property
     def any_remote(self) -> bool:

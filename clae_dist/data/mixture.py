@@ -93,9 +93,8 @@ class MixedFiles:
     def where(self) -> str:
         return " and ".join(one.where for one in self.sets)
 
-    @property
-    def max_open(self) -> int:
-        return min((one.files.max_open for one in self.sets if one.files), default=MAX_OPEN)
+    def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
+        return min((one.files.max_open(shard_bytes, processes) for one in self.sets if one.files), default=MAX_OPEN)
 
     @property
     def any_remote(self) -> bool:

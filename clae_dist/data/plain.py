@@ -10,7 +10,7 @@ import platform
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -56,7 +56,6 @@ class PlainShards:
     text: str = field(repr=False)  # as the user wrote it
     sources: dict[str, str] = field(repr=False)
     fetching: Fetching
-    max_open: int = MAX_OPEN
 
     @property
     def where(self) -> str:
@@ -65,6 +64,9 @@ class PlainShards:
     @property
     def any_remote(self) -> bool:
         return any(map(scheme, self.sources.values()))
+
+    def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
+        return self.fetching.max_open(shard_bytes, processes) if self.any_remote else MAX_OPEN
 
     def describe(self) -> str:
         return self.fetching.describe() if self.any_remote else f"indices kept in {self.fetching.cache.folder}"
@@ -262,7 +264,7 @@ def _manifest(files: PlainShards, records: list[Record]) -> Manifest:
         quarantined=0,
         preparation={},
         digest=content_digest(facts),
-        files=PlainShards(files.text, files.sources, files.fetching, files.fetching.max_open(max(s.bytes for s in shards))),
+        files=files,
     )
 
 

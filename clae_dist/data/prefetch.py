@@ -12,6 +12,7 @@ from clae_dist.data.fetch import Stopped
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.mixture import MixedOrder
 from clae_dist.data.order import Order
+from clae_dist.data.remote import Fetching
 from clae_dist.world import World
 
 Item = TypeVar("Item")
@@ -118,11 +119,17 @@ def working_set(config: Config, manifest: Manifest, world: World) -> tuple[int, 
 def advice(config: Config, manifest: Manifest, world: World) -> Iterator[str]:
     """What to change when the cache cannot hold what is read at a time."""
     in_use, largest = working_set(config, manifest, world)
-    limit = config.data.cache_bytes
-    if limit and in_use > limit:
+    limit, cache = config.data.cache_bytes, Fetching.of(config.data).cache
+    has = cache.room.size()
+    if in_use > has:
+        holds = (
+            f"data.cache_bytes {has / 1e9:.3g} GB holds"
+            if limit
+            else f"the disk of {cache.folder} has for it ({has / 1e9:.3g} GB)"
+        )
+        way_out = f"data.cache_bytes={in_use + largest}" if limit else "a data.cache on a larger disk"
         yield (
             f"data: up to {in_use // largest} shards are read from at a time (data.streams {config.num_streams} x "
-            f"data.shuffle_shards {config.data.shuffle_shards}), {in_use / 1e9:.3g} GB, more than data.cache_bytes "
-            f"{limit / 1e9:.3g} GB holds: shards will be fetched again and again. data.cache_bytes={in_use + largest} "
-            f"would do{'' if config.data.mixture else ', or fewer streams'}."
+            f"data.shuffle_shards {config.data.shuffle_shards}), {in_use / 1e9:.3g} GB, more than {holds}: shards will be "
+            f"fetched again and again. {way_out} would do{'' if config.data.mixture else ', or fewer streams'}."
         )

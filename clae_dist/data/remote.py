@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,7 @@ from clae_dist.data.urls import join, redact
 from clae_dist.world import cache_home
 
 MAX_OPEN = 512
+FOLDER = "shards"  # in data.cache
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,11 +36,16 @@ class Fetching:
 
     @property
     def cache(self) -> Cache:
-        return Cache(Path(self.folder) if self.folder else cache_home() / "shards", self.limit_bytes)
+        """In a folder of its own: what it does not use any more, it deletes."""
+        return Cache((Path(self.folder) if self.folder else cache_home()) / FOLDER, self.limit_bytes)
 
-    def max_open(self, shard_bytes: int) -> int:
-        """Shards that a process may keep mapped: what it maps holds disk space even after the cache has removed it."""
-        return MAX_OPEN if not self.limit_bytes else max(2, min(MAX_OPEN, self.limit_bytes // max(1, shard_bytes)))
+    def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
+        """What is mapped holds disk space even after the cache has removed it: where the cache cannot hold all shards, those
+        that are mapped may take half as much again."""
+        has = self.cache.room.size()
+        if sum(shard_bytes) <= has:
+            return MAX_OPEN
+        return max(2, min(MAX_OPEN, has // (2 * processes * max(shard_bytes))))
 
     def describe(self) -> str:
         limit = f"at most {self.limit_bytes / 1e9:.3g} GB" if self.limit_bytes else "as much as the disk has"
@@ -51,12 +58,14 @@ class RemoteFolder:
 
     url: str = field(repr=False)
     fetching: Fetching
-    max_open: int = MAX_OPEN
     any_remote: bool = True
 
     @property
     def where(self) -> str:
         return redact(self.url)
+
+    def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
+        return self.fetching.max_open(shard_bytes, processes)
 
     def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
         check = digest_check(shard.bytes, shard.sha256)
@@ -103,5 +112,4 @@ def load_remote_manifest(url: str, data: Data) -> Manifest:
                 f"{where}/{FILE_NAME} gives {shard.name} the sha256 {shard.sha256!r} and its index {shard.index_sha256!r}, "
                 "which are none; prepare the set again."
             )
-    largest = max((shard.bytes for shard in shards), default=0)
-    return replace(manifest, files=RemoteFolder(url, fetching, fetching.max_open(largest)))
+    return replace(manifest, files=RemoteFolder(url, fetching))

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,17 @@ class Room:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder, self._limit_bytes = folder, limit_bytes
+
+    def size(self) -> int:
+        """Bytes that there may be in all: the limit, or what the disk has for them."""
+        if self._limit_bytes:
+            return self._limit_bytes
+        there = next(folder for folder in (self._folder, *self._folder.parents) if folder.is_dir())
+        own = 0
+        for path in self._folder.glob("[!.]*"):
+            with suppress(FileNotFoundError):  # it became whole, or has gone
+                own += path.stat().st_size
+        return max(0, shutil.disk_usage(there).free + own - _FREE_BYTES)
 
     def reserve(self, part: Path, num_bytes: int) -> None:
         """Room for `part`, which this process has locked, to become `num_bytes`. The least recently used files go for it.

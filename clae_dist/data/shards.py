@@ -41,21 +41,25 @@ class Sample:
 class ShardReader:
     """The images of one split, by (shard, row). Opens shards when first read; safe to send to loader processes.
 
-    `metadata`: kinds of files (`json`, `txt`) that `read_or_next` gives along with an image.
+    `metadata`: kinds of files (`json`, `txt`) that `read_or_next` gives along with an image. `processes`: how many of this
+    machine read from the same disk.
     """
 
-    def __init__(self, manifest: Manifest, split: str, metadata: tuple[str, ...] = ()) -> None:
+    def __init__(self, manifest: Manifest, split: str, metadata: tuple[str, ...] = (), processes: int = 1) -> None:
         self.manifest = manifest
         self.split = split
-        self._kinds = metadata
-        self.sizes = [shard.samples for shard in manifest.shards(split)]
+        self._kinds, self._processes = metadata, processes
+        shards = manifest.shards(split)
+        self.sizes = [shard.samples for shard in shards]
         self._first_id = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self._open = lru_cache(manifest.files.max_open if manifest.files else _OPEN_SHARDS)(self._map)
+        files = manifest.files
+        max_open = files.max_open([shard.bytes for shard in shards], processes) if files else _OPEN_SHARDS
+        self._open = lru_cache(max_open)(self._map)
 
-    def __getstate__(self) -> tuple[Manifest, str, tuple[str, ...]]:
-        return self.manifest, self.split, self._kinds
+    def __getstate__(self) -> tuple[Manifest, str, tuple[str, ...], int]:
+        return self.manifest, self.split, self._kinds, self._processes
 
-    def __setstate__(self, state: tuple[Manifest, str, tuple[str, ...]]) -> None:
+    def __setstate__(self, state: tuple[Manifest, str, tuple[str, ...], int]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def _map(self, shard: int) -> tuple[memoryview, np.ndarray]:

@@ -45,7 +45,7 @@ def open_sets(config: Config, world: World, say: Say, progress: Callable[[], Non
         _check(manifest, config, world, say, progress)
     if others:
         say(f"data: a mixture of {train.name}; an epoch is as many images as they have together")
-    if train.files is not None:
+    if train.files is not None and train.files.any_remote:
         for line in advice(config, train, world):
             say(line)
     return Sets(train, main)

@@ -16,6 +16,7 @@ from clae_dist.data import fetch as fetching
 from clae_dist.data import together
 from clae_dist.data.loader import load
 from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.remote import FOLDER
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.world import World
@@ -80,10 +81,10 @@ def test_a_resumed_run_notices_other_shards(prepared: Manifest, cache: Path) -> 
 
 def test_what_the_cache_has_lost_is_had_again(prepared: Manifest, server: FaultyServer, cache: Path) -> None:
     manifest = opened(f"{server.url}/train-{{000000..000002}}.tar", cache)
-    for path in [*cache.glob("*.npy"), *cache.glob("*.tar")]:
+    for path in [*(cache / FOLDER).glob("*.npy"), *(cache / FOLDER).glob("*.tar")]:
         path.unlink()
     assert images(manifest) == images(prepared)
-    for path in cache.glob("*.tar"):
+    for path in (cache / FOLDER).glob("*.tar"):
         path.unlink()
     shutil.copy(prepared.folder / "test-000000.tar", prepared.folder / "train-000000.tar")
     with pytest.raises(DataError, match=r"train-000000\.tar could not be fetched .* expected"):  # within a run it is noticed
@@ -193,6 +194,6 @@ def test_nothing_of_a_secret_is_kept(prepared: Manifest, server: FaultyServer, c
     lines: list[str] = []
     url = server.url.replace("://", "://me:hunter2@")
     manifest = opened(f"{url}/train-{{000000..000002}}.tar", cache, lines)
-    names = " ".join(path.name for path in cache.iterdir())
-    records = " ".join(path.read_text() for path in cache.glob("*.json"))
+    names = " ".join(path.name for path in (cache / FOLDER).iterdir())
+    records = " ".join(path.read_text() for path in (cache / FOLDER).glob("*.json"))
     assert "hunter2" not in f"{names}{records}{lines}{manifest!r}{replace(manifest, files=None)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from clae_dist.data.loader import load
 from clae_dist.data.manifest import DataError, Manifest, content_digest, load_manifest
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import Prefetch, advice
+from clae_dist.data.remote import FOLDER, MAX_OPEN, Fetching
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.world import World
@@ -111,7 +113,7 @@ def test_a_limit_of_two_shards_lasts_for_two_epochs(local: Manifest, server: Fau
     wanted = batches(settings(str(local.folder), tmp_path / "none", streams=1, shuffle_shards=1))
     found = []
     for batch in load(open_shards(config.data), config, World.single("cpu"), 0, STEPS):
-        held = held_bytes(tmp_path / "cache")
+        held = held_bytes(tmp_path / "cache" / FOLDER)
         assert held <= limit + max(shard.bytes for shard in local.splits["train"])  # one may be on its way
         found.append(batch)
     assert_same(found, wanted)
@@ -132,6 +134,42 @@ def test_a_cache_smaller_than_what_is_in_use_is_said_and_works(local: Manifest, 
     (line,) = advice(config, open_shards(config.data), World.single("cpu"))
     assert "shards will be fetched again and again. data.cache_bytes=" in line
     assert_same(batches(config), batches(settings(str(local.folder), tmp_path / "none")))
+
+
+def test_what_is_in_the_cache_folder_beside_the_cache_stays(local: Manifest, server: FaultyServer, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "mine").mkdir(parents=True)
+    theirs = [tmp_path / "cache" / name for name in ("weights.pt", "old.part", "mine/x")]
+    for path in theirs:
+        path.write_bytes(bytes(30_000))
+        os.utime(path, (0, 0))
+    config = settings(server.url, tmp_path / "cache", cache_bytes=20_000)
+    assert_same(batches(config), batches(settings(str(local.folder), tmp_path / "none")))
+    assert all(path.exists() for path in theirs)
+
+
+def test_shards_that_stay_mapped_leave_the_disk_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removed file takes space for as long as any process maps it."""
+    shards, processes = [500_000_000] * 300, 64
+    limited = Fetching.of(Data(shards="http://h/set", cache=str(tmp_path), cache_bytes=100_000_000_000))
+    assert limited.max_open(shards[:200], processes) == MAX_OPEN  # all of them stay in the cache
+    assert limited.max_open(shards, 10) == 10
+    assert limited.max_open(shards, processes) == 2
+    usage = shutil._ntuple_diskusage(0, 0, 100_000_000_000 + (1 << 30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    unlimited = Fetching.of(Data(shards="http://h/set", cache=str(tmp_path)))
+    assert unlimited.max_open(shards[:200], processes) == MAX_OPEN
+    assert unlimited.max_open(shards, 10) == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_reader_of_a_set_larger_than_the_cache_lets_go_of_what_was_removed(server: FaultyServer, tmp_path: Path) -> None:
+    config = settings(server.url, tmp_path / "cache", cache_bytes=30_000)
+    manifest, most = open_shards(config.data), 0
+    for _ in load(manifest, config, World.single("cpu"), 0, STEPS):
+        maps = Path("/proc/self/maps").read_text()
+        most = max(most, maps.count(str(tmp_path)))
+    assert len(manifest.splits["train"]) == 5
+    assert most == 2
 
 
 def test_shards_are_fetched_before_a_step_asks_for_them(local: Manifest, server: FaultyServer, tmp_path: Path) -> None:
@@ -211,10 +249,10 @@ def test_a_loader_killed_in_the_middle_of_a_fetch_leaves_nothing_half(
     assert server.reached.wait(60)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    assert not (tmp_path / "cache" / f"{shard.sha256}.tar").exists()
+    assert not (tmp_path / "cache" / FOLDER / f"{shard.sha256}.tar").exists()
     with open_shards(settings(server.url, tmp_path / "cache").data).open(shard) as file:
         assert file.read() == (local.folder / shard.name).read_bytes()
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache" / FOLDER).glob("*.part"))
 
 
 def test_any_store(local: Manifest, tmp_path: Path) -> None:
