@@ -137,6 +137,7 @@ class Writer:
 
         def write() -> None:
             if copied is not None:
+                torch.cuda.set_device(self._device)  # a thread begins with the first one
                 copied.synchronize()
             self._write(step, mine, copies)
 
