@@ -8,7 +8,7 @@ from typing import IO
 
 from clae_dist.config import Config
 from clae_dist.tracking.console import ConsoleTracker
-from clae_dist.tracking.files import MetricsFile
+from clae_dist.tracking.files import METRICS_FILE, MetricsFile, read_rows
 from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
 
@@ -40,11 +40,12 @@ def check_tracking(config: Config, run_dir: Path) -> None:
 
 
 def continue_tracking(
-    config: Config, run_dir: Path, run_key: str, *, tags: dict[str, str], images_seen: int, say: Say
+    config: Config, run_dir: Path, run_key: str, *, tags: dict[str, str], images_seen: int, say: Say, trained: bool = False
 ) -> Tracker:
     """A tracker that adds results, a report or a model to a run beside or after its training. Raises ConfigError.
 
-    The run's status stays as it is there, whatever `close` says.
+    The run's status stays as it is there, whatever `close` says. `trained`: this run has been trained to its end; metrics that
+    could not be sent then are sent now, each once, and its status, if it is not there, too.
     """
     check_tracking(config, run_dir)
     if config.tracking.name == "none":
@@ -53,8 +54,9 @@ def continue_tracking(
     from clae_dist.tracking.background import BackgroundTracker
 
     uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
-    store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False)
-    return BackgroundTracker(store, say, images_seen=images_seen)
+    store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False, trained=trained)
+    rows = read_rows(run_dir / METRICS_FILE) if trained else []
+    return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
 
 
 def build_trackers(
@@ -79,7 +81,7 @@ def build_trackers(
         print(text, file=stream, flush=True)
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = MetricsFile(run_dir / "metrics.jsonl", resume_images_seen, say)
+    file = MetricsFile(run_dir / METRICS_FILE, resume_images_seen, say)
     others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
     page = ""
     if config.tracking.name == "mlflow":

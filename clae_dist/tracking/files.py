@@ -12,6 +12,17 @@ from pathlib import Path
 from clae_dist.files import write_atomically
 from clae_dist.tracking.tracker import Row, Say, Status
 
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole lines of such a file, with now as their time; none where there is no file."""
+    if not path.exists():
+        return []
+    now_ms = int(time.time() * 1000)
+    read = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if _images_seen(line) is not None]
+    return [Row(metrics, metrics.pop("images_seen"), now_ms) for metrics in read]
+
 
 class MetricsFile:
     """Appends lines {"images_seen": n, …} to `path`.
@@ -62,9 +73,7 @@ class MetricsFile:
 
     def rows(self) -> list[Row]:
         """What the file holds."""
-        now_ms = int(time.time() * 1000)
-        read = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        return [Row(metrics, metrics.pop("images_seen"), now_ms) for metrics in read]
+        return read_rows(self.path)
 
     def _trim(self, resume_images_seen: int, say: Say) -> None:
         if not self.path.exists():

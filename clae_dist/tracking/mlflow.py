@@ -87,7 +87,16 @@ class MlflowStore:
     """
 
     def __init__(
-        self, uri: str, config: Config, run_name: str, run_key: str, tags: dict[str, str], say: Say, *, training: bool = True
+        self,
+        uri: str,
+        config: Config,
+        run_name: str,
+        run_key: str,
+        tags: dict[str, str],
+        say: Say,
+        *,
+        training: bool = True,
+        trained: bool = False,
     ) -> None:
         assert run_key.isalnum(), f"run_key {run_key!r} goes into a query; letters and digits only"
         self.address = f"MLflow at {uri_without_secrets(uri)}"
@@ -95,6 +104,7 @@ class MlflowStore:
         self.system_metrics_every_s = 10.0
         self._uri, self._run_name, self._run_key, self._say = uri, run_name, run_key, say
         self._training = self._ends_run = training
+        self._trained = trained
         self._experiment = config.tracking.experiment
         self._params = {key: str(value) for key, value in flatten(shareable(config)).items()}
         self._tags = {**tags, RUN_KEY_TAG: run_key}
@@ -114,6 +124,9 @@ class MlflowStore:
                 self._continue(found[0])
             else:
                 self.run_id = found[0].info.run_id
+                if self._trained:
+                    self._learn_known(found[0])
+                    self._ends_run = found[0].info.status != STATUS["finished"]
         if self._training:
             self._start_monitor(resume=bool(found))
 
@@ -183,12 +196,15 @@ class MlflowStore:
         self._client.update_run(run.info.run_id, status="RUNNING")
         known = run.data.params
         self.run_id = run.info.run_id
-        ours = [key for key in run.data.metrics if not key.startswith("system/")]
-        self._known = {key: {found.step for found in self._client.get_metric_history(self.run_id, key)} for key in ours}
+        self._learn_known(run)
         self._log_params({key: value for key, value in self._params.items() if key not in known})
         # MLflow's parameters never change; what a continued run does otherwise (how often it logs, say) goes into tags.
         changed = [key for key, value in self._params.items() if known.get(key, _stored(value)) != _stored(value)]
         self._set_tags({**self._tags, **{f"continued.{key}": self._params[key] for key in changed}})
+
+    def _learn_known(self, run: Any) -> None:
+        ours = [key for key in run.data.metrics if not key.startswith("system/")]
+        self._known = {key: {found.step for found in self._client.get_metric_history(self.run_id, key)} for key in ours}
 
     def _log_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param

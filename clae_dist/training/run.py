@@ -22,7 +22,16 @@ from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import load_checkpoint, remove_leftovers
 from clae_dist.runs.folder import Identity, open_run_folder
 from clae_dist.runs.goodput import Kind, Ledger
-from clae_dist.tracking import NullTracker, Status, Trackers, build_trackers, check_tracking, new_run_key
+from clae_dist.tracking import (
+    NullTracker,
+    Status,
+    Tracker,
+    Trackers,
+    build_trackers,
+    check_tracking,
+    continue_tracking,
+    new_run_key,
+)
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.journal import Journal
@@ -85,6 +94,14 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         say(f"resuming after step {first_step}")
     if first_step >= plan.total:
         say("this run is finished already; give another run_dir or name to start a new one.")
+        if world.is_main and config.tracking.name != "none":
+            watch.doing(ENDING, first_step)
+            seen = plan.images_seen(first_step)
+            late = continue_tracking(
+                config, config.folder, identity.run_key, tags=identity.tags, images_seen=seen, say=say, trained=True
+            )
+            _log_encoder(config, late, sets.train, say)
+            late.close("finished")
         return Outcome("finished", first_step)
 
     ledger.resumed(first_step)
@@ -120,7 +137,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
     return outcome
 
 
-def _log_encoder(config: Config, tracker: Trackers | NullTracker, manifest: Manifest, say: Say) -> None:
+def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say) -> None:
     """The encoder as a logged model. The run is over and saved: what goes wrong here is said and does not undo it."""
     try:
         tracker.log_model(export_encoder(config.folder), manifest.digest)
@@ -188,7 +205,7 @@ class _Loop:
         try:
             return self._run(first_step)
         except (DataError, RankError):  # raised by all ranks together: what was being saved is whole
-            self.saving.settle()
+            self._settle()
             raise
         finally:
             self.saving.close()

@@ -177,6 +177,29 @@ def test_a_run_that_was_trained_while_mlflow_was_away_is_made_and_ended_later(cl
     assert (run.info.status, run.data.metrics["knn_after"]) == ("FINISHED", 43.0)
 
 
+def test_what_a_finished_run_could_not_send_is_sent_later_and_once(client_and_run: tuple[Any, Any, Path]) -> None:
+    """The server was away at the end, or the process was killed before it had sent all."""
+    client, _, folder = client_and_run
+    run_dir, run_key, stream = folder / "unsent", new_run_key(), io.StringIO()
+    trackers = build(Config(), run_dir, run_key, stream)
+    trackers.log({"step": 1, "loss": 2.0}, 256)
+    trackers.close("stopped")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"images_seen": 512, "step": 2, "loss": 1.0}\n{"images_seen": 768, "lo')  # cut off by the kill
+
+    def again() -> Any:
+        late = continue_tracking(Config(), run_dir, run_key, tags=TAGS, images_seen=512, say=lambda _: None, trained=True)
+        late.log_model(folder / "export", "sha256:feed")
+        late.close("finished")
+        return run_of(client, run_key)
+
+    first, second = again(), again()
+    history = [(found.step, found.value) for found in client.get_metric_history(second.info.run_id, "loss")]
+    assert history == [(256, 2.0), (512, 1.0)]
+    assert (first.info.status, first.info.end_time) == ("FINISHED", second.info.end_time)
+    assert [output.step for output in second.outputs.model_outputs] == [512]
+
+
 def test_the_page_is_opened_by_a_command_that_a_shell_takes_as_it_is() -> None:
     assert page_command("sqlite:////a/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
     assert page_command("sqlite:////a b/it's.db") == """mlflow ui --backend-store-uri 'sqlite:////a b/it'"'"'s.db'"""
