@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from clae_dist.config import Config
 
 _STOPPED = 75  # training.guard.STOPPED, which is torch's time away
+_ALL_HAVE_LOOKED_S = 2.5
 
 
 def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
@@ -35,7 +37,9 @@ def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    with _leaving_at_signals():  # until a launcher listens
+    from clae_dist.launchers.output import lasting_output
+
+    with lasting_output(), _leaving_at_signals():  # until a launcher listens
         return _start(arguments)
 
 
@@ -208,6 +212,10 @@ def run() -> NoReturn:
     if "WORLD_SIZE" in os.environ:  # torchrun's rank
         from clae_dist.world import leave, told
 
+        if code == _STOPPED and ":" in os.environ.get("CLAE_NODES", ""):
+            # For a host that comes, one host's agent asks all ranks to leave. Those that still take theirs to have finished
+            # would end the meeting: they look once a second.
+            time.sleep(_ALL_HAVE_LOOKED_S)
         leave(told(code))
     sys.exit(code)
 

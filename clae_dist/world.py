@@ -7,7 +7,7 @@ import datetime
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,10 +151,13 @@ def connect(timeout_s: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     if started_here:
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    broken = True
     try:
         yield World(rank, size, local_rank, local_size, device, dist.group.WORLD)
+        broken = False
     finally:
-        if started_here:
+        # A rank that broke alone leaves NCCL's group as it is: to end it would wait for the others, who wait for this rank.
+        if started_here and not (broken and use_gpu):
             dist.destroy_process_group()
 
 
@@ -168,7 +171,10 @@ def told(code: int) -> int:
     path = os.environ.get("CLAE_ENDING", "")
     if not path or code not in (0, *_FOR_GOOD):
         return code
-    Path(path).write_text(f"{code}\n")
+    try:
+        Path(path).write_text(f"{code}\n")
+    except OSError:  # no room: torchrun starts the ranks again, and they end alike
+        return code
     return 0
 
 
@@ -180,7 +186,8 @@ def leave(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -11,6 +11,7 @@ from typing import TextIO
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact_text
+from clae_dist.launchers.output import Output
 from clae_dist.runs.checkpoint import CheckpointError
 from clae_dist.training.guard import HUNG as HUNG
 from clae_dist.training.guard import STOPPED as STOPPED
@@ -47,7 +48,7 @@ class Console:
 
     def __init__(self, config: Config, also: TextIO | None) -> None:
         self._path = config.folder / "console.log"
-        self._also = also
+        self._also = None if also is None else Output(also)
         self._missed = False
 
     def write(self, text: str) -> int:

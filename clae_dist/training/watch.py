@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from types import FrameType
 from typing import TypeVar
@@ -26,7 +27,8 @@ from clae_dist.world import World, abandon
 T = TypeVar("T")
 GRACE_S = 5.0  # for the others to write what they do, and for storage that may be what hangs
 PATIENT = ("starting", "evaluation", "checkpoint")  # may take four times as long
-ENDING = "ending"  # trackers have limits of their own
+ENDING = "ending"
+ENDING_S = 60.0  # at least: trackers have limits of their own
 _HERE = os.sep + "clae_dist" + os.sep
 
 
@@ -71,11 +73,16 @@ class Watch:
             awake_s, before = min(now - before, 3 * self._poll_s), now
             quiet_s = quiet_s + awake_s if self._now is seen else 0.0
             seen = self._now
-            limit_s = self._config.guard.limit_s(seen.doing in PATIENT) if seen.doing != ENDING else 0.0
+            limit_s = self._limit_s(seen.doing)
             if limit_s and (quiet_s > limit_s or (quiet_s > limit_s / 2 and self._others_report(limit_s))):
                 self._give_up(seen, quiet_s)
             if self._stop.overdue(self._config.guard.stop_within_s):
                 self._leave_unsaved(seen)
+
+    def _limit_s(self, doing: str) -> float:
+        """0: none."""
+        limit_s = self._config.guard.limit_s(doing in (*PATIENT, ENDING))
+        return max(limit_s, ENDING_S) if limit_s and doing == ENDING else limit_s
 
     def _others_report(self, limit_s: float) -> bool:
         """Whether another rank, whose patience is less, has given up."""
@@ -101,8 +108,7 @@ class Watch:
         others = _within(GRACE_S, lambda: self._exchange(report, text)) or [report]
         if report.rank == min(other.rank for other in others):
             line = verdict(others, self._world.size, self._hosts, self._config.folder)
-            sys.stderr.write(f"clae: {line}\n")
-            sys.stderr.flush()
+            _within(GRACE_S, lambda: print(f"clae: {line}", file=sys.stderr, flush=True))
             _within(GRACE_S, lambda: self._log(f"{stacks_by_ranks(others)}\n{line}\n"))
         abandon(HUNG)
 
@@ -134,8 +140,7 @@ class Watch:
             f"{self._config.guard.stop_within_s:g} s later (guard.stop_within_s); it leaves {how}, and the same command goes "
             "on from there.\n"
         )
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        _within(GRACE_S, lambda: print(line, end="", file=sys.stderr, flush=True))
         _within(GRACE_S, lambda: self._log(line))
         abandon(STOPPED)
 
@@ -163,7 +168,8 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
         try:
             found.append(action())
         except (OSError, ValueError, TypeError) as error:
-            sys.stderr.write(f"clae: {error}\n")
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"clae: {error}\n")
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()

@@ -65,6 +65,22 @@ def command(recipe: Path, shards: Manifest, run_dir: Path, launcher: str, *more:
     return [*start, *train]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_outlives_whoever_reads_what_it_says(workers: int, recipe: Path, shards: Manifest, tmp_path: Path) -> None:
+    """`clae train … | tee log`, where tee dies first; and a log on a disk that is full."""
+    line = command(recipe, shards, tmp_path / "run", "local", f"launch.workers={workers}", "train.epochs=1")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(300) == OK
+    assert "finished: 6 steps" in (tmp_path / "run" / "console.log").read_text()
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=full, env=environment, cwd=ROOT, timeout=300, check=False)
+    assert done.returncode == OK
+
+
 @contextmanager
 def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
     """The process, in a session of its own; whatever is left of it is killed at the end."""
