@@ -16,11 +16,12 @@ from typing import Any
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.launchers.local import default_workers
-from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, run_rank
+from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run_rank
 from clae_dist.recipe import Setting, build, flatten
 from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE
 
 _POLL_S = 0.2
+_GRACE_S = 15.0  # beyond guard.stop_within_s: ranks see the request and say how they end
 _NAMESPACE = "clae-dist"  # in Ray's own store, where rank 0 leaves its ending for this process: the disk may be full
 
 
@@ -45,7 +46,10 @@ def _import_ray() -> Any:
 def _rank_main(settings: dict[str, Any]) -> None:
     """On a worker: the launcher's process group is there already."""
     config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
-    ending = run_rank(config, settings["origins"], settings["debug"], None)
+    try:
+        ending = run_rank(config, settings["origins"], settings["debug"], None)
+    except RankBroke as error:  # without its cause, which Ray would log with whatever secrets it holds
+        raise RankBroke(str(error), error.code) from None
     if os.environ.get("RANK") == "0":
         _store()._internal_kv_put(settings["name"], json.dumps(vars(ending)), namespace=_NAMESPACE)
 
@@ -69,14 +73,17 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     left_out = sorted(set(range(sizes[0], sizes[-1])) - set(sizes))
     if left_out:
         print(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
-    _init(ray, sizes[-1], debug)
+    try:
+        _init(ray, sizes[-1], debug)
+    except SystemExit:  # while it starts, Ray ends this process at a SIGTERM
+        return Ending(STOPPED, "SIGTERM before training began; the same command starts it.")
     if not debug:
         _quieten(ray)
     stop_file = config.folder.resolve() / STOP_FILE
     try:
         with _StopFile(stop_file) as stop:
             while True:
-                ending = _fit(ray, config, origins, sizes, debug)
+                ending = _fit(ray, config, origins, sizes, debug, stop)
                 asked = stop_file.read_text() if stop_file.exists() else ""
                 if ending.code != STOPPED or stop.asked or not asked:
                     return ending
@@ -119,8 +126,8 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
 
     folder = config.folder.resolve()
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = gpus >= sizes[0] and gpus > 0
     cluster = bool(os.environ.get("RAY_ADDRESS"))
+    use_gpu = gpus > 0 if cluster else gpus >= sizes[-1]  # a cluster's other GPUs may be away for the moment
     scaling = ScalingConfig(num_workers=(sizes[0], sizes[-1]) if cluster else sizes[-1], use_gpu=use_gpu)
     settings: dict[str, Any] = {
         "train_loop_per_worker": _rank_main,
@@ -150,7 +157,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
     return Trainer(**settings, policy=policy)
 
 
-def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool) -> Ending:
+def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, stop: _StopFile) -> Ending:
     folder = config.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     name = f"ray-{os.getpid()}-{time.time_ns()}"
@@ -170,6 +177,12 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
         while thread.is_alive():
             thread.join(_POLL_S)
             tail.show()
+            if stop.asked and time.monotonic() > stop.asked_at + config.guard.stop_within_s + _GRACE_S:
+                return Ending(
+                    STOPPED,
+                    f"the ranks were asked to stop and did not leave within {config.guard.stop_within_s:g} s "
+                    "(guard.stop_within_s): they are ended. The same command goes on from the newest checkpoint.",
+                )
     shutil.rmtree(folder / "ray", ignore_errors=True)
     if "error" in result:
         if debug:
@@ -228,7 +241,7 @@ class _StopFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.asked = False
+        self.asked, self.asked_at = False, 0.0
 
     def __enter__(self) -> _StopFile:
         heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -240,7 +253,7 @@ class _StopFile:
             if number != signal.SIGUSR1:
                 raise KeyboardInterrupt
             return
-        self.asked = True
+        self.asked, self.asked_at = True, time.monotonic()
         self._path.touch()
         print(f"{signal.Signals(number).name}: saving after this step, then leaving; once more ends at once.", flush=True)
 

@@ -7,16 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator_client
 
 from clae_dist.config import Batch, Config, ConfigError, Data, Guard, Launch
 from clae_dist.launchers import ray, start
 from clae_dist.launchers.rank import BAD_CONFIG, FAILED, OK, STOPPED, Ending
 from clae_dist.launchers.ray import working_sizes
+from clae_dist.launchers.ray_elastic import WorkingSizes
 from clae_dist.launchers.route import route_to
 from clae_dist.launchers.torchrun import launch as launch_torchrun
 from clae_dist.launchers.versions import differences, versions
@@ -139,4 +145,81 @@ def test_a_run_folder_that_hosts_do_not_share(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ray, "_store", lambda: SimpleNamespace(**told))
     monkeypatch.setattr(ray, "_trainer", lambda *arguments: RanksElsewhere())
     with pytest.raises(ConfigError, match="run_dir is .* nothing for this host; name a folder on storage that all hosts share"):
-        ray._fit(None, Config(run_dir=str(tmp_path / "run")), {}, [1], False)
+        ray._fit(None, Config(run_dir=str(tmp_path / "run")), {}, [1], False, ray._StopFile(tmp_path / "STOP"))
+
+
+def test_ranks_of_ray_that_do_not_heed_a_request_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for a host, say, have nobody to hear it."""
+    never = threading.Event()
+    monkeypatch.setattr(ray, "_trainer", lambda *arguments: SimpleNamespace(fit=never.wait))
+    monkeypatch.setattr(ray, "_GRACE_S", 0.1)
+    config = Config(run_dir=str(tmp_path), guard=Guard(stop_within_s=0.2))
+    with ray._StopFile(tmp_path / STOP_FILE) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ending = ray._fit(None, config, {}, [1], False, stop)
+    never.set()
+    assert ending.code == STOPPED
+    assert "did not leave within 0.2 s (guard.stop_within_s)" in ending.message
+
+
+FAKE_PYTHON = """\
+#!/bin/sh
+case "$*" in
+  *ray.scripts.scripts*)
+    echo "$$" >>"$STARTS"
+    if [ "$(wc -l <"$STARTS")" -lt "$GOOD" ]; then echo "$REASON"; exit 1; fi
+    echo "Ray runtime started"; exec sleep 600 ;;
+  *launchers.ray_cluster*) exit 0 ;;
+  *) exec "$REAL" "$@" ;;
+esac
+"""
+LATE = "The current node timed out during startup."
+
+
+@pytest.mark.parametrize(("good", "reason", "starts"), [(1, LATE, 1), (2, LATE, 2), (9, LATE, 3), (2, "port in use", 1)])
+def test_a_host_that_rays_30_s_were_too_short_for_is_started_again(tmp_path: Path, good: int, reason: str, starts: int) -> None:
+    fake = tmp_path / "env" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    told = {"CLAE_ENV": str(tmp_path / "env"), "STARTS": str(tmp_path / "starts"), "GOOD": str(good), "REASON": reason}
+    environment = {**os.environ, **told, "REAL": sys.executable}
+    with tempfile.TemporaryDirectory(prefix="clae-r-", dir="/tmp") as folder:  # Ray's sockets need a short path
+        words = ["--temp-dir", folder, "--token-file", f"{folder}/token"]
+
+        def call(command: str, *more: str) -> subprocess.CompletedProcess[str]:
+            line = ["launch/ray-cluster.sh", command, *more, *words]
+            return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+        done = call("head", "--address", "127.0.0.1")
+        try:
+            assert len((tmp_path / "starts").read_text().split()) == starts
+            if good <= starts:
+                assert done.returncode == 0, done.stderr
+                assert "the cluster is at 127.0.0.1:6379" in done.stdout
+            else:
+                assert done.returncode == 2
+                assert f"{reason}\n" in done.stderr
+                assert "Ray did not start as head" in done.stderr
+        finally:
+            assert call("stop").returncode == 0
+        left = [pid for pid in (tmp_path / "starts").read_text().split() if Path(f"/proc/{pid}").exists()]
+        assert left == []
+
+
+def test_the_claim_of_a_dead_controller_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is asked of Ray, not of the constant: another Ray may take it from elsewhere."""
+
+    class Coordinator:
+        def __init__(self) -> None:
+            self.request_resources = SimpleNamespace(remote=lambda **asked: self.asked.append(asked))
+            self.asked: list[dict[str, Any]] = []
+
+    coordinator = Coordinator()
+    monkeypatch.setattr(coordinator_client, "AUTOSCALING_REQUESTS_EXPIRE_TIME_S", 180)  # as Ray has it, also afterwards
+    monkeypatch.setattr(coordinator_client, "get_or_create_autoscaling_coordinator", lambda: coordinator)
+    monkeypatch.setattr(coordinator_client.ray, "get", lambda *_, **__: None)
+    policy = WorkingSizes(ScalingConfig(num_workers=(1, 2)), [1, 2], tmp_path / "STOP", 1.0)
+    policy.after_controller_start(SimpleNamespace(run_id="run"))
+    assert [asked["expire_after_s"] for asked in coordinator.asked] == [45]
+    assert coordinator_client.AUTOSCALING_REQUESTS_INTERVAL_S * 2 < 45  # it is renewed in time, also if once it is not
