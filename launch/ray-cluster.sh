@@ -192,13 +192,14 @@ train() { # train ADDRESS
 
 lead_allocation() { # the first node: head, then the run, then everybody's end
   local code=0
+  trap 'say "SIGUSR1: nothing had begun"; exit 75' USR1
   address=$head
   start_head
   if [ -n "$dry" ]; then train "$head:$port"; return 0; fi
   trap 'touch "$token.done"; stop_node' EXIT
   ask_ray wait "$head:$port" "$nodes" 300 || exit 2
   ask_ray compare "$head:$port" || exit 2
-  (train "$head:$port") &
+  (trap '' USR1; train "$head:$port") & # ignored until `clae` listens
   run_pid=$!
   trap 'kill -USR1 $run_pid 2>/dev/null || true' USR1 TERM
   while :; do
@@ -206,6 +207,7 @@ lead_allocation() { # the first node: head, then the run, then everybody's end
     wait "$run_pid" || code=$?
     kill -0 "$run_pid" 2>/dev/null || break
   done
+  if [ "$code" -gt 128 ]; then code=0; wait "$run_pid" || code=$?; fi # it ended while a trap ran: its own code
   exit "$code"
 }
 

@@ -100,7 +100,7 @@ fi
 
 # Ranks that end for good (done, stopped, a user's mistake) leave their exit code here: torchrun would start them again.
 ending=$(mktemp)
-agent="" asking=""
+agent="" asking="" early=""
 trap 'rm -f "$ending"' EXIT
 # shellcheck disable=SC2329 # called by the traps below
 ask() { # hands the request on to this host's ranks until they end: one that is still starting does not hear yet
@@ -119,6 +119,10 @@ ask() { # hands the request on to this host's ranks until they end: one that is 
   ) &
   asking=$!
 }
+for name in TERM INT USR1; do
+  # shellcheck disable=SC2064
+  trap "early=$name" $name
+done
 set -m # torchrun gets a process group of its own: it would kill the ranks on a terminal's Ctrl-C
 ( trap '' USR1; trap - INT TERM EXIT; exec env "${variables[@]}" CLAE_ENDING="$ending" "${run[@]}" ) &
 agent=$!
@@ -127,12 +131,14 @@ for name in TERM INT USR1; do
   # shellcheck disable=SC2064
   trap "ask $name" $name
 done
+[ -z "$early" ] || ask "$early"
 code=0
 while :; do
   code=0
   wait "$agent" || code=$?
   kill -0 "$agent" 2>/dev/null || break # else a signal ended the waiting, not torchrun
 done
+if [ "$code" -gt 128 ]; then code=0; wait "$agent" || code=$?; fi # it ended while a trap ran: its own code
 [ -z "$asking" ] || kill "$asking" 2>/dev/null || true
 # A code from before a change of hosts, which stops the ranks, too, is of no account where torchrun failed.
 if [ "$code" -ne 0 ]; then code=4; elif [ -s "$ending" ]; then code=$(cat "$ending"); fi

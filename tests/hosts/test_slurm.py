@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from clae_dist.data.manifest import Manifest
+from clae_dist.recipe import from_yaml
 from tests.hosts.cluster import ROOT, Hosts, clean_environment
 from tests.hosts.needs import require
 from tests.hosts.slurm import Slurm, submit, why_not
-from tests.hosts.small import CHECKPOINT_EVERY, assert_bitwise, settings
+from tests.hosts.small import CHECKPOINT_EVERY, assert_bitwise, assert_steps_once, settings
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
@@ -60,6 +61,29 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
     assert_bitwise(run_dir, undisturbed_two)
 
 
+@pytest.mark.slow
+def test_a_job_array_is_a_run_for_each_index_and_one_of_them_can_be_preempted(
+    slurm: Slurm, recipe: Path, shards: Manifest, tmp_path: Path
+) -> None:
+    options = ["--array=1-2", "--nodes=1", f"--output={tmp_path}/job-%a.out"]
+    arguments = [str(recipe), *settings(shards, tmp_path / "run-%a", "seed=%a")]
+    job = submit(slurm, SCRIPT, options, arguments)
+    outputs = {index: tmp_path / f"job-{index}.out" for index in (1, 2)}
+    deadline = time.monotonic() + 240
+    while not all("step  3/24" in (path.read_text() if path.exists() else "") for path in outputs.values()):
+        states = [slurm.state(f"{job}_{index}").split()[0] for index in outputs]
+        assert set(states) <= {"PENDING", "RUNNING"}, slurm.logs()
+        assert time.monotonic() < deadline, slurm.logs()
+        time.sleep(0.1)
+    slurm("scancel", "--signal=USR1", "--batch", f"{job}_2")
+    for index, restarts in ((1, 0), (2, 1)):
+        until(slurm, f"{job}_{index}", {f"COMPLETED {restarts}"}, outputs[index])
+        run_dir = tmp_path / f"run-{index}"
+        assert from_yaml(run_dir / "config.yaml").seed == index
+        assert_steps_once(run_dir)
+    assert "resuming after step" in outputs[2].read_text()
+
+
 def say(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [SCRIPT, *arguments],
@@ -73,9 +97,9 @@ def say(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_dry_run_without_slurm_says_what_each_node_would_run() -> None:
-    done = say("--dry-run", "configs/quickstart.yaml", "seed=%a", SLURM_ARRAY_TASK_ID="3")
+    done = say("--dry-run", "configs/quickstart.yaml", "seed=%a", SLURM_ARRAY_TASK_ID="3", SLURM_CPUS_PER_TASK="8")
     assert done.returncode == 0
-    assert "srun --nodes=NODES --ntasks-per-node=1" in done.stdout
+    assert "srun --nodes=NODES --ntasks-per-node=1 --kill-on-bad-exit=0 --cpus-per-task=8 env" in done.stdout
     assert (
         "torchrun.sh --nodes NODES --ranks-per-node 1 --head FIRST_NODE:PORT --id JOB configs/quickstart.yaml seed=3"
         in done.stdout

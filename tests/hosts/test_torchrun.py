@@ -116,6 +116,34 @@ def test_three_hosts_train_to_the_bits_of_one(
 
 
 @pytest.mark.slow
+def test_static_rendezvous_ends_with_a_lost_host_and_goes_on_from_the_checkpoint(
+    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Nothing is started again by itself: all hosts end with a reason, and the same lines go on."""
+    overrides = settings(shards, tmp_path / "run")
+
+    def start() -> list[subprocess.Popen[str]]:
+        lines = {host: torchrun(hosts, "3", recipe, overrides, "--node-rank", str(host)) for host in (2, 1, 0)}
+        return [hosts.popen(host, line) for host, line in lines.items()]
+
+    processes = start()
+    wait_for(tmp_path / "run", "step  6/24", processes)
+    hosts.kill(2)
+    assert finish(processes[0])[0] == -signal.SIGKILL
+    for process in processes[1:]:
+        code, said = finish(process)
+        assert code == 4, said
+        assert "ranks failed and were not started again" in said
+
+    for process in start():
+        code, said = finish(process)
+        assert code == 0, said
+    assert "resuming after step" in (tmp_path / "run" / "console.log").read_text()
+    assert_steps_once(tmp_path / "run")
+    assert_bitwise(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
 def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(
     hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path
 ) -> None:
