@@ -192,11 +192,11 @@ train() { # train ADDRESS
 
 lead_allocation() { # the first node: head, then the run, then everybody's end
   local code=0
-  trap 'say "SIGUSR1: nothing had begun"; exit 75' USR1
   address=$head
+  if [ -n "$dry" ]; then start_head; train "$head:$port"; return 0; fi
+  trap 'say "SIGUSR1: nothing had begun"; exit 75' USR1
+  trap 'trap "" USR1; touch "$token.done"; stop_node' EXIT # Slurm's signal, sent again and again, would kill what stops the node
   start_head
-  if [ -n "$dry" ]; then train "$head:$port"; return 0; fi
-  trap 'touch "$token.done"; stop_node' EXIT
   ask_ray wait "$head:$port" "$nodes" 300 || exit 2
   ask_ray compare "$head:$port" || exit 2
   (trap '' USR1; train "$head:$port") & # ignored until `clae` listens

@@ -138,6 +138,7 @@ while :; do
   wait "$agent" || code=$?
   kill -0 "$agent" 2>/dev/null || break # else a signal ended the waiting, not torchrun
 done
+trap '' USR1 # a scheduler's signal may come again
 if [ "$code" -gt 128 ]; then code=0; wait "$agent" || code=$?; fi # it ended while a trap ran: its own code
 [ -z "$asking" ] || kill "$asking" 2>/dev/null || true
 # A code from before a change of hosts, which stops the ranks, too, is of no account where torchrun failed.
