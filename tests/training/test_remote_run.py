@@ -63,7 +63,7 @@ def test_a_run_under_faults_ends_with_the_local_runs_weights(ranks: RankPool, sh
     with serve(shards.folder) as server:
         server.choose = lambda name, number: [Fault("cut", 2000), Fault("wrong"), None][min(number, 2)]
         said = ranks.run(2, train_on, recipe(server.url, tmp_path / "http"))[0]
-    assert f"data: noise, 8 shards at {server.url}; cache {tmp_path}/cache (as much as the disk has)" in said
+    assert f"data: noise, 8 shards at {server.url}; cache {tmp_path}/cache/shards (as much as the disk has)" in said
     found, wanted = weights(tmp_path / "http"), weights(tmp_path / "local")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
