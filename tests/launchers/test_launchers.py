@@ -77,8 +77,10 @@ def test_a_run_outlives_whoever_reads_what_it_says(workers: int, recipe: Path, s
         assert process.wait(300) == OK
     assert "finished: 6 steps" in (tmp_path / "run" / "console.log").read_text()
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(line, stdout=full, stderr=full, env=environment, cwd=ROOT, timeout=300, check=False)
+        elsewhere = [*line, f"run_dir={tmp_path}/other"]
+        done = subprocess.run(elsewhere, stdout=full, stderr=full, env=environment, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == OK
+    assert "finished: 6 steps" in (tmp_path / "other" / "console.log").read_text()
 
 
 @contextmanager
