@@ -17,6 +17,8 @@ class Model:
     projector_hidden: int = 0  # width of the hidden layer; 0: the encoder's width
     projector_dim: int = 128
     norm: Literal["global", "local"] = "global"  # batch statistics over all ranks, or each rank's own
+    drop_rate: float = 0.0  # dropout of a timm encoder while training; 0: timm's own default, mostly none
+    drop_path_rate: float = 0.0  # stochastic depth of a timm encoder while training (Huang et al. 2016); 0: timm's own default
     adversarial_norm_momentum: float = 0.1  # of the adversarial route's running statistics
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # pixels are normalised inside the model
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -25,6 +27,8 @@ class Model:
         require(self.projector_hidden >= 0, "model.projector_hidden", self.projector_hidden, "use 0 (encoder's width) or more.")
         require(self.projector_dim >= 2, "model.projector_dim", self.projector_dim, "use at least 2.")
         require(min(self.std) > 0, "model.std", self.std, "standard deviations are positive.")
+        require(0 <= self.drop_rate < 1, "model.drop_rate", self.drop_rate, "use 0 up to, not including, 1.")
+        require(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "use 0 up to, not including, 1.")
         momentum = self.adversarial_norm_momentum
         require(0 < momentum <= 1, "model.adversarial_norm_momentum", momentum, "use a number above 0 and at most 1.")
 

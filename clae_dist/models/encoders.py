@@ -80,12 +80,31 @@ def library_arguments(family: str, name: str, image_size: int) -> dict[str, Any]
     return {"img_size": image_size} if takes_size or name.startswith(("vit_", "deit")) else {}
 
 
-def _timm(name: str, image_size: int) -> nn.Module:
+def _timm(name: str, image_size: int, **drop_rates: float) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise _unknown(name, "timm", timm.list_models())
-    return timm.create_model(name, pretrained=False, num_classes=0, **library_arguments("timm", name, image_size))
+    arguments = library_arguments("timm", name, image_size)
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments, **drop_rates)
+    except TypeError as error:
+        refused = [key for key in drop_rates if f"'{key}'" in str(error)]
+        if not refused:
+            raise
+        raise ConfigError(
+            f"model.{refused[0]} is {drop_rates[refused[0]]:g}, which timm/{name} has no setting for; use 0, or an encoder "
+            "that has it, such as timm/resnet18 or timm/vit_tiny_patch16_224."
+        ) from None
+
+
+def _drop_rates(config: Model, family: str) -> dict[str, float]:
+    """The rates of dropout and stochastic depth that `config` requests, as timm's constructors call them."""
+    rates = {key: rate for key in ("drop_rate", "drop_path_rate") if (rate := getattr(config, key)) > 0}
+    if rates and family != "timm":
+        key, rate = next(iter(rates.items()))
+        raise ConfigError(f"model.{key} is {rate:g}, but model.encoder is {config.encoder!r}; use 0, or an encoder of timm's.")
+    return rates
 
 
 def _torchvision(name: str, image_size: int) -> nn.Module:
@@ -105,7 +124,7 @@ def _small_resnet(name: str, image_size: int) -> nn.Module:
     return SmallResNet()
 
 
-FAMILIES: dict[str, Callable[[str, int], nn.Module]] = {
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "small_resnet": _small_resnet,
     "timm": _timm,
     "torchvision": _torchvision,
@@ -115,7 +134,7 @@ FAMILIES: dict[str, Callable[[str, int], nn.Module]] = {
 def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
     """The encoder that `config.encoder` names, without a classifier, and the width of what it puts out.
 
-    Raises ConfigError for an unknown name, with the nearest known ones.
+    Raises ConfigError for an unknown name, with the nearest known ones, and for a drop rate that the encoder does not take.
     """
     family, _, name = config.encoder.partition("/")
     if family not in FAMILIES or bool(name) != (family != "small_resnet"):
@@ -123,7 +142,7 @@ def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
             f"model.encoder is {config.encoder!r}; "
             f"use small_resnet, timm/NAME or torchvision/NAME, such as timm/{name or family}."
         )
-    encoder = FAMILIES[family](name, image_size)
+    encoder = FAMILIES[family](name, image_size, **_drop_rates(config, family))
     if config.stem == "cifar" and not has_resnet_stem(encoder):
         raise ConfigError(
             f"model.stem is 'cifar', which is defined for ResNets with one 7x7 convolution, not for {config.encoder}; "

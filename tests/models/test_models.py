@@ -14,6 +14,7 @@ from clae_dist.models.norms import (
     GlobalBatchNorm,
     RoutedNorm,
     add_routes,
+    random_layers,
     route_parameters,
     set_route,
     single_route_state,
@@ -51,6 +52,34 @@ def test_encoders_give_unit_rows(encoder: str) -> None:
 def test_an_unknown_encoder_names_the_nearest(encoder: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_encoder(Model(encoder=encoder), 32)
+
+
+@pytest.mark.parametrize("encoder", ["timm/resnet10t", "timm/vit_tiny_patch16_224", "timm/mobilenetv3_small_050"])
+@pytest.mark.parametrize("key", ["drop_rate", "drop_path_rate"])
+def test_drop_rates_reach_the_encoder(encoder: str, key: str) -> None:
+    """Two forwards differ while training, and only then; without a rate they are the same."""
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 32, 32)
+    for rate in (0.0, 0.5):
+        model = model_of(encoder, **{key: rate})
+        model.train()  # batch statistics are the same in both forwards
+        assert torch.equal(model(images), model(images)) == (rate == 0)
+        assert bool(random_layers(model)) == (rate > 0)
+        model.eval()
+        assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "key", "message"),
+    [
+        ("small_resnet", "drop_rate", r"model.drop_rate is 0.1, but model.encoder is 'small_resnet'; use 0, or .* timm"),
+        ("torchvision/resnet18", "drop_path_rate", "model.drop_path_rate is 0.1, but model.encoder is 'torchvision/resnet18'"),
+        ("timm/vgg11", "drop_path_rate", "model.drop_path_rate is 0.1, which timm/vgg11 has no setting for; use 0, or"),
+    ],
+)
+def test_a_drop_rate_without_effect_is_refused(encoder: str, key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_encoder(Model(encoder=encoder, **{key: 0.1}), 32)  # type: ignore[arg-type]
 
 
 def test_cifar_stem_is_refused_where_there_is_none() -> None:
