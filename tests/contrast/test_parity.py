@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Attack, Batch, Config, Data, Objective, Optim, Train
+from clae_dist.config import Attack, Batch, Config, ConfigError, Data, Objective, Optim, Train
 from clae_dist.contrast import gather, log_sum_exp
+from clae_dist.contrast.gather import Contrast
+from clae_dist.contrast.objectives import OBJECTIVES
 from clae_dist.contrast.step import adversarial_view, attacked_rows, pretrain_step
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
@@ -207,9 +209,14 @@ def test_variants_of_the_attack(ranks: RankPool, variant: str, norm: str) -> Non
 
 
 @pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
-def test_instance_discrimination(ranks: RankPool, gather: str) -> None:
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "nt_xent"])  # that one is in all other tests
+def test_other_objectives(ranks: RankPool, objective: str, gather: str) -> None:
+    if gather == "log_sum_exp" and objective not in log_sum_exp.LOG_SUM_EXP:
+        with pytest.raises(ConfigError, match=f"a form that objective.name '{objective}' does not have"):
+            Contrast(objective, TEMPERATURE, World.single("cpu"), gather)
+        return
     for attack in (FGSM, VARIANTS["fused"]):
-        config = settings(attack, "instance", gather)
+        config = settings(attack, objective, gather)
         assert_equal(2, ranks.run(2, run_step, "batch", config), expected("batch", config))
 
 
