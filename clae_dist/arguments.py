@@ -38,7 +38,7 @@ exit code 0: reproduced; 1: not, and what differs is named (a device that comput
 """
 _BENCH = """\
 Measures this machine. What is compared is first found equal (loss and gradients against float64; steps bit for bit), then
-timed in turns, so that what disturbs the machine disturbs all of it. With `pip install clae-dist[bench]`, lightly's and
+timed in turns, so that what disturbs the machine disturbs all of it. With `pip install -e '.[bench]'`, lightly's and
 open_clip's losses are among it.
 
   contrast   one rank's loss, forward and backward: 512 rows (both views) against 8,192 and 1,024 against 32,768, then 512

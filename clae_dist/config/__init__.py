@@ -94,7 +94,7 @@ class Config:
         rows, micro = size // world_size, self.batch.micro_size
         if micro and self.attack.cost == "original" and self.attack.name != "none":
             raise ConfigError(
-                "attack.cost is 'original', the paper's code to the letter, with a rank's whole share in one graph; "
+                "attack.cost is 'original', which keeps a rank's whole share in one graph, as the paper's code does; "
                 "use attack.cost=exact (the same gradient) with batch.micro_size."
             )
         if micro and rows % micro:

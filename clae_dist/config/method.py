@@ -14,6 +14,8 @@ class Model:
 
     encoder: str = "torchvision/resnet50"  # small_resnet, timm/NAME or torchvision/NAME
     stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: cifar (3x3, no max-pool) up to 64 pixels
+    # library: as timm, torchvision and small_resnet draw them; torch: torch's own draw for every convolution and linear layer
+    initial_weights: Literal["library", "torch"] = "library"
     projector_hidden: int = 0  # width of the hidden layer; 0: the encoder's width
     projector_dim: int = 128
     norm: Literal["global", "local"] = "global"  # batch statistics over all ranks, or each rank's own

@@ -31,7 +31,7 @@ PACKAGES = (
     Package("safetensors", (0, 4), "exporting the encoder", True),
     Package("scikit-learn", (1, 4), "quickstart without a network", False, "sklearn"),
     Package("matplotlib", (3, 8), "the report", True),
-    Package("ray", (2, 50), "--launcher ray; torchrun and local work without", False),
+    Package("ray", (2, 60), "--launcher ray; torchrun and local work without", False),
     Package("mlflow", (3, 5), "tracking.name mlflow; tracking.name=none works without", False),
     Package("psutil", (5, 9), "system metrics in MLflow", False),
 )

@@ -38,7 +38,7 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"launch.launcher is 'ray', but Ray Train cannot be imported ({error}); "
-            "pip install 'ray[train]', or use --launcher local."
+            "pip install 'ray[train]>=2.60', or use --launcher local."
         ) from None
     return ray
 

@@ -48,6 +48,10 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder, feature_dim = build_encoder(config.model, config.data.image_size)
+        if config.model.initial_weights == "torch":
+            for module in encoder.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.reset_parameters()
         hidden = config.model.projector_hidden or feature_dim
         model = PretrainModel(encoder, feature_dim, hidden, config.model.projector_dim, config.model.mean, config.model.std)
     if config.attack.name != "none":

@@ -43,7 +43,7 @@ def _refuse(config: Config, world: World, precision: str) -> None:
     stage = config.parallel.zero_stage
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "parallel.backend is 'deepspeed', which is not installed; pip install clae-dist[deepspeed], "
+            "parallel.backend is 'deepspeed', which is not installed; pip install 'deepspeed>=0.19.8', "
             "or use parallel.backend=ddp or fsdp2, under which the same run goes on."
         )
     if world.group is None:

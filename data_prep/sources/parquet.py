@@ -33,7 +33,7 @@ def _pyarrow_parquet() -> ModuleType:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError("reading Parquet needs pyarrow, which is not installed; pip install 'clae-dist[parquet]'.") from None
+        raise DataError("reading Parquet needs pyarrow, which is not installed; pip install 'pyarrow>=17'.") from None
     module: ModuleType = pyarrow.parquet
     return module
 

@@ -48,8 +48,8 @@ def test_a_missing_peer_is_one_plain_line_and_the_rest_runs(
     monkeypatch.setattr(peers, "is_installed", lambda module: False)
     assert cli.main(["bench", "contrast", "--quick"]) == 0
     printed = capsys.readouterr()
-    assert "lightly is not installed; pip install clae-dist[bench]" in printed.err.splitlines()
-    assert "open_clip_torch is not installed; pip install clae-dist[bench]" in printed.err.splitlines()
+    assert "lightly is not installed; pip install lightly" in printed.err.splitlines()
+    assert "open_clip_torch is not installed; pip install open_clip_torch" in printed.err.splitlines()
     assert "reduce_scatter" in printed.out
     assert "NTXentLoss" not in printed.out
 

@@ -26,6 +26,7 @@ def test_one_step_of_clae_original(monkeypatch) -> None:
     config, _ = resolve(RECIPE)
     config = replace(config, data=Data(image_size=SIDE), batch=Batch(global_size=N), train=Train(precision="float64"))
     assert config.model.mean == config.model.std == (0.5, 0.5, 0.5)
+    assert config.model.initial_weights == "torch"
     world = World.single("cpu")
     model = small_model("batch", 3)
     initial = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}

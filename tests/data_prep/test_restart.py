@@ -178,7 +178,9 @@ def test_a_lock_left_by_a_killed_process_is_no_lock(tmp_path: Path, source: Path
     run(source, tmp_path / "dst")
 
 
-def test_a_finished_shard_that_was_removed_is_written_again(tmp_path: Path, source: Path, run: Run, content: Any) -> None:
+def test_a_finished_shard_that_was_removed_or_cut_is_written_again(
+    tmp_path: Path, source: Path, run: Run, content: Any
+) -> None:
     def stop(_: Any, __: Any) -> None:
         raise KeyboardInterrupt
 
@@ -188,9 +190,10 @@ def test_a_finished_shard_that_was_removed_is_written_again(tmp_path: Path, sour
             run(source, tmp_path / "dst", shard_samples=12)
     before = stamps(tmp_path / "dst")
     (tmp_path / "dst" / "train-000002.tar").unlink()
+    os.truncate(tmp_path / "dst" / "train-000001.tar", 1024)
     run(source, tmp_path / "dst", shard_samples=12)
     after = stamps(tmp_path / "dst")
-    assert {name for name in before if before[name] != after[name]} == {"train-000002.tar"}
+    assert {name for name in before if before[name] != after[name]} == {"train-000001.tar", "train-000002.tar"}
     assert verify(tmp_path / "dst") == []
 
 

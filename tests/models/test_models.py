@@ -109,6 +109,18 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.parametrize(("origin", "gain"), [("library", 2.0), ("torch", 1 / 3)])
+def test_initial_weights_of_a_convolution(origin: str, gain: float) -> None:
+    """torchvision: N(0, 2 / fan-out); torch: uniform with variance 1 / (3 fan-in), as in the paper's code."""
+    model = model_of("torchvision/resnet18", initial_weights=origin)
+    for name in ("layer1.0.conv1", "layer4.1.conv2"):  # fan-in and fan-out are the same
+        weight = model.encoder.get_submodule(name).weight  # type: ignore[operator, union-attr]
+        fan = weight.shape[0] * 9
+        torch.testing.assert_close(weight.var(), torch.tensor(gain / fan), rtol=0.05, atol=0)  # of 36,864 draws and more
+    again = model_of("torchvision/resnet18", initial_weights=origin).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
 def test_routes_share_weights_but_not_norms() -> None:
     model = model_of("small_resnet")
     x = torch.rand(8, 3, 32, 32)

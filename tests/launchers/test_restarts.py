@@ -1,0 +1,41 @@
+"""How often the local launcher starts ranks again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.config import Batch, Config, Launch
+from clae_dist.launchers import local
+from clae_dist.launchers.rank import BAD_DATA, FAILED, OK, Ending
+
+LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command goes on from the newest checkpoint.", again=True)
+
+
+@pytest.mark.parametrize(
+    ("endings", "max_failures", "starts"),
+    [
+        ([LOST, LOST, LOST, LOST], 2, 3),
+        ([LOST, LOST, LOST, LOST], 0, 1),
+        ([LOST, LOST, Ending(OK, "")], 2, 3),
+        ([LOST, Ending(BAD_DATA, "a shard is gone")], 2, 2),  # another start would end the same
+    ],
+)
+def test_ranks_are_started_again_as_often_as_requested(
+    endings: list[Ending], max_failures: int, starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(endings)
+    given: list[Ending] = []
+
+    def spawn(*arguments: Any, **settings: Any) -> Ending:
+        given.append(next(told))
+        return given[-1]
+
+    monkeypatch.setattr(local, "spawn", spawn)
+    config = Config(run_dir=str(tmp_path), batch=Batch(global_size=16), launch=Launch(workers=2, max_failures=max_failures))
+    assert local.launch(config, {}, False) == endings[starts - 1]
+    assert len(given) == starts
+    console = (tmp_path / "console.log").read_text() if (tmp_path / "console.log").exists() else ""
+    assert console.count("Starting again (failure ") == starts - 1
