@@ -26,8 +26,8 @@ Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --hel
 _PREPARE = """\
 Writes the images of SRC as WebDataset shards with a manifest into DST. What SRC is, its content tells:
 
-  a folder        one folder of images a class (CLASS/…/image.jpg), or train/ and test/ (or val/, valid/) that hold class
-                  folders, or images without any folders (no labels)
+  a folder        one folder of images a class (CLASS/…/image.jpg), or train/ and test/ (or val/, dev/, eval/, Testing/,
+                  seg_test/ beside seg_train/, …) that hold class folders, or images without any folders (no labels)
   archives        of such a folder: .zip, .tar, .tar.gz, .tar.bz2, .tar.xz; several that share no file make one set
   ImageNet        ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz for its labels (without:
                   no labels), or all three, or the folder that holds them; val becomes the split test

@@ -6,7 +6,6 @@ What is done is kept in `.parts/` beside the manifest-to-be, one record a shard,
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -21,11 +20,11 @@ from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
 from data_prep.named_labels import named_classes, place_index
 from data_prep.pool import run_tasks
 from data_prep.progress import Progress
+from data_prep.split_names import files_by_split
 from data_prep.workspace import QUARANTINE, open_workspace
 
 Say = Callable[[str], None]
 _PARTS = ".parts"
-_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,18 @@ def _tars(shards: list[str]) -> list[Path]:
 
 
 def _splits(names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Names of shards by split: by the first word in them that is a split's, else `train`. And what to tell the user."""
+    """Names of shards by split: by the word in them that is a split's, else `train`. And what to tell the user."""
+    try:
+        found = files_by_split(names)
+    except ValueError as error:
+        raise DataError(f"{error}; which one is it? Rename the shard, or a link to it.") from None
     splits: dict[str, list[str]] = {}
     for name in names:
-        words = re.split("[^a-z]+", name.lower())
-        splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), "train"), []).append(name)
+        splits.setdefault(found[name] or "train", []).append(name)
     notes = []
+    unnamed = [name for name in names if not found[name]]
+    if unnamed and len(unnamed) < len(names):
+        notes.append(f"{len(unnamed)} shards do not tell their split, such as {unnamed[0]}: they are taken for train.")
     if "val" in splits and "test" not in splits:  # as `prepare` does it: evaluation looks for a split test
         splits["test"] = splits.pop("val")
         notes.append(f"Shards such as {splits['test'][0]} become the split test.")

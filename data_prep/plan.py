@@ -12,9 +12,11 @@ from itertools import pairwise
 from clae_dist.data.manifest import DataError
 from data_prep.settings import Settings
 from data_prep.sources.entry import Entry, Layout, Listing
+from data_prep.split_folders import class_root, find_splits, refuse_splits_inside, tops_of
+from data_prep.split_names import split_of
 
-_HELD_OUT = {"test": "test", "val": "val", "valid": "val", "validation": "val"}  # folder: split
 _Images = dict[str, dict[str, list[tuple[str, Entry]]]]
+_UNLABELLED = "The images lie in no class folders: they get no labels (-1)."
 _WAY_OUT = "The folder should hold one folder of images a class, or train/ and test/ (or val/) that do."
 
 
@@ -82,8 +84,7 @@ def _arrange(listing: Listing, where: str) -> Layout:
 
 def _by_split(listing: Listing, where: str) -> tuple[_Images, bool, list[str]]:
     """Images by split and class, whether the splits are given, and what a user should know."""
-    tops = {path.split("/")[0] for path in listing.folders}
-    tops_with_images = {entry.path.split("/")[0] for entry in listing.entries if "/" in entry.path}
+    tops_with_images = tops_of(listing.entries)
     direct = [entry.path for entry in listing.entries if "/" not in entry.path]
     if direct and tops_with_images:
         raise DataError(
@@ -92,43 +93,63 @@ def _by_split(listing: Listing, where: str) -> tuple[_Images, bool, list[str]]:
         )
     if direct:
         images = {"train": {"": [(entry.path, entry) for entry in listing.entries]}}
-        return images, False, ["The images lie in no class folders: they get no labels (-1)."]
-    held_out = sorted(tops & set(_HELD_OUT))
-    if "train" in tops and held_out:
-        return _arrange_splits(listing, ["train", *held_out], tops_with_images, where)
-    root = "train/" if tops == {"train"} and all(entry.path.count("/") >= 2 for entry in listing.entries) else ""
-    groups = _by_class(listing, root, where)
+        return images, False, [_UNLABELLED]
+    root, splits = find_splits(listing, where)
+    named = {path for path in listing.folders if "/" not in path and split_of(path)}
+    if len({split_of(name) for name in named}) > 1 and "train" in map(split_of, named):
+        root, splits = "", {name: split_of(name) for name in named}  # also the empty ones, which are then refused
+    if splits:
+        return _arrange_splits(listing, root, splits, tops_with_images, where)
+    refuse_splits_inside(listing, where)
+    groups = _by_class(listing, "", where)
     _refuse_empty({name for name, images in groups.items() if not images}, where)
-    return {"train": groups}, False, []
+    notes = [f"The folder {name}/ is taken for a class, as the folders beside it are." for name in sorted(named)]
+    return {"train": groups}, False, notes
 
 
 def _arrange_splits(
-    listing: Listing, folders: list[str], tops_with_images: set[str], where: str
+    listing: Listing, root: str, splits: dict[str, str], tops_with_images: set[str], where: str
 ) -> tuple[_Images, bool, list[str]]:
-    """Split folders over class folders. A single held-out folder is the split "test", whatever it is called."""
-    others = sorted(tops_with_images - set(folders))
+    """Split folders below `root`. A single held-out folder is the split "test", whatever it is called."""
+    others = sorted(tops_with_images - set(splits)) if not root else []
     if others:
         raise DataError(
-            f"{where} has the split folders {', '.join(folders)} and also images in {', '.join(others)}; move those away."
+            f"{where} has the split folders {_some(sorted(splits))} and also images in {', '.join(others)}; move those away."
         )
-    names = {folder: _HELD_OUT.get(folder, folder) for folder in folders}
-    notes = []
-    if len(folders) == 2 and names[folders[1]] != "test":
-        names[folders[1]] = "test"
-        notes.append(f"The folder {folders[1]}/ becomes the split test.")
-    if len(set(names.values())) < len(names):
-        raise DataError(f"{where} has {' and '.join(folders[1:])}, which mean the same; keep one of them.")
-    images = {names[folder]: _by_class(listing, folder + "/", where) for folder in folders}
+    for split in set(splits.values()):
+        same = sorted(name for name in splits if splits[name] == split)
+        if len(same) > 1:
+            raise DataError(f"{where} has {' and '.join(same)}, which mean the same; keep one of them.")
+    held_out = [name for name, split in splits.items() if split != "train"]
+    names = {**splits, held_out[0]: "test"} if len(held_out) == 1 else splits
+    notes = [f"The folder {root}{name}/ becomes the split {split}." for name, split in sorted(names.items()) if name != split]
+    roots = {split: class_root(listing.entries, f"{root}{name}/") for name, split in names.items()}
+    below = {split: _below(listing, folder) for split, folder in roots.items()}
+    if not any("/" in path for found in below.values() for path, _ in found):
+        images = {split: {"": found} for split, found in below.items()}
+        notes.append(_UNLABELLED)
+    else:
+        images = {split: _by_class(listing, folder, where) for split, folder in roots.items()}
     every_class = {name for groups in images.values() for name in groups}
-    full = {split: {name for name, found in groups.items() if found} for split, groups in images.items()}
-    _refuse_empty(every_class - set().union(*full.values()), where)
+    full = {split: {name for name, group in groups.items() if group} for split, groups in images.items()}
     for split, present in full.items():
         if not present:
             raise DataError(f"{where} has no images for the split {split}. {_WAY_OUT}")
+    _refuse_empty(every_class - set().union(*full.values()), where)
+    for split, present in full.items():
         missing = sorted(every_class - present)
         if missing:
             notes.append(f"The split {split} has no images of {_some(missing)}.")
-    return images, True, notes
+    if "train" not in images:
+        notes.append("The source has no train split; training needs one, or data.train_split.")
+    if set(images) == {"train"}:
+        notes.append("The source has a train split only: what is drawn for the test split comes from it.")
+    return images, set(images) != {"train"}, notes
+
+
+def _below(listing: Listing, root: str) -> list[tuple[str, Entry]]:
+    """The images in or below `root`, with their paths from there."""
+    return [(entry.path[len(root) :], entry) for entry in listing.entries if entry.path.startswith(root)]
 
 
 def _by_class(listing: Listing, root: str, where: str) -> dict[str, list[tuple[str, Entry]]]:
@@ -136,10 +157,7 @@ def _by_class(listing: Listing, root: str, where: str) -> dict[str, list[tuple[s
     groups: dict[str, list[tuple[str, Entry]]] = {
         path[len(root) :]: [] for path in listing.folders if path.startswith(root) and "/" not in path[len(root) :]
     }
-    for entry in listing.entries:
-        if not entry.path.startswith(root):
-            continue
-        below = entry.path[len(root) :]
+    for below, entry in _below(listing, root):
         if "/" not in below:
             raise DataError(f"{where} has the image {entry.path} in no class folder; move it into one or away. {_WAY_OUT}")
         groups[below.split("/")[0]].append((below, entry))

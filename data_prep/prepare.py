@@ -79,6 +79,11 @@ def _describe(plan: Plan, settings: Settings) -> str:
     lines = [f"{settings.name}: {plan.num_images} images, {len(plan.classes)} classes, {len(plan.shards)} shards."]
     if plan.splits_from == "drawn":
         lines.append(f"Splits: a test split of {settings.test_share:.0%} of every class is drawn with seed {settings.seed}.")
+    if len(plan.classes) == 1:
+        lines.append(
+            f"All images are of one class, {plan.classes[0]}: no accuracy can be measured with them. Class folders are "
+            "expected directly in the folder that is named, or in train/ and test/."
+        )
     return "\n".join(lines + list(plan.notes))
 
 

@@ -13,6 +13,8 @@ from clae_dist.data.manifest import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, is_hidden, is_image_name, plain_name, stamp
 from data_prep.sources.tar import plain_tar, tar_members
 from data_prep.sources.zip import is_zip, zip_members
+from data_prep.split_folders import tops_of
+from data_prep.split_names import files_by_split, splits_of
 
 
 class ArchiveSource:
@@ -29,24 +31,56 @@ class ArchiveSource:
 
     def listing(self, scratch: Path, report: Report, /) -> Listing:
         """Decompresses tars into `scratch`, which entries then refer to. Raises DataError for damaged or unsafe archives."""
+        parts = [_members(path, scratch / f"{number}.tar", report) for number, path in enumerate(self.paths)]
+        splits = _splits_by_name(self.paths, parts)
+        if splits:
+            parts = [_in_folder(_without_leading_folder(part), split) for part, split in zip(parts, splits, strict=True)]
         entries: dict[str, Entry] = {}
-        folders: set[str] = set()
-        ignored: list[str] = []
-        for number, path in enumerate(self.paths):
-            found = _members(path, scratch / f"{number}.tar", report, folders, ignored)
-            both = next((name for name in found if name in entries), None)
+        for part in parts:
+            both = next((entry.path for entry in part.entries if entry.path in entries), None)
             if both is not None:
                 raise DataError(
                     f"{both} is in {' and in '.join(str(path) for path in self.paths)}; archives of one set share no file."
                 )
-            entries.update(found)
-        listing = Listing(tuple(entries[path] for path in sorted(entries)), frozenset(folders), tuple(ignored))
+            entries.update({entry.path: entry for entry in part.entries})
+        folders = frozenset().union(*(part.folders for part in parts))
+        ignored = tuple(name for part in parts for name in part.ignored)
+        listing = Listing(tuple(entries[path] for path in sorted(entries)), folders, ignored)
         return _without_leading_folder(listing)
 
 
-def _members(path: Path, unpacked: Path, report: Report, folders: set[str], ignored: list[str]) -> dict[str, Entry]:
-    """Images of one archive by path; adds to `folders` and `ignored`."""
+def _splits_by_name(paths: tuple[Path, ...], parts: list[Listing]) -> list[str]:
+    """The split of each archive where their names alone tell (`train.zip`, `test.zip`); [] for one set without splits.
+
+    Raises DataError for archives of which only some are called like a split.
+    """
+    if any(splits_of(tops_of(_without_leading_folder(part).entries) or {""}) for part in parts):
+        return []  # the folders in them say it
+    try:
+        by_name = files_by_split(path.name for path in paths)
+    except ValueError as error:
+        raise DataError(f"{error}; which one is it? Rename the archive.") from None
+    splits = [by_name[path.name] for path in paths]
+    if len(paths) < 2 or not set(splits) - {"", "train"}:
+        return []
+    if "" in splits or len(set(splits)) < len(splits):
+        raise DataError(
+            f"{' and '.join(path.name for path in paths)} do not tell their splits by their names; name one archive train and "
+            "one test, or put train/ and test/ into them."
+        )
+    return splits
+
+
+def _in_folder(listing: Listing, folder: str) -> Listing:
+    entries = tuple(dataclasses.replace(entry, path=f"{folder}/{entry.path}") for entry in listing.entries)
+    return Listing(entries, frozenset({folder, *(f"{folder}/{path}" for path in listing.folders)}), listing.ignored)
+
+
+def _members(path: Path, unpacked: Path, report: Report) -> Listing:
+    """What is in one archive."""
     entries: dict[str, Entry] = {}
+    folders: set[str] = set()
+    ignored: list[str] = []
     found = zip_members(path) if is_zip(path) else tar_members(path, plain_tar(path, unpacked, report), report)
     for name, entry in found:
         parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -61,13 +95,13 @@ def _members(path: Path, unpacked: Path, report: Report, folders: set[str], igno
             entries[name] = dataclasses.replace(entry, path=name)
         else:
             ignored.append(name)
-    return entries
+    return Listing(tuple(entries.values()), frozenset(folders), tuple(ignored))
 
 
 def _without_leading_folder(listing: Listing) -> Listing:
     """Archives are often made of one folder that holds everything; it is not a class."""
     tops = {path.split("/")[0] for path in listing.folders}
-    if len(tops) != 1 or tops == {"train"}:
+    if len(tops) != 1 or splits_of(tops):
         return listing
     prefix = tops.pop() + "/"
     if not listing.entries or any(entry.path.count("/") < 2 for entry in listing.entries):

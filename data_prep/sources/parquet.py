@@ -7,7 +7,6 @@ keeps one piece; the plan therefore puts row groups in drawn order and shuffles 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +14,11 @@ from typing import Any
 
 from clae_dist.data.manifest import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, UnreadableError, plain_name, stamp
+from data_prep.split_names import files_by_split
 
 _MAGIC = b"PAR1"
 _PIECE = 128  # rows that are decoded at once
 _BUFFER_BYTES = 1 << 20  # of a column that are read at once; without it a row group's images all come into memory
-_SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label")
 
@@ -78,11 +77,10 @@ class ParquetSource:
 
 def _splits(names: list[str]) -> dict[str, str]:
     """The split of every file: data/train-00000-of-00002.parquet, train.parquet, default/train/0000.parquet."""
-    found: dict[str, str] = {}
-    for name in names:
-        *folders, last = name.lower().removesuffix(".parquet").split("/")
-        words = [re.split(r"[-_.]", last)[0], *(folder.removeprefix("partial-") for folder in reversed(folders))]
-        found[name] = next((_SPLITS[word] for word in words if word in _SPLITS), "")
+    try:
+        found = files_by_split(names)
+    except ValueError as error:
+        raise DataError(f"{error}; which one is it? Rename the file.") from None
     unnamed = [name for name in names if not found[name]]
     if len(unnamed) == len(names):
         return dict.fromkeys(names, "train")
