@@ -9,7 +9,7 @@ Reference: YAML 1.2.2, section 10.3.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -27,8 +27,8 @@ _RESOLVERS = (
 class _CoreLoader(yaml.SafeLoader):
     """The resolvers and constructors of the core schema alone: no merge keys, dates, sets or binaries."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
-    yaml_constructors: dict[str | None, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge keys (`<<`) belong to YAML 1.1."""

@@ -1,4 +1,4 @@
-"""`~` and `~user` in paths that a setting names. A shell expands them in front of a word, not in `run_dir=~/runs` or in a file."""
+"""`~` and `~user` in paths that a setting names: a shell does not expand them in `run_dir=~/runs`, nor in a file."""
 
 from __future__ import annotations
 

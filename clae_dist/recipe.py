@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -202,13 +202,17 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Set
 
 
 def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[str, Setting]:
-    """Settings from `section.key=value` texts. Raises ConfigError."""
+    """Settings from `section.key=value` texts. Raises ConfigError, also for a key that comes twice."""
     settings: dict[str, Setting] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
         _check_key(key, origin)
+        if key in settings:
+            times = sum(text.startswith(f"{key}=") for text in overrides)
+            hint = f", and a shell makes several arguments of unquoted braces: quote them, '{key}=x-{{000000..000003}}.tar'"
+            raise ConfigError(f"{key} is given {times} times ({origin}); keep one{hint if FIELDS[key][1] is str else ''}.")
         if FIELDS[key][1] is str:  # a path may hold what YAML would read as a comment or a mapping
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             settings[key] = Setting("" if value == "null" else value[1:-1] if quoted else value, origin)
@@ -216,8 +220,9 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
         try:
             node = core_yaml.compose(value)
             settings[key] = Setting("" if node is None else _value(key, node), origin)
-        except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it.") from None
+        except (yaml.YAMLError, ValueError) as error:
+            why = getattr(error, "problem", None) or error
+            raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it. ({why})") from None
     return settings
 
 
@@ -238,9 +243,15 @@ def build(settings: dict[str, Setting]) -> Config:
         raise ConfigError(f"{error}{origin}") from None
 
 
-def resolve(recipe: str | Path | None, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
-    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line")."""
+def resolve(
+    recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()
+) -> tuple[Config, dict[str, str]]:
+    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line").
+
+    `defaults` are overrides of the recipe that `overrides` may set again.
+    """
     settings = read_recipe(Path(recipe)) if recipe else {}
+    settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)
     return config, {key: settings[key].origin if key in settings else "default" for key in FIELDS}

@@ -23,9 +23,11 @@ def in_a_recipe(folder: Path, text: str) -> Config:
     ("text", "value"),
     [
         ("0256", 256), ("-012", -12), ("+7", 7), ("0o17", 15), ("0x1F", 31), ("0", 0),
-        ("1e-3", 1e-3), ("1E3", 1000.0), ("1.", 1.0), (".5", 0.5), ("-1.5e+2", -150.0), ("-.inf", -float("inf")), (".INF", float("inf")),
+        ("1e-3", 1e-3), ("1E3", 1000.0), ("1.", 1.0), (".5", 0.5), ("-1.5e+2", -150.0), ("-.inf", -float("inf")),
+        (".INF", float("inf")),
         ("true", True), ("False", False), ("null", None), ("~", None),
-        ("12:30:00", "12:30:00"), ("1_000", "1_000"), ("0b11", "0b11"), ("2026-11-28", "2026-11-28"), ("=", "="), ("0o8", "0o8"),
+        ("12:30:00", "12:30:00"), ("1_000", "1_000"), ("0b11", "0b11"), ("2026-11-28", "2026-11-28"), ("=", "="),
+        ("0o8", "0o8"),
         ("yes", "yes"), ("No", "No"), ("on", "on"), ("OFF", "OFF"), ("y", "y"), ("inf", "inf"), ("nan", "nan"), ("1e", "1e"),
     ],
 )  # fmt: skip
@@ -79,7 +81,10 @@ def test_what_version_1_2_does_not_read_is_refused(setting: str, message: str) -
     ("text", "message"),
     [
         ("base: &base\n  seed: 1\n", r"base\.seed .* is not a known key; did you mean seed\?"),
-        ("<<: {seed: 1}\n", r"<< \(.*:1\) is a merge key, which recipes do not have .* start from another recipe with `extends: other\.yaml`"),
+        (
+            "<<: {seed: 1}\n",
+            r"<< \(.*:1\) is a merge key, which recipes do not have .* start from another recipe with `extends: other\.yaml`",
+        ),
         ("batch: &b\n  global_size: 4\nattack:\n  <<: *b\n", r"attack\.<< \(.*:4\) is a merge key"),
         ("batch: &b\n  more: *b\n", r"batch\.more\.more \(.*\) is not a known key"),
         ("batch: &b\n  global_size: *b\n", r"batch\.global_size"),
@@ -104,7 +109,22 @@ def test_any_text_comes_back_from_config_yaml(tmp_path: Path) -> None:
     """U+0085 came back as a line feed, and a value of more than 1,000 characters was broken over lines."""
     draws = random.Random(0)
     letters = "a~yn01 ._-:#'\"{}[],&*!|>%@`\\\n\t\r\x85\u2028\x07é😀\udc80\x00\ufeffoxeE+=?/<"
-    words = ["yes", "0o17", "0256", "1e3", "12:30:00", "1_000", "null", "", "true", "<<", ".inf", "2026-11-28", " a", "a b " * 500]
+    words = [
+        "yes",
+        "0o17",
+        "0256",
+        "1e3",
+        "12:30:00",
+        "1_000",
+        "null",
+        "",
+        "true",
+        "<<",
+        ".inf",
+        "2026-11-28",
+        " a",
+        "a b " * 500,
+    ]
     words += ["".join(draws.choices(letters, k=draws.randint(1, 10))) for _ in range(100)]
     for word in words:
         data = dataclasses.replace(Config().data, train_split=word, metadata=(word, "a"), mixture={f"./{word}": 0.25})
