@@ -34,12 +34,13 @@ given() { # given KEY: its value among the settings; fails without
 
 last_of_each() { # last_of_each SETTING …: sets words, of settings with one key the last: `clae` refuses a key that comes twice
   local -A place=()
-  local setting key
+  local setting key at
   words=()
   for setting in "$@"; do
     key=${setting%%=*}
-    [ -n "${place[$key]+set}" ] || place[$key]=${#words[@]}
-    words[place[$key]]=$setting
+    at=${place[$key]:-${#words[@]}}
+    place[$key]=$at
+    words[at]=$setting
   done
 }
 
