@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clae_dist import __version__
+from clae_dist.options import Parser, user_path
 
 _EXIT_CODES = """\
 exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank failed; 5 storage;
@@ -19,6 +19,7 @@ _CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
 _OVERRIDES_HELP = (
     "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
 )
+_SHARDS_HELP = "where the run's images are (default: as config.yaml says)"
 _PARITY = """\
 Runs a recipe's model, attack and optimiser in W processes and in one, on the same global batch of made-up images, and compares
 loss, every parameter gradient, the input gradient, the signs of delta, and the parameters after some steps. In float64 (float32
@@ -61,16 +62,15 @@ repeat, is what other processes disturb the least. OMP_NUM_THREADS sets torch's 
 
 
 if TYPE_CHECKING:
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    _Commands = argparse._SubParsersAction[Parser]
 
 
-def parser() -> argparse.ArgumentParser:
-    """What `clae` understands; `command` of the namespace is the subcommand's name."""
-    top = argparse.ArgumentParser(
+def parser() -> Parser:
+    """What `clae` understands; of the namespace, `command` is the subcommand's name and `parser` its parser."""
+    top = Parser(
         prog="clae",
         description="Contrastive learning with adversarial examples (CLAE) on a global batch.",
         epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"clae-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -80,22 +80,34 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add(commands: _Commands, name: str, summary: str, description: str = "", recipe: str = "") -> argparse.ArgumentParser:
+def _recipe(text: str) -> str:
+    return text if "=" in text else str(user_path(text))  # where a recipe may be left out, a setting
+
+
+def _shards(text: str) -> str:
+    from clae_dist.home import expand_home
+
+    try:
+        return str(expand_home("data.shards", text, "--shards"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add(commands: _Commands, name: str, summary: str, description: str = "", recipe: str = "") -> Parser:
     """A subcommand with --debug and, where `recipe` is "needed" or "optional", with CONFIG and key=value."""
     sub = commands.add_parser(
         name,
         help=summary,
         description=description or summary,
         epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's own log")
     if recipe == "needed":
-        sub.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
+        sub.add_argument("config", metavar="CONFIG", type=_recipe, help=_CONFIG_HELP)
     elif recipe == "optional":
-        sub.add_argument("config", metavar="CONFIG", nargs="?", help=f"{_CONFIG_HELP}; may be left out")
+        sub.add_argument("config", metavar="CONFIG", type=_recipe, nargs="?", help=f"{_CONFIG_HELP}; may be left out")
     if recipe:
-        sub.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+        sub.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return sub
 
 
@@ -123,26 +135,24 @@ def _add_results(commands: _Commands) -> None:
     export = _add(commands, "export", "write the encoder as safetensors that timm or torchvision load without this package")
     checkpoints = _add(commands, "checkpoints", "list, verify and export a run's checkpoints; exit code 1 where one is damaged")
     for sub in (evaluate, report, export, checkpoints):
-        sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, such as runs/clae")
+        sub.add_argument("run", metavar="RUN", type=user_path, help="the folder of a run, such as runs/clae")
     for sub in (evaluate, report):
-        sub.add_argument("--shards", default="", metavar="SHARDS", help="where its images are (default: as config.yaml says)")
+        sub.add_argument("--shards", default="", type=_shards, metavar="SHARDS", help=_SHARDS_HELP)
     report.add_argument(
-        "--compare", type=Path, metavar="RUN", help="another run that has a report, for the table's second column"
+        "--compare", type=user_path, metavar="RUN", help="another run that has a report, for the table's second column"
     )
     replay = _add(
         commands, "replay", "take a step again whose loss or gradient was not finite, and say where that begins", _REPLAY
     )
-    replay.add_argument("step", metavar="STEP", type=Path, help="what the run wrote down: RUN/nonfinite/step-00000123")
-    replay.add_argument(
-        "--shards", default="", metavar="SHARDS", help="where the run's images are (default: as config.yaml says)"
-    )
-    export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
+    replay.add_argument("step", metavar="STEP", type=user_path, help="what the run wrote down: RUN/nonfinite/step-00000123")
+    replay.add_argument("--shards", default="", type=_shards, metavar="SHARDS", help=_SHARDS_HELP)
+    export.add_argument("--to", type=user_path, metavar="DIR", help="where to (default: RUN/export)")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte, and say what is damaged")
     checkpoints.add_argument("--json", action="store_true", help="print one JSON array, newest first")
     checkpoints.add_argument(
         "--export", type=int, nargs="?", const=-1, metavar="STEP", help="write all of its tensors, whole (default: the newest)"
     )
-    checkpoints.add_argument("--to", type=Path, metavar="FILE", help="where --export writes a safetensors file")
+    checkpoints.add_argument("--to", type=user_path, metavar="FILE", help="where --export writes a safetensors file")
 
 
 def _add_proofs(commands: _Commands) -> None:

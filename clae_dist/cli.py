@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -24,16 +24,28 @@ _STOPPED = 75  # training.guard.STOPPED, which is torch's time away
 _ALL_HAVE_LOOKED_S = 2.5
 
 
-def _resolve(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
-    """The settings of recipe, command line and environment."""
+def _resolve(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """The settings of recipe, command line and environment; `defaults` come before the command line's."""
     from clae_dist.recipe import resolve
 
-    config, origins = resolve(arguments.config, arguments.overrides)
+    config, origins = resolve(arguments.config, arguments.overrides, defaults)
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     if store and not config.tracking.uri:
         config = replace(config, tracking=replace(config.tracking, uri=store))
         origins["tracking.uri"] = "MLFLOW_TRACKING_URI"
     return config, origins
+
+
+def _option(arguments: argparse.Namespace, option: str, key: str) -> None:
+    """Makes an option that stands for a setting one of the overrides. Raises ConfigError where both are given."""
+    from clae_dist.config import ConfigError
+
+    value = getattr(arguments, option)
+    if value is None:
+        return
+    if any(text.startswith(f"{key}=") for text in arguments.overrides):
+        raise ConfigError(f"--{option} and {key}= are one setting, and both are given; keep one of them.")
+    arguments.overrides.append(f"{key}={value}")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -65,10 +77,8 @@ def _leaving_at_signals() -> Iterator[None]:
 def _start(arguments: argparse.Namespace) -> int:
     from clae_dist.launchers import start
 
+    _option(arguments, "launcher", "launch.launcher")
     config, origins = _resolve(arguments)
-    if arguments.launcher:
-        config = replace(config, launch=replace(config.launch, launcher=arguments.launcher))
-        origins["launch.launcher"] = "command line"
     ending = start(config, origins, arguments.debug)
     if ending.message:
         print(f"clae: {ending.message}", file=sys.stderr)
@@ -87,9 +97,8 @@ def _config(arguments: argparse.Namespace) -> int:
 def _dry_run(arguments: argparse.Namespace) -> int:
     from clae_dist.launchers.dry_run import dry_run
 
+    _option(arguments, "launcher", "launch.launcher")
     config, origins = _resolve(arguments)
-    if arguments.launcher:
-        config = replace(config, launch=replace(config.launch, launcher=arguments.launcher))
     ending = dry_run(config, origins, arguments.debug)
     print(
         f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}",
@@ -141,11 +150,8 @@ def _parity(arguments: argparse.Namespace) -> int:
     if arguments.config and "=" in arguments.config and not os.path.exists(arguments.config):
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
-    if not arguments.config:
-        arguments.overrides = [*DEMO, *arguments.overrides]
-    if arguments.backend:
-        arguments.overrides.append(f"parallel.backend={arguments.backend}")
-    config, origins = _resolve(arguments)
+    _option(arguments, "backend", "parallel.backend")
+    config, origins = _resolve(arguments, () if arguments.config else DEMO)
     ending = parity(config, origins, arguments.world_size, arguments.rows, arguments.steps, arguments.json)
     if ending.message:
         print(ending.message, file=sys.stderr if ending.message.startswith("clae: ") else sys.stdout)
@@ -226,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no settings after an option
         if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            arguments.parser.refuse(rest)
         arguments.overrides += rest
     try:
         return _COMMANDS[arguments.command](arguments)

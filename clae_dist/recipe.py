@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError
+from clae_dist.home import expand_home
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -46,6 +48,7 @@ def _fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[dataclasses
 
 
 FIELDS = _fields()
+_SECTIONS = {key.rpartition(".")[0] for key in FIELDS} - {""}
 
 
 def _is_mapping(key: str) -> bool:
@@ -92,20 +95,14 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is str:
         return "" if value is None else value if isinstance(value, str) else refuse("a text")
     if wanted is int:
-        if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", value):  # YAML 1.1 reads 1e3 as a text
-            value = float(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a text
-        try:
-            value = float(value)
-        except ValueError:
-            numerator, slash, denominator = value.partition("/")  # 4/255, as papers write it
-            try:
-                value = float(numerator) / float(denominator) if slash else refuse("a number")
-            except (ValueError, ZeroDivisionError):
-                refuse("a number")
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
+        if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
+            refuse("a number, such as 0.25, 1e-3 or 8/255")
+        value = float(parts[0]) / float(parts[1])
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         refuse("a finite number")
     return float(value)
@@ -133,10 +130,19 @@ def _check_key(key: str, origin: str) -> None:
 
 
 def _value(key: str, node: yaml.Node) -> Any:
-    """What a YAML node means for `key`: a text stays as it was written, where YAML would make 7 of 007 or true of yes."""
-    if isinstance(node, yaml.ScalarNode) and FIELDS[key][1] is str:
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
-    return yaml.SafeLoader("").construct_object(node, deep=True)
+    """The value of a YAML node for `key`: texts stay as they were written, where YAML would make 7 of 007 or true of a name."""
+    return core_yaml.written(node) if FIELDS[key][1] in (str, tuple[str, ...]) else core_yaml.construct(node)
+
+
+def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
+    """Raises ConfigError for a key of a recipe that is no plain word."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"a key ({origin}) is a list or a mapping; write a plain word, such as `batch:`.")
+    if node.value == "<<":
+        raise ConfigError(
+            f"{key} ({origin}) is a merge key, which recipes do not have (YAML 1.2); write the keys out, or start from another "
+            "recipe with `extends: other.yaml`."
+        )
 
 
 def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Setting]:
@@ -153,18 +159,25 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Set
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text in UTF-8; name a recipe, such as configs/quickstart.yaml.") from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = core_yaml.compose(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     settings: dict[str, Setting] = {}
     if root is None:
         return settings
     own: dict[str, Setting] = {}
+    sections: dict[str, str] = {}
 
     def walk(node: yaml.MappingNode, prefix: str) -> None:
         for key_node, value_node in node.value:
             key, origin = prefix + str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-            if isinstance(value_node, yaml.MappingNode) and not _is_mapping(key):
+            _check_key_node(key, key_node, origin)
+            if isinstance(value_node, yaml.MappingNode) and value_node.value and not _is_mapping(key):
+                if key not in _SECTIONS:
+                    _check_key(f"{key}.{value_node.value[0][0].value}", f"{path}:{value_node.start_mark.line + 1}")
+                if key in sections:
+                    raise ConfigError(f"{key} is a section twice in {path} ({sections[key]} and {origin}); make it one.")
+                sections[key] = origin
                 walk(value_node, key + ".")
                 continue
             if key in own:
@@ -189,22 +202,27 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Set
 
 
 def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[str, Setting]:
-    """Settings from `section.key=value` texts. Raises ConfigError."""
+    """Settings from `section.key=value` texts. Raises ConfigError, also for a key that comes twice."""
     settings: dict[str, Setting] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
         _check_key(key, origin)
+        if key in settings:
+            times = sum(text.startswith(f"{key}=") for text in overrides)
+            hint = f", and a shell makes several arguments of unquoted braces: quote them, '{key}=x-{{000000..000003}}.tar'"
+            raise ConfigError(f"{key} is given {times} times ({origin}); keep one{hint if FIELDS[key][1] is str else ''}.")
         if FIELDS[key][1] is str:  # a path may hold what YAML would read as a comment or a mapping
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             settings[key] = Setting("" if value == "null" else value[1:-1] if quoted else value, origin)
             continue
         try:
-            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            node = core_yaml.compose(value)
             settings[key] = Setting("" if node is None else _value(key, node), origin)
-        except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it.") from None
+        except (yaml.YAMLError, ValueError) as error:
+            why = getattr(error, "problem", None) or error
+            raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it. ({why})") from None
     return settings
 
 
@@ -214,7 +232,7 @@ def build(settings: dict[str, Setting]) -> Config:
     top: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for key, setting in settings.items():
-        value = _coerce(key, setting.value, FIELDS[key][1], setting.origin)
+        value = expand_home(key, _coerce(key, setting.value, FIELDS[key][1], setting.origin), setting.origin)
         section, dot, name = key.rpartition(".")
         (sections.setdefault(section, {}) if dot else top)[name] = value
     try:
@@ -225,12 +243,32 @@ def build(settings: dict[str, Setting]) -> Config:
         raise ConfigError(f"{error}{origin}") from None
 
 
-def resolve(recipe: str | Path | None, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
-    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line")."""
+def resolve(
+    recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()
+) -> tuple[Config, dict[str, str]]:
+    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line").
+
+    `defaults` are overrides of the recipe that `overrides` may set again.
+    """
     settings = read_recipe(Path(recipe)) if recipe else {}
+    settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)
     return config, {key: settings[key].origin if key in settings else "default" for key in FIELDS}
+
+
+def _dumped(value: Any) -> str:
+    """A value as YAML on one line, with escapes where PyYAML would not read its own characters back (U+0085)."""
+    for allow_unicode in (True, False):
+        text = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=allow_unicode)
+        text = text.removesuffix("\n").removesuffix("\n...")
+        if text.isprintable():
+            break
+    return text
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
@@ -242,10 +280,8 @@ def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
         if dot and prefix != section:
             lines.append(f"{prefix}:")
             section = prefix
-        plain = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
-        text = text.removesuffix("\n").removesuffix("\n...")
-        comment = f"  # {comments[key]}" if comments and key in comments else ""
+        text = _dumped(list(value) if isinstance(value, tuple) else value)
+        comment = f"  # {_printable(comments[key])}" if comments and key in comments else ""
         lines.append(f"{'  ' if dot else ''}{name}: {text}{comment}")
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+
+from clae_dist.options import Parser, user_path
 
 _QUALITY = 90
 _EXIT_CODES = """\
@@ -129,53 +130,56 @@ for _kind, _name in (
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command and its options. Ends the process with exit code 2 for what it does not understand."""
-    args = _parser().parse_args(arguments)
+    args, rest = _parser().parse_known_args(arguments)
+    if rest:
+        args.parser.refuse(rest)
     if args.command == "prepare" and args.resize and args.quality is None:
         args.quality = _QUALITY
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data_prep", description=_ALL, epilog=_EXIT_CODES, formatter_class=raw)
+def _parser() -> Parser:
+    parser = Parser("python -m data_prep", description=_ALL, epilog=_EXIT_CODES)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cores = len(os.sched_getaffinity(0))
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=help, description=description, epilog=_EXIT_CODES, formatter_class=raw, parents=[common]
-        )
+    def command(name: str, help: str, description: str) -> Parser:
+        return commands.add_parser(name, help=help, description=description, epilog=_EXIT_CODES, parents=[common])
 
     prepare = command("prepare", "a folder, archives, ImageNet, CIFAR or Parquet → shards", _PREPARE)
-    prepare.add_argument("sources", metavar="SRC", type=Path, nargs="+", help="folder, archives of one set, or Parquet files")
     prepare.add_argument(
-        "destination", metavar="DST", type=Path, help="folder for the shards; new, or of the same command before"
+        "sources", metavar="SRC", type=user_path, nargs="+", help="folder, archives of one set, or Parquet files"
+    )
+    prepare.add_argument(
+        "destination", metavar="DST", type=user_path, help="folder for the shards; new, or of the same command before"
     )
     _add_what_is_said(prepare)
     _add_what_is_done(prepare)
     index = command("index", "WebDataset shards that exist → a manifest for them", _INDEX)
     index.add_argument("shards", metavar="SHARDS", nargs="+", help="tars, folders of them, or lists with braces")
     index.add_argument(
-        "--to", metavar="DIR", type=Path, help="where manifest, indices and links to the shards go (default: beside them)"
+        "--to", metavar="DIR", type=user_path, help="where manifest, indices and links to the shards go (default: beside them)"
     )
     index.add_argument(
-        "--classes", metavar="FILE", type=Path, help="names of the labels from 0 on, a line each (default: numbers)"
+        "--classes", metavar="FILE", type=user_path, help="names of the labels from 0 on, a line each (default: numbers)"
     )
     _add_origin(index, "the folder's name")
     _add_max_pixels(index)
     check = command(
         "verify", "compare shards with their manifest", "Reads every shard of DST and names all that differs from the manifest."
     )
-    check.add_argument("destination", metavar="DST", type=Path, help="folder that prepare or demo wrote")
+    check.add_argument("destination", metavar="DST", type=user_path, help="folder that prepare or demo wrote")
     about = command("info", "what the manifest says", "Prints the manifest of DST: images by split, classes, origin, digest.")
-    about.add_argument("destination", metavar="DST", type=Path, help="folder that prepare or demo wrote")
+    about.add_argument("destination", metavar="DST", type=user_path, help="folder that prepare or demo wrote")
     about.add_argument("--json", action="store_true", help="as JSON, for scripts")
     audit = command("audit", "copies within and between sets, odd images, labels", _AUDIT)
-    audit.add_argument("sets", metavar="SET", type=Path, nargs="+", help="folder that prepare, index or demo wrote")
+    audit.add_argument("sets", metavar="SET", type=user_path, nargs="+", help="folder that prepare, index or demo wrote")
     audit.add_argument("--near-bits", type=int, default=6, metavar="N", help="distance of near copies, 0 to 12 (default 6)")
-    audit.add_argument("--report", type=Path, default=None, metavar="DIR", help="write a page with pictures, JSON and a list")
+    audit.add_argument(
+        "--report", type=user_path, default=None, metavar="DIR", help="write a page with pictures, JSON and a list"
+    )
     audit.add_argument(
         "--limit-pictures",
         type=_workers,
@@ -189,8 +193,8 @@ def _parser() -> argparse.ArgumentParser:
         help="exit 3 when an image of one split or set is in another: same pixels, near",
     )
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
-    demo.add_argument("destination", metavar="DST", type=Path, help="folder for the shards")
-    demo.add_argument("--data", metavar="PATH", type=Path, default=None, help="your own images")
+    demo.add_argument("destination", metavar="DST", type=user_path, help="folder for the shards")
+    demo.add_argument("--data", metavar="PATH", type=user_path, default=None, help="your own images")
     for preparing in (prepare, index, demo):
         preparing.add_argument(
             "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"

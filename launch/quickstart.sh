@@ -24,14 +24,36 @@ TEXT
 }
 wrong() { printf 'quickstart: %s\n' "$*" >&2; exit 2; }
 
+given() { # given KEY: its value among the settings; fails without
+  local setting
+  for setting in ${settings[@]+"${settings[@]}"}; do
+    [ "${setting%%=*}" != "$1" ] || { printf '%s\n' "${setting#*=}"; return 0; }
+  done
+  return 1
+}
+
+last_of_each() { # last_of_each SETTING …: sets words, of settings with one key the last: `clae` refuses a key that comes twice
+  local -A place=()
+  local setting key at
+  words=()
+  for setting in "$@"; do
+    key=${setting%%=*}
+    at=${place[$key]:-${#words[@]}}
+    place[$key]=$at
+    words[at]=$setting
+  done
+}
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 recipe=configs/quickstart.yaml
-data=() max_bad=() run_dir=$(realpath -ms runs/quickstart) compare="" workers="" dry="" settings=()
+data=() max_bad=() run_dir=$(realpath -ms runs/quickstart) compare="" workers="" dry="" settings=() options=" "
 [ -z "${CLAE_DATA:-}" ] || data=(--data "$(realpath -ms "$CLAE_DATA")")
 while [ $# -gt 0 ]; do
   case $1 in
     --data | --run-dir | --compare | --workers | --max-bad)
       [ -n "${2:-}" ] || wrong "$1 needs a value; see --help."
+      case $options in *" $1 "*) wrong "$1 is given twice; keep one." ;; esac
+      options+="$1 "
       case $1 in
         --data) data=(--data "$(realpath -ms "$2")") ;; # relative to where you stand, like --run-dir; links keep their names
         --run-dir) run_dir=$(realpath -ms "$2") ;;
@@ -44,8 +66,11 @@ while [ $# -gt 0 ]; do
     -h | --help) usage; exit 0 ;;
     run_dir=*) wrong "$1 is --run-dir here." ;;
     data.shards=*) wrong "$1: the shards are made from --data here; for others, use clae train." ;;
-    launch.workers=*) workers=${1#*=}; shift ;;
-    *=*) settings+=("$1"); shift ;;
+    launch.workers=*) [ -z "$workers" ] || wrong "launch.workers is --workers here, and given twice; keep one."
+      workers=${1#*=}; shift ;;
+    *=*)
+      ! given "${1%%=*}" >/dev/null || wrong "${1%%=*} is given twice; keep one."
+      settings+=("$1"); shift ;;
     *) wrong "$1 is not an option; see --help." ;;
   esac
 done
@@ -85,12 +110,6 @@ step() { # step HEADING COMMAND …
 }
 
 # ---- numbers ----
-
-given() { # given KEY: its value among the settings, the last one; fails without
-  local setting value
-  for setting in ${settings[@]+"${settings[@]}"}; do [ "${setting%%=*}" != "$1" ] || value=${setting#*=}; done
-  [ -n "${value+set}" ] && printf '%s\n' "$value"
-}
 
 in_recipe() { awk -v key="$1:" '$1 == key { print $2; exit }' "$recipe"; }
 
@@ -169,17 +188,16 @@ fi
 uri=sqlite:///$run_dir/mlflow.db
 common=(data.shards="$shards" launch.workers="$workers" tracking.uri="$uri" "${planned[@]}" ${settings[@]+"${settings[@]}"})
 
-train=(clae train "$recipe" "${common[@]}")
-
-step "Pretraining: CLAE on $workers rank(s)" "${train[@]}" run_dir="$run_dir"
+last_of_each "${common[@]}" run_dir="$run_dir"
+step "Pretraining: CLAE on $workers rank(s)" clae train "$recipe" "${words[@]}"
 step "Evaluation" clae evaluate "$run_dir"
 report=(clae report "$run_dir")
 if [ -n "$compare" ]; then
   # The same compute: an exact CLAE step costs 11 units, a SimCLR step 6 (forward of one view 1, its backward 2).
   more="EPOCHS*11/6"
   [ "$epochs" = EPOCHS ] || more=$(product "$epochs" 1.8333333333)
-  step "Pretraining: SimCLR, the same compute" "${train[@]}" \
-    attack.name=none train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
+  last_of_each "${common[@]}" attack.name=none train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
+  step "Pretraining: SimCLR, the same compute" clae train "$recipe" "${words[@]}"
   step "Evaluation: SimCLR" clae evaluate "$run_dir/simclr"
   step "Report: SimCLR" clae report "$run_dir/simclr"
   report+=(--compare "$run_dir/simclr")

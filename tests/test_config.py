@@ -108,7 +108,7 @@ def test_an_override_with_an_equals_sign_in_its_value() -> None:
         ("attack:\n", r"attack \(.*:1\) is a section"),
         ("seed:\n  more: 1\n", r"seed\.more .* is not a known key; did you mean seed\?"),
         ("seed: 1\nseed: 2\n", r"seed is set twice in .*recipe\.yaml:1 and .*recipe\.yaml:2\); keep one"),
-        ("batch:\n  global_size: 4\nseed: 0\nbatch:\n  global_size: 8\n", r"batch\.global_size is set twice .*:2 and .*:5"),
+        ("batch:\n  global_size: 4\nseed: 0\nbatch:\n  global_size: 8\n", r"batch is a section twice .*:1 and .*:4"),
         ("extends: a.yaml\nextends: b.yaml\n", r"extends is set twice"),
         ("- 1\n", r"holds no mapping"),
         ("a: [1\n", r"is not valid YAML"),

@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from clae_dist.data.urls import absolute
+from clae_dist.config import ConfigError
+from clae_dist.data.urls import absolute, redact_list
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
@@ -14,9 +15,20 @@ if TYPE_CHECKING:
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Ranks may run in other folders than this process (Ray's do), and a run is evaluated from anywhere."""
+    """Ranks may run in other folders than this process (Ray's do), and a run is evaluated from anywhere.
+
+    Raises ConfigError for a set that a mixture names twice.
+    """
     cache = os.path.abspath(config.data.cache) if config.data.cache else ""
-    mixture = {absolute(name): share for name, share in config.data.mixture.items()}
+    mixture: dict[str, float] = {}
+    for name, share in config.data.mixture.items():
+        where = absolute(name)
+        if where in mixture or where == absolute(config.data.shards):
+            raise ConfigError(
+                f"data.mixture names {redact_list(where)!r} twice, or beside data.shards; name each set once, with its "
+                "whole share."
+            )
+        mixture[where] = share
     uri = config.tracking.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
@@ -32,7 +44,6 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
     """Trains under the launcher that `launch.launcher` names. Raises ConfigError and DataError."""
     import importlib
 
-    from clae_dist.config import ConfigError
     from clae_dist.runs.folder import STOP_FILE, make_folder
 
     if config.launch.min_workers and config.launch.launcher != "ray":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from clae_dist.config import Config
@@ -38,6 +38,7 @@ def open_sets(config: Config, world: World, say: Say, progress: Callable[[], Non
     others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
     train = main
     if others:
+        _check_different([main, *others])
         shares = [1 - sum(data.mixture.values()), *data.mixture.values()]
         train = mix([main, *others], shares, split)
     Plan.of(config, train.num_samples(split))
@@ -49,6 +50,20 @@ def open_sets(config: Config, world: World, say: Say, progress: Callable[[], Non
         for line in advice(config, train, world):
             say(line)
     return Sets(train, main)
+
+
+def _check_different(sets: Sequence[Manifest]) -> None:
+    """Raises DataError for sets that are the same images by the sha256 of their shards."""
+    seen: dict[str, Manifest] = {}
+    for manifest in sets:
+        if not all(shard.sha256 for shards in manifest.splits.values() for shard in shards):
+            continue  # plain shards of this machine, whose bytes nobody has read
+        other = seen.setdefault(manifest.digest, manifest)
+        if other is not manifest:
+            raise DataError(
+                f"{other.where} and {manifest.where} are the same images (digest {manifest.digest[:12]}); name each set of a "
+                "mixture once, with its whole share."
+            )
 
 
 def _check(manifest: Manifest, config: Config, world: World, say: Say, progress: Callable[[], None]) -> None:

@@ -139,9 +139,9 @@ def make_run(tmp_path: Path, labelled_shards: Path) -> Callable[..., Path]:
             "model.encoder=small_resnet",
             "batch.global_size=32",
             "evaluation.knn_k=20",
-            *overrides,
         ]
-        config, origins = resolve(None, settings)
+        given = {text.partition("=")[0] for text in overrides}
+        config, origins = resolve(None, [text for text in settings if text.partition("=")[0] not in given] + [*overrides])
         (run_dir / "config.yaml").write_text(to_yaml(config, origins))
         identity = {"package_version": "0.1.0", "git_revision": "", "manifest_digest": "d" * 64, "world_size": 2}
         (run_dir / "run.json").write_text(

@@ -43,7 +43,8 @@ def write_recipe(folder: Path) -> Path:
 
 def settings(shards: Manifest, run_dir: Path, *more: str) -> list[str]:
     """Overrides of the recipe: a checkpoint every 4 steps unless `more` says otherwise."""
-    return [f"data.shards={shards.folder}", f"run_dir={run_dir}", f"{CHECKPOINT_EVERY}=4", *more]
+    every = [] if any(word.startswith(f"{CHECKPOINT_EVERY}=") for word in more) else [f"{CHECKPOINT_EVERY}=4"]
+    return [f"data.shards={shards.folder}", f"run_dir={run_dir}", *every, *more]
 
 
 def weights(run_dir: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:

@@ -166,8 +166,14 @@ def test_other_sets_get_as_many_images_as_the_recipe_gives_cifar(
 
 
 def test_what_is_given_stays(quickstart: Quickstart) -> None:
-    code, said = quickstart("train.epochs=8", "train.epochs=4", "train.knn_every=0", IMAGES="300")
+    code, said = quickstart(
+        "train.epochs=4", "train.knn_every=0", "tracking.uri=http://h:1", "--compare", "simclr", IMAGES="300"
+    )
     assert code == 0, said
+    for line in (line for line in quickstart.ran() if line[1] == "train"):
+        keys = [word.partition("=")[0] for word in line[3:]]
+        assert sorted(set(keys)) == sorted(keys)  # `clae` refuses a key that comes twice
+        assert settings(line)["tracking.uri"] == "http://h:1"
     found = settings(quickstart.ran()[1])
     assert [found["train.epochs"], found["train.knn_every"]] == ["4", "0"]
 
@@ -215,6 +221,9 @@ def test_ctrl_c_lets_the_run_save_and_ends_with_its_exit_code(quickstart: Quicks
         ("--workers two", "--workers is two; use a whole number from 1."),
         ("--workers 0", "--workers is 0; use"),
         ("--compare moco", "--compare moco is not known; use --compare simclr."),
+        ("train.epochs=8 train.epochs=4", "train.epochs is given twice; keep one."),
+        ("--workers 2 launch.workers=2", "launch.workers is --workers here, and given twice"),
+        ("--data a --data b", "--data is given twice; keep one."),
         ("run_dir=x", "run_dir=x is --run-dir here."),
         ("data.shards=x", "for others, use clae train"),
     ],

@@ -77,7 +77,7 @@ def test_a_run_outlives_whoever_reads_what_it_says(workers: int, recipe: Path, s
         assert process.wait(300) == OK
     assert "finished: 6 steps" in (tmp_path / "run" / "console.log").read_text()
     with Path("/dev/full").open("w") as full:
-        elsewhere = [*line, f"run_dir={tmp_path}/other"]
+        elsewhere = [word.replace(f"run_dir={tmp_path}/run", f"run_dir={tmp_path}/other") for word in line]
         done = subprocess.run(elsewhere, stdout=full, stderr=full, env=environment, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == OK
     assert "finished: 6 steps" in (tmp_path / "other" / "console.log").read_text()

@@ -1,0 +1,105 @@
+"""YAML with the core schema of version 1.2: numbers and booleans as everybody reads them.
+
+PyYAML follows YAML 1.1, where `0256` is 174, `12:30:00` is 45000, `yes` is true and `1e-3` is a text. Here numbers are decimal
+(`0256` is 256), octal only as `0o17` and hexadecimal as `0x1F`; booleans are `true` and `false`; anything else is a text.
+
+Reference: YAML 1.2.2, section 10.3.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import yaml
+
+_TAG = "tag:yaml.org,2002:"
+NULL, TEXT = f"{_TAG}null", f"{_TAG}str"
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_RESOLVERS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", rf"{NUMBER.pattern}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+)
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """The resolvers and constructors of the core schema alone: no merge keys, dates, sets or binaries."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (`<<`) belong to YAML 1.1."""
+
+
+def _int(loader: _CoreLoader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text[2:] if base != 10 else text, base)
+
+
+def _float(loader: _CoreLoader, node: yaml.ScalarNode) -> float:
+    text = node.value.lower()
+    return float(text.replace(".", "", 1) if text.lstrip("+-") in (".inf", ".nan") else text)
+
+
+def _text(loader: _CoreLoader, node: yaml.ScalarNode) -> str:
+    return str(node.value)
+
+
+def _list(loader: _CoreLoader, node: yaml.SequenceNode) -> list[Any]:
+    return loader.construct_sequence(node, deep=True)
+
+
+def _mapping(loader: _CoreLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Keys are texts as they were written."""
+    values: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key.start_mark)
+        if key.value in values:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice; keep one", key.start_mark)
+        values[key.value] = loader.construct_object(value, deep=True)
+    return values
+
+
+def _unknown(loader: _CoreLoader, node: yaml.Node) -> None:
+    tag = node.tag.replace(_TAG, "!!")
+    raise yaml.constructor.ConstructorError(None, None, f"the tag {tag} is none of plain data; leave it out", node.start_mark)
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    _CoreLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
+for _name, _constructor in {
+    "null": lambda loader, node: None,
+    "bool": lambda loader, node: node.value.lower() == "true",
+    "int": _int,
+    "float": _float,
+    "str": _text,
+    "seq": _list,
+    "map": _mapping,
+}.items():
+    _CoreLoader.add_constructor(_TAG + _name, _constructor)
+_CoreLoader.add_constructor(None, _unknown)
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The tree of nodes of one document, None for an empty one. Raises yaml.YAMLError."""
+    return yaml.compose(text, Loader=_CoreLoader)
+
+
+def construct(node: yaml.Node) -> Any:
+    """The value of a node: None, bool, int, float, str, list or dict of these. Raises yaml.YAMLError and ValueError."""
+    return _CoreLoader("").construct_object(node, deep=True)
+
+
+def written(node: yaml.Node) -> Any:
+    """As `construct`, with every scalar as the text that was written: 007 stays 007. A null is None."""
+    if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_TAG):
+        if node.tag not in (_TAG + name for name in ("null", "bool", "int", "float", "str")):
+            return construct(node)
+        return None if node.tag == NULL else str(node.value)
+    value = construct(node)  # refuses a list that holds itself
+    return [written(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else value

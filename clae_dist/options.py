@@ -1,0 +1,53 @@
+"""argparse for `clae` and `data_prep`: an option given twice is refused, and errors show the subcommand's usage."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+QUOTE = "a shell makes several arguments of unquoted braces and stars: quote those, as in 'x-{000000..000099}.tar'"
+
+
+def user_path(text: str) -> Path:
+    """The path that an argument names, with home folders in place of `~` and `~user`: no shell expands `--to=~/x`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: the home folder is not known on this machine; write the whole path"
+        ) from None
+
+
+class _StoreOnce(argparse._StoreAction):
+    """Of an option that is given twice, the last value would win without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        given: set[str] = vars(namespace).setdefault("_given", set())
+        if self.option_strings and self.dest in given:
+            parser.error(f"{option_string} is given twice; keep one ({QUOTE}).")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose subparsers are of this class, too."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+        self.set_defaults(parser=self)  # that of the subcommand, once it was parsed
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """Ends the process with exit code 2: `rest` are arguments that the command does not have."""
+        positionals = [action.metavar for action in self._actions if not action.option_strings and action.metavar]
+        one = f"; {self.prog} takes one {positionals[-1]}, and {QUOTE}" if positionals else ""
+        self.error(f"unrecognized arguments: {' '.join(rest)}{'' if any(word.startswith('-') for word in rest) else one}")
