@@ -243,11 +243,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         from clae_dist.launchers.rank import UNEXPECTED, exit_code
+        from clae_dist.storage import storage_error
 
         code = exit_code(error)
         if arguments.debug:
             traceback.print_exc()
         hint = "" if code != UNEXPECTED or arguments.debug else " (--debug shows where)"
         name = f"{type(error).__name__}: " if code == UNEXPECTED else ""
-        print(f"clae: {name}{error}{hint}", file=sys.stderr)
+        print(f"clae: {name}{storage_error(error) or error}{hint}", file=sys.stderr)
         return code

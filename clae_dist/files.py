@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from clae_dist.storage import writing
 
 
 def file_sha256(path: Path) -> str:
@@ -14,22 +19,53 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` as a whole: after a crash it holds the old bytes or the new ones."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    """Replaces `path` as a whole: after a crash it holds the old bytes or the new ones. Raises StorageError."""
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Replaces several files: none of them before the bytes of all are on the disk. Raises StorageError."""
+    temporaries = {path: path.with_name(f".tmp-{os.getpid()}-{path.name}") for path in files}
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        for path, data in files.items():
+            with writing(path), temporaries[path].open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, temporary in temporaries.items():
+            with writing(path):
+                temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with suppress(OSError):  # on a read-only disk even the absent cannot be removed
+                temporary.unlink(missing_ok=True)
+
+
+def make_folders(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there. Raises StorageError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder and writes a block in it and removes it again, before hours of work. Raises StorageError."""
+    make_folders(folder)
+    with writing(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", buffering=0) as file:
+        file.write(bytes(4096))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files. Raises StorageError."""
+    for path in paths:
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes what was named or renamed in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Makes what was named or renamed in `folder` survive a power cut. Raises StorageError."""
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

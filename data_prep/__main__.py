@@ -14,7 +14,7 @@ from data_prep.arguments import parse
 
 # Worker processes import this file, too: what takes long to import is imported in the functions.
 
-OK, DIFFERENCES, BAD_INPUT, LEAKAGE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, DIFFERENCES, BAD_INPUT, LEAKAGE, STORAGE, INTERRUPTED = 0, 1, 2, 3, 5, 130
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -74,12 +74,14 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from clae_dist.files import check_writable
     from data_prep.audit.find import audit
     from data_prep.audit.report import check_target, write_report
     from data_prep.audit.summary import describe
 
     if args.report:
         check_target(args.report, args.sets)
+        check_writable(args.report)
     found = audit(args.sets, near_bits=args.near_bits, limit_pictures=args.limit_pictures, num_workers=args.workers)
     _say("\n".join(describe(found)))
     if args.report:
@@ -113,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = parse(arguments)
     from clae_dist.data.manifest import DataError
+    from clae_dist.storage import storage_error
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -124,9 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         if args.debug:
             raise
+        storage = storage_error(error)
         way_out = "" if isinstance(error, DataError) else "; mend that, then the same command goes on where it was."
-        print(f"data_prep: {error}{way_out}", file=sys.stderr)
-        return BAD_INPUT
+        print(f"data_prep: {storage or f'{error}{way_out}'}", file=sys.stderr)
+        return STORAGE if storage else BAD_INPUT
 
 
 if __name__ == "__main__":

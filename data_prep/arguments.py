@@ -9,7 +9,8 @@ from clae_dist.options import Parser, user_path
 
 _QUALITY = 90
 _EXIT_CODES = """\
-exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 3 audit --fail-on found leakage; 130 interrupted"""
+exit codes: 0 done; 1 verify found differences; 2 wrong usage or bad input; 3 audit --fail-on found leakage;
+5 storage is full, read-only or broken; 130 interrupted"""
 
 _ALL = """\
 Images in, WebDataset shards and a manifest out.

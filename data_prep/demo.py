@@ -11,6 +11,8 @@ from typing import Any
 from urllib.error import URLError
 
 from clae_dist.data.manifest import Manifest
+from clae_dist.files import make_folders
+from clae_dist.storage import writing
 from data_prep.prepare import Say, prepare
 from data_prep.settings import Settings
 from data_prep.sources import open_source
@@ -112,8 +114,8 @@ def _digits(cache: Path) -> Path:
 
 def _write_pngs(target: Path, images: Iterable[tuple[str, Any]]) -> Path:
     """Writes a folder as a whole: an interrupted attempt leaves nothing that could pass for it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name + ".") as scratch:
+    make_folders(target.parent)
+    with writing(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name + ".") as scratch:
         partial = Path(scratch, target.name)
         for path, image in images:
             file = partial / path

@@ -15,7 +15,8 @@ from pathlib import Path
 from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifest, write_manifest
 from clae_dist.data.tar_index import index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
-from clae_dist.files import write_atomically
+from clae_dist.files import make_folders, remove, write_atomically
+from clae_dist.storage import writing
 from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
 from data_prep.named_labels import named_classes, place_index
 from data_prep.pool import run_tasks
@@ -64,7 +65,7 @@ def index(
             raise DataError(
                 f"{folder} holds a preparation that is not finished; give its command again, or name another folder."
             )
-        (folder / _PARTS).mkdir(exist_ok=True)
+        make_folders(folder / _PARTS)
         tasks = [IndexTask(tar, folder / _PARTS, settings.max_pixels) for tar in tars]
         results = _check_all(tasks, max_bad, num_workers, folder, say)
         for note in notes:
@@ -192,7 +193,7 @@ def _refuse_many_bad(results: dict[str, IndexResult], total: int, max_bad: float
 
 
 def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
-    (folder / QUARANTINE).unlink(missing_ok=True)  # of a try that was given up
+    remove([folder / QUARANTINE])  # of a try that was given up
     if bad:
         lines = [json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in sorted(bad)]
         write_atomically(folder / QUARANTINE, "".join(lines).encode())
@@ -212,4 +213,5 @@ def _link(tar: Path, place: Path) -> None:
         return
     if place.is_symlink() or place.exists():
         raise DataError(f"{place} is another file than {tar}; name another folder with --to.")
-    place.symlink_to(tar.resolve())
+    with writing(place):
+        place.symlink_to(tar.resolve())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from clae_dist.data.decode import inspect
 from clae_dist.data.manifest import DataError, Shard
 from clae_dist.data.tar_index import index_tar
 from clae_dist.files import file_sha256, write_atomically
-from data_prep.write import REPORT_EVERY_S
+from data_prep.write import REPORT_EVERY_S, write_index
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,7 @@ def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexResult:
         report(done)
     rows = np.array(good, np.int64).reshape(-1, 3)
     index_path = task.parts / f"{name.removesuffix('.tar')}.index.npy"
-    with index_path.open("wb") as stream:
-        np.save(stream, rows)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_index(index_path, rows)
     shard = Shard(name, len(rows), fingerprint[0], file_sha256(task.tar), file_sha256(index_path))
     if task.fingerprint != fingerprint:
         raise DataError(f"{task.tar} changes while it is read; wait for that, then start anew.")

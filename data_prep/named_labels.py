@@ -10,7 +10,9 @@ import numpy as np
 
 from clae_dist.data.manifest import DataError
 from clae_dist.files import file_sha256
+from clae_dist.storage import writing
 from data_prep.index_shard import IndexResult
+from data_prep.write import write_index
 
 
 def named_classes(given: tuple[str, ...], results: dict[str, IndexResult], parts: Path) -> tuple[str, ...]:
@@ -32,7 +34,8 @@ def place_index(result: IndexResult, parts: Path, folder: Path, classes: tuple[s
     made, place = parts / result.shard.index_name, folder / result.shard.index_name
     names, positions = _names(result, parts), {name: position for position, name in enumerate(classes)}
     if not classes or all(positions[name] == label for name, label in names.items()):
-        os.replace(made, place)
+        with writing(place):
+            os.replace(made, place)
         return result
     rows = np.load(made, allow_pickle=False)
     ours = np.full(max(names.values()) + 2, -1, np.int64)  # the last for -1, no label
@@ -40,11 +43,9 @@ def place_index(result: IndexResult, parts: Path, folder: Path, classes: tuple[s
         ours[label] = positions[name]
     rows[:, 2] = ours[rows[:, 2]]
     temporary = parts / f"named-{made.name}"  # what is in `parts` stays as its record says: a kill here does no harm
-    with temporary.open("wb") as stream:
-        np.save(stream, rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, place)
+    write_index(temporary, rows)
+    with writing(place):
+        os.replace(temporary, place)
     return replace(result, shard=replace(result.shard, index_sha256=file_sha256(place)))
 
 

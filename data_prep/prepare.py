@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest, write_manifest
+from clae_dist.files import make_folders
 from data_prep.image import pixels_text
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_tasks
@@ -36,7 +37,7 @@ def prepare(
         if known and workspace.is_complete:
             return _already_complete(workspace, say)
         workspace.remove_leftovers()
-        workspace.scratch.mkdir()
+        make_folders(workspace.scratch)
         say(f"Reading {' and '.join(str(path) for path in source.paths)} …")
         plan = make_plan(_list(source, workspace), settings, " and ".join(str(path) for path in source.paths))
         say(_describe(plan, settings))

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.data.manifest import FILE_NAME, DataError, Shard
-from clae_dist.files import sync_folder, write_atomically
+from clae_dist.files import make_folders, sync_folder, write_atomically
+from clae_dist.storage import writing
 from data_prep.settings import Settings
 from data_prep.write import ShardResult
 
@@ -66,7 +67,7 @@ class Workspace:
         """Writes down the plan; from here on the folder belongs to it."""
         content = json.dumps({"fingerprint": fingerprint, "settings": settings}, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.folder / _PLAN, content.encode())
-        self._parts.mkdir(exist_ok=True)
+        make_folders(self._parts)
 
     def remove_leftovers(self) -> None:
         """What an interrupted run may have left: half-written shards and an unpacked archive."""
@@ -97,12 +98,13 @@ class Workspace:
 
     def finish(self, result: ShardResult) -> None:
         """Gives a shard and its index their names, then records the shard as finished."""
-        if result.shard:
-            os.replace(result.index, self.folder / result.shard.index_name)
-            os.replace(result.tar, self.folder / result.shard.name)
-            sync_folder(self.folder)
-        else:
-            result.tar.unlink()
+        with writing(self.folder / result.plan_name):
+            if result.shard:
+                os.replace(result.index, self.folder / result.shard.index_name)
+                os.replace(result.tar, self.folder / result.shard.name)
+                sync_folder(self.folder)
+            else:
+                result.tar.unlink()
         shard = dataclasses.asdict(result.shard) if result.shard else None
         part = json.dumps({"name": result.plan_name, "shard": shard, "bad": result.bad})
         write_atomically(self._parts / f"{result.plan_name}.json", part.encode())
@@ -120,12 +122,16 @@ class Workspace:
 
 @contextmanager
 def open_workspace(folder: Path) -> Iterator[Workspace]:
-    """Locks `folder`, creating it; leaves no temporary file and no empty folder behind. Raises DataError when it is in use."""
+    """Locks `folder`, creating it; leaves no temporary file and no empty folder behind.
+
+    Raises DataError when it is in use, StorageError when it cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     lock = folder / _LOCK
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(folder):
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

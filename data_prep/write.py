@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,7 +16,8 @@ import numpy as np
 
 from clae_dist.data.decode import DecodeError
 from clae_dist.data.manifest import Shard
-from clae_dist.files import file_sha256
+from clae_dist.files import file_sha256, write_atomically
+from clae_dist.storage import writing
 from data_prep.image import MAX_ENCODED_BYTES, checked
 from data_prep.plan import ShardPlan
 from data_prep.settings import Settings
@@ -50,19 +51,20 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardResult:
     """Writes one shard and calls `report` with the number of images done since the last call.
 
     The same images give the same bytes: times, owners and modes are fixed. Raises DataError for a source that is damaged or
-    changes, OSError when the disk cannot be read or written.
+    changes, StorageError when the shard cannot be written, OSError when an image cannot be read.
     """
-    with task.tar.open("wb") as stream:
-        written, bad = _write_tar(task, stream, report)
-        stream.flush()
-        os.fsync(stream.fileno())
+    place = task.tar.parent / task.plan.name
+    with writing(place):
+        stream = task.tar.open("wb")
+    with stream:
+        written, bad = _write_tar(task, stream, place, report)
+        with writing(place):
+            stream.flush()
+            os.fsync(stream.fileno())
     if not written:
         return ShardResult(task.plan.name, None, tuple(bad), task.tar, task.index)
     _read_back(task.tar, written)
-    with task.index.open("wb") as stream:
-        np.save(stream, np.array([(one.offset, one.size, one.label) for one in written], np.int64))
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_index(task.index, np.array([(one.offset, one.size, one.label) for one in written], np.int64))
     size, sha256, index_sha256 = task.tar.stat().st_size, file_sha256(task.tar), file_sha256(task.index)
     shard = Shard(task.plan.name, len(written), size, sha256, index_sha256)
     return ShardResult(task.plan.name, shard, tuple(bad), task.tar, task.index)
@@ -79,9 +81,9 @@ class _Written:
 
 
 def _write_tar(
-    task: ShardTask, stream: IO[bytes], report: Callable[[int], None]
+    task: ShardTask, stream: IO[bytes], place: Path, report: Callable[[int], None]
 ) -> tuple[list[_Written], list[tuple[str, str]]]:
-    """The rows of the index and the bad images' (path, reason), in the order of the plan."""
+    """The rows of the index and the bad images' (path, reason), in the order of the plan. `place` is what errors name."""
     from webdataset.writer import TarWriter
 
     written: list[_Written] = []
@@ -89,7 +91,7 @@ def _write_tar(
     done, last = 0, time.monotonic()
     # mtime is an int: a float would add a pax header with its fraction to every member.
     writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
-    with closing(writer), _Reader() as reader:
+    with _Reader() as reader:
         for sample in task.plan.samples:
             try:
                 data, extension = checked(reader.read(sample.entry), task.settings)
@@ -97,8 +99,9 @@ def _write_tar(
                 bad.append((sample.entry.path, str(error)))
             else:
                 # Label and image in two calls, which write the same as one does, so that the image's bytes come last.
-                writer.write({"__key__": sample.key, "cls": str(sample.label).encode()})
-                writer.write({"__key__": sample.key, extension: data})
+                with writing(place):
+                    writer.write({"__key__": sample.key, "cls": str(sample.label).encode()})
+                    writer.write({"__key__": sample.key, extension: data})
                 offset = writer.tarstream.offset - -(-len(data) // 512) * 512
                 written.append(_Written(offset, len(data), sample.label, zlib.crc32(data)))
                 writer.tarstream.members.clear()  # tarfile keeps them all; nobody asks for them here
@@ -106,8 +109,17 @@ def _write_tar(
             if time.monotonic() - last > REPORT_EVERY_S:
                 report(done)
                 done, last = 0, time.monotonic()
+    with writing(place):
+        writer.close()
     report(done)
     return written, bad
+
+
+def write_index(path: Path, rows: np.ndarray) -> None:
+    """Writes an index, as a whole or not at all. Raises StorageError."""
+    data = io.BytesIO()
+    np.save(data, rows)  # to the disk itself, numpy's errors name no reason
+    write_atomically(path, data.getvalue())
 
 
 class _Reader:

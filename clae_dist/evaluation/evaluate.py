@@ -20,7 +20,7 @@ from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.knn import knn_accuracy, nearest
 from clae_dist.evaluation.linear import linear_probe
-from clae_dist.files import write_atomically
+from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.runs.checkpoint import load_model
 
@@ -57,10 +57,11 @@ def evaluate_run(run_dir: Path, say: Say = print, shards: str = "") -> dict[str,
     the same decoded pixels in the same pass, with the same settings. All of the train split, or a choice of
     evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
     is classified. Accuracies are percent, and null for sets without labels. `shards` is where the set is now, if it has moved.
-    Raises ConfigError without a checkpoint and DataError for unusable shards.
+    Raises ConfigError without a checkpoint, DataError for unusable shards and StorageError when the result cannot be written.
     """
     started = time.perf_counter()
     config, trained, info = load_model(run_dir)
+    check_writable(run_dir)  # hours later is too late
     if shards:
         config = replace(config, data=replace(config.data, shards=shards))
     if not config.data.shards:

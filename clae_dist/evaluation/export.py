@@ -18,10 +18,12 @@ from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
 from clae_dist.evaluation.export_readme import readme
 from clae_dist.evaluation.record import read_record
+from clae_dist.files import check_writable
 from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_encoder, library_arguments
 from clae_dist.models.norms import single_route_state
 from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.storage import writing
 
 FORMAT = "clae-dist encoder 1"
 WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
@@ -33,8 +35,10 @@ def export_encoder(run_dir: Path, destination: Path | None = None) -> Path:
     encoder.safetensors holds the clean route under the key names of the plain timm or torchvision model, config.json what
     builds that model and what its input is, README.md the lines that load it. The folder appears whole or not at all; an
     older export there is replaced.
-    Raises ConfigError without a checkpoint, and for a destination that holds something else.
+    Raises ConfigError without a checkpoint, and for a destination that holds something else; StorageError when it cannot be
+    written.
     """
+    check_writable((destination or run_dir / "export").absolute().parent)
     config, model, info = load_model(run_dir)
     destination = destination or run_dir / "export"
     if destination.exists() and not _replaceable(destination):
@@ -42,13 +46,14 @@ def export_encoder(run_dir: Path, destination: Path | None = None) -> Path:
     state = _exported_state(config, model.encoder)
     description = _describe(config, info, read_record(run_dir).identity, model.feature_dim)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
     try:
-        metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
-        (partial / WEIGHTS).write_bytes(save(state, metadata))
-        (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-        (partial / README).write_text(readme(description))
-        _replace_folder(partial, destination)
+        with writing(destination):
+            partial.mkdir(parents=True)
+            (partial / WEIGHTS).write_bytes(save(state, metadata))
+            (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+            (partial / README).write_text(readme(description))
+            _replace_folder(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return destination
@@ -65,7 +70,12 @@ def _replace_folder(partial: Path, destination: Path) -> None:
     old = destination.with_name(partial.name + ".old")
     if destination.exists():
         destination.replace(old)
-    partial.replace(destination)
+    try:
+        partial.replace(destination)
+    except OSError:
+        if old.exists():
+            old.replace(destination)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
 from clae_dist.evaluation.record import Record, number, read_record, summarise
-from clae_dist.files import write_atomically
+from clae_dist.files import check_writable, remove, write_together
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.goodput import KINDS, MEANING
 
@@ -50,7 +50,8 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
 
     What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
-    `shards` is where its images are now, if they have moved. Raises ConfigError without a run.
+    `shards` is where its images are now, if they have moved. Raises ConfigError without a run, StorageError when the report
+    cannot be written; then the one before is as it was.
     """
     started = time.perf_counter()
     record = read_record(run_dir)
@@ -58,7 +59,8 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
         record = replace(record, config=replace(record.config, data=replace(record.config.data, shards=shards)))
     summary = summarise(record)
     folder = run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    for path in (run_dir, folder):
+        check_writable(path)
     album = _Album(folder)
     manifest = _manifest(record, say)
     body = [_title(record, summary, manifest), _results(record, summary)]
@@ -67,26 +69,24 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     body += _neighbour_page(record, manifest, album)
     body += _goodput(record)
     body += _settings(record, summary)
-    for old in set(folder.glob("*.png")) - album.written:
-        old.unlink()
     path = folder / "report.html"
-    write_atomically(path, page.page(f"{record.config.name} · {summary['method']}", body).encode())
-    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    html = page.page(f"{record.config.name} · {summary['method']}", body).encode()
+    summary_json = (json.dumps(summary, indent=2) + "\n").encode()
+    write_together({**album.pictures, path: html, run_dir / "summary.json": summary_json})
+    remove(set(folder.glob("*.png")) - album.pictures.keys())
     say(f"report: {path}, {path.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s; summary.json beside it")
     return path
 
 
 class _Album:
-    """Pictures, kept as files beside the report."""
+    """Pictures, to be kept as files beside the report: `pictures` holds their bytes by path."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.written: set[Path] = set()
+        self.pictures: dict[Path, bytes] = {}
 
     def keep(self, name: str, png: bytes) -> bytes:
-        path = self._folder / f"{name}.png"
-        write_atomically(path, png)
-        self.written.add(path)
+        self.pictures[self._folder / f"{name}.png"] = png
         return png
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from dataclasses import dataclass
@@ -13,13 +12,15 @@ from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact_text
 from clae_dist.launchers.output import Output
 from clae_dist.runs.checkpoint import CheckpointError
+from clae_dist.storage import EXIT_CODE as STORAGE
+from clae_dist.storage import storage_error
 from clae_dist.training.guard import HUNG as HUNG
 from clae_dist.training.guard import STOPPED as STOPPED
 from clae_dist.training.run import train
 from clae_dist.world import RankError, connect
 
 # Exit codes of `clae`, beside those of a rank that leaves by itself.
-OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED, STORAGE = range(6)
+OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED = range(5)  # and STORAGE
 
 USER_ERRORS: dict[type[Exception], int] = {
     ConfigError: BAD_CONFIG,
@@ -31,6 +32,8 @@ USER_ERRORS: dict[type[Exception], int] = {
 
 def exit_code(error: BaseException) -> int:
     """The exit code that belongs to an error; UNEXPECTED for those that are not the user's to mend."""
+    if storage_error(error):
+        return STORAGE
     return next((code for kind, code in USER_ERRORS.items() if isinstance(error, kind)), UNEXPECTED)
 
 
@@ -69,10 +72,6 @@ class Console:
             self._also.flush()
 
 
-# What the operating system says when it is the disk's fault: on the rank that writes, in the middle of anything.
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-
-
 class RankBroke(RuntimeError):
     """An error that this rank alone has seen; the message is a line, the traceback is in the run folder if it has room."""
 
@@ -98,10 +97,10 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
                 traceback.print_exc(file=sys.stderr)
             return Ending(exit_code(error), str(error))
         except Exception as error:
-            what = (
-                f"rank {world.rank} of {world.size}: {type(error).__name__}: {' '.join(redact_text(str(error)).split())[:200]}"
-            )
-            code = STORAGE if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS else UNEXPECTED
+            storage = storage_error(error)  # on the rank that writes, in the middle of anything
+            reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
+            what = f"rank {world.rank} of {world.size}: {reason if storage else reason[:220]}"
+            code = STORAGE if storage else UNEXPECTED
             log = config.folder / f"error-rank-{world.rank}.log"
             try:
                 log.write_text(redact_text(traceback.format_exc()))

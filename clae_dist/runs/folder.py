@@ -13,8 +13,9 @@ from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.urls import uri_without_secrets, without_secrets
-from clae_dist.files import write_atomically
+from clae_dist.files import write_together
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.storage import storage_error
 from clae_dist.world import World
 
 IDENTITY_FILE = "run.json"
@@ -82,10 +83,12 @@ def shareable(config: Config) -> Config:
 
 
 def make_folder(folder: Path) -> None:
-    """Raises ConfigError when a run's folder cannot be made."""
+    """Raises ConfigError when a run's folder cannot be made, StorageError where storage is full, read-only or broken."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if storage := storage_error(error):
+            raise storage from None
         raise ConfigError(
             f"run_dir is {str(folder)!r}, which cannot be made ({error.strerror}); name another folder."
         ) from None
@@ -94,7 +97,8 @@ def make_folder(folder: Path) -> None:
 def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
     """Makes the run's folder, or checks that it is this run's. To be called on one rank.
 
-    Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs.
+    Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs, and
+    StorageError when it cannot be written.
     """
     folder = config.folder
     if (folder / "config.yaml").is_file() and (folder / IDENTITY_FILE).is_file():
@@ -130,11 +134,10 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
         "backend": config.parallel.backend,
         "collectives": world.collectives,
     }
-    try:
-        write_atomically(folder / "config.yaml", to_yaml(shareable(config), origins).encode())
-        write_atomically(folder / IDENTITY_FILE, (json.dumps(current, indent=2) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."
-        ) from None
+    write_together(
+        {
+            folder / "config.yaml": to_yaml(shareable(config), origins).encode(),
+            folder / IDENTITY_FILE: (json.dumps(current, indent=2) + "\n").encode(),
+        }
+    )
     return Identity(**current)

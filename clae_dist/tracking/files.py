@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clae_dist.files import write_atomically
+from clae_dist.storage import writing
 from clae_dist.tracking.tracker import Row, Say, Status
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,7 +37,8 @@ class MetricsFile:
     def __init__(self, path: Path, resume_images_seen: int, say: Say) -> None:
         self.path, self._say = path, say
         self._trim(resume_images_seen, say)
-        self._file = path.open("ab", buffering=0)
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
         self._end = self._file.tell()  # of the last whole line
         self._waiting: list[bytes] = []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clae_dist.data.manifest import DataError
-from clae_dist.files import write_atomically
+from clae_dist.files import make_folders, write_atomically
 from data_prep.audit.find import Audit
 from data_prep.audit.overlap import Pair
 from data_prep.audit.profile import oddities
@@ -56,7 +56,7 @@ def check_target(folder: Path, sets: Sequence[Path]) -> None:
 
 def write_report(audit: Audit, folder: Path) -> Path:
     """Writes audit.html, audit.json and images.jsonl into `folder`, each whole or not at all; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     images = Images(audit)
     listed = write_list(folder / LIST, audit, images)
     write_atomically(folder / DATA, (json.dumps(as_json(audit, images), indent=1, ensure_ascii=False) + "\n").encode())

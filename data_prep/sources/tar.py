@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from clae_dist.data.manifest import DataError
+from clae_dist.storage import writing
 from data_prep.sources.entry import Entry, Report, is_image_name
 
 _COMPRESSIONS: tuple[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]], ...] = (  # how the files start, what opens them
@@ -30,11 +31,14 @@ def plain_tar(path: Path, target: Path, report: Report) -> Path:
     opener = next((opener for magic, opener in _COMPRESSIONS if start.startswith(magic)), None)
     if opener is None:
         return path
+    with writing(target):
+        plain = target.open("wb")
     try:
-        with path.open("rb") as stream, opener(stream) as compressed, target.open("wb") as plain:
+        with plain, path.open("rb") as stream, opener(stream) as compressed:
             done = 0
             while chunk := compressed.read(1 << 20):
-                plain.write(chunk)
+                with writing(target):
+                    plain.write(chunk)
                 report(stream.tell() - done)
                 done = stream.tell()
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:

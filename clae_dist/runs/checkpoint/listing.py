@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from clae_dist.runs.checkpoint.index import DamagedError
 from clae_dist.runs.checkpoint.places import find_checkpoints, step_of
 from clae_dist.runs.checkpoint.read import Checkpoint
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
+from clae_dist.storage import writing
 
 NEWEST = -1
 Say = Callable[[str], None]
@@ -98,7 +100,8 @@ def _age(seconds: float) -> str:
 def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
     """Writes whole tensors of the checkpoint of `step` (or of the NEWEST) as one safetensors file, one at a time.
 
-    The file appears whole or not at all. Raises ConfigError for a step that there is not, or a damaged checkpoint.
+    The file appears whole or not at all. Raises ConfigError for a step that there is not, or a damaged checkpoint;
+    StorageError when the file cannot be written.
     """
     found = {step_of(path): path for path in find_checkpoints(run_dir)}
     wanted = max(found, default=NEWEST) if step == NEWEST else step
@@ -112,15 +115,15 @@ def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
         checkpoint.verify()
         specs = [Spec(name, tensor.shape, tensor.dtype) for name, tensor in checkpoint.index.tensors.items()]
         about = {"step": str(checkpoint.step), "images_seen": str(checkpoint.info["images_seen"])}
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(partial, specs, (checkpoint[spec.name] for spec in specs), about)
-        partial.replace(destination)
+        with writing(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(partial, specs, (checkpoint[spec.name] for spec in specs), about)
+            partial.replace(destination)
     except DamagedError as error:
         raise ConfigError(
             f"the checkpoint of step {wanted} is damaged: {error}; `clae checkpoints {run_dir} --verify` shows which are whole."
         ) from None
-    except OSError as error:
-        raise ConfigError(f"--to is {str(destination)!r}, which cannot be written ({error.strerror}); name another.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return destination

@@ -1,0 +1,63 @@
+"""Storage that fails: which errors of the operating system are its fault, what to do about them, and their exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_CODE = 5  # of `clae` and of `python -m data_prep`
+_FREE_SOME = "free some space there, or name a folder on another disk"
+_ANOTHER = "make it writable, or name another folder"
+# Errors that are about storage wherever they are raised, and the way out of each.
+_WAYS_OUT = {
+    errno.ENOSPC: _FREE_SOME,
+    errno.EDQUOT: _FREE_SOME,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or name a folder on another file system",
+    errno.EIO: "the disk or the network storage has failed: check it, or name a folder elsewhere",
+    errno.ESTALE: "the network storage was mounted again or has lost the file: check it, or name a folder elsewhere",
+    errno.EROFS: _ANOTHER,
+}
+
+
+class StorageError(OSError):
+    """A file could not be written. Has errno, strerror and filename; its text names the file, the reason and the way out."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self._reason()}; {_WAYS_OUT.get(self.errno or 0, _ANOTHER)}."
+
+    def _reason(self) -> str:
+        reason = self.strerror or "unknown error"
+        if self.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return reason
+        path = Path(os.fsdecode(self.filename)).absolute()
+        try:
+            disk = os.statvfs(next(folder for folder in path.parents if folder.is_dir()))
+        except (OSError, StopIteration):
+            return reason
+        if disk.f_files and not disk.f_favail:
+            return f"{reason} (no inode is free: too many files)"
+        return f"{reason} ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB are free)"
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn any OSError inside into a StorageError that names `path`, the file or folder that is being written."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """`error` as a StorageError where storage is at fault, else None. This one rule decides the exit code of every command."""
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, OSError) and error.errno in _WAYS_OUT:
+        name = error.filename if error.filename is not None else "a temporary file or the output"
+        return StorageError(error.errno, error.strerror, name)
+    return None
