@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from clae_dist.arguments import parser as make_parser
+from clae_dist.lifetime import end_with_parent
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
@@ -214,6 +215,8 @@ _COMMANDS = {
 
 def run() -> NoReturn:
     """The program: `main`, and the end of the process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun lets its ranks live on when it is killed itself
+        end_with_parent(os.getppid())
     code = main()
     if "WORLD_SIZE" in os.environ:  # torchrun's rank
         from clae_dist.world import leave, told

@@ -1,12 +1,13 @@
 """Runs tasks in spawned worker processes, or in this one; results come back as they are finished.
 
 Why not a pool of the standard library: its workers live on when the parent is killed, and hang when a worker is.
-Here a worker ends when its pipe does, and a worker's death is an error.
+Here a worker ends with its parent, and a worker's death is an error.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
 from clae_dist.data.manifest import DataError
+from clae_dist.lifetime import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -52,7 +54,7 @@ def _start(work: Work[Any, Any], count: int) -> dict[Connection, Any]:
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            process = context.Process(target=_serve, args=(os.getpid(), theirs, work), daemon=True)
             process.start()
             theirs.close()
             workers[ours] = process
@@ -99,8 +101,9 @@ def _alive(process: Any) -> Iterator[None]:
         ) from None
 
 
-def _serve(connection: Connection, work: Work[Any, Any]) -> None:
+def _serve(parent: int, connection: Connection, work: Work[Any, Any]) -> None:
     """The worker: tasks in, results out, until the parent closes the pipe or is gone."""
+    end_with_parent(parent)  # in the middle of a task, too
     try:
         while True:
             task = connection.recv()

@@ -124,7 +124,7 @@ for name in TERM INT USR1; do
   trap "early=$name" $name
 done
 set -m # torchrun gets a process group of its own: it would kill the ranks on a terminal's Ctrl-C
-( trap '' USR1; trap - INT TERM EXIT; exec env "${variables[@]}" CLAE_ENDING="$ending" "${run[@]}" ) &
+( trap '' USR1; trap - INT TERM EXIT; exec env "${variables[@]}" CLAE_ENDING="$ending" "$python" -m clae_dist.lifetime $$ "${run[@]}" ) & # ends with this script, too
 agent=$!
 set +m
 for name in TERM INT USR1; do

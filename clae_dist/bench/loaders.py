@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from clae_dist.bench import data_peers as peers
 from clae_dist.bench.chunk import Chunk, Settings
 from clae_dist.bench.measure import Row, Say, Times, with_ratios
-from clae_dist.data.loader import TwoViews, forkserver, load, make_order
+from clae_dist.data.loader import TwoViews, forkserver, load, make_order, start_loader_process
 from clae_dist.world import World
 
 Make = Callable[[Chunk, Settings, int], Iterator[Any]]
@@ -107,6 +107,7 @@ def _usual(chunk: Chunk, settings: Settings, workers: int) -> Iterator[Any]:
             peers.PilPairs(jpegs, settings.image_size),
             batch_size=len(chunk.jpegs),
             num_workers=workers,
+            worker_init_fn=start_loader_process,
             multiprocessing_context=forkserver() if workers else None,
         )
     )

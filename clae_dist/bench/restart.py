@@ -7,6 +7,7 @@ is the time to read its checkpoint and to compile, and its scheduler's.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -90,11 +91,12 @@ class _Victim:
 
     def __init__(self, folder: Path, workers: int) -> None:
         self._run_dir = folder / "run"
-        command = [sys.executable, "-m", "clae_dist", "train", str(folder / "recipe.yaml"), f"launch.workers={workers}"]
+        ends_with_this = [sys.executable, "-m", "clae_dist.lifetime", str(os.getpid())]
+        train = [sys.executable, "-m", "clae_dist", "train", str(folder / "recipe.yaml"), f"launch.workers={workers}"]
         self._log = folder / "output.log"
         with self._log.open("w") as output:
             self._process = subprocess.Popen(
-                [*command, f"data.shards={folder / 'shards'}", f"run_dir={self._run_dir}"],
+                [*ends_with_this, *train, f"data.shards={folder / 'shards'}", f"run_dir={self._run_dir}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=Path(__file__).parents[2],  # where Python finds this package, installed or not

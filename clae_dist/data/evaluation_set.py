@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clae_dist.data.draws import permutation
-from clae_dist.data.loader import forkserver, leave_signals_to_the_rank
+from clae_dist.data.loader import forkserver, start_loader_process
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.views import centre_view
@@ -54,7 +54,7 @@ class EvaluationSet:
             sampler=range(start * batch_size, len(self.ids), step * batch_size),
             num_workers=self._workers,
             prefetch_factor=2 if self._workers else None,
-            worker_init_fn=leave_signals_to_the_rank,
+            worker_init_fn=start_loader_process,
             multiprocessing_context=forkserver() if self._workers else None,
         )
         yield from loader

@@ -27,6 +27,7 @@ from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
+from clae_dist.lifetime import ORPHANED, end_with_parent
 from clae_dist.world import World
 
 _DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
@@ -100,11 +101,26 @@ def num_workers(config: Config, local_size: int) -> int:
 def forkserver() -> BaseContext:
     """A forked child of a process with gloo's and torch's threads may deadlock; the server has none, and imports torch once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clae_dist.data.preload"])
+    context.set_forkserver_preload(["clae_dist.data.fork_server", "clae_dist.data.preload"])
     return context
 
 
-def leave_signals_to_the_rank(worker: int = 0) -> None:
+def start_loader_process(worker: int = 0) -> None:
+    """Prepare a child of the fork server: it leaves signals to the rank, and ends with the rank in whatever way that dies.
+
+    A rank's death kills its server, whose death kills the child. Torch's own watch does not see it: a child's parent is the
+    server, and the server lives as long as its children hold its pipe.
+    """
+    from clae_dist.data.fork_server import PID  # here it is imported already; a rank must not import it
+
+    leave_signals_to_the_rank()
+    end_with_parent(PID)
+    rank = multiprocessing.parent_process()
+    if rank is not None and not rank.is_alive():  # it died before its server had asked the kernel
+        os._exit(ORPHANED)
+
+
+def leave_signals_to_the_rank() -> None:
     """Ctrl-C reaches every process of a terminal, and what a scheduler sends every one of a job: the rank still needs batches
     to end in good order. After SIGTERM, by which torch ends loaders that stay, too, this process is there for half a minute.
     """
@@ -130,7 +146,7 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=world.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_rank,
+            worker_init_fn=start_loader_process,
             multiprocessing_context=forkserver() if workers else None,
         )
     )

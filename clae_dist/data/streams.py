@@ -103,6 +103,15 @@ def _login_of(host: str) -> str:
     return f"{found[0]}:{found[2]}" if found else ""
 
 
+# Runs before a command, in its shell: waits in the background for the end of the shell's input, which only the reading process
+# holds open, and then kills the group. A command that is not writing would not notice that its reader is gone.
+_ENDS_WITH_ITS_READER = """\
+exec 3<&0 </dev/null
+{ read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
+exec 3<&-
+"""
+
+
 class _Pipe:
     def __init__(self, url: str, timeout_s: float) -> None:
         self.start = 0
@@ -111,7 +120,8 @@ class _Pipe:
         from webdataset.gopen import Pipe
 
         # A group of its own, so that all of a pipeline can be ended.
-        self._pipe = Pipe(url.removeprefix(PIPE), mode="rb", shell=True, bufsize=0, start_new_session=True)
+        command, pipe = _ENDS_WITH_ITS_READER + url.removeprefix(PIPE), subprocess.PIPE
+        self._pipe = Pipe(command, mode="rb", shell=True, bufsize=0, start_new_session=True, stdin=pipe)
         self._process, self._output = self._pipe.proc, self._pipe.stream
         self._timeout_s = timeout_s
 
@@ -134,6 +144,7 @@ class _Pipe:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self._process.stdin.close()
         self._output.close()
 
 

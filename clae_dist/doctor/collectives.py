@@ -42,7 +42,9 @@ def _all_reduce_in_two_processes(timeout_s: float, num_gpus: int) -> tuple[list[
     with socket.socket() as sock:  # a port that is free now
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from clae_dist.doctor import collectives; collectives.one_rank()"
+    ends_with_this = f"from clae_dist.lifetime import end_with_parent; end_with_parent({os.getpid()})"
+    work = "from clae_dist.doctor import collectives; collectives.one_rank()"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; {ends_with_this}; {work}"
     shared: dict[str, str] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     if num_gpus < 2:  # two ranks cannot share one GPU in NCCL
         shared["CUDA_VISIBLE_DEVICES"] = ""

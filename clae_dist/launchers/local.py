@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.config import Config
-from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, UNEXPECTED, Console, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
+from clae_dist.lifetime import end_with_parent
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
 
@@ -168,7 +168,7 @@ def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str
 def _rank_main(
     rank: int, size: int, port: int, parent: int, ending: Connection, work: Callable[..., Ending], arguments: tuple[Any, ...]
 ) -> None:
-    _die_with(parent)
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank),
@@ -188,11 +188,3 @@ def _rank_main(
 
 def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     return run_rank(config, origins, debug, sys.stdout if os.environ.get("RANK", "0") == "0" else None)
-
-
-def _die_with(parent: int) -> None:
-    """No rank outlives the process that started it, whatever ends that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            sys.exit(UNEXPECTED)

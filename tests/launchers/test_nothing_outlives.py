@@ -1,0 +1,102 @@
+"""kill -9 of a rank and of what has started it, under each launcher, with loader processes: nothing of the run is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from tests import processes
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+data: {image_size: 16, workers: 2}
+batch: {global_size: 16}
+model: {encoder: small_resnet, projector_dim: 16}
+optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
+train: {epochs: 100000, log_every: 1, diagnose_every: 1000000, knn_every: 0}
+tracking: {name: none}
+launch: {workers: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
+
+
+@contextmanager
+def running(start: list[str], shards: Manifest, folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """A run of two ranks with two loader processes each, in its third step, and its mark."""
+    (folder / "endless.yaml").write_text(RECIPE)
+    mark = processes.new_mark()
+    environment = {**os.environ, **mark, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    environment["CLAE_ENV"] = sys.prefix
+    settings = [str(folder / "endless.yaml"), f"data.shards={shards.folder}", f"run_dir={folder / 'run'}"]
+    with subprocess.Popen(
+        [*start, *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        try:
+            until(process, "step 3/")
+            yield process, mark
+        finally:
+            processes.end(mark)
+
+
+def until(process: subprocess.Popen[str], words: str) -> None:
+    said = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said += line
+        if words in " ".join(line.split()):
+            return
+    pytest.fail(f"the run ended before {words!r}:\n{said}")
+
+
+def ranks_of(mark: dict[str, str]) -> list[psutil.Process]:
+    """Those that have a fork server below them."""
+    servers = [other for other in processes.marked(mark) if "forkserver" in " ".join(other.cmdline())]
+    return sorted({server.parent() for server in servers if "forkserver" not in " ".join(server.parent().cmdline())}, key=id)
+
+
+CLAE = [sys.executable, "-m", "clae_dist", "train", "--launcher"]
+TORCHRUN = [str(ROOT / "launch" / "torchrun.sh"), "--nodes", "1", "--ranks-per-node", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param([*CLAE, "local"], id="local"),
+        pytest.param(TORCHRUN, id="torchrun.sh"),
+        pytest.param([*CLAE, "ray"], id="ray"),
+    ],
+)
+def test_nothing_outlives_a_killed_rank_or_a_killed_launcher(start: list[str], shards: Manifest, tmp_path: Path) -> None:
+    with running(start, shards, tmp_path) as (process, mark):
+        ranks = ranks_of(mark)
+        assert len(ranks) == 2
+        first = {below.pid for rank in ranks for below in (rank, *rank.children(recursive=True))}
+        assert len(first) >= 8  # rank, server and two loaders each
+        others = frozenset(other.pid for other in processes.marked(mark)) - first
+        ranks[1].kill()
+        until(process, "step 3/")  # started again
+        again = {other.pid for other in processes.marked(mark)} - first
+        processes.wait_until_gone(mark, but=frozenset(again) | others)
+        process.kill()
+        process.wait()
+        processes.wait_until_gone(mark)
