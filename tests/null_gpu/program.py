@@ -1,0 +1,128 @@
+"""`python -m tests.null_gpu.program train CONFIG …`: the program, on the null GPU that tests.null_gpu.build made.
+
+Kernels do nothing there, so what the program reads back from the device means nothing. Only where that would end the run something
+is replaced here: numbers are finite, what ranks tell each other goes over the CPU. All else is the program itself, and spawned
+ranks import this module as well.
+
+With NULL_GPU_REPORT=FOLDER every process leaves FOLDER/PID.json: its rank, the devices that it has used, and what it counted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.modules import _functions
+
+from clae_dist import world
+from clae_dist.training import run
+
+COUNTERS = ("launches", "waits", "all_gathers", "all_reduces", "reduce_scatters", "broadcasts")
+MAX_DEVICES = 16
+
+_null = ctypes.CDLL("libnull_gpu.so")
+for _name in ("null_gpu_count", "null_gpu_allocations"):
+    getattr(_null, _name).restype = ctypes.c_long
+
+_is_finite = torch.Tensor.isfinite
+_is_capturing = torch.cuda.is_current_stream_capturing
+_norm_forward = _functions.SyncBatchNorm.forward
+_step = run.pretrain_step
+_in_norm = threading.local()
+_steps: list[dict[str, int]] = []  # what each training step counted
+
+
+def counts() -> dict[str, int]:
+    """What this process has done on the device so far."""
+    return {name: int(_null.null_gpu_count(number)) for number, name in enumerate(COUNTERS)}
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type != "cuda":
+        return _is_finite(tensor)
+    return torch.ones(tensor.shape, dtype=torch.bool).to(tensor.device)
+
+
+@contextlib.contextmanager
+def _as_if_captured() -> Iterator[None]:
+    """torch's SyncBatchNorm drops ranks whose count, read from the device, is zero, unless a graph is being captured."""
+    _in_norm.now = True
+    try:
+        yield
+    finally:
+        _in_norm.now = False
+
+
+def _capturing() -> bool:
+    return getattr(_in_norm, "now", False) or _is_capturing()
+
+
+def _normalise(*arguments: Any) -> torch.Tensor:
+    with _as_if_captured():
+        return _norm_forward(*arguments)
+
+
+def _flags_anywhere(here: world.World, *flags: bool | torch.Tensor) -> list[bool]:
+    """Flags that the CPU knows; one that a kernel should have computed is not raised."""
+    own = [bool(flag) if not isinstance(flag, torch.Tensor) or flag.device.type == "cpu" else False for flag in flags]
+    return [any(column) for column in zip(*here.gather_objects(own), strict=True)]
+
+
+def _broadcast(here: world.World, value: Any) -> Any:
+    if here.group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=here.group, device=torch.device("cpu"))
+    return box[0]
+
+
+def _counted_step(training: Any, *arguments: Any, **settings: Any) -> Any:
+    """A training step; before it, all of the model must lie on this rank's device."""
+    tensors = [*training.encoding.backend.model.parameters(), *training.encoding.backend.model.buffers()]
+    elsewhere = {str(tensor.device) for tensor in tensors} - {str(training.world.device)}
+    assert not elsewhere, f"the model lies on {elsewhere}, the rank's device is {training.world.device}"
+    before = counts()
+    result = _step(training, *arguments, **settings)
+    _steps.append({name: value - before[name] for name, value in counts().items()})
+    return result
+
+
+def _report() -> None:
+    folder = os.environ.get("NULL_GPU_REPORT")
+    if folder:
+        report = {
+            "rank": int(os.environ.get("RANK", "0")),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "devices": [index for index in range(MAX_DEVICES) if _null.null_gpu_allocations(index)],
+            "total": counts(),
+            "steps": _steps,
+        }
+        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(report))
+
+
+torch.backends.cudnn.enabled = False  # a library of its own, which is not replaced
+torch.Tensor.isfinite = _finite  # type: ignore[assignment,method-assign]
+torch.cuda.is_current_stream_capturing = _capturing
+_functions.SyncBatchNorm.forward = staticmethod(_normalise)  # type: ignore[assignment]
+world.World.flags_anywhere = _flags_anywhere  # type: ignore[method-assign]
+world.World.broadcast = _broadcast  # type: ignore[method-assign]
+run.pretrain_step = _counted_step
+atexit.register(_report)
+
+if __name__ == "__main__":
+    from clae_dist.cli import main
+
+    for command in " ".join(sys.argv[1:]).split(" + "):  # several commands in one process, by " + "
+        code = main(command.split())
+        if code:
+            sys.exit(code)
