@@ -27,9 +27,7 @@ def is_installed(module: str) -> bool:
 def missing() -> list[str]:
     """A line for each peer that is not there."""
     return [
-        f"{package} is not installed; pip install {package}"
-        for module, package in PACKAGES.items()
-        if not is_installed(module)
+        f"{package} is not installed; pip install {package}" for module, package in PACKAGES.items() if not is_installed(module)
     ]
 
 

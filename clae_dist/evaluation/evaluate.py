@@ -18,7 +18,8 @@ from clae_dist.data.loader import num_workers
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
 from clae_dist.evaluation.features import Features, extract_each
-from clae_dist.evaluation.knn import knn_accuracy, nearest
+from clae_dist.evaluation.interval import interval_text, wilson_interval
+from clae_dist.evaluation.knn import knn_accuracy, nearest, usable_k
 from clae_dist.evaluation.linear import linear_probe
 from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
@@ -56,7 +57,8 @@ def evaluate_run(run_dir: Path, say: Say = print, shards: str = "") -> dict[str,
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
     the same decoded pixels in the same pass, with the same settings. All of the train split, or a choice of
     evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
-    is classified. Accuracies are percent, and null for sets without labels. `shards` is where the set is now, if it has moved.
+    is classified. Accuracies are percent, and null for sets without labels; …_interval_percent is the 95 % interval that the
+    number of test images gives. `shards` is where the set is now, if it has moved.
     Raises ConfigError without a checkpoint, DataError for unusable shards and StorageError when the result cannot be written.
     """
     started = time.perf_counter()
@@ -126,7 +128,10 @@ def _compare(
     if not (bank.labelled and test.labelled):
         say("this set has images without a class: no accuracies. Prepare it from class folders to get them.")
         return result
-    result["knn_k"] = min(config.evaluation.knn_k, len(bank))
+    wanted, k = config.evaluation.knn_k, usable_k(config.evaluation.knn_k, len(bank))
+    if k < wanted:
+        say(f"evaluation.knn_k is {wanted}, more than a third of the bank of {len(bank)} images: kNN takes K = {k}.")
+    result["knn_k"] = k
     result["knn_temperature"] = config.evaluation.knn_temperature
     result["linear_iterations"] = config.evaluation.linear_iterations
     for when, bank_features, test_features in (("before", bank_before, test_before), ("after", bank, test)):
@@ -136,16 +141,25 @@ def _compare(
 
 def _accuracies(config: Config, when: str, bank: Features, test: Features, device: torch.device, say: Say) -> dict[str, Any]:
     settings = config.evaluation
+
+    def interval(percent: float) -> list[float]:
+        return [round(bound, 3) for bound in wilson_interval(percent, len(test))]
+
     started = time.perf_counter()
-    knn = knn_accuracy(bank, test, settings.knn_k, settings.knn_temperature, device)
-    say(f"kNN {when} pretraining: {knn:.2f} % ({time.perf_counter() - started:.1f} s)")
+    knn = knn_accuracy(bank, test, usable_k(settings.knn_k, len(bank)), settings.knn_temperature, device)
+    of_knn, wall_s = interval(knn), time.perf_counter() - started
+    say(f"kNN {when} pretraining: {knn:.2f} % (95 % interval {interval_text(of_knn)}; {wall_s:.1f} s)")
     started = time.perf_counter()
     probe = linear_probe(bank, test, settings.linear_iterations, settings.linear_penalty, config.seed, device)
     wall_s = time.perf_counter() - started
-    say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % (penalty {probe.penalty:g}; {wall_s:.1f} s)")
+    of_probe = interval(probe.accuracy)
+    more = f"95 % interval {interval_text(of_probe)}; penalty {probe.penalty:g}; {wall_s:.1f} s"
+    say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % ({more})")
     return {
         f"knn_{when}": knn,
+        f"knn_{when}_interval_percent": of_knn,
         f"linear_{when}": probe.accuracy,
+        f"linear_{when}_interval_percent": of_probe,
         f"linear_penalty_{when}": probe.penalty,
         f"linear_held_out_{when}": probe.held_out_accuracy,
     }

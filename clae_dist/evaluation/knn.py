@@ -66,6 +66,11 @@ def _first_of_the_largest(value_qn: torch.Tensor, k: int) -> torch.Tensor:
     return column_qk
 
 
+def usable_k(k: int, bank_images: int) -> int:
+    """`k`, at most a third of the bank: with more, the votes come close to the bank's class counts, whatever the query is."""
+    return max(1, min(k, bank_images // 3))
+
+
 def require_labels(split: str, features: Features) -> None:
     """Raises DataError unless every image of the split has a class."""
     missing = int((features.labels_N < 0).sum())

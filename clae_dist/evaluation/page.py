@@ -41,7 +41,8 @@ table { border-collapse: collapse; width: 100%; font-size: 0.93rem; font-variant
 th, td { text-align: left; padding: 7px 16px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; font-size: 0.84rem; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: pre; }
+@media (max-width: 480px) { main { padding: 20px 10px 40px; } th, td { padding: 6px 9px; } table { font-size: 0.88rem; } }
 .note { border-left: 3px solid var(--line); padding: 2px 0 2px 12px; margin: 12px 0; }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.86em; }
 details summary { cursor: pointer; color: var(--soft); margin-top: 12px; }
@@ -63,6 +64,10 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def heading(text: str, lead: str = "") -> str:
     return f"<h2>{escape(text)}</h2>" + (f'\n<p class="soft">{escape(lead)}</p>' if lead else "")
+
+
+def paragraph(text: str) -> str:
+    return f'<p class="soft">{escape(text)}</p>'
 
 
 def note(text: str) -> str:

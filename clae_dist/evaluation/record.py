@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.evaluation.interval import interval_text
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.folder import IDENTITY_FILE
 from clae_dist.runs.goodput import Goodput, account, read_lines
 
 Line = dict[str, float]
+ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def summarise(record: Record) -> dict[str, Any]:
         "images_per_s": statistics.median(rates) if rates else None,
         "loss": losses[-1] if losses else None,
         "loss_clean": clean[-1] if clean else None,  # comparable between CLAE and SimCLR, whose loss it is
-        **{key: evaluation.get(key) for key in ("knn_before", "knn_after", "linear_before", "linear_after")},
+        **{key: evaluation.get(key) for key in ACCURACIES},
+        **{f"{key}_interval_percent": evaluation.get(f"{key}_interval_percent") for key in ACCURACIES},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
@@ -136,6 +139,12 @@ def change(before: float | None, after: float | None) -> str:
     return "–" if before is None or after is None else f"{before:.1f} % → {after:.1f} %"
 
 
+def interval_change(summary: Mapping[str, Any], kind: str) -> str:
+    """ "29.3 – 31.1 → 40.8 – 42.8", the 95 % intervals in percent."""
+    before, after = (summary.get(f"{kind}_{when}_interval_percent") for when in ("before", "after"))
+    return "–" if before is None or after is None else f"{interval_text(before)} → {interval_text(after)}"
+
+
 def summary_table(summary: Mapping[str, Any], compare: Mapping[str, Any] | None = None) -> str:
     """The short table that ends a quickstart; `compare` is the summary of a second run, such as plain SimCLR's."""
     runs = [summary] if compare is None else [summary, compare]
@@ -147,7 +156,9 @@ def summary_table(summary: Mapping[str, Any], compare: Mapping[str, Any] | None 
         ["loss", *(number(run.get("loss"), ".3f") for run in runs)],
         ["loss between clean views", *(number(run.get("loss_clean"), ".3f") for run in runs)],
         ["kNN, before → after", *(change(run.get("knn_before"), run.get("knn_after")) for run in runs)],
+        ["  95 % interval", *(interval_change(run, "knn") for run in runs)],
         ["linear probe, before → after", *(change(run.get("linear_before"), run.get("linear_after")) for run in runs)],
+        ["  95 % interval", *(interval_change(run, "linear") for run in runs)],
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

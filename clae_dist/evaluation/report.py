@@ -20,6 +20,7 @@ from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.evaluation import page
+from clae_dist.evaluation.accuracies import accuracy_table
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
@@ -132,19 +133,7 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
     elif summary["knn_after"] is None:
         parts.append(page.note("The set has no labels or no test split, so there are no accuracies."))
     else:
-        rows = [
-            ["untrained encoder", *(number(evaluation[f"{kind}_before"], ".2f", " %") for kind in ("knn", "linear"))],
-            ["after pretraining", *(number(evaluation[f"{kind}_after"], ".2f", " %") for kind in ("knn", "linear"))],
-            ["guessing", *[number(100 / evaluation["num_classes"], ".2f", " %")] * 2],
-        ]
-        bank = f"{evaluation['bank_images']:,} train images"
-        tested = f"all {evaluation['test_images']:,} test images"
-        parts.append(page.table(rows, [tested, f"kNN (bank of {bank})", f"linear probe (fitted to {bank})"]))
-        parts.append(
-            f'<p class="soft">Frozen features of the clean route: weighted kNN with K = {evaluation["knn_k"]}, '
-            f"τ = {evaluation['knn_temperature']:g}; logistic regression, its penalty chosen on a held-out tenth of those "
-            "train images. The untrained encoder has the run’s own initial weights.</p>"
-        )
+        parts += accuracy_table(evaluation, record.config.evaluation.knn_k)
         if record.lines and evaluation["images_seen"] != summary["images_seen"]:
             later = f"{summary['images_seen']:,} images"
             parts.append(page.note(f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {later}."))

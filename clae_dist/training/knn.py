@@ -8,7 +8,7 @@ from clae_dist.config import Config
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.evaluation.features import Features, extract, gather
-from clae_dist.evaluation.knn import knn_accuracy
+from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.parallel import Backend
 from clae_dist.world import World
 
@@ -42,4 +42,5 @@ def knn_while_training(
     with backend.full_model() as model:
         bank = features(config.data.train_split, settings.knn_bank)
         queries = features(config.data.test_split, settings.knn_queries)
-    return {"knn_accuracy": knn_accuracy(bank, queries, settings.knn_k, settings.knn_temperature, world.device)}
+    k = usable_k(settings.knn_k, len(bank))
+    return {"knn_accuracy": knn_accuracy(bank, queries, k, settings.knn_temperature, world.device)}

@@ -81,7 +81,7 @@ def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], Non
     for text in (
         "CLAE",
         "all 30 test images",
-        "kNN (bank of 150 train images)",
+        "in a bank of 150 train images",
         "ddp over gloo",
         "Linear probe",
         "untrained encoder",
