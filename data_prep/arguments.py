@@ -49,9 +49,9 @@ Writes a manifest and indices for WebDataset shards that exist; the shards stay 
 
 SHARDS are tars of this machine, folders of them, or lists such as x-{000..099}.tar. A sample is KEY.jpg (png, webp, …) with its
 label, a whole number or a name, in KEY.cls or as "label" in KEY.json; without one it has no label. The files of a sample follow
-one another. The classes are the labels that there are. Shards named train, val (dev) or test (eval) are of that split, others of
-train. Every image is decoded once to check it; those that fail are left out and listed with the reason
-in quarantine.jsonl. An interrupted run goes on where it was when the same command is run again.
+one another. The classes are the labels that there are. Shards named train, val (dev) or test (eval) are of that split, others
+of train. Every image is decoded once to check it; those that fail are skipped and listed with the reason in quarantine.jsonl.
+An interrupted run goes on where it was when the same command is run again.
 """
 
 _AUDIT = """\

@@ -125,7 +125,8 @@ def _named_image(sample: _Sample, name: str) -> tuple[str, Member] | None:
     if len(images) > 1:
         raise DataError(
             f"{name} holds {len(images)} images in the sample {sample.key!r}: "
-            f"{', '.join(repr(kind) for kind, _ in images[:3])}. A key ends at the first dot of a file's name; write the shard with keys without dots."
+            f"{', '.join(repr(kind) for kind, _ in images[:3])}. A key ends at the first dot of a file's name; write the shard "
+            "with keys without dots."
         )
     return images[0] if images else None
 
