@@ -50,9 +50,10 @@ _INDEX = """\
 Writes a manifest and indices for WebDataset shards that exist; the shards stay as they are.
 
 SHARDS are tars of this machine, folders of them, or lists such as x-{000..099}.tar. A sample is KEY.jpg (png, webp, …) with its
-label, a whole number, in KEY.cls or as "label" in KEY.json; without one it has no label. Shards named train, val or test are
-of that split, others of train. Every image is decoded once to check it; those that fail are left out and listed with the reason
-in quarantine.jsonl. An interrupted run goes on where it was when the same command is run again.
+label, a whole number or a name, in KEY.cls or as "label" in KEY.json; without one it has no label. The files of a sample follow
+one another. The classes are the labels that there are. Shards named train, val (dev) or test (eval) are of that split, others
+of train. Every image is decoded once to check it; those that fail are skipped and listed with the reason in quarantine.jsonl.
+An interrupted run goes on where it was when the same command is run again.
 """
 
 _AUDIT = """\
@@ -164,7 +165,7 @@ def _parser() -> Parser:
         "--to", metavar="DIR", type=user_path, help="where manifest, indices and links to the shards go (default: beside them)"
     )
     index.add_argument(
-        "--classes", metavar="FILE", type=user_path, help="names of the labels from 0 on, a line each (default: numbers)"
+            "--classes", metavar="FILE", type=user_path, help="names of the labels from 0 on, a line each (default: the labels)"
     )
     _add_origin(index, "the folder's name")
     _add_max_pixels(index)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifest, write_manifest
-from clae_dist.data.tar_index import index_tar
+from clae_dist.data.tar_index import Dropped, index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
 from clae_dist.files import make_folders, remove, write_atomically
 from clae_dist.storage import writing
 from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
-from data_prep.named_labels import named_classes, place_index
+from data_prep.named_labels import label_classes, place_index
 from data_prep.pool import run_tasks
 from data_prep.progress import Progress
 from data_prep.split_names import files_by_split
@@ -26,6 +26,7 @@ from data_prep.workspace import QUARANTINE, open_workspace
 
 Say = Callable[[str], None]
 _PARTS = ".parts"
+_MANY = 100  # classes
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,7 @@ def index(
         results = _check_all(tasks, max_bad, num_workers, folder, say)
         for note in notes:
             say(note)
-        odd = sum(result.odd_labels for result in results.values())
-        if odd:
-            say(f"The labels of {odd} images are neither names nor whole numbers from 0 on; these images have no label.")
-        names = named_classes(settings.classes, results, folder / _PARTS)
-        classes = names or _classes(settings.classes, results)
+        classes, names = label_classes(settings.classes, results, folder / _PARTS)
         for tar in tars:
             _link(tar, folder / tar.name)
         results = {name: place_index(result, folder / _PARTS, folder, names) for name, result in results.items()}
@@ -91,6 +88,7 @@ def index(
             preparation={"indexed": True, "max_pixels": settings.max_pixels, "splits_from": "names", "pixels": "as they were"},
         )
         shutil.rmtree(folder / _PARTS)
+    _say_labels(manifest, say)
     images = ", ".join(f"{split} {manifest.num_samples(split)}" for split in manifest.splits)
     set_aside = f"; {len(bad)} were set aside, {folder / QUARANTINE} lists them" if bad else ""
     say(f"{folder}: {images} images in {len(tars)} shards{set_aside}. Digest {manifest.digest[:12]}.")
@@ -153,7 +151,10 @@ def _already(folder: Path, tars: list[Path], say: Say) -> Manifest:
 def _check_all(tasks: list[IndexTask], max_bad: float, num_workers: int, folder: Path, say: Say) -> dict[str, IndexResult]:
     """The results by the shards' names, in the order of `tasks`."""
     say(f"Reading the headers of {len(tasks)} shards …")
-    counts = {task.tar.name: _count(task.tar, say) for task in tasks}
+    dropped = Dropped()
+    counts = {task.tar.name: _count(task.tar, dropped) for task in tasks}
+    for line in dropped.lines():
+        say(line[0].upper() + line[1:] + ".")
     results = {task.tar.name: result for task in tasks if (result := finished(task))}
     if results:
         say(f"{len(results)} of {len(tasks)} shards were checked before and are kept.")
@@ -169,12 +170,24 @@ def _check_all(tasks: list[IndexTask], max_bad: float, num_workers: int, folder:
     return {task.tar.name: results[task.tar.name] for task in tasks}
 
 
-def _count(tar: Path, say: Say) -> int:
+def _count(tar: Path, dropped: Dropped) -> int:
     with tar.open("rb") as file:
         found = index_tar(file, str(tar))
-    if found.without_image:
-        say(f"{tar.name}: {found.without_image} samples hold no image and are left out.")
+    dropped.include(found.dropped)
     return len(found.rows)
+
+
+def _say_labels(manifest: Manifest, say: Say) -> None:
+    """How many classes there are, and how many images have none."""
+    labelled = {split: sum(counts) for split, counts in manifest.class_counts.items()}
+    for split, count in labelled.items():
+        images = manifest.num_samples(split)
+        if count < images:
+            say(f"Images of {split} without a label (-1): {images - count} of {images}.")
+    if manifest.classes:
+        say(f"Classes: {len(manifest.classes)}, {manifest.classes[0]!r} to {manifest.classes[-1]!r}.")
+    if len(manifest.classes) > _MANY and 2 * len(manifest.classes) > sum(labelled.values()):
+        say("There is a class for every image or two: are the labels ids of images rather than of classes?")
 
 
 def _refuse_many_bad(results: dict[str, IndexResult], total: int, max_bad: float, folder: Path) -> None:
@@ -197,14 +210,6 @@ def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
     if bad:
         lines = [json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in sorted(bad)]
         write_atomically(folder / QUARANTINE, "".join(lines).encode())
-
-
-def _classes(given: tuple[str, ...], results: dict[str, IndexResult]) -> tuple[str, ...]:
-    """The names given, or numbers. Raises DataError for a label that has no name."""
-    largest, name = max((result.largest_label, name) for name, result in results.items())
-    if given and largest >= len(given):
-        raise DataError(f"{name} has the label {largest}, but --classes names only 0 to {len(given) - 1}; add the others.")
-    return given or tuple(map(str, range(largest + 1)))
 
 
 def _link(tar: Path, place: Path) -> None:

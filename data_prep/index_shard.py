@@ -18,6 +18,8 @@ from clae_dist.data.tar_index import index_tar
 from clae_dist.files import file_sha256, write_atomically
 from data_prep.write import REPORT_EVERY_S, write_index
 
+_VERSION = 2  # of what is read from a shard
+
 
 @dataclass(frozen=True)
 class IndexTask:
@@ -35,7 +37,7 @@ class IndexTask:
     def fingerprint(self) -> list[int]:
         """Another one: index the shard again."""
         found = self.tar.stat()
-        return [found.st_size, found.st_mtime_ns, self.max_pixels]
+        return [found.st_size, found.st_mtime_ns, self.max_pixels, _VERSION]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,8 @@ class IndexResult:
 
     shard: Shard
     bad: list[tuple[str, str]]  # (path, reason)
-    largest_label: int
     fingerprint: list[int]
     names: tuple[str, ...] = ()  # of the labels, where they are names rather than numbers
-    odd_labels: int = 0
 
 
 def finished(task: IndexTask) -> IndexResult | None:
@@ -56,10 +56,11 @@ def finished(task: IndexTask) -> IndexResult | None:
         content = json.loads(task.record.read_text())
     except FileNotFoundError:
         return None
+    if content["fingerprint"] != task.fingerprint:
+        return None
     shard, bad, names = Shard(**content.pop("shard")), content.pop("bad"), content.pop("names", ())
     result = IndexResult(shard, bad=[tuple(image) for image in bad], names=tuple(names), **content)
-    index_path = task.parts / result.shard.index_name
-    return result if result.fingerprint == task.fingerprint and index_path.is_file() else None
+    return result if (task.parts / result.shard.index_name).is_file() else None
 
 
 def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexResult:
@@ -86,6 +87,6 @@ def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexResult:
     shard = Shard(name, len(rows), fingerprint[0], file_sha256(task.tar), file_sha256(index_path))
     if task.fingerprint != fingerprint:
         raise DataError(f"{task.tar} changes while it is read; wait for that, then start anew.")
-    result = IndexResult(shard, bad, int(rows[:, 2].max(initial=-1)), fingerprint, found.names, found.odd_labels)
+    result = IndexResult(shard, bad, fingerprint, found.names)
     write_atomically(task.record, json.dumps(dataclasses.asdict(result)).encode())
     return result

@@ -1,13 +1,15 @@
-"""Labels that are names in the shards (KEY.cls is a text) become positions among the classes of the whole set."""
+"""Labels in the shards, names (KEY.cls is a text) or numbers, become positions among the classes of the whole set."""
 
 from __future__ import annotations
 
 import os
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from clae_dist.data.classes import classes_of, is_number, places_of, renumbered
 from clae_dist.data.manifest import DataError
 from clae_dist.files import file_sha256
 from clae_dist.storage import writing
@@ -15,33 +17,43 @@ from data_prep.index_shard import IndexResult
 from data_prep.write import write_index
 
 
-def named_classes(given: tuple[str, ...], results: dict[str, IndexResult], parts: Path) -> tuple[str, ...]:
-    """The classes where a shard has names for labels: those `given`, else all names, sorted; () where all are numbers.
+def label_classes(
+    given: tuple[str, ...], results: dict[str, IndexResult], parts: Path
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes of the set, and what its labels are called in that order.
 
-    In a set with names the numbers of other shards are names, too. Raises DataError for a name that is not `given`.
+    The classes are those `given`, else the labels that there are. Where all labels are numbers, those `given` are the names of
+    0, 1, …; in a set with names the numbers are names, too. Raises DataError for a label that is not `given`.
     """
-    if not any(result.names for result in results.values()):
-        return ()
-    first = {name: shard for shard, result in sorted(results.items(), reverse=True) for name in _names(result, parts)}
-    unknown = sorted(first.keys() - set(given)) if given else []
-    if unknown:
-        raise DataError(f"{first[unknown[0]]} has the label {unknown[0]!r}, which --classes does not name; add it.")
-    return given or tuple(sorted(first))
+    first = {name: shard for shard, result in sorted(results.items(), reverse=True) for name in _names(result, parts).values()}
+    names = classes_of(first)
+    if not given:
+        return names, names
+    if all(map(is_number, names)):
+        largest = max(map(int, names), default=-1)
+        if largest >= len(given):
+            shard = first[str(largest)]
+            raise DataError(f"{shard} has the label {largest}, but --classes names only 0 to {len(given) - 1}; add the others.")
+        return given, tuple(map(str, range(len(given))))
+    try:
+        places_of(names, given)
+    except KeyError as error:
+        (unknown,) = error.args
+        shard = next(shard for name, shard in first.items() if unicodedata.normalize("NFC", name) == unknown)
+        raise DataError(f"{shard} has the label {unknown!r}, which --classes does not name; add it.") from None
+    return given, given
 
 
-def place_index(result: IndexResult, parts: Path, folder: Path, classes: tuple[str, ...]) -> IndexResult:
-    """Moves the index of a shard from `parts` to where it belongs, names as positions among `classes`; (): as it is."""
+def place_index(result: IndexResult, parts: Path, folder: Path, names: tuple[str, ...]) -> IndexResult:
+    """Moves the index of a shard from `parts` to where it belongs, its labels as positions among `names`."""
     made, place = parts / result.shard.index_name, folder / result.shard.index_name
-    names, positions = _names(result, parts), {name: position for position, name in enumerate(classes)}
-    if not classes or all(positions[name] == label for name, label in names.items()):
+    rows = np.load(made, allow_pickle=False)
+    labels = renumbered(rows[:, 2], _names(result, parts), names)
+    if (labels == rows[:, 2]).all():
         with writing(place):
             os.replace(made, place)
         return result
-    rows = np.load(made, allow_pickle=False)
-    ours = np.full(max(names.values()) + 2, -1, np.int64)  # the last for -1, no label
-    for name, label in names.items():
-        ours[label] = positions[name]
-    rows[:, 2] = ours[rows[:, 2]]
+    rows[:, 2] = labels
     temporary = parts / f"named-{made.name}"  # what is in `parts` stays as its record says: a kill here does no harm
     write_index(temporary, rows)
     with writing(place):
@@ -49,7 +61,7 @@ def place_index(result: IndexResult, parts: Path, folder: Path, classes: tuple[s
     return replace(result, shard=replace(result.shard, index_sha256=file_sha256(place)))
 
 
-def _names(result: IndexResult, parts: Path) -> dict[str, int]:
-    """The labels that a shard's images have, by name."""
-    labels = np.unique(np.load(parts / result.shard.index_name, allow_pickle=False)[:, 2])
-    return {result.names[label] if result.names else str(label): int(label) for label in labels if label >= 0}
+def _names(result: IndexResult, parts: Path) -> dict[int, str]:
+    """The names of the labels that a shard's images have: their texts, else their numbers."""
+    labels = np.unique(np.load(parts / result.shard.index_name, allow_pickle=False)[:, 2]).tolist()
+    return {label: result.names[label] if result.names else str(label) for label in labels if label >= 0}

@@ -78,6 +78,9 @@ def _arrange(listing: Listing, where: str) -> Layout:
         notes.append(
             f"{len(listing.ignored)} files are no images by their names and were left out, such as {listing.ignored[0]}."
         )
+    unread = [path for path in listing.ignored if path.rpartition("/")[2].startswith("metadata.")]
+    if unread:
+        notes.append(f"{unread[0]} is not read: classes are folders' names.")
     classes = sorted({name for groups in images.values() for name in groups if name})
     return Layout(tuple(classes), images, given, tuple(notes))
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import IO
@@ -20,10 +20,11 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
+from clae_dist.data.classes import classes_of, renumbered
 from clae_dist.data.fetch import digest_check, fetch
 from clae_dist.data.manifest import DataError, Manifest, Shard, content_digest
 from clae_dist.data.remote import MAX_OPEN, Fetching
-from clae_dist.data.tar_index import TarIndex, index_tar
+from clae_dist.data.tar_index import Dropped, TarIndex, index_tar
 from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
 from clae_dist.world import World
@@ -32,6 +33,7 @@ Say = Callable[[str], None]
 _CONNECTIONS = 4
 _SAY_EVERY_S = 10.0
 _ROUND = 16  # shards of a rank
+_RECORD, _INDEX = ".labels.json", ".labels.npy"  # in the cache; an older version's .json and .npy knew no names
 _ONE_FOR_ALL = "empty data.cache on every node, and see that all of them read the same shards"
 _LOST = (
     "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
@@ -44,9 +46,9 @@ class Record:
     """What indexing a plain shard has found."""
 
     shard: Shard  # sha256 "" for one of this machine: its bytes are not read
-    largest_label: int
-    without_image: int
-    without_number: int = 0  # samples whose label is a name, or odd: taken as unlabelled
+    labels: tuple[str, ...]  # the different ones, by name
+    unlabelled: int
+    dropped: Dropped
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class PlainShards:
     text: str = field(repr=False)  # as the user wrote it
     sources: dict[str, str] = field(repr=False)
     fetching: Fetching
+    classes: tuple[str, ...] = field(default=(), repr=False)  # of all shards, known when they are indexed
 
     @property
     def where(self) -> str:
@@ -77,21 +80,21 @@ class PlainShards:
     def open_index(self, shard: Shard) -> IO[bytes]:
         def fill(part: IO[bytes]) -> None:
             with self.open(shard) as file:
-                part.write(_as_npy(_without_names(index_tar(file, shard.name))[0]))
+                part.write(_stored(index_tar(file, shard.name)))
 
-        file = self.fetching.cache.open(f"{self._key(shard.name)}.npy", 0, fill)
+        file = self.fetching.cache.open(f"{self._key(shard.name)}{_INDEX}", 0, fill)
         found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         file.seek(0)
         if found != shard.index_sha256:
             file.close()
             raise DataError(f"{shard.name} is another one here than where it was indexed; {_ONE_FOR_ALL}.")
-        return file
+        return _with_places(file, self.classes)
 
     def other_copy(self, records: dict[str, Record]) -> str:
         """Of which shard this machine's cache holds another version than was indexed, "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
-                held = json.loads((self.fetching.cache.folder / f"{self._key(name)}.json").read_bytes())["shard"]
+                held = json.loads((self.fetching.cache.folder / f"{self._key(name)}{_RECORD}").read_bytes())["shard"]
             except FileNotFoundError:
                 continue
             if held != asdict(record.shard):
@@ -105,11 +108,10 @@ class PlainShards:
         """The index's summary, from the cache or made now. Raises DataError for what is no whole tar of images."""
 
         def fill(part: IO[bytes]) -> None:
-            part.write(json.dumps(asdict(self._make_record(name, stop))).encode())
+            part.write(_record_as_json(self._make_record(name, stop)))
 
-        with self.fetching.cache.open(f"{self._key(name)}.json", 0, fill) as file:
-            content = json.load(file)
-        return Record(Shard(**content.pop("shard")), **content)
+        with self.fetching.cache.open(f"{self._key(name)}{_RECORD}", 0, fill) as file:
+            return _record_from_json(file.read())
 
     def _make_record(self, name: str, stop: threading.Event) -> Record:
         with self._tar(name, None, stop) as file:
@@ -117,15 +119,14 @@ class PlainShards:
             size = file.seek(0, 2)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if scheme(self.sources[name]) else ""  # type: ignore[arg-type]
-        rows, without_number = _without_names(index)
-        npy = _as_npy(rows)
+        stored = _stored(index)
 
         def write(part: IO[bytes]) -> None:
-            part.write(npy)
+            part.write(stored)
 
-        self.fetching.cache.open(f"{self._key(name)}.npy", 0, write).close()
-        shard = Shard(name, len(rows), size, sha256, hashlib.sha256(npy).hexdigest())
-        return Record(shard, int(rows[:, 2].max()), index.without_image, without_number)
+        self.fetching.cache.open(f"{self._key(name)}{_INDEX}", 0, write).close()
+        shard = Shard(name, len(index.rows), size, sha256, hashlib.sha256(stored).hexdigest())
+        return Record(shard, tuple(index.label_names.values()), int((index.rows[:, 2] < 0).sum()), index.dropped)
 
     def _tar(self, name: str, shard: Shard | None, stop: threading.Event | None) -> IO[bytes]:
         source = self.sources[name]
@@ -154,18 +155,39 @@ class PlainShards:
         return f"plain-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()}"
 
 
-def _without_names(index: TarIndex) -> tuple[np.ndarray, int]:
-    """The rows with labels that are numbers alone, and how many had another: a name has no number without the other shards."""
-    if not index.names:
-        return index.rows, index.odd_labels
-    named = int((index.rows[:, 2] >= 0).sum())
-    return np.column_stack([index.rows[:, :2], np.full(len(index.rows), -1)]), named + index.odd_labels
+def _stored(index: TarIndex) -> bytes:
+    """The rows, and the names of the labels behind them where there are any."""
+    stream = io.BytesIO()
+    np.save(stream, index.rows)
+    return stream.getvalue() + (json.dumps(index.names).encode() if index.names else b"")
 
 
-def _as_npy(rows: np.ndarray) -> bytes:
+def _with_places(file: IO[bytes], classes: tuple[str, ...]) -> IO[bytes]:
+    """The rows of a stored index as a npy file, labels as positions among `classes`."""
+    with file:
+        rows = np.lib.format.read_array(file, allow_pickle=False)
+        stored = file.read()
+    names = tuple(json.loads(stored)) if stored else ()
+    labels = [label for label in np.unique(rows[:, 2]).tolist() if label >= 0]
+    rows[:, 2] = renumbered(rows[:, 2], {label: names[label] if names else str(label) for label in labels}, classes)
     stream = io.BytesIO()
     np.save(stream, rows)
-    return stream.getvalue()
+    stream.seek(0)
+    return stream
+
+
+def _record_as_json(record: Record) -> bytes:
+    dropped = {"counts": record.dropped.counts, "examples": record.dropped.examples}
+    content = {"shard": asdict(record.shard), "labels": record.labels, "unlabelled": record.unlabelled, "dropped": dropped}
+    return json.dumps(content).encode()
+
+
+def _record_from_json(data: bytes) -> Record:
+    content = json.loads(data)
+    dropped = Dropped()
+    for reason, count in content["dropped"]["counts"].items():
+        dropped.add(reason, content["dropped"]["examples"][reason], count)
+    return Record(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
 
 
 def _is_tar(file: IO[bytes]) -> str:
@@ -217,16 +239,21 @@ def open_plain(
     records = {name: record for part in world.gather_objects(mine) for name, record in part.items()}
     world.raise_together(DataError, files.other_copy(records) if world.local_rank == 0 else "")
     found = [records[name] for name in names]
-    without = sum(record.without_image for record in found)
-    if without:
-        say(f"data: {without:,} samples hold no image and are left out")
-    without = sum(record.without_number for record in found)
-    if without:
-        say(
-            f"data: the labels of {without:,} samples are names or no whole numbers from 0 on and are left out; "
-            "`python -m data_prep index` turns names (KEY.cls) into classes"
-        )
+    for line in _report(found):
+        say(f"data: {line}")
     return _manifest(files, found)
+
+
+def _report(records: list[Record]) -> list[str]:
+    """What is not used of the shards, and images without a label where others have one."""
+    dropped = Dropped()
+    for record in records:
+        dropped.include(record.dropped)
+    lines = dropped.lines()
+    without, images = (sum(counts) for counts in zip(*((r.unlabelled, r.shard.samples) for r in records), strict=True))
+    if 0 < without < images:
+        lines.append(f"images without a label: {without:,} of {images:,}")
+    return lines
 
 
 def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, Record]]:
@@ -250,7 +277,7 @@ def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]
 
 def _manifest(files: PlainShards, records: list[Record]) -> Manifest:
     shards = tuple(record.shard for record in records)
-    num_classes = 1 + max(record.largest_label for record in records)
+    classes = classes_of({label for record in records for label in record.labels})
     facts = {"plain shards": [(s.name, s.bytes, s.samples, s.index_sha256) for s in shards]}
     stem = re.sub(r"\{.*?\}|\.tar$", "", files.where.rsplit("/", 1)[-1]).strip("-_. ")
     return Manifest(
@@ -259,12 +286,12 @@ def _manifest(files: PlainShards, records: list[Record]) -> Manifest:
         source=files.where,
         licence="not stated",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        classes=tuple(map(str, range(num_classes))),
+        classes=classes,
         splits={"train": shards},
         quarantined=0,
         preparation={},
         digest=content_digest(facts),
-        files=files,
+        files=replace(files, classes=classes),
     )
 
 

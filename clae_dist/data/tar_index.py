@@ -1,25 +1,29 @@
 """Where the images of a WebDataset shard lie, from the headers of the tar alone: 0.01 ms a file, no image is read.
 
 WebDataset's conventions: files with the same path up to the first dot of the base name are one sample, one after the other;
-what follows that dot says what a file is: `jpg`, `png`, … the image, `cls` (a number or a name) or `json` its label.
+what follows that dot, in any case, says what a file is: `jpg`, `png`, … the image, `cls` (a number or a name) or `json` its
+label. Files of one sample that do not follow one another are an error: WebDataset would make several samples of them. Where no
+image of a shard has a plain kind, `KEY.rgb.jpg` is one, with `KEY.rgb.cls` or `KEY.cls` for its label.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
 import numpy as np
 
+from clae_dist.data.labels import NONE, OddLabelError, label_in_json, label_in_text
 from clae_dist.data.manifest import DataError
 
 IMAGES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 img".split())
-_MOST_CLASSES = 1_000_000  # a larger number is an id
-_LONGEST_NAME = 200  # characters of a class; more is a caption
-_LABEL_KEYS = ("label", "cls", "class_id", "class_index", "class")
+NO_IMAGE = "samples without an image, skipped"
+NO_SAMPLE = "files of no sample, skipped"
+SECOND_IMAGES = "second images of a sample, skipped"
+ODD_LABELS = "labels that are neither names nor whole numbers from 0 on, ignored"
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _MAX_TEXT_BYTES = 1 << 20
@@ -33,39 +37,98 @@ class Member(NamedTuple):
     size: int
 
 
+class Dropped:
+    """What is not used of shards: how often and one example, by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        """`example` is kept when it is the first."""
+        self.counts[reason] += count
+        self.examples.setdefault(reason, example)
+
+    def include(self, other: Dropped) -> None:
+        """Adds what another shard has."""
+        for reason, count in other.counts.items():
+            self.add(reason, other.examples[reason], count)
+
+    def lines(self) -> list[str]:
+        """A line a reason, names escaped."""
+        return [f"{reason}: {count:,}, such as {self.examples[reason]!r}" for reason, count in self.counts.items()]
+
+
 @dataclass(frozen=True)
 class TarIndex:
     """What a shard holds. `rows` is int64 (samples, 3): offset of the image's bytes, their number, the label (-1: none)."""
 
     rows: np.ndarray
     keys: tuple[str, ...]  # of the samples
-    without_image: int  # samples that hold no image and are left out
-    names: tuple[str, ...] = ()  # where KEY.cls is a text: the labels are positions here
-    odd_labels: int = 0  # neither whole numbers from 0 on nor names; -1 in `rows`
+    dropped: Dropped
+    names: tuple[str, ...] = ()  # where a label is a text: the labels are positions here
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """The name of each label in `rows`: its text, else its number."""
+        labels = np.unique(self.rows[:, 2]).tolist()
+        return {label: self.names[label] if self.names else str(label) for label in labels if label >= 0}
 
 
 def index_tar(file: IO[bytes], name: str) -> TarIndex:
     """The samples of an open tar, in its order; `name` is what errors call it.
 
-    Raises DataError for what is no whole, uncompressed tar, and for one without images.
+    Raises DataError for what is no whole, uncompressed tar, for one without images, and for a sample whose files are apart.
     """
     if not file.seek(0, 2):
         raise DataError(f"{name} is empty; fetch or write it again.")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        places, labels, keys, without_image = [], [], [], 0
-        for key, files in _samples(members(content, name)):
-            image = next((files[kind] for kind in files if kind.lower() in IMAGES), None)
-            if image is None:
-                without_image += 1
-                continue
-            places.append((image.offset, image.size))
-            labels.append(_label(content, files))
-            keys.append(key)
-    if not places:
+        found = _index(content, name, _plain_image)
+        found = found or _index(content, name, lambda files: _named_image(files, name))
+    if not found:
         raise DataError(f"{name} holds no images (files such as KEY.jpg or KEY.png); name shards of images.")
+    return found
+
+
+def _index(content: mmap.mmap, name: str, image_of: Callable[[_Sample], tuple[str, Member] | None]) -> TarIndex | None:
+    """None where `image_of` finds no image in any sample."""
+    dropped = Dropped()
+    places: list[tuple[int, int]] = []
+    labels: list[int | str] = []
+    keys: list[str] = []
+    for sample in _samples(members(content, name), name, dropped):
+        found = image_of(sample)
+        if found is None:
+            dropped.add(NO_IMAGE, f"{sample.key}.{next(iter(sample.files))}")
+            continue
+        kind, image = found
+        images = [other for other in sample.files if other in IMAGES]
+        if len(images) > 1:
+            dropped.add(SECOND_IMAGES, f"{sample.key}.{images[1]}", len(images) - 1)
+        places.append((image.offset, image.size))
+        labels.append(_label(content, sample, kind.rpartition(".")[0], dropped))
+        keys.append(sample.key)
+    if not places:
+        return None
     numbers, names = _numbered(labels)
     rows = np.array([(*place, label) for place, label in zip(places, numbers, strict=True)], np.int64)
-    return TarIndex(rows, tuple(keys), without_image, names, labels.count(None))
+    return TarIndex(rows, tuple(keys), dropped, names)
+
+
+def _plain_image(sample: _Sample) -> tuple[str, Member] | None:
+    return next(((kind, file) for kind, file in sample.files.items() if kind in IMAGES), None)
+
+
+def _named_image(sample: _Sample, name: str) -> tuple[str, Member] | None:
+    """The one image whose kind has dots, such as rgb.jpg. Raises DataError for a sample with several."""
+    images = [(kind, file) for kind, file in sample.files.items() if kind.rpartition(".")[2] in IMAGES]
+    if len(images) > 1:
+        raise DataError(
+            f"{name} holds {len(images)} images in the sample {sample.key!r}: "
+            f"{', '.join(repr(kind) for kind, _ in images[:3])}. A key ends at the first dot of a file's name; write the shard "
+            "with keys without dots."
+        )
+    return images[0] if images else None
 
 
 def files_of(content: mmap.mmap, name: str, offset: int, after: int) -> dict[str, Member]:
@@ -74,61 +137,72 @@ def files_of(content: mmap.mmap, name: str, offset: int, after: int) -> dict[str
     `after` is the end of an earlier file's bytes, such as the image before, or 0. Raises DataError where a tar is damaged.
     """
     start = -(-after // _BLOCK) * _BLOCK
-    found = (files for _, files in _samples(members(content, name, start)) if any(f.offset == offset for f in files.values()))
-    return next(found, {})
+    found = _samples(members(content, name, start), name, Dropped())
+    return next((sample.files for sample in found if any(file.offset == offset for file in sample.files.values())), {})
 
 
-def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, files by kind) of every sample."""
-    key, files = "", dict[str, Member]()
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    files: dict[str, Member]  # by kind, in small letters
+
+
+def _samples(found: Iterator[Member], name: str, dropped: Dropped) -> Iterator[_Sample]:
+    """Every sample. Raises DataError for a key that comes again later."""
+    sample, seen = _Sample("", {}), set[str]()
     for member in found:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, kind = base.partition(".")
         if not stem or not dot or (not folder and base.startswith("__") and base.endswith("__")):
-            continue  # of no sample, as WebDataset sees it
-        if folder + slash + stem != key or kind in files:
-            if files:
-                yield key, files
-            key, files = folder + slash + stem, {}
-        files[kind] = member
-    if files:
-        yield key, files
+            dropped.add(NO_SAMPLE, member.name)  # as WebDataset sees it
+            continue
+        key, kind = folder + slash + stem, kind.lower()
+        if key != sample.key or not sample.files:
+            if sample.files:
+                yield sample
+            if key in seen:
+                raise _apart(name, member.name, key)
+            seen.add(key)
+            sample = _Sample(key, {})
+        elif kind in sample.files:
+            raise _apart(name, member.name, key)
+        sample.files[kind] = member
+    if sample.files:
+        yield sample
 
 
-def _label(content: mmap.mmap, files: dict[str, Member]) -> int | str | None:
-    """From KEY.cls a number or a text, else the number in KEY.json, else -1. None for what is in KEY.cls and can be neither."""
-    member = files.get("cls") or files.get("json")
-    if member is None:
-        return -1
-    if member.size > _MAX_TEXT_BYTES:
-        return None if "cls" in files else -1
-    data = content[member.offset : member.offset + member.size]
-    if "cls" in files:
-        return _number_or_name(data.decode("utf-8", "replace").strip())
+def _apart(name: str, file: str, key: str) -> DataError:
+    return DataError(
+        f"{name} holds the sample {key!r} again with {file!r}: its files do not follow one another, or two samples have one "
+        "key. Write the shard again, the files of a sample side by side (tar --sort=name), and every key once."
+    )
+
+
+def _label(content: mmap.mmap, sample: _Sample, prefix: str, dropped: Dropped) -> int | str:
+    """From KEY.cls or KEY.json; `prefix` is what the image's kind has before it. -1 for none, and for what is no label."""
+    kinds = [f"{before}.{kind}".lstrip(".") for kind in ("cls", "json") for before in dict.fromkeys((prefix, ""))]
+    kind = next((kind for kind in kinds if kind in sample.files), "")
+    if not kind:
+        return NONE
+    member = sample.files[kind]
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):  # JSON of another kind than labels; it is not ours to judge
-        return -1
-    found = next((record[key] for key in _LABEL_KEYS if isinstance(record, dict) and type(record.get(key)) is int), -1)
-    return found if -1 <= found < _MOST_CLASSES else None
+        if member.size > _MAX_TEXT_BYTES:
+            raise OddLabelError(f"{member.size:,} bytes")
+        data = content[member.offset : member.offset + member.size]
+        return label_in_json(data) if kind.endswith("json") else label_in_text(data)
+    except OddLabelError as error:
+        dropped.add(ODD_LABELS, f"{sample.key}.{kind} ({error})")
+        return NONE
 
 
-def _number_or_name(text: str) -> int | str | None:
-    try:
-        number = int(text)
-    except ValueError:
-        return text if 0 < len(text) <= _LONGEST_NAME and text.isprintable() else None
-    return number if -1 <= number < _MOST_CLASSES else None
-
-
-def _numbered(labels: list[int | str | None]) -> tuple[list[int], tuple[str, ...]]:
+def _numbered(labels: list[int | str]) -> tuple[list[int], tuple[str, ...]]:
     """The labels as numbers, and their names if one of them is a name: then the numbers among them are names, too."""
     if not any(isinstance(label, str) for label in labels):
-        return [label if isinstance(label, int) else -1 for label in labels], ()
-    named = [None if label in (None, -1) else str(label) for label in labels]
+        return [label for label in labels if isinstance(label, int)], ()
+    named = [None if label == NONE else str(label) for label in labels]
     names = tuple(sorted({name for name in named if name is not None}))
     places = {name: place for place, name in enumerate(names)}
-    return [-1 if name is None else places[name] for name in named], names
+    return [NONE if name is None else places[name] for name in named], names
 
 
 def members(content: mmap.mmap | bytes, name: str, start: int = 0) -> Iterator[Member]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from clae_dist.data.manifest import DataError
 from data_prep.sources.archive import ArchiveSource
 from data_prep.sources.cifar import CifarSource, is_cifar
-from data_prep.sources.entry import Source
+from data_prep.sources.entry import Source, is_hidden
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.imagenet import ImageNetSource, imagenet_kind
 from data_prep.sources.parquet import ParquetSource, is_parquet
@@ -47,7 +47,7 @@ def _archives(files: tuple[Path, ...]) -> Source:
 
 def _published_files(folder: Path) -> tuple[Path, ...]:
     """Parquet files in or below a folder without images, or ImageNet's archives in it."""
-    parquet = sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet"), *folder.glob("*/*/*.parquet")])
+    parquet = [path for path in sorted(folder.rglob("*.parquet")) if not any(map(is_hidden, path.relative_to(folder).parts))]
     images = sorted(folder.glob("ILSVRC2012_img_*.tar"))
     devkit = (
         sorted(folder.glob("ILSVRC2012_devkit_t12.tar*"))

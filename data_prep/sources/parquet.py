@@ -14,13 +14,13 @@ from typing import Any
 
 from clae_dist.data.manifest import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, UnreadableError, plain_name, stamp
-from data_prep.split_names import files_by_split
+from data_prep.sources.parquet_labels import class_names, classes_in, label_column, label_of, partitions, without_partitions
+from data_prep.split_names import files_by_split, splits_in
 
 _MAGIC = b"PAR1"
 _PIECE = 128  # rows that are decoded at once
 _BUFFER_BYTES = 1 << 20  # of a column that are read at once; without it a row group's images all come into memory
 _IMAGE_NAMES = ("image", "img")
-_LABEL_NAMES = ("label", "labels", "fine_label")
 
 
 def is_parquet(path: Path) -> bool:
@@ -60,7 +60,9 @@ class ParquetSource:
             raise DataError(f"{self._files[0].name} is named twice; give the files names of their own, or name their folder.")
         split_of = _splits(list(names.values()))
         tables = [_Table(path, names[path], self._image, self._label) for path in self._files]
-        classes, number_of = _classes(tables)
+        labels = {label for table in tables for label in table.labels}
+        by_folder = any(table.by_folder for table in tables)
+        classes, number_of = classes_in(str(tables[0].path), {table.class_names for table in tables}, labels, by_folder)
         images: dict[str, dict[str, list[tuple[str, Entry]]]] = {}
         for table in tables:
             groups = images.setdefault(split_of[table.name], {})
@@ -69,16 +71,31 @@ class ParquetSource:
                 groups.setdefault(classes[number] if number >= 0 else "", []).append((entry.path, entry))
         if not any(images.values()):
             raise DataError(f"{self.paths[0]} holds no rows; get the files again.")
-        unlabelled = [f"The split {split} has no labels" for split, groups in images.items() if set(groups) == {""}]
-        unlabelled = unlabelled if classes else ["The files have no labels"]
-        notes = tuple(f"{what}: its images get -1." for what in unlabelled)
-        return Layout(classes, images, given=set(images) != {"train"}, notes=notes)
+        return Layout(classes, images, given=set(images) != {"train"}, notes=tuple(_notes(classes, images, tables)))
+
+
+def _notes(
+    classes: tuple[str, ...], images: dict[str, dict[str, list[tuple[str, Entry]]]], tables: list[_Table]
+) -> Iterator[str]:
+    """Images without a label, and splits that are not there."""
+    if not classes:
+        table = tables[0]
+        where = f"the column {table.label} is empty" if table.label else f"the columns are {', '.join(table.columns)}"
+        yield f"The files have no labels ({where}; --label-column names another): their images get -1."
+    for split, groups in images.items() if classes else ():
+        count, missing = sum(map(len, groups.values())), len(groups.get("", ()))
+        if missing == count:
+            yield f"The split {split} has no labels: its images get -1."
+        elif missing:
+            yield f"Images of {split} without a label (-1): {missing} of {count}."
+    if set(images) == {"train"} and any(splits_in(without_partitions(table.name)) for table in tables):
+        yield "The files are of one split, train: what is drawn for the test split comes from it."
 
 
 def _splits(names: list[str]) -> dict[str, str]:
     """The split of every file: data/train-00000-of-00002.parquet, train.parquet, default/train/0000.parquet."""
     try:
-        found = files_by_split(names)
+        found = {name: split for name in names for split in files_by_split([without_partitions(name)]).values()}
     except ValueError as error:
         raise DataError(f"{error}; which one is it? Rename the file.") from None
     unnamed = [name for name in names if not found[name]]
@@ -102,14 +119,20 @@ class _Table:
                 schema = file.schema_arrow
                 features = _features(schema.metadata)
                 self.column = _image_column(path, schema, image)
-                label = _label_column(path, schema, features, label)
-                self.labels: list[Any] = file.read([label]).column(0).to_pylist() if label else [None] * file.metadata.num_rows
+                self.columns = tuple(schema.names)
+                hive = partitions(name)
+                self.label = label_column(str(path), [*schema.names, *hive], features, label)
+                self.by_folder = self.label in hive and self.label not in schema.names
+                values = [hive.get(self.label)] * file.metadata.num_rows
+                if self.label in schema.names:
+                    values = file.read([self.label]).column(0).to_pylist()
+                self.labels = [label_of(value, f"{name}, row {row},", self.label) for row, value in enumerate(values)]
                 self.group_sizes = [_group(file.metadata.row_group(n), self.column) for n in range(file.num_row_groups)]
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} is no whole Parquet file ({error}); get it again.") from None
-        self.class_names = tuple(features.get(label, {}).get("names") or ())
+        self.class_names = class_names(features.get(self.label, {}))
 
     def entries(self) -> Iterator[Entry]:
         """One entry a row, in order; `offset` is the row's in its group."""
@@ -156,47 +179,6 @@ def _image_column(path: Path, schema: Any, asked: str) -> str:
         return next(iter(leaves.values()))
     wanted = f"no image bytes in the column {asked}" if asked else "no column image" if leaves else "no column of image bytes"
     raise DataError(f"{path} has {wanted} among {', '.join(schema.names)}; name it with --image-column.")
-
-
-def _label_column(path: Path, schema: Any, features: dict[str, dict[str, Any]], asked: str) -> str:
-    """ "" where there is none. Raises DataError when it cannot be told."""
-    if asked and asked not in schema.names:
-        raise DataError(f"{path} has no column {asked} among {', '.join(schema.names)}; name another with --label-column.")
-    if asked:
-        return asked
-    known = [name for name in _LABEL_NAMES if name in schema.names]
-    known = known or [
-        name for name, feature in features.items() if feature.get("_type") == "ClassLabel" and name in schema.names
-    ]
-    if len(known) > 1:
-        raise DataError(f"{path} has the label columns {', '.join(known)}; say which with --label-column.")
-    return known[0] if known else ""
-
-
-def _classes(tables: list[_Table]) -> tuple[tuple[str, ...], Any]:
-    """Names of the classes, and the function from a label in a file to its number: -1 for none."""
-    named = {table.class_names for table in tables}
-    if len(named) > 1:
-        raise DataError(f"{tables[0].path} and other files name different classes; are they of one set?")
-    names = named.pop() if named else ()
-    found = {label for table in tables for label in table.labels if label is not None}
-    for label in found:
-        if not isinstance(label, (int, str)):
-            raise DataError(f"{tables[0].path} has the label {label!r}; a label is a whole number or a text.")
-    if names:
-        wrong = [label for label in found if not isinstance(label, int) or not -1 <= label < len(names)]
-        if wrong:
-            raise DataError(f"{tables[0].path} names {len(names)} classes, and there is the label {wrong[0]!r}; get it again.")
-        if len(set(names)) < len(names):
-            raise DataError(f"{tables[0].path} names a class twice among its {len(names)}; name other labels: --label-column.")
-        return names, lambda label: -1 if label is None else label
-    if len({type(label) for label in found}) > 1:
-        raise DataError(
-            f"{tables[0].path} and other files have labels of different kinds, numbers and texts; are they of one set?"
-        )
-    plain = sorted(label for label in found if isinstance(label, str) or label >= 0)  # hubs write -1 for "not told"
-    numbers = {label: number for number, label in enumerate(plain)}
-    return tuple(str(label) for label in plain), lambda label: numbers.get(label, -1)
 
 
 class ParquetFile:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
+import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,9 +118,6 @@ def test_names_that_two_shards_share_are_told_apart(prepared: Manifest, tmp_path
 
 
 def test_streams_without_labels_train(prepared: Manifest, tmp_path: Path, cache: Path) -> None:
-    import io
-    import tarfile
-
     with tarfile.open(tmp_path / "plain.tar", "w") as tar:
         for number, (data, _) in enumerate(images(prepared)):
             info = tarfile.TarInfo(f"{number}.jpg")
@@ -128,6 +129,54 @@ def test_streams_without_labels_train(prepared: Manifest, tmp_path: Path, cache:
     config = Config(data=data, batch=Batch(global_size=4))
     (batch,) = load(manifest, config, World.single("cpu"), 0, 1)
     assert torch.equal(batch.labels, torch.full((4,), -1))
+
+
+def packed(path: Path, image: bytes, labels: list[str | None]) -> None:
+    """A shard of one image under many keys."""
+    with tarfile.open(path, "w") as tar:
+        for number, label in enumerate(labels):
+            for kind, content in (("jpg", image), ("cls", (label or "").encode())):
+                if kind == "jpg" or label is not None:
+                    info = tarfile.TarInfo(f"{number}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("shards", "classes"),
+    [
+        ([["dog", "cat", None], ["ant", "7", "dog"]], ("7", "ant", "cat", "dog")),
+        ([["999999", "7", None], ["123456", "7", "1"]], ("1", "7", "123456", "999999")),
+        ([["0", "2", "1"], ["1", "1", "0"]], ("0", "1", "2")),
+        ([["3", "10"], ["café", "cafe\u0301"]], ("10", "3", "café")),  # one name in two forms of Unicode
+    ],
+)
+def test_classes_are_the_labels_that_there_are(
+    prepared: Manifest, tmp_path: Path, cache: Path, shards: list[list[str | None]], classes: tuple[str, ...]
+) -> None:
+    """One name made all labels -1, and an id of 999999 a million classes."""
+    image, lines = images(prepared)[0][0], list[str]()
+    for number, labels in enumerate(shards):
+        packed(tmp_path / f"x-{number}.tar", image, labels)
+    for _ in range(2):
+        manifest = opened(f"{tmp_path}/x-{{0..1}}.tar", cache, lines)
+        found = [manifest.classes[label] if label >= 0 else None for _, label in images(manifest)]
+        assert manifest.classes == classes
+        wanted = [unicodedata.normalize("NFC", label) if label else None for labels in shards for label in labels]
+        assert found == wanted
+        for path in (cache / FOLDER).glob("*.npy"):
+            path.unlink()  # lost: indexed again when it is read
+    without = sum(label is None for labels in shards for label in labels)
+    assert ("data: images without a label: 1 of 6" in lines) == bool(without)
+    assert Manifest.index(pickle.loads(pickle.dumps(manifest)), manifest.splits["train"][0]).shape == (len(shards[0]), 3)
+
+
+def test_what_is_dropped_is_said(prepared: Manifest, tmp_path: Path, cache: Path) -> None:
+    lines: list[str] = []
+    packed(tmp_path / "x.tar", images(prepared)[0][0], ["1 3 5", "0", "2.5"])
+    opened(str(tmp_path / "x.tar"), cache, lines)
+    text = "labels that are neither names nor whole numbers from 0 on, ignored: 2, such as \"0.cls (several labels: '1 3 5')\""
+    assert f"data: {text}" in lines
 
 
 def test_ranks_index_a_share_each_and_fail_together(ranks: RankPool, prepared: Manifest, cache: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clae_dist.data.manifest import DataError
-from clae_dist.data.tar_index import index_tar, members
+from clae_dist.data.tar_index import NO_IMAGE, NO_SAMPLE, ODD_LABELS, SECOND_IMAGES, TarIndex, index_tar, members
 
 LONG = "folder/" * 20 + "x" * 120
 
@@ -27,12 +27,16 @@ def tar_of(files: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -
     return stream.getvalue()
 
 
-def index(tmp_path: Path, content: bytes) -> list[tuple[str, bytes, int]]:
-    """(key, image, label) of every sample."""
+def indexed(tmp_path: Path, content: bytes) -> TarIndex:
     path = tmp_path / "shard.tar"
     path.write_bytes(content)
     with path.open("rb") as file:
-        found = index_tar(file, "shard.tar")
+        return index_tar(file, "shard.tar")
+
+
+def index(tmp_path: Path, content: bytes) -> list[tuple[str, bytes, int]]:
+    """(key, image, label) of every sample."""
+    found = indexed(tmp_path, content)
     return [
         (key, content[offset : offset + size], label)
         for key, (offset, size, label) in zip(found.keys, found.rows.tolist(), strict=True)
@@ -66,6 +70,40 @@ def test_webdatasets_conventions(tmp_path: Path, format: int) -> None:
         ("5", b"image 5", -1),
         ("\u00e4", b"image 6", -1),
     ]
+
+
+def test_what_is_not_used_is_counted_with_an_example(tmp_path: Path) -> None:
+    names = ["README", ".DS_Store", "0.jpg", "0.png", "0.cls", "1.txt", "b.c.jpg"]
+    found = indexed(tmp_path, tar_of([(name, b"3") for name in names]))
+    assert dict(found.dropped.counts) == {NO_SAMPLE: 2, SECOND_IMAGES: 1, NO_IMAGE: 2}
+    assert found.dropped.lines()[0] == "files of no sample, skipped: 2, such as 'README'"
+    assert (found.dropped.examples[SECOND_IMAGES], found.dropped.examples[NO_IMAGE]) == ("0.png", "1.txt")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["0.jpg", "1.jpg", "0.cls", "1.cls"],  # as `tar` packs *.jpg *.cls
+        ["0.cls", "1.jpg", "0.jpg"],
+        ["0.jpg", "1.jpg", "0.jpg"],
+        ["0.jpg", "0.jpg", "1.jpg"],
+        ["0.jpg", "0.JPG"],
+    ],
+)
+def test_a_sample_in_two_places_is_named(tmp_path: Path, names: list[str]) -> None:
+    """All labels were -1, and there were twice as many samples, without a word."""
+    with pytest.raises(DataError, match=r"shard\.tar holds the sample '0' again with '0\..*side by side"):
+        index(tmp_path, tar_of([(name, b"3") for name in names]))
+
+
+def test_images_whose_kinds_have_dots(tmp_path: Path) -> None:
+    """WebDataset's decoders know KEY.rgb.jpg by its end; these "hold no images"."""
+    files = [("0.rgb.jpg", b"image 0"), ("0.rgb.cls", b"4"), ("1.rgb.jpg", b"image 1"), ("1.cls", b"5"), ("2.txt", b"")]
+    assert index(tmp_path, tar_of(files)) == [("0", b"image 0", 4), ("1", b"image 1", 5)]
+    with pytest.raises(
+        DataError, match=r"holds 2 images in the sample 'IMG': '0001\.jpg', '0002\.jpg'\. A key ends at the first"
+    ):
+        index(tmp_path, tar_of([("IMG.0001.jpg", b""), ("IMG.0002.jpg", b"")]))
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -119,11 +157,33 @@ def test_one_bad_tar_is_named(tmp_path: Path, change: Callable[[bytes], bytes], 
     [
         ({"0.cls": b"cat", "1.cls": b"ant\n", "2.cls": b"cat"}, [1, 0, 1], ("ant", "cat"), 0),
         ({"0.cls": b"cat", "1.cls": b"7", "2.txt": b"no label"}, [1, 0, -1], ("7", "cat"), 0),
-        ({"0.cls": b"-2", "1.cls": b"7", "2.cls": b"123456789"}, [-1, 7, -1], (), 2),
+        ({"0.cls": b"-2", "1.cls": b"7", "2.cls": b"123456789"}, [-1, 7, 123456789], (), 1),
         ({"0.cls": b"a caption " * 30, "1.cls": b"", "2.cls": b"\x00"}, [-1, -1, -1], (), 3),
         ({"0.cls": b"\xff\xfe", "1.cls": b"x" * (2 << 20), "2.cls": b"1"}, [0, -1, 1], None, 1),
-        ({"0.json": b"{", "1.json": b'{"label": "cat"}', "2.json": b"[" * 100_000}, [-1, -1, -1], (), 0),
-        ({"0.json": b'{"label": -5}', "1.json": b'{"label": 5}', "2.json": b"\xff"}, [-1, 5, -1], (), 1),
+        ({"0.json": b"{", "1.json": b'{"label": "cat"}', "2.json": b"[" * 100_000}, [-1, 0, -1], ("cat",), 2),
+        ({"0.json": b"3", "1.json": b'{"label": "4"}', "2.json": b'{"label": 5.0}'}, [3, 4, 5], (), 0),
+        (
+            {
+                "0.json": b'{"label": null, "cls": 6}',
+                "1.json": b'{"label": "a text", "class_id": 7}',
+                "2.json": b'{"label": [8]}',
+            },
+            [6, 7, 8],
+            (),
+            0,
+        ),
+        ({"0.json": b'{"label": true}', "1.json": b'{"label": [1, 2]}', "2.json": b'{"label": {"id": 1}}'}, [-1] * 3, (), 3),
+        ({"0.json": b'{"label": 1e300}', "1.json": b'{"label": 0.5}', "2.json": b'{"label": NaN}'}, [-1] * 3, (), 3),
+        ({"0.json": b'{"text": "no label"}', "1.json": b'["nor here"]', "2.json": b"null"}, [-1] * 3, (), 0),
+        ({"0.cls": b"1 3 5", "1.cls": b"1,2", "2.cls": b"3.0"}, [-1, -1, 3], (), 2),
+        ({"0.cls": b"2.5", "1.cls": b"inf", "2.cls": b"1_000"}, [-1, 1, 0], ("1_000", "inf"), 1),
+        (
+            {"0.CLS": b"3", "1.Json": b'{"label": 4}', "2.cls": b"golden retriever"},
+            [0, 1, 2],
+            ("3", "4", "golden retriever"),
+            0,
+        ),
+        ({"0.json": b'{"label": -5}', "1.json": b'{"label": 5}', "2.json": b"\xff"}, [-1, 5, -1], (), 2),
     ],
 )
 def test_labels_of_every_kind(
@@ -135,7 +195,7 @@ def test_labels_of_every_kind(
     path.write_bytes(tar_of(members))
     with path.open("rb") as file:
         found = index_tar(file, "shard.tar")
-    assert (found.odd_labels, len(found.rows)) == (odd, 3)
+    assert (found.dropped.counts[ODD_LABELS], len(found.rows)) == (odd, 3)
     if names is None:
         names, labels = ("1", "\ufffd\ufffd"), [1, -1, 0]
     assert (found.rows[:, 2].tolist(), found.names) == (labels, names)

@@ -119,11 +119,32 @@ def test_labels_that_are_names(tmp_path: Path, encoded: Callable[..., bytes]) ->
         for shard in manifest.splits["train"]
     ]
     assert found == [["dog", "cat"], ["ant", "dog", "ant"], ["7", ""]]
-    assert "The labels of 1 images are neither names nor whole numbers" in "\n".join(lines)
+    assert "Labels that are neither names nor whole numbers from 0 on, ignored: 1, such as '1.cls (-2 is negative)'." in lines
+    assert "Images of train without a label (-1): 1 of 7." in lines
     assert verify(tmp_path / "to") == []
     with pytest.raises(DataError, match=r"train-1\.tar has the label 'ant', which --classes does not name"):
         made(folder, to=tmp_path / "other", classes=("dog", "cat", "7"))
     assert made(folder, to=tmp_path / "other", classes=("dog", "cat", "7", "ant")).classes == ("dog", "cat", "7", "ant")
+
+
+def test_ids_with_gaps_are_names(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    """There were a million classes for six images."""
+    (folder := tmp_path / "shards").mkdir()
+    for number, labels in enumerate(([b"999999", b"7"], [b"123456", b"7", b"1000000000000"])):
+        shard_of(folder / f"train-{number}.tar", encoded(0), labels)
+    manifest = made(folder, to=tmp_path / "to")
+    assert manifest.classes == ("7", "123456", "999999", "1000000000000")
+    assert manifest.class_counts == {"train": (2, 1, 1, 1)}
+    assert [manifest.index(shard)[:, 2].tolist() for shard in manifest.splits["train"]] == [[2, 0], [1, 0, 3]]
+    assert verify(tmp_path / "to") == []
+    with pytest.raises(DataError, match="has the label 1000000000000, but --classes names only 0 to 1"):
+        made(folder, to=tmp_path / "other", classes=("cat", "dog"))
+
+
+def test_names_in_two_forms_of_unicode_are_one_class(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    shard_of(tmp_path / "a.tar", encoded(0), ["café".encode(), "cafe\u0301".encode(), b"bar"])
+    manifest = made(tmp_path / "a.tar", to=tmp_path / "to")
+    assert (manifest.classes, manifest.class_counts) == (("bar", "café"), {"train": (1, 2)})
 
 
 def test_images_without_labels(tmp_path: Path, encoded: Callable[..., bytes]) -> None:

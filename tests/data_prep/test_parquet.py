@@ -158,8 +158,75 @@ def test_damaged_files_are_named(tmp_path: Path, encoded: Any, run: Run) -> None
 
 
 @pytest.mark.parametrize(
+    "labels, classes, counts",
+    [
+        ([3.0, None, 1.0, 3.0], ("1", "3"), (1, 2)),  # as pandas writes integers of which some are missing
+        ([[1], [0], [], [1]], ("0", "1"), (1, 2)),
+        (["", "b", None, "a"], ("a", "b"), (1, 1)),
+    ],
+)
+def test_labels_of_other_types(tmp_path: Path, encoded: Any, run: Run, labels: Any, classes: Any, counts: Any) -> None:
+    said: list[str] = []
+    path = make_parquet(tmp_path / "a.parquet", [encoded(seed) for seed in range(4)], labels)
+    manifest = run(path, tmp_path / "dst", test_share=0, say=said.append)
+    assert (manifest.classes, manifest.class_counts) == (classes, {"train": counts})
+    assert f"Images of train without a label (-1): {4 - sum(counts)} of 4." in " ".join(said)
+
+
+@pytest.mark.parametrize("column", ["class", "target", "Label", "cls"])
+def test_label_columns_of_other_names(tmp_path: Path, encoded: Any, run: Run, column: str) -> None:
+    """They were not seen, and all images had no label."""
+    more = {column: pyarrow.array(["cat", "dog"])}
+    path = make_parquet(tmp_path / "a.parquet", [encoded(0), encoded(1)], None, **more)
+    assert run(path, tmp_path / "dst", test_share=0).class_counts == {"train": (1, 1)}
+    both = make_parquet(tmp_path / "b.parquet", [encoded(0), encoded(1)], None, **more, category=more[column])
+    with pytest.raises(DataError, match=f"has the label columns {column}, category; say which"):
+        run(both, tmp_path / "other")
+
+
+def test_columns_that_are_no_labels_are_named(tmp_path: Path, encoded: Any, run: Run) -> None:
+    said: list[str] = []
+    path = make_parquet(tmp_path / "a.parquet", [encoded(0)], None, caption=pyarrow.array(["a cat"]))
+    run(path, tmp_path / "dst", test_share=0, say=said.append)
+    text = "The files have no labels (the columns are image, caption; --label-column names another): their images get -1."
+    assert text in " ".join(said)
+
+
+def test_hive_partitions_are_labels_and_splits(tmp_path: Path, encoded: Any, run: Run) -> None:
+    places = [
+        "split=train/label=10",
+        "split=train/label=9",
+        "split=test/label=10",
+        "split=train/label=__HIVE_DEFAULT_PARTITION__",
+    ]
+    for number, place in enumerate(places):
+        make_parquet(
+            tmp_path / "set" / place / "deeper" / "part-0.parquet", [encoded(2 * number), encoded(2 * number + 1)], None
+        )
+    manifest = run(tmp_path / "set", tmp_path / "dst")
+    assert (manifest.classes, manifest.class_counts) == (("9", "10"), {"train": (2, 2), "test": (0, 2)})
+    assert manifest.num_samples("train") == 6
+    for name in ("test", "train"):  # classes here
+        make_parquet(tmp_path / "named" / f"class={name}" / "0.parquet", [encoded(0), encoded(1)], None)
+    named = run(tmp_path / "named", tmp_path / "named-dst", test_share=0)
+    assert (named.classes, named.class_counts) == (("test", "train"), {"train": (2, 2)})
+
+
+@pytest.mark.parametrize("names, classes", [([0, 1], ("0", "1")), ({"10": "b", "9": "a"}, ("a", "b"))])
+def test_class_names_that_are_no_list_of_texts(tmp_path: Path, encoded: Any, run: Run, names: Any, classes: Any) -> None:
+    path = make_parquet(tmp_path / "a.parquet", [encoded(0), encoded(1)], [0, 1], names)
+    assert run(path, tmp_path / "dst", test_share=0).classes == classes
+
+
+@pytest.mark.parametrize(
     "labels, names, expected",
-    [([0, 2], ["a", "b"], "names 2 classes, and there is the label 2"), ([0.5, 1.0], None, "has the label 0.5")],
+    [
+        ([0, 2], ["a", "b"], "names 2 classes, and there is the label 2"),
+        ([0.5, 1.0], None, "row 0, has the label 0.5"),
+        ([[0], [1, 2]], None, "row 1, has 2 labels in label"),
+        ([{"id": 3}] * 2, None, "row 0, has the label {'id': 3} .dict."),
+        ([-1, -2], None, "row 1, has the label -2"),
+    ],
 )
 def test_labels_that_cannot_be_meant(tmp_path: Path, encoded: Any, run: Run, labels: Any, names: Any, expected: str) -> None:
     path = make_parquet(tmp_path / "a.parquet", [encoded(0), encoded(1)], labels, names)

@@ -1,0 +1,42 @@
+"""The classes of a set, from the labels that its images have: ids are kept as names, and only what exists is a class."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+
+
+def classes_of(labels: Collection[str]) -> tuple[str, ...]:
+    """The different labels in order: by value where all are whole numbers, else as text."""
+    spelling = one_spelling(labels)
+    names = set(spelling.values())
+    return tuple(sorted(names, key=int) if all(map(is_number, names)) else sorted(names))
+
+
+def is_number(label: str) -> bool:
+    return label.isascii() and label.isdigit()
+
+
+def one_spelling(names: Iterable[str]) -> dict[str, str]:
+    """What each name is counted as: itself, but for those that differ in Unicode's form (NFC, NFD) alone, which are one."""
+    by_form: dict[str, list[str]] = {}
+    for name in names:
+        by_form.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return {name: same[0] if len(set(same)) == 1 else form for form, same in by_form.items() for name in same}
+
+
+def places_of(names: Iterable[str], classes: Collection[str]) -> dict[str, int]:
+    """The position of each name among `classes`. Raises KeyError for one that is none of them in either spelling."""
+    exact = {name: place for place, name in enumerate(classes)}
+    by_form = {unicodedata.normalize("NFC", name): place for name, place in exact.items()}
+    return {name: exact[name] if name in exact else by_form[unicodedata.normalize("NFC", name)] for name in names}
+
+
+def renumbered(labels: np.ndarray, names: Mapping[int, str], classes: Collection[str]) -> np.ndarray:
+    """int64 labels as positions among `classes`, where label n is called `names[n]`; negative ones (no label) stay -1."""
+    places = places_of(names.values(), classes)
+    distinct, where = np.unique(labels, return_inverse=True)
+    ours = np.array([places[names[label]] if label >= 0 else -1 for label in distinct.tolist()], np.int64)
+    return ours[where]
