@@ -18,18 +18,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` as a whole: after a crash it holds the old bytes or the new ones. Raises StorageError."""
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replaces `path` as a whole, by bytes or by parts of them: after a crash it holds the old bytes or the new ones.
+
+    Raises StorageError.
+    """
     write_together({path: data})
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Replaces several files: none of them before the bytes of all are on the disk. Raises StorageError."""
+def write_together(files: Mapping[Path, bytes | Iterable[bytes]]) -> None:
+    """Replaces several files, each by its bytes or by parts of them: none before the bytes of all are on the disk.
+
+    Raises StorageError.
+    """
     temporaries = {path: path.with_name(f".tmp-{os.getpid()}-{path.name}") for path in files}
     try:
         for path, data in files.items():
             with writing(path), temporaries[path].open("wb") as stream:
-                stream.write(data)
+                stream.writelines([data] if isinstance(data, bytes) else data)
                 stream.flush()
                 os.fsync(stream.fileno())
         for path, temporary in temporaries.items():

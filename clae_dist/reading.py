@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -155,6 +155,11 @@ def json_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
 
     NaN and infinity are allowed, as losses may be. Nothing is yielded where there is no file. Raises ReadError.
     """
+    return (parse_line(line.rstrip(b"\n") + b"\n") for line in raw_lines(path))  # the last may have lost its end alone
+
+
+def raw_lines(path: str | Path) -> Iterator[bytes]:
+    """The lines of a plain file, none where there is no file; one above a megabyte comes in parts. Raises ReadError."""
     try:
         file = open_regular(path)
     except MissingError:
@@ -162,7 +167,7 @@ def json_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
     with file:
         try:
             while line := file.readline(_MAX_LINE_BYTES):
-                yield parse_line(line)
+                yield line
         except OSError as error:
             raise ReadError(error.strerror or str(error)) from None
 
@@ -176,3 +181,43 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError, MemoryError):
         return None
     return content if isinstance(content, dict) else None
+
+
+# ---- what a field may hold ----
+
+Check = Callable[[Any], bool]
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 on, of 62 bits at most."""
+    return type(value) is int and 0 <= value < 2**62
+
+
+def is_number(value: Any) -> bool:
+    """A finite number of no astronomic size: sums and products of some of them are finite as well."""
+    return type(value) in (int, float) and -1e100 < value < 1e100
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def expect(content: Mapping[str, Any], fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> None:
+    """Checks an object: every one of `fields` is there and is as it should be, `optional` ones may be absent.
+
+    Raises ReadError that names the first field that is not.
+    """
+    for key, check in {**fields, **(optional or {})}.items():
+        if key not in content:
+            if key in fields:
+                raise ReadError(f"{key} is missing")
+        elif not check(content[key]):
+            raise ReadError(f"{key} is {str(content[key])[:40]!r}")

@@ -165,7 +165,7 @@ def _parser() -> Parser:
         "--to", metavar="DIR", type=user_path, help="where manifest, indices and links to the shards go (default: beside them)"
     )
     index.add_argument(
-            "--classes", metavar="FILE", type=user_path, help="names of the labels from 0 on, a line each (default: the labels)"
+        "--classes", metavar="FILE", type=user_path, help="names of the labels from 0 on, a line each (default: the labels)"
     )
     _add_origin(index, "the folder's name")
     _add_max_pixels(index)

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.evaluation.interval import interval_text
+from clae_dist.evaluation.metrics import Metrics, read_metrics
+from clae_dist.evaluation.stored import read_evaluation
+from clae_dist.reading import ReadError, read_text
 from clae_dist.recipe import from_yaml
-from clae_dist.runs.folder import IDENTITY_FILE
+from clae_dist.runs.folder import IDENTITY_FILE, read_identity
 from clae_dist.runs.goodput import Goodput, account, read_lines
 
-Line = dict[str, float]
 ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run, read back. `lines` has one entry an images_seen, in rising order."""
+    """A run, read back. `ignored` says, a sentence each, what of its files is not used."""
 
     run_dir: Path
     config: Config
     config_text: str
     identity: dict[str, Any]
-    lines: list[Line]
-    train_s: float | None  # seconds of training: time_s counts on over restarts
+    metrics: Metrics
     evaluation: dict[str, Any] | None
     goodput: Goodput | None = None
+    ignored: tuple[str, ...] = ()
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Images seen and values, where `key` was logged."""
-        points = [(line["images_seen"], line[key]) for line in self.lines if line.get(key) is not None]
-        return [x for x, _ in points], [y for _, y in points]
+        return self.metrics.series(key)
 
     @property
     def attacked(self) -> bool:
@@ -43,75 +43,48 @@ class Record:
 
 
 def read_record(run_dir: Path) -> Record:
-    """Raises ConfigError when there is no run in the folder."""
+    """Raises ConfigError when there is no run in the folder, or its config.yaml or run.json is damaged."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
-    lines = merge_lines(_read_lines(run_dir / "metrics.jsonl"))
-    times = read_lines(run_dir)
+    metrics, ignored = read_metrics(run_dir / "metrics.jsonl")
+    evaluation, damage = read_evaluation(run_dir / "evaluation.json")
+    times = read_lines(run_dir, ignored.append)
+    try:
+        config_text = read_text(path)
+    except ReadError as error:
+        raise ConfigError(f"{path} cannot be read ({error}); put a copy of it back.") from None
     return Record(
         run_dir=run_dir,
         config=from_yaml(path),
-        config_text=path.read_text(),
-        identity=_read_json(run_dir / IDENTITY_FILE) or {},
-        lines=lines,
-        train_s=max((line["time_s"] for line in lines if "time_s" in line), default=None),
-        evaluation=_read_json(run_dir / "evaluation.json"),
+        config_text=config_text,
+        identity=vars(read_identity(run_dir)) if (run_dir / IDENTITY_FILE).exists() else {},
+        metrics=metrics,
+        evaluation=evaluation,
         goodput=account(times) if times else None,
+        ignored=tuple(text for text in (*ignored, damage) if text),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); delete it and run `clae evaluate` again.") from None
-    return content
-
-
-def _read_lines(path: Path) -> list[Line]:
-    """Every whole line; the last may be cut off while the run is still writing it."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = []
-    for number, text in enumerate(lines, 1):
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            if number < len(lines):
-                raise ConfigError(f"{path}:{number} is not valid JSON; the file was damaged, delete that line.") from None
-    return found
-
-
-def merge_lines(raw: Sequence[Line]) -> list[Line]:
-    """One line an images_seen: a run that was started again repeats some, and of each key the last value wins."""
-    merged: dict[float, Line] = {}
-    for line in raw:
-        merged.setdefault(line["images_seen"], {}).update(line)
-    return [merged[images_seen] for images_seen in sorted(merged)]
 
 
 def summarise(record: Record) -> dict[str, Any]:
     """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
-    rates = record.series("images_per_s")[1]
-    losses, clean = record.series("loss")[1], record.series("loss_clean")[1]
+    rates, metrics = record.metrics.rates.y, record.metrics
     return {
         "name": record.config.name,
         "method": "CLAE" if record.attacked else "SimCLR",
-        "images_seen": int(record.lines[-1]["images_seen"]) if record.lines else None,
+        "images_seen": metrics.images_seen,
         "images_per_s": statistics.median(rates) if rates else None,
-        "loss": losses[-1] if losses else None,
-        "loss_clean": clean[-1] if clean else None,  # comparable between CLAE and SimCLR, whose loss it is
+        "loss": metrics.last("loss"),
+        "loss_clean": metrics.last("loss_clean"),  # comparable between CLAE and SimCLR, whose loss it is
         **{key: evaluation.get(key) for key in ACCURACIES},
         **{f"{key}_interval_percent": evaluation.get(f"{key}_interval_percent") for key in ACCURACIES},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
-        "bad_samples": int(next(reversed(record.series("bad_samples")[1]), 0)),
-        "skipped_steps": int(next(reversed(record.series("skipped_steps")[1]), 0)),
-        "wall_s": record.train_s,
+        "bad_samples": int(metrics.last("bad_samples") or 0),
+        "skipped_steps": int(metrics.last("skipped_steps") or 0),
+        "wall_s": metrics.train_s,
         "goodput": record.goodput.as_dict() if record.goodput else None,
         "evaluation_wall_s": evaluation.get("wall_s"),
         "encoder": record.config.model.encoder,

@@ -58,6 +58,8 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     record = read_record(run_dir)
     if shards:
         record = replace(record, config=replace(record.config, data=replace(record.config.data, shards=shards)))
+    for problem in record.ignored:
+        say(problem)
     summary = summarise(record)
     folder = run_dir / "report"
     for path in (run_dir, folder):
@@ -126,7 +128,7 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
         page.card("Images seen", number(summary["images_seen"]), f"loss {number(summary['loss'], '.3f')} at the end"),
     ]
     parts = ['<div class="cards">\n' + "\n".join(cards) + "\n</div>"]
-    if not record.lines:
+    if record.metrics.images_seen is None:
         parts.append(page.note("This run has logged no metrics yet, so there are no curves."))
     if record.evaluation is None:
         parts.append(page.note(f"This run has not been evaluated yet: clae evaluate {record.run_dir} does it."))
@@ -134,7 +136,7 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
         parts.append(page.note("The set has no labels or no test split, so there are no accuracies."))
     else:
         parts += accuracy_table(evaluation, record.config.evaluation.knn_k)
-        if record.lines and evaluation["images_seen"] != summary["images_seen"]:
+        if record.metrics.images_seen is not None and evaluation["images_seen"] != summary["images_seen"]:
             later = f"{summary['images_seen']:,} images"
             parts.append(page.note(f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {later}."))
     return "\n".join(parts)
@@ -143,7 +145,7 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
 def _curves(record: Record, name: str, lead: str, names: Iterable[str], album: _Album) -> list[str]:
     chosen = [chart for wanted in names for chart in CHARTS if chart.name == wanted]
     drawn = [(chart, png) for chart in chosen if (png := draw_chart(record, chart)) is not None]
-    if not record.lines or (not drawn and not record.attacked and name == "The attack"):
+    if record.metrics.images_seen is None or (not drawn and not record.attacked and name == "The attack"):
         return []
     figures = [page.picture(album.keep(chart.name, png), chart.title, chart.note) for chart, png in drawn]
     return [page.heading(name, lead), page.charts(figures), *_absent(record, chosen)]

@@ -14,7 +14,9 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.urls import uri_without_secrets, without_secrets
 from clae_dist.files import write_together
+from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_number, is_text, read_object
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.runs.checkpoint.places import find_checkpoints
 from clae_dist.storage import storage_error
 from clae_dist.world import World
 
@@ -62,14 +64,28 @@ def git_revision() -> str:
     return revision + ("+changes" if dirty else "")
 
 
+_FIELDS: dict[str, Check] = {
+    **dict.fromkeys(("package_version", "git_revision", "manifest_digest", "backend", "collectives"), is_text),
+    "run_key": lambda value: isinstance(value, str) and value.isalnum() and value.isascii(),
+    "world_size": lambda value: is_count(value) and value > 0,
+    "started": lambda value: is_number(value) and 0 <= value < 1e11,
+}
+
+
 def read_identity(run_dir: Path) -> Identity:
-    """What run.json holds. Raises ConfigError when it is missing or torn."""
+    """The content of run.json. Raises ConfigError when it is missing or damaged."""
+    path = run_dir / IDENTITY_FILE
     try:
-        return Identity(**json.loads((run_dir / IDENTITY_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        content = read_object(path, 1 << 20)
+        expect(content, _FIELDS)
+    except MissingError:
+        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no run.json; name the folder of a run.") from None
+    except ReadError as error:
         raise ConfigError(
-            f"RUN is {str(run_dir)!r}, whose run.json cannot be read ({error}); name the folder of a run."
+            f"{path} is damaged ({error}); put a copy of it back, or delete it: the next `clae train` with the settings of "
+            "its config.yaml writes a new one and resumes from the newest checkpoint."
         ) from None
+    return Identity(**{key: content[key] for key in _FIELDS})
 
 
 def shareable(config: Config) -> Config:
@@ -101,13 +117,14 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     StorageError when it cannot be written.
     """
     folder = config.folder
-    if (folder / "config.yaml").is_file() and (folder / IDENTITY_FILE).is_file():
-        old, identity = from_yaml(folder / "config.yaml"), read_identity(folder)
+    known = (folder / IDENTITY_FILE).exists()
+    if (folder / "config.yaml").is_file() and (known or find_checkpoints(folder)):
+        old, identity = from_yaml(folder / "config.yaml"), read_identity(folder) if known else None
         before, now = flatten(old), flatten(config)
         differ = [
             f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]
         ]
-        if identity.manifest_digest != manifest.digest:
+        if identity and identity.manifest_digest != manifest.digest:
             differ.append(
                 f"the images were {identity.manifest_digest[:12]} and are {manifest.digest[:12]} (digest of the manifest)"
             )
@@ -117,6 +134,8 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
                 "Give another run_dir, or delete the folder."
             )
     else:
+        identity = None
+    if identity is None:
         identity = Identity(
             package_version=__version__,
             git_revision=git_revision(),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clae_dist.reading import ReadError, is_count, is_number, json_lines
+
 FILE_NAME = "goodput.jsonl"
 Kind = Literal["training", "starting", "data", "checkpoint", "evaluation", "lost", "idle"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -27,6 +29,7 @@ MEANING: dict[Kind, str] = {
     "lost": "whatever came after the checkpoint from which a later start went on, and was done again",
     "idle": "between one start and the next: hung, killed, waiting for a place",
 }
+_EVENTS = ("start", "resume", "mark", "end")
 _EVERY_S = 30.0  # between lines
 
 
@@ -75,13 +78,13 @@ class Ledger:
         self._step = 0
         self._earlier = Goodput(dict.fromkeys(KINDS, 0.0), 1)  # all starts before this one, and what it made of them
 
-    def resumed(self, step: int) -> None:
+    def resumed(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
         """This start goes on from the checkpoint of `step`; all that came after it was lost."""
         self._step = step
         begin = {"event": "start", "at": self._begun}
         # With nothing of this start in it yet, but knowing what it does again.
         known = [
-            *(read_lines(self._folder) if self._write else []),
+            *(read_lines(self._folder, say) if self._write else []),
             begin,
             {"event": "resume", "at": self._begun, "step": step},
         ]
@@ -140,18 +143,39 @@ def _last_byte(file: Any) -> bytes:
     return byte
 
 
-def read_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's goodput.jsonl; [] without one."""
+def read_lines(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """The usable lines of a run's goodput.jsonl; [] without one. What is cut off or damaged is ignored, and said in a line."""
     path = run_dir / FILE_NAME
-    found = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut off by a kill
-        if isinstance(line, dict) and "event" in line and "at" in line:
-            found.append(line)
-    return found
+    usable, ignored = [], 0
+    try:
+        for line in json_lines(path):
+            if line is not None and _is_usable(line):
+                usable.append(line)
+            else:
+                ignored += 1
+    except ReadError as error:
+        say(f"{path} cannot be read ({error}): it is ignored, and what is known of the goodput begins anew.")
+        return usable
+    if ignored:
+        say(f"{path}: {ignored} lines that are cut off or damaged are ignored; only what is known of the goodput is less.")
+    return usable
+
+
+def _is_usable(line: dict[str, Any]) -> bool:
+    spent, step = line.get("spent", {}), line.get("step", 0)
+    return (
+        line.get("event") in _EVENTS
+        and _is_time(line.get("at"))
+        and is_count(step)
+        and isinstance(spent, dict)
+        and ("step" in line or line["event"] == "start")
+        and all(kind in KINDS and _is_time(seconds) for kind, seconds in spent.items())
+    )
+
+
+def _is_time(value: Any) -> bool:
+    """Seconds, of a run or since 1970."""
+    return is_number(value) and 0 <= value < 1e11
 
 
 def account(lines: Sequence[dict[str, Any]]) -> Goodput:

@@ -8,7 +8,7 @@ from typing import IO
 
 from clae_dist.config import Config
 from clae_dist.tracking.console import ConsoleTracker
-from clae_dist.tracking.files import METRICS_FILE, MetricsFile, read_rows
+from clae_dist.tracking.files import METRICS_FILE, MetricsFile, Rows
 from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
 
@@ -55,7 +55,7 @@ def continue_tracking(
 
     uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
     store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False, trained=trained)
-    rows = read_rows(run_dir / METRICS_FILE) if trained else []
+    rows = Rows(run_dir / METRICS_FILE) if trained else ()
     return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
 
 

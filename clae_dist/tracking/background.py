@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -54,17 +55,18 @@ class BackgroundTracker:
         say: Say,
         *,
         images_seen: int = 0,
-        rows: Sequence[Row] = (),
+        rows: Collection[Row] = (),
         capacity: int = 10_000,
         close_timeout_s: float = 30.0,
         retry_s: float = 15.0,
     ) -> None:
         self._store, self._say, self._retry_s, self._close_timeout_s = store, say, retry_s, close_timeout_s
-        self._rows: deque[Row] = deque(rows)
+        self._rows: deque[Row] = deque()
+        self._earlier, self._num_earlier = iter(rows), len(rows)  # of an earlier start, read when they are sent
         self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
         self._taken_rows = 0  # what the thread has taken from the queue and not finished
         self._taken_job: list[str] = []
-        self._capacity = capacity + len(self._rows)  # what an earlier start could not send is not of this count
+        self._capacity = capacity
         self._lost_rows = 0
         self._lost_jobs: list[str] = []
         self._last_images_seen = images_seen
@@ -100,11 +102,11 @@ class BackgroundTracker:
             self._changed.notify()
         if not self._over.wait(min(2.0, self._close_timeout_s)):
             with self._changed:
-                waiting = len(self._rows) + len(self._jobs) + self._taken_rows + len(self._taken_job)
+                waiting = self._num_earlier + len(self._rows) + len(self._jobs) + self._taken_rows + len(self._taken_job)
             self._say(f"{self._store.address}: sending the last {waiting} records (for {self._close_timeout_s:.0f} s at most)")
             self._over.wait(self._close_timeout_s - 2.0)
         with self._changed:
-            rows = self._lost_rows + len(self._rows) + self._taken_rows
+            rows = self._lost_rows + self._num_earlier + len(self._rows) + self._taken_rows
             jobs = [*self._lost_jobs, *self._taken_job, *(name for name, _ in self._jobs)]
         if rows or jobs:
             also = f" and {', '.join(jobs)}" if jobs else ""
@@ -140,9 +142,11 @@ class BackgroundTracker:
 
     def _send_next(self) -> bool:
         """Sends some of the queue, waiting for something to send. False when the run is over and the queue is empty."""
+        earlier = list(islice(self._earlier, ROWS_AT_ONCE)) if self._num_earlier else []
         with self._changed:
-            self._changed.wait_for(lambda: self._rows or self._jobs or self._status)
-            rows = [self._rows.popleft() for _ in range(min(len(self._rows), ROWS_AT_ONCE))]
+            self._num_earlier = max(0, self._num_earlier - len(earlier)) if earlier else 0
+            self._changed.wait_for(lambda: earlier or self._rows or self._jobs or self._status)
+            rows = earlier or [self._rows.popleft() for _ in range(min(len(self._rows), ROWS_AT_ONCE))]
             name, job = ("", None) if rows or not self._jobs else self._jobs.popleft()
             self._taken_rows, self._taken_job = len(rows), [name] if name else []
         if not rows and job is None:

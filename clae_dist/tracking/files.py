@@ -5,24 +5,38 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from clae_dist.files import write_atomically
+from clae_dist.reading import is_count, parse_line, raw_lines
 from clae_dist.storage import writing
 from clae_dist.tracking.tracker import Row, Say, Status
 
 METRICS_FILE = "metrics.jsonl"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The whole lines of such a file, with now as their time; none where there is no file."""
-    if not path.exists():
-        return []
-    now_ms = int(time.time() * 1000)
-    read = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if _images_seen(line) is not None]
-    return [Row(metrics, metrics.pop("images_seen"), now_ms) for metrics in read]
+class Rows:
+    """The whole lines that such a file has now, as rows with now as their time; read when they are asked for, not kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._now_ms = path, int(time.time() * 1000)
+        self._num_lines = sum(1 for _ in raw_lines(path))
+
+    def __len__(self) -> int:
+        """The rows, and the lines that are none."""
+        return self._num_lines
+
+    def __iter__(self) -> Iterator[Row]:
+        for line in islice(raw_lines(self._path), self._num_lines):
+            content = parse_line(line)
+            seen = _images_seen(line)
+            if content is not None and seen is not None:
+                metrics = {key: value for key, value in content.items() if type(value) in (int, float) and key != "images_seen"}
+                yield Row(metrics, seen, self._now_ms)
 
 
 class MetricsFile:
@@ -73,29 +87,32 @@ class MetricsFile:
         if self._waiting:
             self._say(f"{self.path} could not be written to the end: its last {len(self._waiting)} lines are missing.")
 
-    def rows(self) -> list[Row]:
-        """What the file holds."""
-        return read_rows(self.path)
+    def rows(self) -> Rows:
+        """What the file holds now."""
+        return Rows(self.path)
 
     def _trim(self, resume_images_seen: int, say: Say) -> None:
-        if not self.path.exists():
-            return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        seen = [_images_seen(line) for line in lines]
         last = resume_images_seen or -1
-        kept = [line for line, images in zip(lines, seen, strict=True) if images is not None and images <= last]
-        if len(kept) == len(lines):
+        taken = torn = 0
+        for line in raw_lines(self.path):
+            seen = _images_seen(line)
+            torn += seen is None
+            taken += seen is None or seen > last
+        if not taken:
             return
-        torn = f" ({seen.count(None)} of them cut off)" if None in seen else ""
-        say(f"{self.path.name}: took away {len(lines) - len(kept)} lines{torn}; the run goes on at image {resume_images_seen}")
-        write_atomically(self.path, b"".join(kept))
+        note = f" ({torn} of them cut off)" if torn else ""
+        say(f"{self.path.name}: took away {taken} lines{note}; the run goes on at image {resume_images_seen}")
+        seen_of = ((line, _images_seen(line)) for line in raw_lines(self.path))
+        write_atomically(self.path, (line for line, seen in seen_of if seen is not None and seen <= last))
+
+
+_WHOLE = re.compile(rb'\{"images_seen": (\d{1,15})[,}]')  # how `log` writes a line
 
 
 def _images_seen(line: bytes) -> int | None:
     """The images_seen of a line, None where the line is not whole."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        return int(json.loads(line)["images_seen"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    if (written := _WHOLE.match(line)) and line.endswith(b"}\n"):
+        return int(written[1])
+    content = parse_line(line)
+    seen = content.get("images_seen") if content else None
+    return seen if is_count(seen) else None

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clae_dist.config import ConfigError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.record import read_record, summary_table
 from clae_dist.evaluation.report import write_report
+from clae_dist.evaluation.stored import read_summary
 from clae_dist.runs.folder import read_identity
 from clae_dist.tracking import Tracker, continue_tracking
 
@@ -49,17 +49,6 @@ def export(run_dir: Path, destination: Path | None = None, say: Say = print) -> 
         tracker.log_model(folder, identity.manifest_digest)
     say(f"wrote {folder}; its README.md shows how to load it")
     return folder
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json of a run. Raises ConfigError when it has no report yet."""
-    try:
-        summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"RUN is {str(run_dir)!r}, whose summary.json cannot be read ({error}); `clae report` writes it."
-        ) from None
-    return summary
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
             late.close("finished")
         return Outcome("finished", first_step)
 
-    ledger.resumed(first_step)
+    ledger.resumed(first_step, say)
     tracker: Trackers | NullTracker = NullTracker()
     if world.is_main:
         seen = plan.images_seen(first_step)

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from clae_dist.config import Attack, ConfigError
+from clae_dist.evaluation import metrics as metrics_of_runs
 from clae_dist.evaluation.attacked import amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.record import merge_lines, read_record, summarise, summary_table
+from clae_dist.evaluation.record import read_record, summarise, summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.models import build_model
+from clae_dist.reading import parse_line
 from clae_dist.recipe import resolve
 
 MakeRun = Callable[..., Path]
@@ -106,10 +108,6 @@ def test_of_a_key_logged_twice_the_last_value_wins(make_run: MakeRun, write_metr
     assert (summary["world_size"], summary["backend"], summary["collectives"]) == (2, "ddp", "gloo")
 
 
-def test_merging_nothing() -> None:
-    assert merge_lines([]) == []
-
-
 def test_what_is_missing_is_said(make_run: MakeRun) -> None:
     run = make_run(checkpoint=False)
     page = Page(write_report(run, _quiet))
@@ -130,11 +128,77 @@ def test_a_line_that_is_still_being_written_is_left_out(make_run: MakeRun, write
     assert summarise(read_record(run))["images_seen"] == 224
 
 
-def test_a_damaged_line_is_named(make_run: MakeRun) -> None:
+def test_what_is_damaged_is_ignored_and_said(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
+    """A report is drawn of what can be read; each file that cannot has a line that says so."""
+    run = make_run()
+    write_metrics(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"images_s\n[]\n{"images_seen": -1}\n{"images_seen": "3"}\n{"images_seen": 1e400, "loss": 3}\n')
+        file.write(
+            '{"images_seen": 256, "loss": "low", "grad_norm": NaN, "alignment": 1e999, "x": {}}\n{"images_seen": 288, "lo'
+        )
+    (run / "goodput.jsonl").write_text(
+        '{"event": "start", "at": 1}\n{"event": "resume", "at": 2, "step": 0, "spent": {"starting": 1}}\n'
+        '{"event": "mark", "at": 3, "step": 2, "spent": {"sleeping": 1}}\n{"event": "mark", "at": "3", "step": 2}\n'
+    )
+    (run / "evaluation.json").write_text('{"images_seen": 224, "knn_after": 12.5}')
+    said: list[str] = []
+    page = Page(write_report(run, said.append))
+    assert f"{run}/metrics.jsonl: 5 lines that are cut off or damaged are ignored." in said
+    assert any("goodput.jsonl: 2 lines that are cut off or damaged are ignored" in line for line in said)
+    assert any("evaluation.json is damaged (num_classes is missing) and ignored; `clae evaluate" in line for line in said)
+    assert "has not been evaluated yet" in page.text
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["images_seen"], summary["loss"]) == (256, 7)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"run_key": 3}', b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_run_json_has_a_way_out(make_run: MakeRun, content: bytes) -> None:
     run = make_run(checkpoint=False)
-    (run / "metrics.jsonl").write_text('{"images_seen": 1}\n{"images_s\n{"images_seen": 3}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl:2 is not valid JSON"):
-        read_record(run)
+    (run / "run.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run.json is damaged \(.*\); put a copy of it back, or delete it"):
+        write_report(run, _quiet)
+
+
+def test_a_long_log_costs_no_more_than_its_part(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By counting: lines that are parsed, points that are kept. Lines of other kinds and the last ones are all read."""
+    monkeypatch.setattr(metrics_of_runs, "MOST_LINES", 500)
+    monkeypatch.setattr(metrics_of_runs, "MOST_POINTS", 64)
+    parsed: list[bytes] = []
+
+    def parse(line: bytes) -> Any:
+        parsed.append(line)
+        return parse_line(line)
+
+    monkeypatch.setattr(metrics_of_runs, "parse_line", parse)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for n in range(1, 20_001):
+            file.write(json.dumps({"images_seen": n, "loss": 2 + n % 7, "images_per_s": 10.0 + n % 3}) + "\n")
+            if n % 4000 == 0:
+                file.write(json.dumps({"images_seen": n, "knn_accuracy": n / 400}) + "\n")
+    read, notes = metrics_of_runs.read_metrics(path)
+    assert len(parsed) < 1000
+    assert max(len(curve.x) for curve in (*read.curves.values(), read.rates)) < 128
+    assert read.series("knn_accuracy") == ([4000, 8000, 12000, 16000, 20000], [10, 20, 30, 40, 50])
+    assert (read.images_seen, read.last("loss")) == (20_000, 3)
+    assert "is drawn from" in notes[0]
+
+
+def test_a_thinned_curve_keeps_its_spikes_and_its_restarts() -> None:
+    curve = metrics_of_runs.Curve()
+    for n in range(100_000):
+        curve.add(n, {50_000: 99.0, 70_001: -99.0, 80_000: float("nan")}.get(n, n % 10))
+    assert len(curve.x) < 2 * metrics_of_runs.MOST_POINTS
+    assert (max(y for y in curve.y if y == y), list(curve.x) == sorted(curve.x)) == (99, True)
+    curve.cut(60_000)
+    assert curve.x[-1] < 60_000
+    curve.add(60_000, 1.0)
+    assert curve.x[-1] == 60_000
+    even = metrics_of_runs.Curve(extremes=False)
+    for n in range(100_000):
+        even.add(n, n % 1000)
+    assert sorted(even.y)[len(even.y) // 2] == pytest.approx(500, abs=20)
 
 
 def test_shards_that_have_moved_are_no_obstacle(
