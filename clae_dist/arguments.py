@@ -60,6 +60,11 @@ repeat, is what other processes disturb the least. OMP_NUM_THREADS sets torch's 
 """
 
 
+_TRUST = (
+    "act on what the run's own config.yaml names (pipe: commands, servers, databases, links out of its folder), although no "
+    "`clae train` of yours on this machine used it"
+)
+
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -115,6 +120,8 @@ def _add_runs(commands: _Commands) -> None:
         recipe="needed",
     )
     dry_run.add_argument("--launcher", choices=("ray", "local"), help="who starts the ranks (default: launch.launcher)")
+    for sub in (train, dry_run):
+        sub.add_argument("--trust", action="store_true", help=_TRUST)
 
 
 def _add_results(commands: _Commands) -> None:
@@ -136,6 +143,8 @@ def _add_results(commands: _Commands) -> None:
     replay.add_argument(
         "--shards", default="", metavar="SHARDS", help="where the run's images are (default: as config.yaml says)"
     )
+    for sub in (evaluate, report, export, checkpoints, replay):
+        sub.add_argument("--trust", action="store_true", help=_TRUST)
     export.add_argument("--to", type=Path, metavar="DIR", help="where to (default: RUN/export)")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte, and say what is damaged")
     checkpoints.add_argument("--json", action="store_true", help="print one JSON array, newest first")
@@ -165,9 +174,10 @@ def _add_proofs(commands: _Commands) -> None:
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object: versions, machine, notes, rows")
     bench.add_argument("--quick", action="store_true", help="only small sizes, few repeats: a minute")
-    _add(
+    doctor = _add(
         commands,
         "doctor",
         "check versions, devices, collectives, shards, disk, shared memory, MLflow; with CONFIG also what that recipe needs",
         recipe="optional",
     )
+    doctor.add_argument("--trust", action="store_true", help=_TRUST)

@@ -19,6 +19,9 @@ from typing import Any, Literal
 import yaml
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.files import read_plain_file
+
+_MAX_BYTES = 1 << 20  # of a recipe; a resolved one has about 5,000
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -139,13 +142,13 @@ def _value(key: str, node: yaml.Node) -> Any:
     return yaml.SafeLoader("").construct_object(node, deep=True)
 
 
-def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Setting]:
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
     chain = (*extended_by, path.resolve())
     if path.resolve() in extended_by:
         raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; take one `extends` out.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain_file(path, _MAX_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); name a recipe, such as configs/quickstart.yaml."
@@ -169,7 +172,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Set
                 continue
             if key in own:
                 raise ConfigError(f"{key} is set twice in {path} ({own[key].origin} and {origin}); keep one.")
-            if key == "extends":
+            if key == "extends" and may_extend:
                 own[key] = Setting(value_node.value, origin)
                 settings.update(read_recipe(path.parent / str(value_node.value), chain))
                 continue
@@ -251,5 +254,5 @@ def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
 
 
 def from_yaml(path: Path) -> Config:
-    """The Config that `to_yaml` wrote. Raises ConfigError."""
-    return build(read_recipe(path))
+    """The Config that `to_yaml` wrote, which extends nothing. Raises ConfigError."""
+    return build(read_recipe(path, may_extend=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from clae_dist.evaluation.linear import linear_probe
 from clae_dist.files import write_atomically
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.trust import NOTHING, Permission, open_run
 
 FILE_NAME = "evaluation.json"
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # of the report's page of nearest neighbours
@@ -50,19 +50,19 @@ class _Progress:
         self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
 
 
-def evaluate_run(run_dir: Path, say: Say = print, shards: str = "") -> dict[str, Any]:
+def evaluate_run(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
     """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
 
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
     the same decoded pixels in the same pass, with the same settings. All of the train split, or a choice of
     evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
     is classified. Accuracies are percent, and null for sets without labels. `shards` is where the set is now, if it has moved.
-    Raises ConfigError without a checkpoint and DataError for unusable shards.
+    Raises ConfigError without a checkpoint, and for settings of the run that `permission` does not cover (runs/trust.py), and
+    DataError for unusable shards.
     """
     started = time.perf_counter()
-    config, trained, info = load_model(run_dir)
-    if shards:
-        config = replace(config, data=replace(config.data, shards=shards))
+    config = open_run(run_dir, permission).to_read_images(shards)
+    _, trained, info = load_model(run_dir)
     if not config.data.shards:
         raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
     manifest = open_shards(config.data, say=say)
