@@ -42,9 +42,12 @@ class Replay:
 def read_step(folder: Path, shards: str, permission: Permission = NOTHING) -> tuple[Config, dict[str, Any]]:
     """The settings of the step's run, for a replay, and what was written down. Raises ConfigError where nothing was, and for
     settings of the run that `permission` does not cover (runs/trust.py)."""
-    config = open_run(folder.parents[1], permission).to_read_images(shards, mixture=True)
     try:
+        (folder / "step.json").stat()
+        config = open_run(folder.parents[1], permission).to_read_images(shards, mixture=True)
         wanted: dict[str, Any] = json.loads((folder / "step.json").read_text())
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"STEP is {str(folder)!r}, which cannot be read ({error}); name a folder such as runs/clae/nonfinite/step-00000123."
