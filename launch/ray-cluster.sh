@@ -30,8 +30,8 @@ a host before it is taken away (`ray drain-node`, spot instances). CONFIG, shard
   --dry-run           print what would run on this host, and run nothing
   --force             worker: join in spite of versions that differ
 
-Whoever has the token can run code on every host: anybody without it is refused. The dashboard listens on loopback alone, Ray's
-client port (10001) not at all; launch/README.md lists what listens where. Ranks also connect to each other on ports that the system chooses, and Ray's workers to 10002-19999: open these between the hosts.
+Whoever has the token can run code on every host: anybody without it is refused. The dashboard listens on loopback alone,
+the head also on 10001 (Ray's client, which needs the token, too); launch/README.md lists what listens where. Ranks also connect to each other on ports that the system chooses, and Ray's workers to 10002-19999: open these between the hosts.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
 exit codes: submit: those of `clae`; else 0, or 2 with the reason.
 TEXT
@@ -149,13 +149,14 @@ node_pid() { # the process that was noted, unless it has ended: its number may b
 }
 
 start_node() { # start_node WHAT OPTION …: in the background, until `stop`
-  local what=$1 attempt waited
+  local what=$1 attempt waited client=""
   shift
   local run=(env PYTHONPATH="$PYTHONPATH" "${ray_variables[@]}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface"
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m ray.scripts.scripts start --block "$@"
     --node-ip-address="$address" --node-manager-port="$((port + 1))" --object-manager-port="$((port + 2))"
     --object-store-memory=200000000 --disable-usage-stats ${cpus:+--num-cpus="$cpus"} ${gpus:+--num-gpus="$gpus"})
-  say "ports: cluster $port (head), node $((port + 1)), objects $((port + 2)), Ray's workers 10002-19999; logs: $temp_dir"
+  [ "$what" != head ] || client=", Ray's client 10001"
+  say "ports: cluster $port, node $((port + 1)), objects $((port + 2))$client, Ray's workers 10002-19999; all need the token. Logs: $temp_dir"
   show "${run[@]}"
   [ -z "$dry" ] || return 0
   own_folder "$temp_dir"
@@ -207,7 +208,7 @@ start_head() {
     find_route 192.0.2.1 "name this host's address for the others with --address" # nobody's address: the way out
   fi
   if [ -n "$dry" ]; then say "token: $token (made when it is missing)"; else make_token; check_token; fi
-  start_node "head" --head --port="$port" --temp-dir="$temp_dir/r" --dashboard-host=127.0.0.1 --ray-client-server-port=0 \
+  start_node "head" --head --port="$port" --temp-dir="$temp_dir/r" --dashboard-host=127.0.0.1 --ray-client-server-port=10001 \
     ${autoscaling:+--autoscaling-config="$autoscaling"}
   [ -z "$dry" ] || return 0
   echo "$address:$port" >"$temp_dir/address"
@@ -275,7 +276,10 @@ find_env
 case $command in
   head) start_head ;;
   worker) start_worker ;;
-  status) check_token; ask_ray status "$(known_address)" ;;
+  status)
+    check_token
+    cluster=$(known_address)
+    ask_ray status "$cluster" ;;
   stop)
     if [ -n "$dry" ]; then say "would end every process of $temp_dir"; exit 0; fi
     stop_node

@@ -291,8 +291,10 @@ def test_a_token_that_ray_left_readable_is_made_private_and_others_are_refused(t
     assert "can be read by others (mode 664)" in ray_cluster(tmp_path, "status", "--temp-dir", str(state)).stderr
 
 
-def test_the_head_opens_no_port_for_rays_client(tmp_path: Path) -> None:
-    assert "--ray-client-server-port=0" in ray_cluster(tmp_path, "head", "--address", "127.0.0.1", "--dry-run").stdout
+def test_the_head_says_which_ports_it_opens(tmp_path: Path) -> None:
+    said = ray_cluster(tmp_path, "head", "--address", "127.0.0.1", "--dry-run").stdout
+    assert "--ray-client-server-port=10001" in said
+    assert "ports: cluster 6379, node 6380, objects 6381, Ray's client 10001, Ray's workers 10002-19999; all need the token" in said
 
 
 def test_the_claim_of_a_dead_controller_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
