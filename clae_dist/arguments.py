@@ -61,6 +61,11 @@ repeat, is what other processes disturb the least. OMP_NUM_THREADS sets torch's 
 """
 
 
+_TRUST = (
+    "act on what the run's own config.yaml names (pipe: commands, servers, databases, links out of its folder), although no "
+    "`clae train` of yours on this machine used it"
+)
+
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[Parser]
 
@@ -127,6 +132,8 @@ def _add_runs(commands: _Commands) -> None:
         recipe="needed",
     )
     dry_run.add_argument("--launcher", choices=("ray", "local"), help="who starts the ranks (default: launch.launcher)")
+    for sub in (train, dry_run):
+        sub.add_argument("--trust", action="store_true", help=_TRUST)
 
 
 def _add_results(commands: _Commands) -> None:
@@ -146,6 +153,8 @@ def _add_results(commands: _Commands) -> None:
     )
     replay.add_argument("step", metavar="STEP", type=user_path, help="what the run wrote down: RUN/nonfinite/step-00000123")
     replay.add_argument("--shards", default="", type=_shards, metavar="SHARDS", help=_SHARDS_HELP)
+    for sub in (evaluate, report, export, checkpoints, replay):
+        sub.add_argument("--trust", action="store_true", help=_TRUST)
     export.add_argument("--to", type=user_path, metavar="DIR", help="where to (default: RUN/export)")
     checkpoints.add_argument("--verify", action="store_true", help="read every byte, and say what is damaged")
     checkpoints.add_argument("--json", action="store_true", help="print one JSON array, newest first")
@@ -175,9 +184,10 @@ def _add_proofs(commands: _Commands) -> None:
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object: versions, machine, notes, rows")
     bench.add_argument("--quick", action="store_true", help="only small sizes, few repeats: a minute")
-    _add(
+    doctor = _add(
         commands,
         "doctor",
         "check versions, devices, collectives, shards, disk, shared memory, MLflow; with CONFIG also what that recipe needs",
         recipe="optional",
     )
+    doctor.add_argument("--trust", action="store_true", help=_TRUST)

@@ -20,9 +20,11 @@ from clae_dist.lifetime import end_with_parent
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
+    from clae_dist.runs.trust import Permission
 
 _STOPPED = 75  # training.guard.STOPPED, which is torch's time away
 _ALL_HAVE_LOOKED_S = 2.5
+_CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_AUTH")
 
 
 def _resolve(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -30,6 +32,7 @@ def _resolve(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> tup
     from clae_dist.recipe import resolve
 
     config, origins = resolve(arguments.config, arguments.overrides, defaults)
+    config = _of_trusted_file(arguments, config, origins)
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     if store and not config.tracking.uri:
         config = replace(config, tracking=replace(config.tracking, uri=store))
@@ -47,6 +50,45 @@ def _option(arguments: argparse.Namespace, option: str, key: str) -> None:
     if any(text.startswith(f"{key}=") for text in arguments.overrides):
         raise ConfigError(f"--{option} and {key}= are one setting, and both are given; keep one of them.")
     arguments.overrides.append(f"{key}={value}")
+
+
+def _permission(arguments: argparse.Namespace) -> Permission:
+    from clae_dist.runs.trust import Permission
+
+    return Permission(arguments.trust, os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+
+def _of_trusted_file(arguments: argparse.Namespace, config: Config, origins: dict[str, str]) -> Config:
+    """The settings as they may be acted on by a command that only looks: RUN/config.yaml is data there, as in all that opens
+    a run, unless the command line names the value."""
+    from pathlib import Path
+
+    if arguments.command not in ("doctor", "dry-run") or arguments.trust:
+        return config
+    path = Path(arguments.config)
+    if "config.yaml" not in (path.name, path.resolve().name):
+        return config
+    from clae_dist.runs.trust import check_settings
+
+    named = {key for key, origin in origins.items() if origin == "command line"}
+    return check_settings(path, config, named, os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+
+def _check_credentials(config: Config, origins: dict[str, str]) -> None:
+    """Raises ConfigError where MLflow's client would send the environment's credentials to another server than the
+    environment's, which a recipe names."""
+    from clae_dist.config import ConfigError
+    from clae_dist.data.urls import uri_without_secrets
+
+    store, uri, origin = os.environ.get("MLFLOW_TRACKING_URI", ""), config.tracking.uri, origins["tracking.uri"]
+    credentials = [name for name in _CREDENTIALS if os.environ.get(name)]
+    named_here = origin in ("command line", "MLFLOW_TRACKING_URI") or not uri.startswith(("http:", "https:"))
+    shown, own = uri_without_secrets(uri), uri_without_secrets(store)
+    if store and credentials and not named_here and shown != own and config.tracking.name != "none":
+        raise ConfigError(
+            f"tracking.uri is {shown!r} ({origin}), but {credentials[0]} in the environment is for MLFLOW_TRACKING_URI, "
+            f"{own!r}, and would be sent; unset one of them, or name the server on the command line (tracking.uri={shown})."
+        )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -76,10 +118,13 @@ def _leaving_at_signals() -> Iterator[None]:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from clae_dist.launchers import start
+    from clae_dist.launchers import claim, start
 
     _option(arguments, "launcher", "launch.launcher")
     config, origins = _resolve(arguments)
+    _check_credentials(config, origins)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(config, arguments.trust)):
+        print(f"clae: the run could not be noted as yours ({problem}): opening it later may need --trust.", file=sys.stderr)
     ending = start(config, origins, arguments.debug)
     if ending.message:
         print(f"clae: {ending.message}", file=sys.stderr)
@@ -111,30 +156,32 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from clae_dist.training.finish import evaluate
 
-    evaluate(arguments.run, shards=arguments.shards)
+    evaluate(arguments.run, shards=arguments.shards, permission=_permission(arguments))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from clae_dist.training.finish import report
 
-    report(arguments.run, arguments.compare, shards=arguments.shards)
+    report(arguments.run, arguments.compare, shards=arguments.shards, permission=_permission(arguments))
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from clae_dist.training.finish import export
 
-    export(arguments.run, arguments.to)
+    export(arguments.run, arguments.to, permission=_permission(arguments))
     return 0
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from clae_dist.config import ConfigError
     from clae_dist.runs.checkpoint.listing import export_checkpoint, say_checkpoints
+    from clae_dist.runs.trust import check_folder
 
     if (arguments.export is None) != (arguments.to is None):
         raise ConfigError("--export [STEP] and --to FILE go together; one of them is missing.")
+    check_folder(arguments.run, _permission(arguments))
     if arguments.export is None:
         return say_checkpoints(arguments.run, arguments.verify, arguments.json, print)
     print(f"wrote {export_checkpoint(arguments.run, arguments.export, arguments.to)}")
@@ -162,7 +209,7 @@ def _parity(arguments: argparse.Namespace) -> int:
 def _replay(arguments: argparse.Namespace) -> int:
     from clae_dist.launchers.replay import replay_step
 
-    ending = replay_step(arguments.step, arguments.shards)
+    ending = replay_step(arguments.step, arguments.shards, _permission(arguments))
     print(ending.message)
     return ending.code
 

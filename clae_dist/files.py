@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -29,12 +30,14 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 def write_together(files: Mapping[Path, bytes | Iterable[bytes]]) -> None:
     """Replaces several files, each by its bytes or by parts of them: none before the bytes of all are on the disk.
 
+    Nobody can guess the names of the temporary files, and an existing file or link of such a name is not opened.
     Raises StorageError.
     """
-    temporaries = {path: path.with_name(f".tmp-{os.getpid()}-{path.name}") for path in files}
+    guess = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporaries = {path: path.with_name(f".tmp-{guess}-{path.name}") for path in files}
     try:
         for path, data in files.items():
-            with writing(path), temporaries[path].open("wb") as stream:
+            with writing(path), temporaries[path].open("xb") as stream:
                 stream.writelines([data] if isinstance(data, bytes) else data)
                 stream.flush()
                 os.fsync(stream.fileno())

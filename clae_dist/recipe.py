@@ -21,6 +21,9 @@ import yaml
 from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError
 from clae_dist.home import expand_home
+from clae_dist.reading import ReadError, read_text
+
+_MAX_BYTES = 1 << 20  # of a recipe; a resolved one has about 5,000
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -145,19 +148,15 @@ def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
         )
 
 
-def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Setting]:
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
     chain = (*extended_by, path.resolve())
     if path.resolve() in extended_by:
         raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; take one `extends` out.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error.strerror}); name a recipe, such as configs/quickstart.yaml."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text in UTF-8; name a recipe, such as configs/quickstart.yaml.") from None
+        text = read_text(path, _MAX_BYTES)
+    except ReadError as error:
+        raise ConfigError(f"{path} cannot be read ({error}); name a recipe, such as configs/quickstart.yaml.") from None
     try:
         root = core_yaml.compose(text)
     except yaml.YAMLError as error:
@@ -182,7 +181,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Set
                 continue
             if key in own:
                 raise ConfigError(f"{key} is set twice in {path} ({own[key].origin} and {origin}); keep one.")
-            if key == "extends":
+            if key == "extends" and may_extend:
                 own[key] = Setting(value_node.value, origin)
                 settings.update(read_recipe(path.parent / str(value_node.value), chain))
                 continue
@@ -287,5 +286,5 @@ def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
 
 
 def from_yaml(path: Path) -> Config:
-    """The Config that `to_yaml` wrote. Raises ConfigError."""
-    return build(read_recipe(path))
+    """The Config that `to_yaml` wrote, which extends nothing. Raises ConfigError."""
+    return build(read_recipe(path, may_extend=False))

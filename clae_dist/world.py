@@ -129,6 +129,11 @@ def cache_home() -> Path:
     return Path(os.environ.get("CLAE_CACHE") or os.path.join(home, "clae-dist"))
 
 
+def state_home() -> Path:
+    """This user's folder for what is remembered between commands: clae-dist in XDG_STATE_HOME, or in ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "clae-dist"
+
+
 @contextmanager
 def connect(timeout_s: float = 600.0) -> Iterator[World]:
     """The World that a launcher describes in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.

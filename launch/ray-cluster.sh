@@ -24,13 +24,14 @@ a host before it is taken away (`ray drain-node`, spot instances). CONFIG, shard
   --gpus N, --cpus N  what the host lends (default: all GPUs, all cores); a rank takes one GPU, or without GPUs one core
   --token-file FILE   the cluster's secret (default: RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token). The head makes it when it is
                       missing, readable by you alone; bring it to the workers, for example by scp
-  --temp-dir DIR      Ray's sockets and logs (default: /tmp/clae-ray-UID-PORT); at most 45 characters
+  --temp-dir DIR      this host's part of the cluster: its process, address, Ray's sockets and logs (default:
+                      /tmp/clae-ray-UID-PORT); yours alone (mode 700), at most 43 characters
   --autoscaling-config FILE   head: of Ray's own cluster launcher (launch/ray-cluster.yaml), which starts the workers from there
   --dry-run           print what would run on this host, and run nothing
   --force             worker: join in spite of versions that differ
 
-Whoever has the token can run code on every host: anybody without it is refused. The dashboard listens on loopback alone.
-Ranks also connect to each other on ports that the system chooses, and Ray's workers to 10002-19999: open these between the hosts.
+Whoever has the token can run code on every host: anybody without it is refused. The dashboard listens on loopback alone,
+the head also on 10001 (Ray's client, which needs the token, too); launch/README.md lists what listens where. Ranks also connect to each other on ports that the system chooses, and Ray's workers to 10002-19999: open these between the hosts.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
 exit codes: submit: those of `clae`; else 0, or 2 with the reason.
 TEXT
@@ -81,21 +82,39 @@ if [ "$command" = worker ]; then
   whole "the port of $target" "$port"
 fi
 temp_dir=${temp_dir:-/tmp/clae-ray-$(id -u)-$port}
-[ ${#temp_dir} -le 45 ] || wrong "--temp-dir is $temp_dir, ${#temp_dir} characters; Ray's sockets in it need a path of at most 45."
+[ ${#temp_dir} -le 43 ] || wrong "--temp-dir is $temp_dir, ${#temp_dir} characters; Ray's sockets in it need a path of at most 43."
 case $token in /*) ;; *) token=$PWD/$token ;; esac
 
 # ---- what all commands need ----
 
+own_folder() { # own_folder DIR: makes it, or checks that nobody else can write to it: what is in it is believed
+  local mode
+  mkdir -p "$(dirname "$1")"
+  mkdir -m 700 "$1" 2>/dev/null || check_own_folder "$1"
+}
+
+check_own_folder() { # check_own_folder DIR
+  [ ! -L "$1" ] && [ -d "$1" ] && [ -O "$1" ] || wrong "$1 is not a folder of yours (another user may have made it); name another with --temp-dir."
+  mode=$(stat -c %a "$1")
+  case $mode in *[1-7]? | *[1-7]) wrong "$1 can be used by others (mode $mode), who could put another address or process there; remove it or chmod 700 $1, or name another with --temp-dir." ;; esac
+}
+
 check_token() {
   local mode
   [ -f "$token" ] || wrong "$token is missing: it is the cluster's secret, which the head made; bring it here (scp HEAD:$token $token) or name it with --token-file."
+  [ -O "$token" ] || wrong "$token is another user's file, who knows this secret; name a file of yours with --token-file."
   mode=$(stat -Lc %a "$token")
+  if [ "$token" = "$HOME/.ray/auth_token" ] && [[ $mode == ?[04]4 || $mode == ?40 ]]; then # so Ray itself leaves it
+    chmod 600 "$token"
+    say "$token, which Ray made, could be read by others (mode $mode); it is yours alone now (600). If others use this host, replace the secret: remove the file, then stop and start the cluster." >&2
+    return 0
+  fi
   case $mode in ?00) ;; *) wrong "$token can be read by others (mode $mode), who could then run code on all hosts; chmod 600 $token" ;; esac
 }
 
 make_token() {
   [ ! -f "$token" ] || return 0
-  (umask 077; mkdir -p "$(dirname "$token")"; "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token")
+  (umask 077; set -o noclobber; mkdir -p "$(dirname "$token")"; "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token")
   say "made the cluster's secret, $token (mode 600)"
 }
 
@@ -103,33 +122,54 @@ ray_variables=(RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_USAGE_STATS_
 ask_ray() { env "${ray_variables[@]}" "$python" -m clae_dist.launchers.ray_cluster "$@"; }
 
 known_address() { # of the cluster that this host is part of
+  [ ! -e "$temp_dir" ] || check_own_folder "$temp_dir"
   [ -f "$temp_dir/address" ] || wrong "no cluster was started on this host (no $temp_dir/address); start one with head or worker, or name its --port or --temp-dir."
   cat "$temp_dir/address"
 }
 
 # ---- a host of the cluster ----
 
+start_time() { # start_time PID: of a process, in ticks since the machine's start; nothing without the process
+  local stat fields
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
+  read -r -a fields <<<"${stat##*) }" # what follows the program's name, which may hold anything
+  echo "${fields[19]}"
+}
+
+note_node() { # note_node PID: which process this host's part of the cluster is
+  echo "$1 $(start_time "$1")" >"$temp_dir/pid"
+}
+
+node_pid() { # the process that was noted, unless it has ended: its number may be another process's by now
+  local pid="" began=""
+  [ -f "$temp_dir/pid" ] || return 0
+  read -r pid began <"$temp_dir/pid" || true
+  case $pid in "" | *[!0-9]*) return 0 ;; esac
+  [ -z "$began" ] || [ "$(start_time "$pid")" != "$began" ] || echo "$pid"
+}
+
 start_node() { # start_node WHAT OPTION …: in the background, until `stop`
-  local what=$1 attempt waited
+  local what=$1 attempt waited client=""
   shift
   local run=(env PYTHONPATH="$PYTHONPATH" "${ray_variables[@]}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface"
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m ray.scripts.scripts start --block "$@"
     --node-ip-address="$address" --node-manager-port="$((port + 1))" --object-manager-port="$((port + 2))"
     --object-store-memory=200000000 --disable-usage-stats ${cpus:+--num-cpus="$cpus"} ${gpus:+--num-gpus="$gpus"})
-  say "ports: cluster $port (head), node $((port + 1)), objects $((port + 2)), Ray's workers 10002-19999; logs: $temp_dir"
+  [ "$what" != head ] || client=", Ray's client 10001"
+  say "ports: cluster $port, node $((port + 1)), objects $((port + 2))$client, Ray's workers 10002-19999; all need the token. Logs: $temp_dir"
   show "${run[@]}"
   [ -z "$dry" ] || return 0
-  mkdir -p "$temp_dir"
-  [ ! -f "$temp_dir/pid" ] || ! kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null ||
+  own_folder "$temp_dir"
+  [ -z "$(node_pid)" ] ||
     wrong "$temp_dir is in use by a cluster that runs here; stop it ($0 stop --temp-dir $temp_dir), or use another --port."
   for ((attempt = 1; ; attempt++)); do
     : >"$temp_dir/ray.log" # what an earlier start said is not this one's
     # Without SIGUSR1: Slurm sends it to every process of a job step, and it is for the run alone.
     (trap '' USR1; exec setsid "${run[@]}" >"$temp_dir/ray.log" 2>&1 </dev/null) &
-    echo $! >"$temp_dir/pid"
+    note_node $!
     for ((waited = 0; waited < 600; waited++)); do
       ! grep -q "Ray runtime started" "$temp_dir/ray.log" || return 0
-      kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null || break
+      [ -n "$(node_pid)" ] || break
       sleep 0.2
     done
     tail -n 15 "$temp_dir/ray.log" >&2
@@ -143,12 +183,18 @@ start_node() { # start_node WHAT OPTION …: in the background, until `stop`
 }
 
 stop_node() { # Not `ray stop`, which ends every Ray of this machine.
-  local pid waited=0
-  pid=$(cat "$temp_dir/pid" 2>/dev/null || true)
-  if [ -n "$pid" ]; then # all that it started is in its session
-    kill -TERM "$pid" 2>/dev/null || true
-    while pgrep -s "$pid" >/dev/null && [ $waited -lt 50 ]; do sleep 0.2; waited=$((waited + 1)); done
-    pkill -KILL -s "$pid" 2>/dev/null || true
+  local pid session waited=0
+  [ -e "$temp_dir" ] || return 0
+  check_own_folder "$temp_dir"
+  pid=$(node_pid)
+  [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
+  # All that it started is in its session, whose number stays its own for as long as one of them lives.
+  session=$pid
+  [ -n "$pid" ] || [ ! -f "$temp_dir/pid" ] || { read -r session _ <"$temp_dir/pid" || true; }
+  case $session in *[!0-9]*) session="" ;; esac
+  if [ -n "$session" ] && { [ -n "$pid" ] || [ ! -e "/proc/$session" ]; }; then
+    while pgrep -s "$session" -U "$(id -u)" >/dev/null && [ $waited -lt 50 ]; do sleep 0.2; waited=$((waited + 1)); done
+    pkill -KILL -s "$session" -U "$(id -u)" 2>/dev/null || true
   fi
   rm -f "$temp_dir/pid" "$temp_dir/address"
 }
@@ -162,7 +208,7 @@ start_head() {
     find_route 192.0.2.1 "name this host's address for the others with --address" # nobody's address: the way out
   fi
   if [ -n "$dry" ]; then say "token: $token (made when it is missing)"; else make_token; check_token; fi
-  start_node "head" --head --port="$port" --temp-dir="$temp_dir" --dashboard-host=127.0.0.1 \
+  start_node "head" --head --port="$port" --temp-dir="$temp_dir/r" --dashboard-host=127.0.0.1 --ray-client-server-port=10001 \
     ${autoscaling:+--autoscaling-config="$autoscaling"}
   [ -z "$dry" ] || return 0
   echo "$address:$port" >"$temp_dir/address"
@@ -177,7 +223,7 @@ start_worker() {
     check_token
     ask_ray check "$target:$port" || [ -n "$force" ] || { say "this host does not join (--force would)." >&2; exit 2; }
   }
-  start_node "a worker of $target:$port" --address="$target:$port" --temp-dir="$temp_dir"
+  start_node "a worker of $target:$port" --address="$target:$port" --temp-dir="$temp_dir/r"
   [ -z "$dry" ] || return 0
   echo "$target:$port" >"$temp_dir/address"
   say "joined $target:$port"
@@ -216,21 +262,24 @@ follow_allocation() { # the other nodes: join when the head is there, and leave 
   trap '' USR1 # Slurm sends it to what this script starts, too
   trap : TERM
   trap stop_node EXIT
-  until [ -f "$token" ] && ask_ray check "$head:$port" 2>"/tmp/clae-check-$$"; do
-    [ $waited -lt 120 ] || { cat "/tmp/clae-check-$$" >&2; exit 2; }
+  own_folder "$temp_dir"
+  until [ -f "$token" ] && ask_ray check "$head:$port" 2>"$temp_dir/check"; do
+    [ $waited -lt 120 ] || { cat "$temp_dir/check" >&2; exit 2; }
     sleep 2; waited=$((waited + 1))
   done
-  rm -f "/tmp/clae-check-$$"
   target=$head
   start_worker
-  while [ ! -f "$token.done" ] && kill -0 "$(cat "$temp_dir/pid")" 2>/dev/null; do sleep 1 || true; done
+  while [ ! -f "$token.done" ] && [ -n "$(node_pid)" ]; do sleep 1 || true; done
 }
 
 find_env
 case $command in
   head) start_head ;;
   worker) start_worker ;;
-  status) check_token; ask_ray status "$(known_address)" ;;
+  status)
+    check_token
+    cluster=$(known_address)
+    ask_ray status "$cluster" ;;
   stop)
     if [ -n "$dry" ]; then say "would end every process of $temp_dir"; exit 0; fi
     stop_node

@@ -3,6 +3,9 @@
 A file NAME is whole or absent. While it is filled it is NAME.part, and whoever fills it holds a lock on that: the kernel lets
 go of it when the process dies, and the next one goes on with the bytes that are there. A file that is removed while it is
 mapped stays readable until it is unmapped.
+
+The cache deletes files, so it owns only what it created: it takes a folder that is empty or marked as its own, refuses one that
+holds anything else, and never touches a file of another name that comes later.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,27 +21,45 @@ from pathlib import Path
 from typing import IO
 
 from clae_dist.data.manifest import DataError
-from clae_dist.data.room import FAILED, PART, ROOM, PartFile, Room
+from clae_dist.data.room import FAILED, OWN, PART, ROOM, PartFile, Room
 
 _LEFTOVER_S = 24 * 3600.0
+
+MARKER = ".clae-dist-cache"
+_MARK = "This folder belongs to clae-dist's cache of shards (data.cache), which deletes its least recently used files.\n"
 
 Fill = Callable[[IO[bytes]], None]
 
 
 class Cache:
-    """A folder of files by name. `limit_bytes` 0: as much as the disk holds but 1 GiB."""
+    """A folder of files by name. `limit_bytes` 0: as much as the disk holds but 1 GiB. `own` matches the names of its files."""
 
-    def __init__(self, folder: Path, limit_bytes: int = 0) -> None:
-        self.folder, self.limit_bytes = folder, limit_bytes
-        self.room = Room(folder, limit_bytes)
+    def __init__(self, folder: Path, limit_bytes: int = 0, own: re.Pattern[str] = OWN) -> None:
+        self.folder, self.limit_bytes, self._own = folder, limit_bytes, own
+        self.room = Room(folder, limit_bytes, own)
+
+    def claim(self) -> None:
+        """Makes and marks the folder. Raises DataError for one with files that the cache did not create, and OSError."""
+        if (self.folder / MARKER).is_file():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(os.listdir(self.folder)):
+            if not self.room.owns(name) and name != MARKER:
+                raise DataError(
+                    f"data.cache keeps its files in {self.folder}, which holds {name!r}: not a file of the cache, which "
+                    "deletes what it does not need any more. Nothing was changed; name another folder with data.cache=…"
+                )
+        (self.folder / MARKER).write_text(_MARK)
 
     def open(self, name: str, num_bytes: int, fill: Fill) -> IO[bytes]:
         """The file, open for reading. `fill` writes it (into what an earlier process left of it) when it is not there.
 
         One process fills, others wait for it, and fail as it fails. `num_bytes` is its size, 0 where that is not known.
-        Raises DataError when there is no room, and whatever `fill` raises.
+        Raises DataError when there is no room or the folder is not the cache's, and whatever `fill` raises.
         """
+        assert self._own.fullmatch(name), f"{name} would not be known as the cache's own"
         try:
+            self.claim()
             return self._open(self.folder / name, num_bytes, fill)
         except OSError as error:
             raise DataError(
@@ -58,7 +80,6 @@ class Cache:
             path.unlink(missing_ok=True)  # somebody else's doing: a file is renamed when it is whole
 
     def _fill(self, path: Path, num_bytes: int, fill: Fill) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         part, failed = path.with_name(path.name + PART), path.with_name(path.name + FAILED)
         with _locked(part) as (file, waited_since):
             if path.exists():
@@ -89,6 +110,8 @@ class Cache:
         if not self.folder.is_dir():
             return
         for path in (path for kind in (PART, FAILED, ROOM) for path in self.folder.glob(f"*{kind}")):
+            if not self.room.owns(path.name):
+                continue
             try:
                 if time.time() - path.stat().st_mtime < _LEFTOVER_S:
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 from clae_dist.data.manifest import DataError
 
 PART, FAILED, ROOM = ".part", ".failed", ".room"
+OWN = re.compile(r"(plain-)?[0-9a-f]{64}\.(tar|npy|json)")  # names of the cache's files: nobody else's are like that
 _FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
 _LOCK = ".room.lock"
 _SCANS = 1000
@@ -36,10 +38,18 @@ class _Held:
 
 
 class Room:
-    """`limit_bytes` 0: as much as the disk holds but 1 GiB."""
+    """`limit_bytes` 0: as much as the disk holds but 1 GiB. Files whose names are not `own` are neither counted nor removed."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder, self._limit_bytes = folder, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, own: re.Pattern[str] = OWN) -> None:
+        self._folder, self._limit_bytes, self._own = folder, limit_bytes, own
+
+    def owns(self, name: str) -> bool:
+        """True for the names of the cache's files and of what it keeps beside them."""
+        if name == _LOCK:
+            return True
+        if name.startswith(".") and name.endswith(ROOM):
+            name = name[1:].removesuffix(ROOM)
+        return bool(self._own.fullmatch(name.removesuffix(PART).removesuffix(FAILED)))
 
     def size(self) -> int:
         """Bytes that there may be in all: the limit, or what the disk has for them."""
@@ -48,6 +58,8 @@ class Room:
         there = next(folder for folder in (self._folder, *self._folder.parents) if folder.is_dir())
         own = 0
         for path in self._folder.glob("[!.]*"):
+            if not self.owns(path.name):
+                continue
             with suppress(FileNotFoundError):  # it became whole, or has gone
                 own += path.stat().st_size
         return max(0, shutil.disk_usage(there).free + own - _FREE_BYTES)
@@ -133,7 +145,8 @@ class Room:
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 path = Path(entry.path)
-                if entry.name.startswith(".") or entry.name.endswith(FAILED) or path == mine:
+                passed = entry.name.startswith(".") or entry.name.endswith(FAILED) or not self.owns(entry.name)
+                if passed or path == mine:
                     continue
                 stat = entry.stat()
                 filling = entry.name.endswith(PART) and _is_locked(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from clae_dist.evaluation.linear import linear_probe
 from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.trust import NOTHING, Permission, open_run
 
 FILE_NAME = "evaluation.json"
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # of the report's page of nearest neighbours
@@ -51,7 +51,7 @@ class _Progress:
         self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
 
 
-def evaluate_run(run_dir: Path, say: Say = print, shards: str = "") -> dict[str, Any]:
+def evaluate_run(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
     """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
 
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
@@ -59,13 +59,13 @@ def evaluate_run(run_dir: Path, say: Say = print, shards: str = "") -> dict[str,
     evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
     is classified. Accuracies are percent, and null for sets without labels; …_interval_percent is the 95 % interval that the
     number of test images gives. `shards` is where the set is now, if it has moved.
-    Raises ConfigError without a checkpoint, DataError for unusable shards and StorageError when the result cannot be written.
+    Raises ConfigError without a checkpoint, and for settings of the run that `permission` does not cover (runs/trust.py),
+    DataError for unusable shards, and StorageError when the result cannot be written.
     """
     started = time.perf_counter()
-    config, trained, info = load_model(run_dir)
+    config = open_run(run_dir, permission).to_read_images(shards)
+    _, trained, info = load_model(run_dir)
     check_writable(run_dir)  # hours later is too late
-    if shards:
-        config = replace(config, data=replace(config.data, shards=shards))
     if not config.data.shards:
         raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
     manifest = open_shards(config.data, say=say)

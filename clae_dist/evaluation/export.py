@@ -23,21 +23,23 @@ from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_en
 from clae_dist.models.norms import single_route_state
 from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.trust import NOTHING, Permission, check_folder
 from clae_dist.storage import writing
 
 FORMAT = "clae-dist encoder 1"
 WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
 
 
-def export_encoder(run_dir: Path, destination: Path | None = None) -> Path:
+def export_encoder(run_dir: Path, destination: Path | None = None, permission: Permission = NOTHING) -> Path:
     """Writes the newest checkpoint's encoder into `destination` (RUN/export) and returns that folder.
 
     encoder.safetensors holds the clean route under the key names of the plain timm or torchvision model, config.json what
     builds that model and what its input is, README.md the lines that load it. The folder appears whole or not at all; an
     older export there is replaced.
-    Raises ConfigError without a checkpoint, and for a destination that holds something else; StorageError when it cannot be
-    written.
+    Raises ConfigError without a checkpoint, for a destination that holds something else, and for a folder that cannot be
+    read or written safely (runs/trust.py); StorageError when the destination cannot be written.
     """
+    check_folder(run_dir, permission)
     check_writable((destination or run_dir / "export").absolute().parent)
     config, model, info = load_model(run_dir)
     destination = destination or run_dir / "export"

@@ -29,7 +29,10 @@ from clae_dist.evaluation.record import Record, number, read_record, summarise
 from clae_dist.files import check_writable, remove, write_together
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.goodput import KINDS, MEANING
+from clae_dist.runs.trust import NOTHING, OpenedRun, Permission, open_run
 
+ADVERSARIAL, NEIGHBOURS = "adversarial", "neighbours"
+PICTURES = (*(chart.name for chart in CHARTS), ADVERSARIAL, NEIGHBOURS)
 ATTACK_BATCH = 256  # images that are each other's negatives in the pictures of the attack
 SECTIONS = (
     ("Learning", "", ("loss", "knn", "grad_norm")),
@@ -47,17 +50,16 @@ SECTIONS = (
 )
 
 
-def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
+def write_report(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> Path:
     """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
 
     What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
-    `shards` is where its images are now, if they have moved. Raises ConfigError without a run, StorageError when the report
-    cannot be written; then the one before is as it was.
+    `shards` is where its images are now, if they have moved. Raises ConfigError without a run, and for a folder that cannot be
+    written safely (runs/trust.py); StorageError when the report cannot be written: then the one before is as it was.
     """
     started = time.perf_counter()
+    opened = open_run(run_dir, permission)
     record = read_record(run_dir)
-    if shards:
-        record = replace(record, config=replace(record.config, data=replace(record.config.data, shards=shards)))
     for problem in record.ignored:
         say(problem)
     summary = summarise(record)
@@ -65,7 +67,7 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     for path in (run_dir, folder):
         check_writable(path)
     album = _Album(folder)
-    manifest = _manifest(record, say)
+    manifest = _manifest(opened, shards, say)
     body = [_title(record, summary, manifest), _results(record, summary)]
     body += [part for name, lead, names in SECTIONS for part in _curves(record, name, lead, names, album)]
     body += _attack_page(record, manifest, album, say)
@@ -76,7 +78,7 @@ def write_report(run_dir: Path, say: Say = print, shards: str = "") -> Path:
     html = page.page(f"{record.config.name} · {summary['method']}", body).encode()
     summary_json = (json.dumps(summary, indent=2) + "\n").encode()
     write_together({**album.pictures, path: html, run_dir / "summary.json": summary_json})
-    remove(set(folder.glob("*.png")) - album.pictures.keys())
+    remove({folder / f"{name}.png" for name in PICTURES} - album.pictures.keys())
     say(f"report: {path}, {path.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s; summary.json beside it")
     return path
 
@@ -93,9 +95,10 @@ class _Album:
         return png
 
 
-def _manifest(record: Record, say: Say) -> Manifest | None:
+def _manifest(opened: OpenedRun, shards: str, say: Say) -> Manifest | None:
     try:
-        data = replace(record.config.data, retries=min(1, record.config.data.retries))  # pictures are not worth minutes
+        data = opened.to_read_images(shards).data
+        data = replace(data, retries=min(1, data.retries))  # pictures are not worth minutes
         if data.shards and is_tar(entry := entries_of(data.shards)[0]) and scheme(entry):
             raise DataError("the shards have no manifest and lie elsewhere, so that all of them would be fetched.")
         return open_shards(data) if data.shards else None
@@ -172,7 +175,7 @@ def _attack_page(record: Record, manifest: Manifest | None, album: _Album, say: 
     batch, *_ = images.images(images.ids)
     attacked = attack_images(config, model.to("cuda" if torch.cuda.is_available() else "cpu"), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
-    png = album.keep("adversarial", draw_triples(attacked))
+    png = album.keep(ADVERSARIAL, draw_triples(attacked))
     return [title, page.picture(png, *_attack_caption(attacked, info), css="pixels")]
 
 
@@ -200,7 +203,7 @@ def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) ->
     query_images, *_ = test.images([query["id"] for query in found])
     neighbour_images = [train.images(query["neighbour_ids"])[0] for query in found]
     right, shown = share_right(found)
-    png = album.keep("neighbours", draw_neighbours(found, query_images, neighbour_images, manifest.classes))
+    png = album.keep(NEIGHBOURS, draw_neighbours(found, query_images, neighbour_images, manifest.classes))
     verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "this set has no classes"
     caption = (
         "Left: test images, drawn by the run’s seed, one a class before a second of any. Right: the nearest of the kNN’s bank "

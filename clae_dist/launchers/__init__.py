@@ -40,6 +40,22 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
+def claim(config: Config, trust: bool = False) -> str:
+    """Checks a run folder that exists already, and notes that this user trains in it, for the commands that open it later.
+
+    Returns "" or why it could not be noted. Raises ConfigError for a folder of somebody else's whose entries lead elsewhere.
+    """
+    from clae_dist.runs.trust import Permission, check_folder, remember
+
+    config = _with_absolute_paths(config)
+    check_folder(config.folder, Permission(trust))
+    try:
+        remember(config)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return ""
+
+
 def start(config: Config, origins: dict[str, str], debug: bool = False) -> Ending:
     """Trains under the launcher that `launch.launcher` names. Raises ConfigError and DataError."""
     import importlib

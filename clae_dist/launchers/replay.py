@@ -9,22 +9,23 @@ import torch
 
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
+from clae_dist.runs.trust import NOTHING, Permission
 from clae_dist.training.replay import num_ranks, read_step, replay
 from clae_dist.world import connect
 
 
-def replay_step(folder: Path, shards: str = "") -> Ending:
+def replay_step(folder: Path, shards: str = "", permission: Permission = NOTHING) -> Ending:
     """Takes a step again that `folder` describes; code 0 when it is as it was, 1 when not. Raises ConfigError and DataError."""
     folder = folder.absolute()
-    ranks = num_ranks(*read_step(folder, shards))
-    return _rank(folder, shards) if ranks == 1 else spawn(ranks, _rank, folder, shards)
+    ranks = num_ranks(*read_step(folder, shards, permission))
+    return _rank(folder, shards, permission) if ranks == 1 else spawn(ranks, _rank, folder, shards, permission)
 
 
-def _rank(folder: Path, shards: str) -> Ending:
+def _rank(folder: Path, shards: str, permission: Permission) -> Ending:
     with connect() as world:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
         try:
-            found = replay(*read_step(folder, shards), folder, world)
+            found = replay(*read_step(folder, shards, permission), folder, world)
         except tuple(USER_ERRORS) as error:
             return Ending(exit_code(error), f"clae: {error}")
         return Ending(OK if found.reproduced else UNEXPECTED, found.text)

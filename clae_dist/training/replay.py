@@ -21,7 +21,7 @@ from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
-from clae_dist.recipe import from_yaml
+from clae_dist.runs.trust import NOTHING, Permission, open_run
 from clae_dist.training.clock import Clock
 from clae_dist.training.nonfinite import loss_parts
 from clae_dist.training.pretraining import make_pretraining, seed_step
@@ -39,16 +39,20 @@ class Replay:
     text: str
 
 
-def read_step(folder: Path, shards: str) -> tuple[Config, dict[str, Any]]:
-    """The settings of the step's run, for a replay, and what was written down. Raises ConfigError where nothing was."""
+def read_step(folder: Path, shards: str, permission: Permission = NOTHING) -> tuple[Config, dict[str, Any]]:
+    """The settings of the step's run, for a replay, and what was written down. Raises ConfigError where nothing was, and for
+    settings of the run that `permission` does not cover (runs/trust.py)."""
     try:
+        (folder / "step.json").stat()
+        config = open_run(folder.parents[1], permission).to_read_images(shards, mixture=True)
         wanted: dict[str, Any] = json.loads((folder / "step.json").read_text())
-        config = from_yaml(folder.parents[1] / "config.yaml")
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"STEP is {str(folder)!r}, which cannot be read ({error}); name a folder such as runs/clae/nonfinite/step-00000123."
         ) from None
-    data: Data = replace(config.data, shards=shards or config.data.shards, workers=0, verify="size")
+    data: Data = replace(config.data, workers=0, verify="size")
     train = replace(config.train, precision=wanted["precision"], compile=False)
     return replace(config, data=data, train=train, parallel=Parallel()), wanted
 

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -18,8 +19,14 @@ import pytest
 
 from clae_dist.data import cache as caching
 from clae_dist.data import room
-from clae_dist.data.cache import Cache
+from clae_dist.data.cache import MARKER, Cache
 from clae_dist.data.manifest import DataError
+
+NAMES = re.compile("[a-z0-9]+")  # of the files in these tests
+
+
+def make_cache(folder: Path, limit_bytes: int = 0) -> Cache:
+    return Cache(folder, limit_bytes, NAMES)
 
 
 def writes(data: bytes) -> Callable[[IO[bytes]], None]:
@@ -39,7 +46,7 @@ def names(cache: Cache) -> set[str]:
 
 
 def test_a_file_is_filled_once(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache")
+    cache = make_cache(tmp_path / "cache")
     with cache.open("a", 3, writes(b"abc")) as file:
         assert file.read() == b"abc"
     with cache.open("a", 3, never) as file:
@@ -48,7 +55,7 @@ def test_a_file_is_filled_once(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_size_is_filled_again(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = make_cache(tmp_path)
     cache.open("a", 3, writes(b"abc")).close()
     (tmp_path / "a").write_bytes(b"ab")
     with cache.open("a", 3, writes(b"abc")) as file:
@@ -56,7 +63,7 @@ def test_a_file_of_another_size_is_filled_again(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_goes_first_and_stays_readable_while_it_is_mapped(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, limit_bytes=2000)
+    cache = make_cache(tmp_path, limit_bytes=2000)
     with cache.open("a", 1000, writes(b"a" * 1000)) as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for age, name in ((30, "a"), (20, "b")):
@@ -72,7 +79,7 @@ def test_the_least_recently_used_goes_first_and_stays_readable_while_it_is_mappe
 
 
 def test_a_file_above_the_limit_is_had_all_the_same(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, limit_bytes=10)
+    cache = make_cache(tmp_path, limit_bytes=10)
     for name in "ab":
         with cache.open(name, 100, writes(b"x" * 100)) as file:
             assert len(file.read()) == 100
@@ -80,7 +87,7 @@ def test_a_file_above_the_limit_is_had_all_the_same(tmp_path: Path) -> None:
 
 
 def test_without_a_limit_the_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = Cache(tmp_path)
+    cache = make_cache(tmp_path)
     cache.open("a", 100, writes(b"x" * 100)).close()
     usage = room.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=500))
@@ -93,7 +100,7 @@ def test_without_a_limit_the_disk_is_not_filled(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match=f"data.cache {tmp_path}/file/cache cannot be used"):
-        Cache(tmp_path / "file/cache").open("a", 1, never)
+        make_cache(tmp_path / "file/cache").open("a", 1, never)
 
 
 def test_leftovers_of_the_day_before_go_and_those_in_use_stay(tmp_path: Path) -> None:
@@ -103,13 +110,13 @@ def test_leftovers_of_the_day_before_go_and_those_in_use_stay(tmp_path: Path) ->
             os.utime(tmp_path / name, (0, 0))
     with (tmp_path / "used.part").open("rb") as used:
         fcntl.flock(used, fcntl.LOCK_EX)
-        Cache(tmp_path).remove_leftovers()
-    assert names(Cache(tmp_path)) == {"used.part", "new.part", "whole"}
-    Cache(tmp_path / "nowhere").remove_leftovers()
+        make_cache(tmp_path).remove_leftovers()
+    assert names(make_cache(tmp_path)) == {"used.part", "new.part", "whole"}
+    make_cache(tmp_path / "nowhere").remove_leftovers()
 
 
 def test_those_who_wait_fail_as_the_one_who_tried(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = make_cache(tmp_path)
     trying, waits, tries = threading.Event(), threading.Event(), []
     real = fcntl.flock
 
@@ -155,7 +162,7 @@ def _fill_half(folder: Path, pipe: Any) -> None:
         pipe.send("half")
         pipe.recv()
 
-    Cache(folder).open("a", 8, fill)
+    make_cache(folder).open("a", 8, fill)
 
 
 def test_a_killed_process_leaves_nothing_that_could_be_taken_for_the_file(tmp_path: Path) -> None:
@@ -166,15 +173,15 @@ def test_a_killed_process_leaves_nothing_that_could_be_taken_for_the_file(tmp_pa
     assert ours.recv() == "half"
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    assert names(Cache(tmp_path)) == {"a.part"}
+    assert names(make_cache(tmp_path)) == {"a.part"}
 
     def go_on(part: IO[bytes]) -> None:
         assert part.read() == b"half"
         part.write(b"more")
 
-    with Cache(tmp_path).open("a", 8, go_on) as file:
+    with make_cache(tmp_path).open("a", 8, go_on) as file:
         assert file.read() == b"halfmore"
-    assert names(Cache(tmp_path)) == {"a"}
+    assert names(make_cache(tmp_path)) == {"a"}
 
 
 def _ask(folder: Path, barrier: Any, count: Any) -> None:
@@ -185,7 +192,7 @@ def _ask(folder: Path, barrier: Any, count: Any) -> None:
 
     barrier.wait()
     for name in range(20):
-        Cache(folder, limit_bytes=100_000).open(str(name), 1000, fill).close()
+        make_cache(folder, limit_bytes=100_000).open(str(name), 1000, fill).close()
 
 
 def test_processes_never_fill_the_same_file_twice(tmp_path: Path) -> None:
@@ -198,7 +205,7 @@ def test_processes_never_fill_the_same_file_twice(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert count.value == 20
-    assert len(names(Cache(tmp_path))) == 20
+    assert len(names(make_cache(tmp_path))) == 20
 
 
 def _fetch_slowly(folder: Path, name: str, limit: int, known: bool, most: Any) -> None:
@@ -215,7 +222,7 @@ def _fetch_slowly(folder: Path, name: str, limit: int, known: bool, most: Any) -
             with most.get_lock():
                 most.value = max(most.value, there)
 
-    Cache(folder, limit_bytes=limit).open(name, 1000 if known else 0, fill).close()
+    make_cache(folder, limit_bytes=limit).open(name, 1000 if known else 0, fill).close()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -237,7 +244,7 @@ def test_fetches_of_many_processes_stay_within_the_limit_together(tmp_path: Path
 
 
 def test_a_fetch_waits_for_the_room_of_another_and_not_for_one_that_died(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, limit_bytes=1500)
+    cache = make_cache(tmp_path, limit_bytes=1500)
     begun, go_on, order = threading.Event(), threading.Event(), []
 
     def slow(part: IO[bytes]) -> None:
@@ -279,14 +286,14 @@ def test_a_part_that_becomes_whole_while_it_is_counted_is_counted(tmp_path: Path
         return real(path)
 
     monkeypatch.setattr(room, "_is_locked", meanwhile)
-    Cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x" * 1000)).close()
-    assert names(Cache(tmp_path)) == {"b"}
+    make_cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x" * 1000)).close()
+    assert names(make_cache(tmp_path)) == {"b"}
 
 
 def test_a_link_to_nothing_ends_the_counting(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds what cannot be found"):
-        Cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x"))
+        make_cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x"))
 
 
 def test_a_disk_that_fills_up_under_a_fetch_of_unknown_size_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,4 +305,35 @@ def test_a_disk_that_fills_up_under_a_fetch_of_unknown_size_is_said(tmp_path: Pa
             part.write(b"x" * 400)
 
     with pytest.raises(DataError, match="GB free, the next shard needs"):
-        Cache(tmp_path).open("a", 0, fill)
+        make_cache(tmp_path).open("a", 0, fill)
+
+
+def test_a_folder_with_anything_else_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar").write_bytes(b"precious")
+    for cache in (Cache(tmp_path), make_cache(tmp_path, limit_bytes=1)):
+        with pytest.raises(
+            DataError, match=f"files in {tmp_path}, which holds 'train-000000.tar': not a file of the cache, which deletes"
+        ):
+            cache.open("0" * 64 + ".tar" if cache._own is room.OWN else "a", 1, never)
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+def test_what_others_put_into_the_cache_later_stays(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", limit_bytes=1500)
+    cache.open("a", 1000, writes(b"a" * 1000)).close()
+    others = ["train-000000.tar", "manifest.json", "half.tar.part", "x-1.failed", ".x-1.room"]
+    for name in others:
+        (cache.folder / name).write_bytes(b"x" * 9000)
+        os.utime(cache.folder / name, (0, 0))
+    cache.remove_leftovers()
+    cache.open("b", 1000, writes(b"b" * 1000)).close()  # a goes; the others count for nothing
+    assert {path.name for path in cache.folder.iterdir()} == {"b", MARKER, ".room.lock", *others}
+
+
+def test_a_cache_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
+    name = f"plain-{'0' * 64}.json"
+    (tmp_path / name).write_bytes(b"{}")
+    (tmp_path / ".room.lock").write_bytes(b"")
+    with Cache(tmp_path).open(name, 2, never) as file:
+        assert file.read() == b"{}"
+    assert (tmp_path / MARKER).is_file()

@@ -57,7 +57,7 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["head", "somewhere"], "head takes no somewhere"),
         (["worker", "127.0.0.1", "--token-file", "nowhere"], "is missing: it is the cluster's secret"),
         (["submit", "configs/quickstart.yaml", "--port", "1", "--token-file", "pyproject.toml"], "can be read by others (mode"),
-        (["head", "--temp-dir", "/tmp/" + "x" * 60], "need a path of at most 45"),
+        (["head", "--temp-dir", "/tmp/" + "x" * 60], "need a path of at most 43"),
         (["head", "--address", "192.0.2.7"], "192.0.2.7"),
     ],
 )
@@ -68,7 +68,7 @@ def test_what_is_wrong_is_said_with_the_way_out(arguments: list[str], words: str
 
 
 def test_dry_run_prints_what_would_run_and_makes_nothing(tmp_path: Path) -> None:
-    where = ["--token-file", str(tmp_path / "token"), "--temp-dir", str(tmp_path)[:44], "--port", "7000", "--dry-run"]
+    where = ["--token-file", str(tmp_path / "token"), "--temp-dir", str(tmp_path)[:43], "--port", "7000", "--dry-run"]
     head = run_script("head", "--address", "127.0.0.1", *where).stdout
     for words in ("--head --port=7000", "--dashboard-host=127.0.0.1", "RAY_AUTH_MODE=token", "--node-ip-address=127.0.0.1"):
         assert words in head

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,98 @@ def test_a_host_that_rays_30_s_were_too_short_for_is_started_again(tmp_path: Pat
             assert call("stop").returncode == 0
         left = [pid for pid in (tmp_path / "starts").read_text().split() if Path(f"/proc/{pid}").exists()]
         assert left == []
+
+
+def ray_cluster(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """launch/ray-cluster.sh with this Python, and a home folder of its own."""
+    (home / "env" / "bin").mkdir(parents=True, exist_ok=True)
+    if not (python := home / "env" / "bin" / "python").exists():
+        python.symlink_to(sys.executable)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN_PATH"}
+    environment |= {"CLAE_ENV": str(home / "env"), "HOME": str(home)}
+    line = ["launch/ray-cluster.sh", *words]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A host's part of a cluster, as `head` leaves it, and a token."""
+    with tempfile.TemporaryDirectory(prefix="clae-r-", dir="/tmp") as folder:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+        (tmp_path / ".ray" / "auth_token").chmod(0o600)
+        (Path(folder) / "address").write_text("192.0.2.1:6379\n")
+        yield Path(folder)
+
+
+def others_mode(state: Path) -> Path:
+    state.chmod(0o777)
+    return state
+
+
+def link(state: Path) -> Path:
+    (state / "real").mkdir(mode=0o700)
+    (state / "real" / "address").write_text("192.0.2.1:6379\n")
+    (state / "link").symlink_to(state / "real")
+    return state / "link"
+
+
+def another_users(state: Path) -> Path:
+    if os.geteuid():
+        pytest.skip("only root can give a folder away")
+    os.chown(state, 65534, 65534)
+    return state
+
+
+@pytest.mark.parametrize("put", [others_mode, link, another_users])
+def test_nobody_else_can_put_an_address_or_a_process_there(tmp_path: Path, state: Path, put: Callable[[Path], Path]) -> None:
+    """The token would go to that address, and the process would be killed."""
+    folder = put(state)
+    victim = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        began = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        (folder / "pid").write_text(f"{victim.pid} {began}\n")
+        for words in (["status"], ["submit", "configs/quickstart.yaml"], ["stop"], ["head", "--address", "127.0.0.1"]):
+            done = ray_cluster(tmp_path, *words, "--temp-dir", str(folder))
+            assert done.returncode == 2
+            assert "is not a folder of yours" in done.stderr or "can be used by others (mode 777)" in done.stderr
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+@pytest.mark.parametrize("noted", ["{pid} 1", "{pid}", "-1 1", "x"])
+def test_a_process_that_has_the_number_of_one_that_ended_is_left_alone(tmp_path: Path, state: Path, noted: str) -> None:
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        (state / "pid").write_text(noted.format(pid=other.pid) + "\n")
+        done = ray_cluster(tmp_path, "stop", "--temp-dir", str(state))
+        assert (done.returncode, other.poll()) == (0, None), done.stderr
+        assert not (state / "pid").exists()
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_token_that_ray_left_readable_is_made_private_and_others_are_refused(tmp_path: Path, state: Path) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    token.chmod(0o644)
+    (state / "address").unlink()
+    done = ray_cluster(tmp_path, "status", "--temp-dir", str(state))
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert "could be read by others (mode 644); it is yours alone now" in done.stderr
+    token.chmod(0o664)
+    assert "can be read by others (mode 664)" in ray_cluster(tmp_path, "status", "--temp-dir", str(state)).stderr
+
+
+def test_the_head_says_which_ports_it_opens(tmp_path: Path) -> None:
+    said = ray_cluster(tmp_path, "head", "--address", "127.0.0.1", "--dry-run").stdout
+    assert "--ray-client-server-port=10001" in said
+    assert (
+        "ports: cluster 6379, node 6380, objects 6381, Ray's client 10001, Ray's workers 10002-19999; all need the token"
+        in said
+    )
 
 
 def test_the_claim_of_a_dead_controller_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`python -m tests.null_gpu.program train CONFIG …`: the program, on the null GPU that tests.null_gpu.build made.
 
-Kernels do nothing there, so what the program reads back from the device means nothing. Only where that would end the run something
+Kernels do nothing there, so what the program reads back from the device means nothing. Only where that would end the run,
+something
 is replaced here: numbers are finite, what ranks tell each other goes over the CPU. All else is the program itself, and spawned
 ranks import this module as well.
 
