@@ -79,7 +79,7 @@ def test_texts_in_a_recipe_stay_as_they_were_written(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ConfigError, match="is not a text in UTF-8"):
+    with pytest.raises(ConfigError, match="cannot be read .byte 0 is not UTF-8.; name a recipe"):
         resolve(tmp_path / "recipe.yaml")
 
 

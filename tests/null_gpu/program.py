@@ -1,9 +1,8 @@
 """`python -m tests.null_gpu.program train CONFIG …`: the program, on the null GPU that tests.null_gpu.build made.
 
-Kernels do nothing there, so what the program reads back from the device means nothing. Only where that would end the run,
-something
-is replaced here: numbers are finite, what ranks tell each other goes over the CPU. All else is the program itself, and spawned
-ranks import this module as well.
+Kernels do nothing there, so values read back from the device mean nothing. Only where that would end the run is something
+replaced here: numbers are finite, and flags and objects that ranks exchange go over the CPU. All else is the program itself,
+and spawned ranks import this module as well.
 
 With NULL_GPU_REPORT=FOLDER every process leaves FOLDER/PID.json: its rank, the devices that it has used, and what it counted.
 """
