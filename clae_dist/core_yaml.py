@@ -24,7 +24,7 @@ _RESOLVERS = (
 )
 
 
-class _CoreLoader(yaml.SafeLoader):
+class _CoreSafeLoader(yaml.SafeLoader):
     """The resolvers and constructors of the core schema alone: no merge keys, dates, sets or binaries."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -34,26 +34,26 @@ class _CoreLoader(yaml.SafeLoader):
         """Merge keys (`<<`) belong to YAML 1.1."""
 
 
-def _int(loader: _CoreLoader, node: yaml.ScalarNode) -> int:
+def _int(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     return int(text[2:] if base != 10 else text, base)
 
 
-def _float(loader: _CoreLoader, node: yaml.ScalarNode) -> float:
+def _float(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> float:
     text = node.value.lower()
     return float(text.replace(".", "", 1) if text.lstrip("+-") in (".inf", ".nan") else text)
 
 
-def _text(loader: _CoreLoader, node: yaml.ScalarNode) -> str:
+def _text(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> str:
     return str(node.value)
 
 
-def _list(loader: _CoreLoader, node: yaml.SequenceNode) -> list[Any]:
+def _list(loader: _CoreSafeLoader, node: yaml.SequenceNode) -> list[Any]:
     return loader.construct_sequence(node, deep=True)
 
 
-def _mapping(loader: _CoreLoader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping(loader: _CoreSafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     """Keys are texts as they were written."""
     values: dict[str, Any] = {}
     for key, value in node.value:
@@ -65,13 +65,13 @@ def _mapping(loader: _CoreLoader, node: yaml.MappingNode) -> dict[str, Any]:
     return values
 
 
-def _unknown(loader: _CoreLoader, node: yaml.Node) -> None:
+def _unknown(loader: _CoreSafeLoader, node: yaml.Node) -> None:
     tag = node.tag.replace(_TAG, "!!")
     raise yaml.constructor.ConstructorError(None, None, f"the tag {tag} is none of plain data; leave it out", node.start_mark)
 
 
 for _name, _pattern, _first in _RESOLVERS:
-    _CoreLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
+    _CoreSafeLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
 for _name, _constructor in {
     "null": lambda loader, node: None,
     "bool": lambda loader, node: node.value.lower() == "true",
@@ -81,18 +81,18 @@ for _name, _constructor in {
     "seq": _list,
     "map": _mapping,
 }.items():
-    _CoreLoader.add_constructor(_TAG + _name, _constructor)
-_CoreLoader.add_constructor(None, _unknown)
+    _CoreSafeLoader.add_constructor(_TAG + _name, _constructor)
+_CoreSafeLoader.add_constructor(None, _unknown)
 
 
 def compose(text: str) -> yaml.Node | None:
     """The tree of nodes of one document, None for an empty one. Raises yaml.YAMLError."""
-    return yaml.compose(text, Loader=_CoreLoader)
+    return yaml.compose(text, Loader=_CoreSafeLoader)
 
 
 def construct(node: yaml.Node) -> Any:
     """The value of a node: None, bool, int, float, str, list or dict of these. Raises yaml.YAMLError and ValueError."""
-    return _CoreLoader("").construct_object(node, deep=True)
+    return _CoreSafeLoader("").construct_object(node, deep=True)
 
 
 def written(node: yaml.Node) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from clae_dist.data.manifest import DataError
 
 PART, FAILED, ROOM = ".part", ".failed", ".room"
-OWN = re.compile(r"(plain-)?[0-9a-f]{64}\.(tar|npy|json)")  # names of the cache's files: nobody else's are like that
+OWN = re.compile(r"(plain-)?[0-9a-f]{64}(\.labels)?\.(tar|npy|json)")  # names of the cache's files: nobody else's are like that
 _FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
 _LOCK = ".room.lock"
 _SCANS = 1000

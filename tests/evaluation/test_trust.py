@@ -254,9 +254,9 @@ def test_a_recipe_extends_regular_files_of_a_sane_size_only(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "huge.yaml").write_text("#" * (1 << 21))
     for name, reason in (
-        ("pipe.yaml", "not a regular file"),
-        ("/dev/zero", "not a regular file"),
-        ("huge.yaml", "larger than"),
+        ("pipe.yaml", "it is not a plain file"),
+        ("/dev/zero", "it is not a plain file"),
+        ("huge.yaml", "it has more than 1,048,576 bytes"),
     ):
         (tmp_path / "recipe.yaml").write_text(f"extends: {name}\n")
         with pytest.raises(ConfigError, match=f"cannot be read \\({reason}"):
