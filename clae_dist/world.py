@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from clae_dist.devices import Request, agree_in_group, agree_in_store, local_device, look, meet
+from clae_dist.exit_codes import starts_again
+
 
 class RankError(RuntimeError):
     """Something that one or more ranks found and that all ranks raise together; the message names the ranks."""
@@ -31,11 +34,13 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None = None
 
+    def __post_init__(self) -> None:
+        assert self.device.type != "cuda" or self.device.index is not None, "torch.cuda.set_device needs a device with an index"
+
     @staticmethod
     def single(device: str | torch.device | None = None) -> World:
-        """A world of this process alone."""
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return World(0, 1, 0, 1, torch.device(chosen))
+        """A world of this process alone, on `device` or on local_device()."""
+        return World(0, 1, 0, 1, local_device() if device is None else torch.device(device))
 
     @property
     def is_main(self) -> bool:
@@ -135,30 +140,40 @@ def state_home() -> Path:
 
 
 @contextmanager
-def connect(timeout_s: float = 600.0) -> Iterator[World]:
+def connect(timeout_s: float = 600.0, device: Request = "auto") -> Iterator[World]:
     """The World that a launcher describes in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 
     Joins the process group that the launcher already started (Ray), or starts one and ends it (torchrun, local).
-    Without WORLD_SIZE it is a world of this process alone. NCCL carries GPU tensors, gloo the CPU's.
+    Without WORLD_SIZE it is a world of this process alone. NCCL carries GPU tensors, gloo the CPU's. `device` is launch.device.
+    Raises ConfigError on all ranks alike where they cannot have a GPU each (devices.py).
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not dist.is_initialized():
-        yield World.single()
+        yield World.single(local_device(device))
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    gpus = torch.cuda.device_count()
     started_here = not dist.is_initialized()
-    # A launcher's group that carries only the CPU's tensors, or more ranks than GPUs (NCCL wants one each): the CPU.
-    use_gpu = gpus >= local_size if started_here else gpus > 0 and "nccl" in dist.get_backend_config()
-    device = torch.device("cuda", local_rank % gpus) if use_gpu else torch.device("cpu")
-    if use_gpu:
-        torch.cuda.set_device(device)
     if started_here:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        store = meet(timeout_s)
+        chosen = agree_in_store(store, look(device, local_rank, local_size), rank, size)
+    else:  # a launcher's group that carries only the CPU's tensors is a request for the CPU
+        request: Request = device if "nccl" in dist.get_backend_config() else "cpu"
+        chosen = agree_in_group(look(request, local_rank, local_size), rank, size)
+    use_gpu = chosen.type == "cuda"
+    if use_gpu:
+        torch.cuda.set_device(chosen)
+    if started_here:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
     broken = True
     try:
-        yield World(rank, size, local_rank, local_size, device, dist.group.WORLD)
+        yield World(rank, size, local_rank, local_size, chosen, dist.group.WORLD)
         broken = False
     finally:
         # A rank that broke alone leaves NCCL's group as it is: to end it would wait for the others, who wait for this rank.
@@ -166,15 +181,12 @@ def connect(timeout_s: float = 600.0) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-_FOR_GOOD = (2, 3, 75)  # exit codes that another start would not change: settings, data, stopped on request
-
-
 def told(code: int) -> int:
-    """What a rank exits with. Where launch/torchrun.sh asks for it (CLAE_ENDING), a code for good goes into that file and the
-    rank ends with 0: torchrun starts ranks again whatever their code. Success takes the place of what an earlier start left
-    there: torchrun stops all ranks for a host that comes, and they say 75."""
+    """What a rank exits with. Where launch/torchrun.sh asks for it (CLAE_ENDING), a code that is no reason to start again
+    (exit_codes.py) goes into that file and the rank ends with 0: torchrun starts ranks again whatever their code. Success takes
+    the place of what an earlier start left there: torchrun stops all ranks for a host that comes, and they say 75."""
     path = os.environ.get("CLAE_ENDING", "")
-    if not path or code not in (0, *_FOR_GOOD):
+    if not path or starts_again(code):
         return code
     try:
         Path(path).write_text(f"{code}\n")

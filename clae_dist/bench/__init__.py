@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from clae_dist.bench import checkpoint, contrast, gather, step
 from clae_dist.bench.measure import Say
+from clae_dist.devices import local_device
 
 
 def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **of_data: Any) -> int:
@@ -16,7 +15,7 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **
 
     `of_data`: `shards`, and fields of chunk.Settings (`rate`, `split`), for the bench "data".
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     if name == "contrast":
         outcome = contrast.bench(contrast.QUICK if quick else contrast.Shapes(), device, progress)
     elif name == "step":

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from clae_dist import collectives
 from clae_dist.bench import peers
 from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, time_in_turns, with_ratios
@@ -23,6 +24,7 @@ from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
 from clae_dist.bench.wire import CountTraffic, Network, fit
 from clae_dist.contrast.gather import Contrast
+from clae_dist.devices import Request, local_device
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import OK, UNEXPECTED, Ending
 from clae_dist.world import World, connect
@@ -56,22 +58,22 @@ def bench(settings: Settings, say: Say) -> Outcome | None:
             found = measure(world, settings, say if world.is_main else _silent)
             return Outcome(found, world.device, notes) if world.is_main else None
     rows: list[Row] = []
+    device: Request = "auto" if torch.cuda.device_count() >= max(settings.world_sizes) else "cpu"
     for size in settings.world_sizes:
         say(f"gather: {size} ranks on this machine")
-        ending = spawn(size, _on_a_rank, settings)
+        ending = spawn(size, _on_a_rank, settings, device)
         if ending.code:
             raise RanksError(ending.message)
         rows += [Row(**row) for row in json.loads(ending.message)]
-    gpus = torch.cuda.device_count()
-    return Outcome(rows, torch.device("cuda" if gpus >= max(settings.world_sizes) else "cpu"), notes)
+    return Outcome(rows, local_device(device), notes)
 
 
 def _silent(text: str) -> None:
     """Of ranks other than 0."""
 
 
-def _on_a_rank(settings: Settings) -> Ending:
-    with connect() as world:
+def _on_a_rank(settings: Settings, device: Request) -> Ending:
+    with connect(device=device) as world:
         torch.set_num_threads(1)
         try:
             rows = measure(world, settings, _silent)
@@ -183,13 +185,13 @@ def measure_network(world: World, settings: Settings) -> tuple[dict[str, Network
 def _all_gather(world: World, num_bytes: int) -> Callable[[], Any]:
     everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
     mine = everyone.chunk(world.size)[world.rank].clone()
-    return lambda: dist.all_gather_into_tensor(everyone, mine, group=world.group)
+    return lambda: collectives.all_gather(everyone, mine, world.group)
 
 
 def _reduce_scatter(world: World, num_bytes: int) -> Callable[[], Any]:
     everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
     mine = everyone.chunk(world.size)[world.rank].clone()
-    return lambda: dist.reduce_scatter_tensor(mine, everyone, group=world.group)
+    return lambda: collectives.reduce_scatter(mine, everyone, world.group)
 
 
 def _all_reduce(world: World, num_bytes: int) -> Callable[[], Any]:

@@ -72,6 +72,7 @@ class Launch:
 
     launcher: Literal["ray", "torchrun", "local"] = no_effect("local")
     workers: int = no_effect(0)  # ranks; 0: one a GPU, or one without GPUs
+    device: Literal["auto", "cpu", "cuda"] = no_effect("auto")  # auto: a GPU for every rank, the CPU where no rank sees a GPU
     min_workers: int = no_effect(0)  # Ray: goes on with as few when hosts are lost, up to launch.workers again; 0: not elastic
     look_every_s: float = no_effect(30.0)  # Ray: seconds between looks for hosts that came back or will be taken away
     max_failures: int = no_effect(3)  # Ray and local: how often a run is started again after a lost or hung rank

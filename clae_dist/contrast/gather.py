@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clae_dist import collectives
 from clae_dist.config import ConfigError
 from clae_dist.contrast.log_sum_exp import LOG_SUM_EXP, all_rows
 from clae_dist.contrast.objectives import OBJECTIVES, Rows
@@ -42,7 +43,7 @@ class _GatherRows(torch.autograd.Function):
         (grad_ND,) = grads
         # Row k of rank r was used by every rank's anchors: its gradient is the sum of what all of them say.
         grad_BD = grad_ND.new_empty((grad_ND.shape[0] // dist.get_world_size(ctx.group), *grad_ND.shape[1:]))
-        dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous(), group=ctx.group)
+        collectives.reduce_scatter(grad_BD, grad_ND.contiguous(), ctx.group)
         return grad_BD, None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clae_dist import collectives
 from clae_dist.contrast.chunked import chunk_size, log_sum_exp, log_sum_exp_and_mean, pull
 from clae_dist.contrast.objectives import Rows, at_least_float32
 
@@ -39,7 +40,7 @@ LOG_SUM_EXP: dict[str, Callable[..., torch.Tensor]] = {"nt_xent": nt_xent, "inst
 def all_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(B, …) on each rank to (N, …) on all, in the order of ranks, without gradient. A collective."""
     all_ND = rows_BD.new_empty((dist.get_world_size(group) * rows_BD.shape[0], *rows_BD.shape[1:]))
-    dist.all_gather_into_tensor(all_ND, rows_BD.contiguous(), group=group)
+    collectives.all_gather(all_ND, rows_BD.contiguous(), group)
     return all_ND
 
 

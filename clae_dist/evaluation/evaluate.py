@@ -16,6 +16,7 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import num_workers
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
+from clae_dist.devices import local_device
 from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.interval import interval_text, wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, nearest, usable_k
@@ -69,7 +70,7 @@ def evaluate_run(run_dir: Path, say: Say = print, shards: str = "", permission: 
     if not config.data.shards:
         raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
     manifest = open_shards(config.data, say=say)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     say(f"evaluating {run_dir} after {info['images_seen']:,} images, on {device.type}; {manifest.name} {manifest.digest[:12]}")
     result: dict[str, Any] = {
         "knn_before": None,

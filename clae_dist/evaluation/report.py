@@ -19,6 +19,7 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
+from clae_dist.devices import local_device
 from clae_dist.evaluation import page
 from clae_dist.evaluation.accuracies import accuracy_table
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
@@ -173,7 +174,7 @@ def _attack_page(record: Record, manifest: Manifest | None, album: _Album, say: 
         return [title, page.note(f"There is no trained model to attack: {error}")]
     images = EvaluationSet(manifest, config.data.train_split, config.data.image_size, ATTACK_BATCH, config.seed)
     batch, *_ = images.images(images.ids)
-    attacked = attack_images(config, model.to("cuda" if torch.cuda.is_available() else "cpu"), batch)
+    attacked = attack_images(config, model.to(local_device()), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
     png = album.keep(ADVERSARIAL, draw_triples(attacked))
     return [title, page.picture(png, *_attack_caption(attacked, info), css="pixels")]

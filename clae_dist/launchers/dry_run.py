@@ -22,7 +22,7 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
 
     Without data.shards it makes a few images of noise. Raises ConfigError and DataError.
     """
-    workers = config.launch.workers or default_workers()
+    workers = config.launch.workers or default_workers(config.launch.device)
     config.rows_per_rank(workers)
     with tempfile.TemporaryDirectory(prefix="clae-dry-run-") as folder:
         size = _ROWS * workers

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.config import Config
+from clae_dist.devices import Request
+from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
 from clae_dist.lifetime import end_with_parent
 from clae_dist.training.guard import STOP_SIGNALS
@@ -35,31 +37,29 @@ class _Rank:
     ending: Connection  # what run_rank returned comes through it
 
 
-def default_workers() -> int:
-    """One rank a GPU; one without GPUs."""
-    return max(1, torch.cuda.device_count())
+def default_workers(device: Request) -> int:
+    """One rank a GPU; one without GPUs, and where launch.device asks for the CPU."""
+    return 1 if device == "cpu" else max(1, torch.cuda.device_count())
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[..., Ending] | None = None) -> Ending:
     """Trains with `launch.workers` ranks here (each does `work`, train as a rule).
 
-    A rank that is killed or hangs costs the steps since the newest checkpoint: all are started again, `launch.max_failures`
-    times. One rank alone runs in this very process, where only the user can start it again.
+    A rank that breaks alone (exit_codes.py), is killed or hangs costs the steps since the newest checkpoint: all are started
+    again, `launch.max_failures` times. A single rank runs in this very process, where only the user can start it again.
     """
-    workers = config.launch.workers or default_workers()
+    workers = config.launch.workers or default_workers(config.launch.device)
     config.rows_per_rank(workers)
     if workers == 1:
-        try:
-            return (work or _train)(config, origins, debug)
-        except RankBroke as error:
-            return Ending(error.code, str(error))
+        return _ending(work or _train, config, origins, debug)
     for failure in range(1, config.launch.max_failures + 2):
         ending = spawn(
             workers, work or _train, config, origins, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s
         )
         if not ending.again or failure > config.launch.max_failures:
             break
-        line = f"{ending.message.removesuffix(_ADVICE)}Starting again (failure {failure} of {config.launch.max_failures})."
+        reason = ending.message.removesuffix(_ADVICE).strip().removesuffix(".")
+        line = f"{reason}. Starting again (failure {failure} of {config.launch.max_failures})."
         print(line, file=Console(config, sys.stderr), flush=True)
     return ending
 
@@ -156,13 +156,15 @@ def _sum_up(killed: list[Ending], endings: list[Ending], asked: str, advice: str
 
 def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str) -> Ending:
     if code == HUNG:
-        return Ending(HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=True)
+        return Ending(
+            HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=starts_again(HUNG)
+        )
     if code == STOPPED or (asked and -code in STOP_SIGNALS):  # it had not come so far as to listen
         return Ending(
             STOPPED, f"rank {number} of {num_ranks} was asked to stop and left with nothing new saved. {advice}".rstrip()
         )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=True)
+    return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=starts_again(code))
 
 
 def _rank_main(
@@ -179,11 +181,15 @@ def _rank_main(
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    try:
-        ending.send(work(*arguments))
-    except RankBroke as error:
-        ending.send(Ending(error.code, str(error)))
+    ending.send(_ending(work, *arguments))
     leave(OK)
+
+
+def _ending(work: Callable[..., Ending], *arguments: Any) -> Ending:
+    try:
+        return work(*arguments)
+    except RankBroke as error:
+        return error.ending()
 
 
 def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -10,17 +11,20 @@ from typing import TextIO
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact_text
+from clae_dist.exit_codes import BAD_CONFIG as BAD_CONFIG
+from clae_dist.exit_codes import BAD_DATA as BAD_DATA
+from clae_dist.exit_codes import FAILED as FAILED
+from clae_dist.exit_codes import HUNG as HUNG
+from clae_dist.exit_codes import OK as OK
+from clae_dist.exit_codes import STOPPED as STOPPED
+from clae_dist.exit_codes import STORAGE as STORAGE
+from clae_dist.exit_codes import UNEXPECTED as UNEXPECTED
+from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.output import Output
 from clae_dist.runs.checkpoint import CheckpointError
-from clae_dist.storage import EXIT_CODE as STORAGE
 from clae_dist.storage import storage_error
-from clae_dist.training.guard import HUNG as HUNG
-from clae_dist.training.guard import STOPPED as STOPPED
 from clae_dist.training.run import train
-from clae_dist.world import RankError, connect
-
-# Exit codes of `clae`, beside those of a rank that leaves by itself.
-OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED = range(5)  # and STORAGE
+from clae_dist.world import RankError, World, connect
 
 USER_ERRORS: dict[type[Exception], int] = {
     ConfigError: BAD_CONFIG,
@@ -43,7 +47,7 @@ class Ending:
 
     code: int
     message: str  # one readable line; "" when all is well
-    again: bool = False  # whether another start may go better: a rank was killed, or hung
+    again: bool = False  # whether another start may go better (exit_codes.py)
 
 
 class Console:
@@ -73,7 +77,12 @@ class Console:
 
 
 class RankBroke(RuntimeError):
-    """An error that this rank alone has seen; the message is a line, the traceback is in the run folder if it has room."""
+    """An error that this rank alone has seen; the message is a line, the traceback is in the run folder if it has room.
+
+    `code` is what `clae` ends with where the ranks are not started again.
+    """
+
+    exit_code = UNEXPECTED  # of the rank, by which a launcher that sees nothing else tells it from an end for good
 
     def __init__(self, message: str, code: int = UNEXPECTED) -> None:
         super().__init__(message)
@@ -82,29 +91,40 @@ class RankBroke(RuntimeError):
     def __reduce__(self) -> tuple[type[RankBroke], tuple[str, int]]:
         return RankBroke, (str(self), self.code)
 
+    def ending(self) -> Ending:
+        """For launchers that hear from their ranks."""
+        return Ending(self.code, str(self), again=starts_again(self.exit_code))
+
 
 def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
-    """Trains as the rank that the environment names. What the user can mend comes back as an Ending.
+    """Trains as the rank that the environment names. What all ranks raise together comes back as an Ending.
 
     Raises RankBroke for anything else, so that a launcher that restarts ranks sees it.
     """
-    with connect(config.guard.timeout_s) as world:
-        stream = Console(config, also)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        with connect(config.guard.timeout_s, config.launch.device) as world:
+            return _train(config, origins, debug, world, Console(config, also))
+    except ConfigError as error:  # of all ranks, before they communicate
+        return Ending(exit_code(error), str(error))
+    except Exception as error:
+        storage = storage_error(error)  # on the rank that writes, in the middle of anything
+        reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
+        what = f"rank {rank} of {size}: {reason if storage else reason[:220]}"
+        code = STORAGE if storage else UNEXPECTED
+        log = config.folder / f"error-rank-{rank}.log"
         try:
-            outcome = train(config, origins, world, stream)  # type: ignore[arg-type]
-        except tuple(USER_ERRORS) as error:
-            if debug and world.is_main:
-                traceback.print_exc(file=sys.stderr)
-            return Ending(exit_code(error), str(error))
-        except Exception as error:
-            storage = storage_error(error)  # on the rank that writes, in the middle of anything
-            reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
-            what = f"rank {world.rank} of {world.size}: {reason if storage else reason[:220]}"
-            code = STORAGE if storage else UNEXPECTED
-            log = config.folder / f"error-rank-{world.rank}.log"
-            try:
-                log.write_text(redact_text(traceback.format_exc()))
-            except OSError:
-                raise RankBroke(what, code) from error
-            raise RankBroke(f"{what} (traceback: {log})", code) from error
-        return Ending(STOPPED if outcome.status == "stopped" else OK, "")
+            log.write_text(redact_text(traceback.format_exc()))
+        except OSError:
+            raise RankBroke(what, code) from error
+        raise RankBroke(f"{what} (traceback: {log})", code) from error
+
+
+def _train(config: Config, origins: dict[str, str], debug: bool, world: World, stream: Console) -> Ending:
+    try:
+        outcome = train(config, origins, world, stream)  # type: ignore[arg-type]
+    except tuple(USER_ERRORS) as error:
+        if debug and world.is_main:
+            traceback.print_exc(file=sys.stderr)
+        return Ending(exit_code(error), str(error))
+    return Ending(STOPPED if outcome.status == "stopped" else OK, "")

@@ -95,7 +95,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
 
 def working_sizes(config: Config) -> list[int]:
     """The numbers of workers that the run may have, smallest first. Raises ConfigError when the largest does not work."""
-    workers = config.launch.workers or default_workers()
+    workers = config.launch.workers or default_workers(config.launch.device)
     config.rows_per_rank(workers)
     return [size for size in range(config.launch.min_workers or workers, workers) if config.works_on(size)] + [workers]
 
@@ -125,9 +125,8 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
     from ray.train.torch import TorchConfig, TorchTrainer
 
     folder = config.folder.resolve()
-    gpus = ray.cluster_resources().get("GPU", 0)
     cluster = bool(os.environ.get("RAY_ADDRESS"))
-    use_gpu = gpus > 0 if cluster else gpus >= sizes[-1]  # a cluster's other GPUs may be away for the moment
+    use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0), sizes[-1], cluster)
     scaling = ScalingConfig(num_workers=(sizes[0], sizes[-1]) if cluster else sizes[-1], use_gpu=use_gpu)
     settings: dict[str, Any] = {
         "train_loop_per_worker": _rank_main,
@@ -155,6 +154,21 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
         ) from None
     policy = WorkingSizes(scaling, sizes, folder / STOP_FILE, config.launch.look_every_s)
     return Trainer(**settings, policy=policy)
+
+
+def _use_gpu(config: Config, gpus: float, workers: int, cluster: bool) -> bool:
+    """Whether each worker is to have one of `gpus`. Raises ConfigError where there are too few for all of them."""
+    device = config.launch.device
+    if device == "cpu" or (device == "auto" and not gpus):
+        return False
+    # A cluster's other GPUs may be away for the moment: Ray waits for them.
+    if gpus < (1 if cluster else workers):
+        where = "the Ray cluster" if cluster else "this machine"
+        raise ConfigError(
+            f"{where} has {gpus:g} GPU{'' if gpus == 1 else 's'} for {workers} ranks (launch.device is {device!r}); use "
+            f"launch.workers={max(1, int(gpus))}, or ask for the CPU with launch.device=cpu."
+        )
+    return True
 
 
 def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, stop: _StopFile) -> Ending:

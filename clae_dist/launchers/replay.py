@@ -22,10 +22,10 @@ def replay_step(folder: Path, shards: str = "", permission: Permission = NOTHING
 
 
 def _rank(folder: Path, shards: str, permission: Permission) -> Ending:
-    with connect() as world:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-        try:
+    try:
+        with connect() as world:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
             found = replay(*read_step(folder, shards, permission), folder, world)
-        except tuple(USER_ERRORS) as error:
-            return Ending(exit_code(error), f"clae: {error}")
-        return Ending(OK if found.reproduced else UNEXPECTED, found.text)
+    except tuple(USER_ERRORS) as error:
+        return Ending(exit_code(error), f"clae: {error}")
+    return Ending(OK if found.reproduced else UNEXPECTED, found.text)

@@ -21,8 +21,8 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         return say_once(run_rank(config, origins, debug, sys.stdout if os.environ["RANK"] == "0" else None))
     except ConfigError as error:
         return say_once(Ending(BAD_CONFIG, str(error)))
-    except RankBroke as error:
-        return Ending(error.code, str(error))
+    except RankBroke as error:  # torchrun sees only the code
+        return Ending(error.exit_code, str(error), again=True)
 
 
 def _check_elastic(config: Config) -> None:

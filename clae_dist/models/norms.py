@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clae_dist import collectives
+
 Route = Literal["clean", "adversarial"]
 ROUTES: tuple[Route, ...] = ("clean", "adversarial")
 
@@ -31,7 +33,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         own_mean = rows.mean(0)
         own = torch.stack([own_mean, (rows - own_mean).square_().mean(0)])  # (2, C); six times as fast as var_mean on a CPU
         everyone = own.new_empty((dist.get_world_size(group), *own.shape))
-        dist.all_gather_into_tensor(everyone.view(-1, *own.shape[1:]), own, group=group)
+        collectives.all_gather(everyone.view(-1, *own.shape[1:]), own, group)
         means, variances = everyone.unbind(1)
         mean = means.mean(0)
         # Within ranks plus between ranks: no difference of two large squares.

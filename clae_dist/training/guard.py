@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from clae_dist.exit_codes import HUNG as HUNG
+from clae_dist.exit_codes import STOPPED as STOPPED
 from clae_dist.runs.folder import STOP_FILE
 
-# Exit codes of a rank. 75 is EX_TEMPFAIL: start the same command again and it goes on.
-HUNG, STOPPED = 6, 75
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 2.0
 

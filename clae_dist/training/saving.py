@@ -8,14 +8,18 @@ its name.
 from __future__ import annotations
 
 import time
+import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from clae_dist.config import Config
+from clae_dist.data.urls import redact_text
 from clae_dist.parallel import Backend
 from clae_dist.runs.checkpoint import CheckpointError, Writer, find_checkpoints
+from clae_dist.storage import StorageError
 from clae_dist.world import World
 
 
@@ -101,13 +105,26 @@ class Saving:
 
     def _give_up(self, pending: _Pending) -> None:
         self._writer.cancel()
-        problems = [text for text in self._world.gather_objects(self._writer.problem) if text]
+        failed = self._writer.failure
+        broke = failed is not None and not isinstance(failed, StorageError)
+        if broke:
+            self._keep_traceback(failed)
+        problems = [pair for pair in self._world.gather_objects((self._writer.problem, broke)) if pair[0]]
         folder = self._config.folder / "checkpoints"
         if self._world.is_main:
             self._writer.discard(pending.step)
         older = self._world.broadcast([path.name for path in find_checkpoints(self._config.folder)])
         rest = f"{older[0]} is untouched" if older else "there is no older one"
+        what = f"the checkpoint of step {pending.step} could not be written"
+        if unexpected := [text for text, broke in problems if broke]:
+            raise RuntimeError(f"{what} ({unexpected[0]}), and not because of storage; {rest}")
         raise CheckpointError(
-            f"the checkpoint of step {pending.step} could not be written to {folder} ({problems[0]}); {rest}. "
-            "Free some space and start the same command again: it goes on from there."
+            f"{what} to {folder} ({problems[0][0].removesuffix('.')}); {rest}. "
+            "Then start the same command again: it resumes from there."
         )
+
+    def _keep_traceback(self, failure: Exception | None) -> None:
+        """In the run folder, where a rank's other errors are kept: the thread that failed is gone."""
+        log = self._config.folder / f"error-rank-{self._world.rank}-checkpoint.log"
+        with suppress(OSError):
+            log.write_text(redact_text("".join(traceback.format_exception(failure))))

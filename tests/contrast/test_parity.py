@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from clae_dist import collectives
 from clae_dist.config import Attack, Batch, Config, ConfigError, Data, Objective, Optim, Train
 from clae_dist.contrast import gather, log_sum_exp
 from clae_dist.contrast.gather import Contrast
@@ -299,18 +300,18 @@ def count_reductions(world: World, config: Config) -> tuple[int, int]:
 
     hook.__annotations__ = {}  # DDP reads them and would want them evaluated
     backend._wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
-    scattered, right = 0, dist.reduce_scatter_tensor
+    scattered, right = 0, collectives.reduce_scatter
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal scattered
         scattered += 1
         return right(*args, **kwargs)
 
-    dist.reduce_scatter_tensor = counted
+    collectives.reduce_scatter = counted
     try:
         pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), ALPHA)
     finally:
-        dist.reduce_scatter_tensor = right
+        collectives.reduce_scatter = right
     return reduced, scattered
 
 

@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordina
 
 from clae_dist.config import Batch, Config, ConfigError, Data, Guard, Launch
 from clae_dist.launchers import ray, start
-from clae_dist.launchers.rank import BAD_CONFIG, FAILED, OK, STOPPED, Ending
+from clae_dist.launchers.rank import BAD_CONFIG, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED, Ending
 from clae_dist.launchers.ray import working_sizes
 from clae_dist.launchers.ray_elastic import WorkingSizes
 from clae_dist.launchers.route import route_to
@@ -79,9 +79,16 @@ def test_the_route_to_this_machine_is_known() -> None:
 def test_torchrun_is_not_made_to_start_again_what_would_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLAE_ENDING", str(tmp_path / "ending"))
     left = tmp_path / "ending"
-    assert told(FAILED) == FAILED
+    for code in (UNEXPECTED, HUNG):
+        assert told(code) == code
     assert not left.exists()
-    for code in (BAD_CONFIG, STOPPED, OK):  # the last start counts: the one before was stopped for a host that came
+    for code in (
+        BAD_CONFIG,
+        FAILED,
+        STORAGE,
+        STOPPED,
+        OK,
+    ):  # the last start counts: the one before was stopped for a host that came
         assert told(code) == OK
         assert left.read_text() == f"{code}\n"
 

@@ -39,6 +39,7 @@ _is_capturing = torch.cuda.is_current_stream_capturing
 _norm_forward = _functions.SyncBatchNorm.forward
 _step = run.pretrain_step
 _in_norm = threading.local()
+_eigh = torch.linalg.eigh
 _steps: list[dict[str, int]] = []  # what each training step counted
 
 
@@ -70,6 +71,12 @@ def _capturing() -> bool:
 def _normalise(*arguments: Any) -> torch.Tensor:
     with _as_if_captured():
         return _norm_forward(*arguments)
+
+
+def _eigenvectors(matrix: torch.Tensor) -> Any:
+    """cuSOLVER is a library of its own, which is not replaced: those of an identity, on the matrix's device."""
+    values, vectors = _eigh(torch.eye(matrix.shape[-1], dtype=matrix.dtype))
+    return torch.return_types.linalg_eigh((values.to(matrix.device), vectors.to(matrix.device)))
 
 
 def _flags_anywhere(here: world.World, *flags: bool | torch.Tensor) -> list[bool]:
@@ -113,6 +120,7 @@ def _report() -> None:
 torch.backends.cudnn.enabled = False  # a library of its own, which is not replaced
 torch.Tensor.isfinite = _finite  # type: ignore[assignment,method-assign]
 torch.cuda.is_current_stream_capturing = _capturing
+torch.linalg.eigh = _eigenvectors
 _functions.SyncBatchNorm.forward = staticmethod(_normalise)  # type: ignore[assignment]
 world.World.flags_anywhere = _flags_anywhere  # type: ignore[method-assign]
 world.World.broadcast = _broadcast  # type: ignore[method-assign]

@@ -24,6 +24,7 @@ from clae_dist.runs.checkpoint.index import DamagedError, File, Index, Run, Tens
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
 from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_checkpoints, folder_name, step_of
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
+from clae_dist.storage import StorageError, writing
 
 _ALIGN = 64  # bytes
 _MOVE = 4 << 20  # bytes that one thread copies at a time
@@ -95,7 +96,8 @@ def _move(moves: deque[_Move]) -> None:
 class Writer:
     """Writes what `rank` of `size` has to write. `attempt` tells this start of a run from others, which may still write.
 
-    `begin`, then, once no rank is `busy`, `commit` on rank 0. `problem` is why the last of them failed.
+    `begin`, then, once no rank is `busy`, `commit` on rank 0. `failure` is why the last of them failed: a StorageError where
+    storage did, with its way out.
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, attempt: str, device: torch.device) -> None:
@@ -104,7 +106,15 @@ class Writer:
         self._memory = HostMemory(pin=device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
-        self.problem = ""
+        self.failure: Exception | None = None
+
+    @property
+    def problem(self) -> str:
+        """The failure as a line that names the rank; "" without one."""
+        if self.failure is None:
+            return ""
+        kind = "" if isinstance(self.failure, StorageError) else f"{type(self.failure).__name__}: "
+        return f"rank {self._rank}: {kind}{self.failure}"
 
     @property
     def busy(self) -> bool:
@@ -137,7 +147,7 @@ class Writer:
 
         def write() -> None:
             if copied is not None:
-                torch.cuda.set_device(self._device)  # a thread begins with the first one
+                torch.cuda.set_device(self._device)  # a thread begins with the first one; the device has an index
                 copied.synchronize()
             self._write(step, mine, copies)
 
@@ -163,12 +173,12 @@ class Writer:
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                work()
+                with writing(self._folder):
+                    work()
             except _CancelledError:
                 pass
-            except Exception as error:  # told to all ranks by whoever asks for `problem`
-                reason = f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-                self.problem = f"rank {self._rank}: {reason}"
+            except Exception as error:  # told to all ranks by whoever asks for `failure` or `problem`
+                self.failure = error
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()

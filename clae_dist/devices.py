@@ -1,0 +1,153 @@
+"""The device of each rank: one GPU for every rank, or the CPU for all of them, decided by all ranks before they communicate.
+
+A rank sees the GPUs of its host (`CUDA_VISIBLE_DEVICES`), or only its own where a launcher gives every rank one. Without the
+exchange, a rank that sees too few would take the CPU while the others wait for it in NCCL.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from clae_dist.config import ConfigError
+
+Request = Literal["auto", "cpu", "cuda"]  # launch.device
+_ANSWER_S = 10.0  # for the others to read what failed, before the rank that holds the store leaves
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A rank's place on its host, what it was asked to compute on, and the GPUs that it sees."""
+
+    host: str
+    local_rank: int
+    local_size: int
+    request: Request
+    gpus: int
+    uuid: str = ""  # of the GPU that it would take; "" where that is unknown
+    problem: str = ""  # why CUDA does not start, in one line
+
+    @property
+    def gpu(self) -> int | None:
+        """The index of the GPU that this rank takes among those that it sees: the only one, or that of its local rank."""
+        if self.gpus >= self.local_size:
+            return self.local_rank
+        return 0 if self.gpus == 1 else None
+
+
+def local_device(request: Request = "auto") -> torch.device:
+    """The device of a process that works alone, always with an index on a GPU. Raises ConfigError for "cuda" without a GPU."""
+    if request == "cpu" or (request == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"launch.device is 'cuda', but torch sees no GPU on {platform.node()}; {_CPU}.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def look(request: Request, local_rank: int, local_size: int) -> Sight:
+    """What this rank sees."""
+    gpus = 0 if request == "cpu" else torch.cuda.device_count()
+    sight = Sight(platform.node(), local_rank, local_size, request, gpus)
+    if sight.gpu is None:
+        return sight
+    try:
+        uuid = str(getattr(torch.cuda.get_device_properties(sight.gpu), "uuid", ""))
+    except (RuntimeError, AssertionError) as error:
+        return Sight(**{**asdict(sight), "problem": (str(error).splitlines() or [type(error).__name__])[0]})
+    return Sight(**{**asdict(sight), "uuid": uuid if uuid.strip("0-") else ""})
+
+
+def choose(sights: Sequence[Sight], rank: int) -> torch.device:
+    """The device of `rank`, given what every rank sees, in the order of ranks. Raises the same ConfigError on all of them."""
+    requests = {sight.request for sight in sights}
+    if len(requests) > 1:
+        each = ", ".join(f"{request} on {_ranks(_where(sights, request=request))}" for request in sorted(requests))
+        raise ConfigError(f"launch.device differs between the ranks: {each}; give all of them the same.")
+    if requests == {"cpu"} or (requests == {"auto"} and not any(sight.gpus for sight in sights)):
+        return torch.device("cpu")
+    problems = list(filter(None, [_without_gpu(sights), _does_not_start(sights), _shared(sights)]))
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}. Start one rank a GPU (launch.workers, --gpus-per-node), or {_CPU}.")
+    return torch.device("cuda", sights[rank].gpu or 0)
+
+
+_CPU = "ask for the CPU with launch.device=cpu (or an empty CUDA_VISIBLE_DEVICES on every host)"
+
+
+def _without_gpu(sights: Sequence[Sight]) -> str:
+    """Hosts with fewer visible GPUs than ranks: "host b has 3 visible GPUs for ranks 4 to 7"."""
+    hosts = dict.fromkeys(sight.host for sight in sights if sight.gpu is None)
+    told = []
+    for host in hosts:
+        ranks = _where(sights, host=host)
+        seen = sorted({sights[rank].gpus for rank in ranks})
+        gpus = " or ".join(map(str, seen))
+        told.append(f"host {host} has {gpus} visible GPU{'' if seen == [1] else 's'} for {_ranks(ranks)}")
+    return "; ".join(told)
+
+
+def _does_not_start(sights: Sequence[Sight]) -> str:
+    broken = [(rank, sight) for rank, sight in enumerate(sights) if sight.problem]
+    return "; ".join(f"CUDA does not start on host {sight.host} (rank {rank}): {sight.problem}" for rank, sight in broken)
+
+
+def _shared(sights: Sequence[Sight]) -> str:
+    """GPUs that several ranks would take: each sees one GPU, and not one of its own."""
+    by_gpu: dict[str, list[int]] = {}
+    for rank, sight in enumerate(sights):
+        if sight.uuid:
+            by_gpu.setdefault(sight.uuid, []).append(rank)
+    shared = [ranks for ranks in by_gpu.values() if len(ranks) > 1]
+    return "; ".join(f"host {sights[ranks[0]].host} has 1 visible GPU for {_ranks(ranks)}" for ranks in shared)
+
+
+def _where(sights: Sequence[Sight], **fields: Any) -> list[int]:
+    return [rank for rank, sight in enumerate(sights) if all(getattr(sight, key) == value for key, value in fields.items())]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """As "rank 3", "ranks 0, 2" or "ranks 4 to 7"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+def meet(timeout_s: float) -> dist.Store:
+    """The store that the launcher's MASTER_ADDR and MASTER_PORT name; every rank of the job comes to it."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
+    store.set_timeout(datetime.timedelta(seconds=timeout_s))
+    return store
+
+
+def agree_in_store(store: dist.Store, sight: Sight, rank: int, size: int) -> torch.device:
+    """The device of this rank, after an exchange through `store`. Collective. Raises ConfigError on all ranks alike."""
+    # A store may outlive a start of the ranks: torchrun counts them.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = dist.PrefixStore(f"clae-devices/{attempt}/{size}", store)
+    shared.set(f"rank-{rank}", json.dumps(asdict(sight)))
+    sights = [Sight(**json.loads(shared.get(f"rank-{other}"))) for other in range(size)]
+    try:
+        return choose(sights, rank)
+    except ConfigError:
+        shared.set(f"read-{rank}", "")
+        with suppress(RuntimeError):  # a rank that has left already; the others know
+            shared.wait([f"read-{other}" for other in range(size)], datetime.timedelta(seconds=_ANSWER_S))
+        raise
+
+
+def agree_in_group(sight: Sight, rank: int, size: int) -> torch.device:
+    """The same through the default process group, which the launcher has started. Collective."""
+    sights: list[Any] = [None] * size
+    dist.all_gather_object(sights, sight)
+    return choose(sights, rank)

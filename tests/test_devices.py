@@ -1,0 +1,141 @@
+"""Which device each rank computes on: a GPU for every rank or a line that all raise, the CPU where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clae_dist.config import ConfigError, Launch
+from clae_dist.devices import Sight, agree_in_store, choose, local_device
+from clae_dist.launchers.local import default_workers
+from clae_dist.launchers.ray import _use_gpu
+from clae_dist.world import World
+from tests.small_run import small_run
+
+
+def sights(*gpus: int, host: str = "a", request: str = "auto", uuids: str = "") -> list[Sight]:
+    """The ranks of one host, the first of which sees gpus[0] GPUs, and so on."""
+    return [
+        Sight(host, rank, len(gpus), request, seen, uuid=uuids[rank : rank + 1])  # type: ignore[arg-type]
+        for rank, seen in enumerate(gpus)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seen", "devices"),
+    [
+        (sights(2, 2), ["cuda:0", "cuda:1"]),
+        (sights(8, 8), ["cuda:0", "cuda:1"]),
+        (sights(1, 1, uuids="AB"), ["cuda:0", "cuda:0"]),  # one visible GPU a rank, another one each
+        ([*sights(1), *sights(1, host="b")], ["cuda:0", "cuda:0"]),
+        ([*sights(2, 2), *sights(1, 1, host="b", uuids="CD")], ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]),
+        (sights(0, 0), ["cpu", "cpu"]),
+        (sights(2, 2, request="cpu"), ["cpu", "cpu"]),
+        (sights(2, 2, request="cuda"), ["cuda:0", "cuda:1"]),
+    ],
+)
+def test_every_rank_has_its_device(seen: list[Sight], devices: list[str]) -> None:
+    assert [str(choose(seen, rank)) for rank in range(len(seen))] == devices
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        (sights(3, 3, 3, 3), ["host a has 3 visible GPUs for ranks 0 to 3"]),
+        (
+            [*sights(2, 2), *sights(0, 0, host="b")],
+            ["host b has 0 visible GPUs for ranks 2, 3"],
+        ),  # a driver that is gone
+        ([*sights(2, 2), *sights(1, 1, host="b", uuids="CC")], ["host b has 1 visible GPU for ranks 2, 3"]),
+        ([*sights(2, 2, uuids="AB"), *sights(2, 2, uuids="AB")], ["for ranks 0, 2", "for ranks 1, 3"]),
+        (sights(0, 0, request="cuda"), ["host a has 0 visible GPUs for ranks 0, 1"]),
+        (
+            [sights(2, 2)[0], replace(sights(2, 2)[1], problem="no driver")],
+            ["does not start on host a (rank 1): no driver"],
+        ),
+        ([sights(2, 2)[0], sights(2, 2, request="cpu")[1]], ["auto on rank 0, cpu on rank 1"]),
+    ],
+)
+def test_too_few_gpus_are_an_error_that_names_host_and_ranks(seen: list[Sight], words: list[str]) -> None:
+    told = set()
+    for rank in range(len(seen)):
+        with pytest.raises(ConfigError) as error:
+            choose(seen, rank)
+        told.add(str(error.value))
+    (line,) = told  # all ranks say the same
+    for word in words:
+        assert word in line
+    assert "launch.device=cpu" in line or "give all of them the same" in line
+
+
+def test_ranks_agree_through_the_store_before_there_is_a_group() -> None:
+    store, seen, answers = dist.HashStore(), [*sights(1), *sights(0, host="b")], {}
+
+    def rank(number: int) -> None:
+        try:
+            agree_in_store(store, seen[number], number, 2)
+        except ConfigError as error:
+            answers[number] = str(error)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers[0] == answers[1]
+    assert "host b has 0 visible GPUs for rank 1" in answers[0]
+
+
+def test_another_start_of_the_ranks_does_not_read_what_the_one_before_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, (old, new) = dist.HashStore(), (sights(0, host="gone")[0], sights(0, host="new")[0])
+    assert agree_in_store(store, old, 0, 1) == torch.device("cpu")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    shared = dist.PrefixStore("clae-devices/1/1", store)
+    assert not shared.check(["rank-0"])
+    agree_in_store(store, new, 0, 1)
+    assert json.loads(shared.get("rank-0")) == asdict(new)
+
+
+def test_a_device_always_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="needs a device with an index"):
+        World.single("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert local_device() == World.single().device == torch.device("cuda:0")
+    assert local_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert default_workers("auto") == 4
+    assert default_workers("cpu") == 1
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device() == torch.device("cpu")
+    with pytest.raises(ConfigError, match="launch.device is 'cuda', but torch sees no GPU"):
+        local_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "cluster", "expected"),
+    [
+        ("auto", 0, False, False),
+        ("auto", 2, False, True),
+        ("auto", 1, False, "this machine has 1 GPU for 2 ranks"),
+        ("auto", 1, True, True),  # the others may be away for the moment
+        ("cpu", 2, False, False),
+        ("cuda", 0, True, "the Ray cluster has 0 GPUs for 2 ranks"),
+    ],
+)
+def test_rays_workers_take_gpus_by_the_same_rule(device: str, gpus: int, cluster: bool, expected: bool | str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    config = small_run("", tmp_path, launch=Launch(device=device))  # type: ignore[arg-type]
+    if isinstance(expected, bool):
+        assert _use_gpu(config, gpus, 2, cluster) is expected
+    else:
+        with pytest.raises(ConfigError) as error:
+            _use_gpu(config, gpus, 2, cluster)
+        assert expected in str(error.value)
