@@ -130,15 +130,19 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
     if record.evaluation is None:
         parts.append(page.note(f"This run has not been evaluated yet: clae evaluate {record.run_dir} does it."))
     elif summary["knn_after"] is None:
-        parts.append(page.note("The set has no labels or no test split, so there are no accuracies."))
+        reason = evaluation.get("no_accuracies") or "the set has no labels or no test split"
+        parts.append(page.note(f"There are no accuracies: {escape(str(reason))}."))
     else:
         rows = [
             ["untrained encoder", *(number(evaluation[f"{kind}_before"], ".2f", " %") for kind in ("knn", "linear"))],
             ["after pretraining", *(number(evaluation[f"{kind}_after"], ".2f", " %") for kind in ("knn", "linear"))],
             ["guessing", *[number(100 / evaluation["num_classes"], ".2f", " %")] * 2],
         ]
-        bank = f"{evaluation['bank_images']:,} train images"
+        without = list((evaluation.get("unlabelled") or {}).values())  # of train, of test
+        bank = f"{evaluation['bank_images'] - sum(without[:1]):,} train images"
         tested = f"all {evaluation['test_images']:,} test images"
+        if any(without):
+            tested = f"{evaluation['test_images'] - sum(without[1:]):,} test images with a label"
         parts.append(page.table(rows, [tested, f"kNN (bank of {bank})", f"linear probe (fitted to {bank})"]))
         parts.append(
             f'<p class="soft">Frozen features of the clean route: weighted kNN with K = {evaluation["knn_k"]}, '
