@@ -22,10 +22,14 @@ def accuracy_table(evaluation: Mapping[str, Any], requested_k: int) -> list[str]
         ["after pretraining", cell("knn_after"), cell("linear_after")],
         ["chance", chance, chance],
     ]
-    bank = f"{evaluation['bank_images']:,} train images"
+    without = list((evaluation.get("unlabelled") or {}).values())  # of train, of test
+    bank = f"{evaluation['bank_images'] - sum(without[:1]):,} train images"
+    tested = f"all {evaluation['test_images']:,} test images"
+    if any(without):
+        tested = f"{evaluation['test_images'] - sum(without[1:]):,} test images with a label"
     k = evaluation["knn_k"]
     lead = (
-        f"On all {evaluation['test_images']:,} test images, below each accuracy its 95 % interval in percent (Wilson; for the "
+        f"On {tested}, below each accuracy its 95 % interval in percent (Wilson; for the "
         f"choice of test images, not of the seed). Frozen features of the clean route: weighted kNN with K = {k}, "
         f"τ = {evaluation['knn_temperature']:g} in a bank of {bank}; logistic regression on the same, its penalty chosen on "
         "a tenth of them held out. The untrained encoder has the run’s own initial weights."

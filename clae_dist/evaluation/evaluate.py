@@ -21,6 +21,7 @@ from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.interval import interval_text, wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, nearest, usable_k
 from clae_dist.evaluation.linear import linear_probe
+from clae_dist.evaluation.scored import scored
 from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.runs.checkpoint import load_model
@@ -58,8 +59,9 @@ def evaluate_run(run_dir: Path, say: Say = print, shards: str = "", permission: 
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
     the same decoded pixels in the same pass, with the same settings. All of the train split, or a choice of
     evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
-    is classified. Accuracies are percent, and null for sets without labels; …_interval_percent is the 95 % interval that the
-    number of test images gives. `shards` is where the set is now, if it has moved.
+    is classified. Accuracies are percent, of the images that have a label, and null for sets without labels or of one class;
+    …_interval_percent is the 95 % interval that the number of test images gives. `shards` is where the set is now, if it has
+    moved.
     Raises ConfigError without a checkpoint, and for settings of the run that `permission` does not cover (runs/trust.py),
     DataError for unusable shards, and StorageError when the result cannot be written.
     """
@@ -126,17 +128,25 @@ def _compare(
         "left_out": left_out,
         "neighbours": _neighbours(bank, test, config.seed),
     }
-    if not (bank.labelled and test.labelled):
-        say("this set has images without a class: no accuracies. Prepare it from class folders to get them.")
+    splits = (config.data.train_split, config.data.test_split)
+    pairs = [scored(*pair, *splits) for pair in ((bank_before, test_before), (bank, test))]
+    result["unlabelled"] = dict(zip(splits, pairs[1].unlabelled, strict=True))
+    for line in pairs[1].notes:
+        say(line)
+    result["no_accuracies"] = pairs[1].problem
+    if pairs[1].problem:
+        say(f"no accuracies: {pairs[1].problem}. Images get labels from class folders: python -m data_prep prepare")
         return result
-    wanted, k = config.evaluation.knn_k, usable_k(config.evaluation.knn_k, len(bank))
-    if k < wanted:
-        say(f"evaluation.knn_k is {wanted}, more than a third of the bank of {len(bank)} images: kNN takes K = {k}.")
+    result["num_classes"] = pairs[1].num_classes
+    bank_images = len(pairs[1].bank)
+    requested, k = config.evaluation.knn_k, usable_k(config.evaluation.knn_k, bank_images)
+    if k < requested:
+        say(f"evaluation.knn_k is {requested}, more than a third of the bank of {bank_images} images: kNN takes K = {k}.")
     result["knn_k"] = k
     result["knn_temperature"] = config.evaluation.knn_temperature
     result["linear_iterations"] = config.evaluation.linear_iterations
-    for when, bank_features, test_features in (("before", bank_before, test_before), ("after", bank, test)):
-        result.update(_accuracies(config, when, bank_features, test_features, device, say))
+    for when, pair in zip(("before", "after"), pairs, strict=True):
+        result.update(_accuracies(config, when, pair.bank, pair.queries, device, say))
     return result
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from clae_dist.data.manifest import DataError
 from clae_dist.evaluation.features import Features
 
+_QUERIES = 1000  # whose votes are in memory at once
+
 
 @dataclass(frozen=True)
 class Neighbours:
@@ -87,8 +89,12 @@ def classify(bank: Features, query_QF: torch.Tensor, k: int, temperature: float)
     # Relative to the nearest neighbour, which cannot overflow and leaves the order of the sums as it is.
     vote_QK = ((near.cosines - near.cosines[:, :1]).double() / temperature).exp()
     labels_N = bank.labels_N.to(query_QF.device)
-    votes_QC = vote_QK.new_zeros((len(vote_QK), int(labels_N.max()) + 1))
-    return votes_QC.scatter_add_(1, labels_N[near.rows], vote_QK).argmax(dim=1)
+    num_classes = int(labels_N.max()) + 1
+    predicted = [torch.zeros(0, dtype=torch.int64, device=query_QF.device)]
+    for vote_qK, row_qK in zip(vote_QK.split(_QUERIES), near.rows.split(_QUERIES), strict=True):  # all (Q, C) can be 10 GB
+        votes_qC = vote_qK.new_zeros((len(vote_qK), num_classes))
+        predicted.append(votes_qC.scatter_add_(1, labels_N[row_qK], vote_qK).argmax(dim=1))
+    return torch.cat(predicted)
 
 
 def knn_accuracy(bank: Features, queries: Features, k: int, temperature: float, device: torch.device | str = "cpu") -> float:

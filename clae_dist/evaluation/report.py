@@ -137,7 +137,8 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
     if record.evaluation is None:
         parts.append(page.note(f"This run has not been evaluated yet: clae evaluate {record.run_dir} does it."))
     elif summary["knn_after"] is None:
-        parts.append(page.note("The set has no labels or no test split, so there are no accuracies."))
+        reason = evaluation.get("no_accuracies") or "the set has no labels or no test split"
+        parts.append(page.note(f"There are no accuracies: {escape(str(reason))}."))
     else:
         parts += accuracy_table(evaluation, record.config.evaluation.knn_k)
         if record.metrics.images_seen is not None and evaluation["images_seen"] != summary["images_seen"]:

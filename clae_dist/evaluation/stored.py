@@ -53,6 +53,8 @@ _OPTIONAL: dict[str, Check] = {
     "wall_s": or_none(is_number),
     "step": is_count,
     "left_out": lambda value: isinstance(value, dict),
+    "unlabelled": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
+    "no_accuracies": is_text,
     **dict.fromkeys(_INTERVALS, or_none(_is_interval)),
 }
 _WITH_ACCURACIES: dict[str, Check] = {

@@ -9,6 +9,7 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
+from clae_dist.evaluation.scored import scored
 from clae_dist.parallel import Backend
 from clae_dist.world import World
 
@@ -16,7 +17,9 @@ from clae_dist.world import World
 def knn_while_training(
     config: Config, world: World, backend: Backend, manifest: Manifest, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split.
+    """kNN accuracy (percent) of a part of the train split on the test split, of the images that have a label.
+
+    {} without labels or a test split, and for a set of one class.
 
     A collective. Raises DataError on every rank when one cannot read its images.
     """
@@ -42,5 +45,11 @@ def knn_while_training(
     with backend.full_model() as model:
         bank = features(config.data.train_split, settings.knn_bank)
         queries = features(config.data.test_split, settings.knn_queries)
-    k = usable_k(settings.knn_k, len(bank))
-    return {"knn_accuracy": knn_accuracy(bank, queries, k, settings.knn_temperature, world.device)}
+    pair = scored(bank, queries, config.data.train_split, config.data.test_split)
+    for line in pair.notes:
+        say(f"kNN: {line}")
+    if pair.problem:
+        say(f"no kNN accuracy: {pair.problem}")
+        return {}
+    k = usable_k(settings.knn_k, len(pair.bank))
+    return {"knn_accuracy": knn_accuracy(pair.bank, pair.queries, k, settings.knn_temperature, world.device)}

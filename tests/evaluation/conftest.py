@@ -74,14 +74,14 @@ def _jpeg(label: int, number: int) -> bytes:
     return stream.getvalue()
 
 
-def _write_split(folder: Path, split: str, count: int, labelled: bool) -> Shard:
+def _write_split(folder: Path, split: str, count: int, label_of: Callable[[int], int]) -> Shard:
     path, rows = folder / f"{split}-000000.tar", []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(count):
             data = _jpeg(number % 3, number + (1000 if split == "test" else 0))
             member = tarfile.TarInfo(f"{number:06d}.png")
             member.size = len(data)
-            rows.append((tar.offset + 512, len(data), number % 3 if labelled else -1))
+            rows.append((tar.offset + 512, len(data), label_of(number)))
             tar.addfile(member, io.BytesIO(data))
     index = folder / f"{split}-000000.index.npy"
     np.save(index, np.array(rows, dtype=np.int64))
@@ -91,18 +91,27 @@ def _write_split(folder: Path, split: str, count: int, labelled: bool) -> Shard:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folders of shards: 150 train and 30 test images of three classes, with or without labels and a test split."""
+    """Folders of shards: 150 train and 30 test images of three colours, with or without labels and a test split.
 
-    def make(labelled: bool = True, test: bool = True) -> Path:
+    `label_of` gives other labels by the image's number, `classes` their names.
+    """
+
+    def make(
+        labelled: bool = True,
+        test: bool = True,
+        label_of: Callable[[int], int] | None = None,
+        classes: tuple[str, ...] = CLASSES,
+    ) -> Path:
         folder = tmp_path_factory.mktemp("shards")
         sizes = {"train": 150, "test": 30} if test else {"train": 150}
-        splits = {split: (_write_split(folder, split, count, labelled),) for split, count in sizes.items()}
+        label_of = label_of or (lambda number: number % 3 if labelled else -1)
+        splits = {split: (_write_split(folder, split, count, label_of),) for split, count in sizes.items()}
         write_manifest(
             folder,
             name="colours",
             source="made up",
             licence="none",
-            classes=CLASSES if labelled else (),
+            classes=classes if labelled else (),
             splits=splits,
             quarantined=0,
             preparation={},

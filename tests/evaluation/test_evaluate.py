@@ -11,7 +11,7 @@ from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, load_manifest
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.features import extract
+from clae_dist.evaluation.features import Features, extract
 from clae_dist.evaluation.knn import knn_accuracy
 from clae_dist.evaluation.linear import linear_probe
 from clae_dist.models import build_model
@@ -81,6 +81,42 @@ def test_without_labels_or_test_split_there_are_no_accuracies(
     assert [found[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after")] == [None] * 4
     assert bool(found["neighbours"]) == test_split
     assert any("no accuracies" in line for line in said)
+
+
+def test_images_without_a_label_are_in_no_accuracy(make_run: MakeRun, shards: Callable[..., Path]) -> None:
+    """One of them and there were no accuracies at all, and `train` ended. The neighbours still show all images."""
+    said: list[str] = []
+    some = shards(label_of=lambda number: -1 if number % 10 == 0 else number % 3)
+    run = make_run(data=some)
+    found = evaluate_run(run, said.append)
+    config = from_yaml(run / "config.yaml")
+    model = load_model(run)[1].to(memory_format=torch.channels_last)  # as evaluation does
+    manifest = load_manifest(config.data.shards)
+    parts = [extract(model, EvaluationSet(manifest, split, 16), "cpu", 500) for split in ("train", "test")]
+    bank, test = (Features(*(column[part.labels_N >= 0] for column in vars(part).values())) for part in parts)
+    assert (len(bank), len(test)) == (135, 27)
+    assert found["knn_after"] == knn_accuracy(bank, test, 20, config.evaluation.knn_temperature)
+    assert found["linear_after"] == linear_probe(bank, test, seed=config.seed).accuracy
+    assert found["unlabelled"] == {"train": 15, "test": 3}
+    assert "images of train without a label, skipped in the accuracies: 15 of 150" in said
+
+
+def test_a_set_of_one_class_has_no_accuracies(make_run: MakeRun, shards: Callable[..., Path]) -> None:
+    """100 % without a word."""
+    said: list[str] = []
+    found = evaluate_run(make_run(data=shards(label_of=lambda number: 1 if number % 2 else -1)), said.append)
+    assert [found[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after")] == [None] * 4
+    assert found["no_accuracies"].startswith("all labelled images of train are of one class")
+    assert any(line.startswith("no accuracies: all labelled images of train are of one class") for line in said)
+
+
+def test_labels_with_gaps_are_the_classes_that_there_are(make_run: MakeRun, shards: Callable[..., Path]) -> None:
+    """A label of 999,999 made a linear probe of a million classes (15 GB); the accuracies are those of 0, 1, 2."""
+    classes = tuple(map(str, range(1000)))
+    gaps = shards(label_of=lambda number: (7, 123, 999)[number % 3], classes=classes)
+    found, plain = (evaluate_run(make_run(data=folder, run_dir=folder / "run"), _quiet) for folder in (gaps, shards()))
+    for key in ("knn_before", "knn_after", "linear_before", "linear_after", "num_classes"):
+        assert found[key] == plain[key], key
 
 
 def test_a_run_without_checkpoint_is_refused(make_run: MakeRun) -> None:

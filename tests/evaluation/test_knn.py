@@ -70,6 +70,16 @@ def test_small_temperatures_do_not_overflow(features_of: Callable[..., Features]
     assert classify(bank, torch.tensor([[1.0, 0.0]]), 2, 0.001).tolist() == [1]
 
 
+def test_votes_are_counted_in_chunks(features_of: Callable[..., Features], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Votes of all queries for all classes at once are 10 GB where both are many."""
+    generator = torch.Generator().manual_seed(0)
+    bank = features_of(torch.randn(40, 4, generator=generator), torch.arange(40) % 7)
+    queries = torch.randn(23, 4, generator=generator)
+    whole = classify(bank, queries, 5, 0.1)
+    monkeypatch.setattr("clae_dist.evaluation.knn._QUERIES", 4)
+    assert torch.equal(classify(bank, queries, 5, 0.1), whole)
+
+
 def test_images_without_labels_are_refused(features_of: Callable[..., Features]) -> None:
     labelled, unlabelled = features_of(torch.eye(3), [0, 1, 2]), features_of(torch.eye(3), [0, -1, -1])
     with pytest.raises(DataError, match=r"train split has 2 images without a class of 3; .* class folders"):

@@ -1,0 +1,53 @@
+"""kNN accuracy while training, of sets whose labels are not what one hopes for."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clae_dist.data.manifest import Manifest, write_manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.files import file_sha256
+from clae_dist.models import build_model
+from clae_dist.training.knn import knn_while_training
+from clae_dist.world import World
+from tests.small_run import small_run
+
+
+def relabelled(folder: Path, labels: dict[int, int]) -> Manifest:
+    """Noise images in two splits of 20, of which those of the numbers in `labels` have another label."""
+    manifest = write_synthetic_set(folder, 20, 16)
+    splits = {}
+    for split, (shard,) in manifest.splits.items():
+        rows = manifest.index(shard).copy()
+        for number, label in labels.items():
+            rows[number, 2] = label
+        np.save(folder / shard.index_name, rows)
+        splits[split] = (replace(shard, index_sha256=file_sha256(folder / shard.index_name)),)
+    about: dict[str, Any] = {"name": "noise", "source": "", "licence": "", "quarantined": 0, "preparation": {}}
+    return write_manifest(folder, classes=manifest.classes, splits=splits, **about)
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        ({0: -1}, "kNN: images of train without a label, skipped in the accuracies: 1 of 20"),
+        (dict.fromkeys(range(20), 1), "no kNN accuracy: all labelled images of train are of one class"),
+        (dict.fromkeys(range(20), -1), "no kNN accuracy: no image of train has a label"),
+    ],
+)
+def test_a_run_with_odd_labels_trains(tmp_path: Path, labels: dict[int, int], line: str) -> None:
+    """One image without a label made `train` refuse to start."""
+    manifest = relabelled(tmp_path / "shards", labels)
+    config, said = small_run(manifest.folder, tmp_path / "run"), list[str]()
+    model = build_model(config)
+    backend: Any = SimpleNamespace(average_local_statistics=lambda: None, full_model=lambda: nullcontext(model))
+    found = knn_while_training(config, World.single("cpu"), backend, manifest, said.append)
+    assert set(found) == ({"knn_accuracy"} if len(labels) == 1 else set())
+    assert line in "\n".join(said)
