@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clae_dist.config import ConfigError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.record import summary_table
