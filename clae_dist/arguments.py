@@ -146,7 +146,12 @@ def _add_results(commands: _Commands) -> None:
     for sub in (evaluate, report):
         sub.add_argument("--shards", default="", type=_shards, metavar="SHARDS", help=_SHARDS_HELP)
     report.add_argument(
-        "--compare", type=user_path, metavar="RUN", help="another run that has a report, for the table's second column"
+        "--compare",
+        type=user_path,
+        metavar="RUN",
+        action="append",
+        default=[],
+        help="another run that has a report, for a further column of the table; may be given several times",
     )
     replay = _add(
         commands, "replay", "take a step again whose loss or gradient was not finite, and say where that begins", _REPLAY

@@ -128,6 +128,8 @@ def _start(arguments: argparse.Namespace) -> int:
     ending = start(config, origins, arguments.debug)
     if ending.message:
         print(f"clae: {ending.message}", file=sys.stderr)
+    elif ending.code == 0 and os.environ.get("RANK", "0") == "0":
+        print(f"saved in {config.folder}", flush=True)
     return ending.code
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,23 @@ def interval_change(summary: Mapping[str, Any], kind: str) -> str:
     return "–" if before is None or after is None else f"{interval_text(before)} → {interval_text(after)}"
 
 
-def summary_table(summary: Mapping[str, Any], compare: Mapping[str, Any] | None = None) -> str:
-    """The short table that ends a quickstart; `compare` is the summary of a second run, such as plain SimCLR's."""
-    runs = [summary] if compare is None else [summary, compare]
+def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A head for each run's column: the method of a run alone, else the runs' names, or what tells them apart."""
+    if len(runs) == 1:
+        return [str(runs[0].get("method") or runs[0].get("name") or "")]
+    folders = [str(run.get("run_dir") or "") for run in runs]
+    names, methods = ([str(run.get(key) or "") for run in runs] for key in ("name", "method"))
+    for heads in (names, methods, [Path(folder).name for folder in folders], folders):
+        if all(heads) and len(set(heads)) == len(heads):
+            return heads
+    return [f"run {number}" for number in range(1, len(runs) + 1)]
+
+
+def summary_table(*runs: Mapping[str, Any]) -> str:
+    """The short table that ends a quickstart: a column a summary, of the run and of those that it is compared with."""
     rows = [
-        ["", *(str(run.get("method") or run.get("name") or "") for run in runs)],
+        ["", *_heads(runs)],
+        *([["method", *(str(run.get("method") or "–") for run in runs)]] if len(runs) > 1 else []),
         ["images seen", *(number(run.get("images_seen")) for run in runs)],
         ["images/s", *(number(run.get("images_per_s")) for run in runs)],
         ["training time", *(number(run.get("wall_s"), ",.0f", " s") for run in runs)],

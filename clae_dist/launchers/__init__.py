@@ -60,6 +60,7 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
     """Trains under the launcher that `launch.launcher` names. Raises ConfigError and DataError."""
     import importlib
 
+    from clae_dist.launchers.checks import check_run
     from clae_dist.runs.folder import STOP_FILE, make_folder
 
     if config.launch.min_workers and config.launch.launcher != "ray":
@@ -68,6 +69,8 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
             "Ray's: use --launcher ray, or launch.min_workers=0 (torchrun: launch/torchrun.sh --nodes MIN:MAX)."
         )
     config = _with_absolute_paths(config)
+    if config.launch.launcher != "torchrun":  # whose ranks are there already
+        check_run(config)
     make_folder(config.folder)
     (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")

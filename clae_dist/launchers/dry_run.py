@@ -11,8 +11,10 @@ from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.data.urls import redact_list
 from clae_dist.launchers import start
+from clae_dist.launchers.checks import check_run
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending
+from clae_dist.training.plan import Plan
 
 _ROWS = 4  # a rank
 
@@ -23,11 +25,13 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     Without data.shards it makes a few images of noise. Raises ConfigError and DataError.
     """
     workers = config.launch.workers or default_workers(config.launch.device)
-    config.rows_per_rank(workers)
+    check_run(config, with_images=bool(config.data.shards))
     with tempfile.TemporaryDirectory(prefix="clae-dry-run-") as folder:
         size = _ROWS * workers
         if config.data.shards:
             manifest, images = open_shards(config.data), f"images of {redact_list(config.data.shards)}"
+            if not config.data.mixture:  # a mixture's images are counted together, by check_run
+                Plan.of(config, manifest.num_samples(config.data.train_split))
         else:
             config = replace(config, data=replace(config.data, shards=str(Path(folder) / "shards")))
             manifest = write_synthetic_set(Path(folder) / "shards", 2 * size, config.data.image_size)

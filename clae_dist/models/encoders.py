@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +78,63 @@ def library_arguments(family: str, name: str, image_size: int) -> dict[str, Any]
     import timm
 
     takes_size = "img_size" in inspect.signature(timm.models.model_entrypoint(name)).parameters
-    return {"img_size": image_size} if takes_size or name.startswith(("vit_", "deit")) else {}
+    return {"img_size": image_size} if takes_size or name.startswith(("vit_", "deit")) else _timm_size(name, image_size)
+
+
+# What a library's encoder raises for an image size that it was not made for: an assertion of its own, or torch's errors.
+_SIZE_ERRORS = (AssertionError, RuntimeError, ValueError, TypeError, IndexError)
+
+
+@cache
+def _timm_size(name: str, image_size: int) -> dict[str, Any]:
+    """The argument that makes timm's encoder of one fixed size (swin, beit, eva02, …) one of this size; {} where it needs none,
+    and where there is none. Tried without memory for weights, on torch's meta device."""
+    import timm
+
+    if image_size == _made_for("timm", name):
+        return {}
+    for arguments in ({}, {"img_size": image_size}):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+                encoder = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+                encoder.eval()(torch.empty(1, 3, image_size, image_size))
+        except _SIZE_ERRORS:
+            continue
+        return arguments
+    return {}  # build_encoder names the size that it was made for
+
+
+def _made_for(family: str, name: str) -> int:
+    """The image size that an encoder's published weights were made with; 0 where that is not known."""
+    if family != "timm":
+        return 299 if name == "inception_v3" else 224
+    import timm
+
+    settings = timm.models.get_pretrained_cfg(name)
+    return int(settings.input_size[-1]) if settings else 0
+
+
+def _feature_dim(encoder: nn.Module, name: str, image_size: int) -> int:
+    """The width of what the encoder puts out for one image. Raises ConfigError for an image size that it does not take."""
+    was_training = encoder.training
+    try:
+        with torch.no_grad():
+            return int(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).flatten(1).shape[1])
+    except _SIZE_ERRORS as error:
+        raise _wrong_size(name, image_size, error) from None
+    finally:
+        encoder.train(was_training)
+
+
+def _wrong_size(name: str, image_size: int, error: Exception) -> ConfigError:
+    family, _, short = name.partition("/")
+    size = _made_for(family, short)
+    way_out = f"use data.image_size={size}, or " if size and size != image_size else "use "
+    reason = " ".join(str(error).split())[:120].rstrip(".")
+    return ConfigError(
+        f"data.image_size is {image_size}, which model.encoder {name} does not take ({reason}); {way_out}an encoder of any "
+        "size, such as torchvision/resnet50 or timm/convnext_tiny."
+    )
 
 
 def _timm(name: str, image_size: int, **drop_rates: float) -> nn.Module:
@@ -142,7 +199,12 @@ def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
             f"model.encoder is {config.encoder!r}; "
             f"use small_resnet, timm/NAME or torchvision/NAME, such as timm/{name or family}."
         )
-    encoder = FAMILIES[family](name, image_size, **_drop_rates(config, family))
+    try:
+        encoder = FAMILIES[family](name, image_size, **_drop_rates(config, family))
+    except ConfigError:
+        raise
+    except _SIZE_ERRORS as error:
+        raise _wrong_size(config.encoder, image_size, error) from None
     if config.stem == "cifar" and not has_resnet_stem(encoder):
         raise ConfigError(
             f"model.stem is 'cifar', which is defined for ResNets with one 7x7 convolution, not for {config.encoder}; "
@@ -150,8 +212,4 @@ def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
         )
     if config.stem == "cifar" or (config.stem == "auto" and image_size <= 64 and has_resnet_stem(encoder)):
         use_cifar_stem(encoder)
-    was_training = encoder.training
-    with torch.no_grad():
-        feature_dim = encoder.eval()(torch.zeros(1, 3, image_size, image_size)).flatten(1).shape[1]
-    encoder.train(was_training)
-    return encoder, feature_dim
+    return encoder, _feature_dim(encoder, config.encoder, image_size)

@@ -59,3 +59,9 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: 
     if config.model.norm == "global":
         use_global_statistics(model.encoder, group, on_gpu)
     return model.double() if config.train.precision == "float64" else model
+
+
+def check_model(config: Config) -> None:
+    """Builds the model without memory for its weights (on torch's meta device). Raises ConfigError, as build_model does."""
+    with torch.device("meta"):
+        build_model(config)

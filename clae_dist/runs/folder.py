@@ -110,6 +110,31 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
+def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | None:
+    """The identity of the run that the folder holds, None for a new run; `manifest` None: its images are not known yet.
+
+    Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs.
+    """
+    folder = config.folder
+    known = (folder / IDENTITY_FILE).exists()
+    if not ((folder / "config.yaml").is_file() and (known or find_checkpoints(folder))):
+        return None
+    old, identity = from_yaml(folder / "config.yaml"), read_identity(folder) if known else None
+    before, now = flatten(old), flatten(config)
+    differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
+    if identity and manifest is not None and identity.manifest_digest != manifest.digest:
+        was, now_is = identity.manifest_digest[:12], manifest.digest[:12]
+        differ.append(f"the images were {was} and are {now_is} (digest of the manifest)")
+    if differ:
+        raise ConfigError(
+            f"run_dir is {str(folder)!r}, which belongs to another configuration: {'; '.join(differ)}. {_OTHER_RUN}"
+        )
+    return identity
+
+
+_OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
+
+
 def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
     """Makes the run's folder, or checks that it is this run's. To be called on one rank.
 
@@ -117,24 +142,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     StorageError when it cannot be written.
     """
     folder = config.folder
-    known = (folder / IDENTITY_FILE).exists()
-    if (folder / "config.yaml").is_file() and (known or find_checkpoints(folder)):
-        old, identity = from_yaml(folder / "config.yaml"), read_identity(folder) if known else None
-        before, now = flatten(old), flatten(config)
-        differ = [
-            f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]
-        ]
-        if identity and identity.manifest_digest != manifest.digest:
-            differ.append(
-                f"the images were {identity.manifest_digest[:12]} and are {manifest.digest[:12]} (digest of the manifest)"
-            )
-        if differ:
-            raise ConfigError(
-                f"run_dir is {str(folder)!r}, which belongs to another configuration: {'; '.join(differ)}. "
-                "Give another run_dir, or delete the folder."
-            )
-    else:
-        identity = None
+    identity = check_run_folder(config, manifest)
     if identity is None:
         identity = Identity(
             package_version=__version__,

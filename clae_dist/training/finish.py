@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clae_dist.config import ConfigError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.record import summary_table
@@ -32,17 +33,24 @@ def evaluate(run_dir: Path, say: Say = print, shards: str = "", permission: Perm
 
 
 def report(
-    run_dir: Path, compare: Path | None = None, say: Say = print, shards: str = "", permission: Permission = NOTHING
+    run_dir: Path, compare: Sequence[Path] = (), say: Say = print, shards: str = "", permission: Permission = NOTHING
 ) -> dict[str, Any]:
-    """write_report(), the report also in MLflow; says the table, beside that of the run `compare`. Returns the summary."""
-    if compare:
-        check_folder(compare, permission)
-    other = read_summary(compare) if compare else None
+    """write_report(), the report also in MLflow; says the table, beside those of the runs `compare`. Returns the summary.
+
+    Raises ConfigError for a run that is named twice, and for one that has no report yet.
+    """
+    folders = [path.resolve() for path in (run_dir, *compare)]
+    twice = next((path for path in folders if folders.count(path) > 1), None)
+    if twice:
+        raise ConfigError(f"--compare names {str(twice)!r}, which is in the table already; name another run.")
+    for path in compare:
+        check_folder(path, permission)
+    others = [read_summary(path) for path in compare]
     write_report(run_dir, say, shards, permission)
     summary = read_summary(run_dir)
     with _tracker(run_dir, summary["images_seen"] or 0, say, permission) as tracker:
         tracker.log_artifacts(run_dir / "report", "report")
-    say("\n" + summary_table(summary, other))
+    say("\n" + summary_table(summary, *others))
     return summary
 
 

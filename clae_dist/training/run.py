@@ -237,7 +237,7 @@ class _Loop:
             if self.step == plan.total or (every_steps and self.step % every_steps == 0):
                 self._checkpoint(last=self.step == plan.total)
         self._settle()
-        self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images; saved in {self.config.folder}")
+        self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images")
         return Outcome("finished", self.step)
 
     def _doing(self, what: Kind) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from clae_dist.config import Config
 from clae_dist.data.manifest import DataError, Manifest, check_shard
 from clae_dist.data.mixture import mix
 from clae_dist.data.prefetch import advice
-from clae_dist.data.shard_set import open_shards
+from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.together import together
+from clae_dist.data.urls import is_tar, local_path, scheme
 from clae_dist.training.plan import Plan
 from clae_dist.world import World
 
@@ -26,6 +28,37 @@ class Sets:
     main: Manifest
 
 
+def check_sets(config: Config) -> Manifest | None:
+    """The manifest of what is trained on, from the manifests of the sets alone: before any rank is started.
+
+    None for plain shards, whose samples are not known before they are indexed. Raises DataError or ConfigError, as open_sets.
+    """
+    names = [config.data.shards, *config.data.mixture]
+    manifests = []
+    for name in names:
+        entries = entries_of(name)
+        if is_tar(entries[0]):
+            for path in (Path(local_path(entry)) for entry in entries if not scheme(entry)):
+                if not path.is_file():
+                    raise DataError(f"{path} is no file; correct data.shards, or data.mixture.")
+        else:
+            manifests.append(open_shards(replace(config.data, shards=name)))
+    if len(manifests) < len(names):
+        return None
+    train = _mixed(config, manifests)
+    Plan.of(config, train.num_samples(config.data.train_split))
+    return train
+
+
+def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
+    """The first set, or the mixture of all at the shares of data.mixture."""
+    if len(sets) == 1:
+        return sets[0]
+    _check_different(sets)
+    shares = [1 - sum(config.data.mixture.values()), *config.data.mixture.values()]
+    return mix(sets, shares, config.data.train_split)
+
+
 def open_sets(config: Config, world: World, say: Say, progress: Callable[[], None] = lambda: None) -> Sets:
     """Opens what the configuration names; the ranks check the shards between them. A collective.
 
@@ -36,11 +69,7 @@ def open_sets(config: Config, world: World, say: Say, progress: Callable[[], Non
     data, split = config.data, config.data.train_split
     main = open_shards(data, world, say, progress)
     others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
-    train = main
-    if others:
-        _check_different([main, *others])
-        shares = [1 - sum(data.mixture.values()), *data.mixture.values()]
-        train = mix([main, *others], shares, split)
+    train = _mixed(config, [main, *others])
     Plan.of(config, train.num_samples(split))
     for manifest in (main, *others):
         _check(manifest, config, world, say, progress)

@@ -148,6 +148,7 @@ def make_run(tmp_path: Path, labelled_shards: Path) -> Callable[..., Path]:
             "model.encoder=small_resnet",
             "batch.global_size=32",
             "evaluation.knn_k=20",
+            "tracking.name=none",
         ]
         given = {text.partition("=")[0] for text in overrides}
         config, origins = resolve(None, [text for text in settings if text.partition("=")[0] not in given] + [*overrides])

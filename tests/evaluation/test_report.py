@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clae_dist.cli import main
 from clae_dist.config import Attack, ConfigError
 from clae_dist.evaluation import metrics as metrics_of_runs
 from clae_dist.evaluation.attacked import amplification, attack_images
@@ -22,6 +23,7 @@ from clae_dist.evaluation.report import write_report
 from clae_dist.models import build_model
 from clae_dist.reading import parse_line
 from clae_dist.recipe import resolve
+from clae_dist.training.finish import report
 
 MakeRun = Callable[..., Path]
 Metrics = list[dict[str, float]]
@@ -289,6 +291,29 @@ def test_the_table_puts_two_runs_side_by_side() -> None:
     assert "runs/b/report/report.html" in both
     columns = [line for line in both.splitlines() if line.startswith(("images seen", "loss"))]
     assert len({len(line) for line in columns}) == 1  # aligned
+
+
+def test_every_run_of_a_comparison_has_a_head_of_its_own(make_run: MakeRun, tmp_path: Path) -> None:
+    """Two runs of one method had the same head, and of two `--compare` the first was lost."""
+    clae = {"method": "CLAE", "name": "first", "run_dir": "runs/a"}
+    other = {**clae, "name": "second", "run_dir": "runs/b"}
+
+    def head(*runs: dict[str, str]) -> list[str]:
+        return summary_table(*runs).splitlines()[0].split()
+
+    assert head(clae, other, {**clae, "name": "third"}) == ["first", "second", "third"]
+    assert head(clae, {**other, "name": "first"}) == ["a", "b"]
+    assert head(clae, {**other, "name": "first", "run_dir": "elsewhere/a"}) == ["runs/a", "elsewhere/a"]
+    assert head(clae) == ["CLAE"]
+    runs = [make_run(f"name={name}", checkpoint=False, run_dir=tmp_path / name) for name in ("one", "two", "three")]
+    said: list[str] = []
+    for run in runs:
+        report(run, say=said.append)
+    assert main(["report", str(runs[0]), "--compare", str(runs[1]), "--compare", str(runs[2])]) == 0
+    report(runs[0], runs[1:], say=said.append)
+    assert said[-1].split()[:3] == ["one", "two", "three"]
+    with pytest.raises(ConfigError, match="is in the table already"):
+        report(runs[0], [tmp_path / "two" / ".." / "one"], say=said.append)
 
 
 def _quiet(_: str) -> None: ...
