@@ -7,7 +7,7 @@ _GROUPS = {
     "attack": "delta_linf delta_l2 attack_loss_before attack_loss_after wrong_sign_share cos_positive_adversarial "
     "cos_negative_mean_adversarial cos_negative_hardest_adversarial",
     "embedding": "cos_positive cos_negative_mean cos_negative_hardest alignment uniformity",
-    "evaluation": "knn_accuracy knn_before knn_after linear_before linear_after",
+    "evaluation": "knn_accuracy knn_accuracy_low knn_accuracy_high knn_before knn_after linear_before linear_after",
     "speed": "images_per_s data_wait_share attack_share checkpoint_blocked_s",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "
     "goodput_lost_share goodput_idle_share",

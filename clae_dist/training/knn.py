@@ -8,6 +8,7 @@ from clae_dist.config import Config
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.evaluation.features import Features, extract, gather
+from clae_dist.evaluation.interval import wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.parallel import Backend
 from clae_dist.world import World
@@ -16,7 +17,8 @@ from clae_dist.world import World
 def knn_while_training(
     config: Config, world: World, backend: Backend, manifest: Manifest, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """kNN accuracy (percent) of a part of the train split on the test split; {} without labels or a test split.
+    """kNN accuracy (percent) of a part of the train split on the test split, and the ends of its 95 % interval; {} without
+    labels or a test split.
 
     A collective. Raises DataError on every rank when one cannot read its images.
     """
@@ -43,4 +45,6 @@ def knn_while_training(
         bank = features(config.data.train_split, settings.knn_bank)
         queries = features(config.data.test_split, settings.knn_queries)
     k = usable_k(settings.knn_k, len(bank))
-    return {"knn_accuracy": knn_accuracy(bank, queries, k, settings.knn_temperature, world.device)}
+    accuracy = knn_accuracy(bank, queries, k, settings.knn_temperature, world.device)
+    low, high = wilson_interval(accuracy, len(queries))
+    return {"knn_accuracy": accuracy, "knn_accuracy_low": low, "knn_accuracy_high": high}
