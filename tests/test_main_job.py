@@ -88,9 +88,9 @@ print(json.dumps({r.info.run_name: [r.info.status, sorted(r.data.metrics), r.dat
     assert set(runs) == {"run"}
     status, metrics, batch, artifacts, digest = runs["run"]
     assert status == "FINISHED"
-    assert {"loss", "knn_after", "wrong_sign_share"} <= set(metrics)
+    assert {"train/loss", "evaluation/knn_after", "attack/wrong_sign_share"} <= set(metrics)
     assert int(batch) > 0
-    assert "report" in artifacts
+    assert {"report", "config.yaml"} <= set(artifacts)
     assert digest == summary["manifest_digest"]
 
 

@@ -15,7 +15,7 @@ def check_run(config: Config, with_images: bool = True) -> None:
 
     `with_images` False: the run has images of its own (a dry run without data.shards). Raises ConfigError and DataError.
     """
-    config.rows_per_rank(config.launch.workers or default_workers())
+    config.rows_per_rank(config.launch.workers or default_workers(config.launch.device))
     train = check_sets(config) if with_images else None
     check_tracking(config, config.folder)
     check_run_folder(config, train)

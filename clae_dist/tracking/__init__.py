@@ -8,6 +8,7 @@ from typing import IO
 
 from clae_dist.config import Config
 from clae_dist.tracking.console import ConsoleTracker
+from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.files import METRICS_FILE, MetricsFile, Rows
 from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
@@ -16,6 +17,7 @@ __all__ = [
     "MetricsFile",
     "NullTracker",
     "Status",
+    "TrackedSet",
     "Tracker",
     "Trackers",
     "build_trackers",
@@ -40,7 +42,15 @@ def check_tracking(config: Config, run_dir: Path) -> None:
 
 
 def continue_tracking(
-    config: Config, run_dir: Path, run_key: str, *, tags: dict[str, str], images_seen: int, say: Say, trained: bool = False
+    config: Config,
+    run_dir: Path,
+    run_key: str,
+    *,
+    tags: dict[str, str],
+    images_seen: int,
+    say: Say,
+    trained: bool = False,
+    dataset: TrackedSet | None = None,
 ) -> Tracker:
     """A tracker that adds results, a report or a model to a run beside or after its training. Raises ConfigError.
 
@@ -54,7 +64,8 @@ def continue_tracking(
     from clae_dist.tracking.background import BackgroundTracker
 
     uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
-    store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False, trained=trained)
+    shown = {"config_file": run_dir / "config.yaml", "dataset": dataset}
+    store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False, trained=trained, **shown)
     rows = Rows(run_dir / METRICS_FILE) if trained else ()
     return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
 
@@ -68,11 +79,13 @@ def build_trackers(
     total_steps: int,
     resume_images_seen: int,
     stream: IO[str],
+    dataset: TrackedSet | None = None,
 ) -> Trackers:
     """The trackers of rank 0; other ranks use NullTracker. Building them again continues the training of the same run.
 
     `tags` say what the run is (package_version, git_revision, manifest_digest); `resume_images_seen` is the checkpoint's,
-    0 for a new run; `stream` is the console. Raises ConfigError for tracking that cannot work on this machine.
+    0 for a new run; `stream` is the console; `dataset` is what it is trained on. Raises ConfigError for tracking that cannot
+    work on this machine.
     """
 
     check_tracking(config, run_dir)
@@ -89,7 +102,8 @@ def build_trackers(
         from clae_dist.tracking.background import BackgroundTracker
 
         uri = mlflow.store_uri(config, run_dir)
-        store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say)
+        shown = {"config_file": run_dir / "config.yaml", "dataset": dataset}
+        store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say, **shown)
         # The process that was killed may not have sent all that it had written down.
         others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))
         page = mlflow.page_command(uri)

@@ -68,7 +68,11 @@ SHARES = (("data wait", "data_wait_share"), ("attack", "attack_share"))
 
 
 def _evaluation(metrics: Mapping[str, float]) -> list[str]:
-    return [f"kNN accuracy {metrics['knn_accuracy']:.2f} %"] if "knn_accuracy" in metrics else []
+    if "knn_accuracy" not in metrics:
+        return []
+    ends = [metrics[key] for key in ("knn_accuracy_low", "knn_accuracy_high") if key in metrics]
+    interval = f" (95 % interval {ends[0]:.1f} – {ends[1]:.1f})" if len(ends) == 2 else ""
+    return [f"kNN accuracy {metrics['knn_accuracy']:.2f} %{interval}"]
 
 
 def duration(seconds: float) -> str:

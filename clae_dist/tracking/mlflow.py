@@ -19,6 +19,8 @@ from clae_dist.data.urls import uri_without_secrets
 from clae_dist.recipe import flatten
 from clae_dist.runs.folder import shareable
 from clae_dist.tracking.background import Refused, brief
+from clae_dist.tracking.dataset import TrackedSet
+from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
 from clae_dist.tracking.tracker import Row, Say, Status
 
 Item = TypeVar("Item")
@@ -84,6 +86,7 @@ class MlflowStore:
     MLflow run, by which a continued run finds it again, whenever the process that made it was killed.
     MLflow keeps every value that it was ever sent: of what is trained again after a kill, it is sent what it does not have.
     The run's status is that of its training: a store that is not `training` only adds to the run and leaves it alone.
+    `config_file` (the run's config.yaml) and `dataset` are shown on the run's page; a server that does not take them is named.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class MlflowStore:
         *,
         training: bool = True,
         trained: bool = False,
+        config_file: Path | None = None,
+        dataset: TrackedSet | None = None,
     ) -> None:
         assert run_key.isalnum(), f"run_key {run_key!r} goes into a query; letters and digits only"
         self.address = f"MLflow at {uri_without_secrets(uri)}"
@@ -105,6 +110,7 @@ class MlflowStore:
         self._uri, self._run_name, self._run_key, self._say = uri, run_name, run_key, say
         self._training = self._ends_run = training
         self._trained = trained
+        self._config_file, self._dataset = config_file, dataset
         self._experiment = config.tracking.experiment
         self._params = {key: str(value) for key, value in flatten(shareable(config)).items()}
         self._tags = {**tags, RUN_KEY_TAG: run_key}
@@ -127,6 +133,7 @@ class MlflowStore:
                 if self._trained:
                     self._learn_known(found[0])
                     self._ends_run = found[0].info.status != STATUS["finished"]
+        self._show_settings_and_images()
         if self._training:
             self._start_monitor(resume=bool(found))
 
@@ -134,10 +141,10 @@ class MlflowStore:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(key, float(x), row.time_ms, row.images_seen)
+            Metric(name, float(x), row.time_ms, row.images_seen)
             for row in rows
-            for key, x in row.metrics.items()
-            if row.images_seen not in self._known.get(key, ())
+            for name, x in ((grouped(key), x) for key, x in row.metrics.items())
+            if row.images_seen not in self._known.get(name, ())
         ]
         with refusals():
             for some in chunks(metrics, 1000):  # MLflow's limit a request
@@ -185,12 +192,36 @@ class MlflowStore:
     def _create(self) -> None:
         self._ends_run = True  # a run that MLflow did not know (it was away while training) must not stay "RUNNING"
         # mlflow.* tags by hand: the client sets none, and the fluent API would look at the working folder for them.
-        source = {"mlflow.source.name": "clae train", "mlflow.source.type": "LOCAL"}
+        source = {"mlflow.source.name": "clae train", "mlflow.source.type": "LOCAL", "mlflow.note.content": DESCRIPTION}
         if revision := self._tags.get("git_revision"):
             source["mlflow.source.git.commit"] = revision
         run = self._client.create_run(self._experiment_id, tags={**self._tags, **source}, run_name=self._run_name)
         self.run_id = run.info.run_id
         self._log_params(self._params)
+
+    def _show_settings_and_images(self) -> None:
+        """config.yaml among the artifacts, and the images as the run's dataset. Both may be there already; metrics do not
+        depend on them: an artifact store that is not set up, or a server without datasets, costs no metric."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        def show_config() -> None:
+            path = self._config_file
+            if path is not None and path.is_file() and not path.is_symlink():
+                self._client.log_artifact(self.run_id, str(path))
+
+        def show_images() -> None:
+            if (images := self._dataset) is not None:
+                shown = Dataset(images.name, images.digest, images.source_type, images.source, profile=images.profile)
+                purpose = InputTag("mlflow.data.context", "training")
+                self._client.log_inputs(self.run_id, [DatasetInput(shown, [purpose])])
+
+        for what, action in (("config.yaml", show_config), ("the dataset", show_images)):
+            try:
+                action()
+            except Exception as error:
+                self._say(
+                    f"{self.address} did not take {what} ({brief(error)}); it is in the run folder, and metrics are sent."
+                )
 
     def _continue(self, run: Any) -> None:
         self._client.update_run(run.info.run_id, status="RUNNING")

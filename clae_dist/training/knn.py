@@ -8,6 +8,7 @@ from clae_dist.config import Config
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.evaluation.features import Features, extract, gather
+from clae_dist.evaluation.interval import wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.evaluation.scored import scored
 from clae_dist.parallel import Backend
@@ -17,7 +18,8 @@ from clae_dist.world import World
 def knn_while_training(
     config: Config, world: World, backend: Backend, manifest: Manifest, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """kNN accuracy (percent) of a part of the train split on the test split, of the images that have a label.
+    """kNN accuracy (percent) of a part of the train split on the test split, of the images that have a label, and the ends of
+    its 95 % interval.
 
     {} without labels or a test split, and for a set of one class.
 
@@ -52,4 +54,6 @@ def knn_while_training(
         say(f"no kNN accuracy: {pair.problem}")
         return {}
     k = usable_k(settings.knn_k, len(pair.bank))
-    return {"knn_accuracy": knn_accuracy(pair.bank, pair.queries, k, settings.knn_temperature, world.device)}
+    accuracy = knn_accuracy(pair.bank, pair.queries, k, settings.knn_temperature, world.device)
+    low, high = wilson_interval(accuracy, len(pair.queries))
+    return {"knn_accuracy": accuracy, "knn_accuracy_low": low, "knn_accuracy_high": high}

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -25,6 +25,7 @@ from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.tracking import (
     NullTracker,
     Status,
+    TrackedSet,
     Tracker,
     Trackers,
     build_trackers,
@@ -92,14 +93,13 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         say(line)
     if first_step:
         say(f"resuming after step {first_step}")
+    known: dict[str, Any] = {"tags": identity.tags, "dataset": TrackedSet.of(sets.train, config)}
     if first_step >= plan.total:
         say("this run is finished already; give another run_dir or name to start a new one.")
         if world.is_main and config.tracking.name != "none":
             watch.doing(ENDING, first_step)
             seen = plan.images_seen(first_step)
-            late = continue_tracking(
-                config, config.folder, identity.run_key, tags=identity.tags, images_seen=seen, say=say, trained=True
-            )
+            late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
             _log_encoder(config, late, sets.train, say)
             late.close("finished")
         return Outcome("finished", first_step)
@@ -112,7 +112,7 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
             config,
             config.folder,
             identity.run_key,
-            tags=identity.tags,
+            **known,
             total_steps=plan.total,
             resume_images_seen=seen,
             stream=stream,

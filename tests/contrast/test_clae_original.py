@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from clae_dist.config import Batch, Data, Train
@@ -76,3 +77,18 @@ def test_one_step_of_clae_original(monkeypatch) -> None:
     for mean in means:
         running = 0.99 * running + 0.01 * mean
     torch.testing.assert_close(adversarial.running_mean, running.detach(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("cost", "moves"), [("original", 3), ("exact", 2)])
+def test_how_often_a_step_moves_the_adversarial_statistics(cost: str, moves: int) -> None:
+    """`exact` has one attack forward, so with attack.statistics=updated its adversarial running statistics are others."""
+    config, _ = resolve(RECIPE, [f"attack.cost={cost}"])
+    config = replace(config, data=Data(image_size=SIDE), batch=Batch(global_size=N), train=Train(precision="float64"))
+    world = World.single("cpu")
+    backend = DdpBackend(config, small_model("batch", 3).train(), world)
+    run = make_pretraining(config, world, backend, Clock(world.device))
+    x, y = (torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
+    pretrain_step(replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4, {}), config.attack.alpha)
+    norms = {name: m for name, m in backend.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert [m.num_batches_tracked for name, m in norms.items() if "adversarial" in name] == [moves]
+    assert [m.num_batches_tracked for name, m in norms.items() if "clean" in name] == [2]

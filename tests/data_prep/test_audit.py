@@ -143,6 +143,18 @@ def test_equal_labels_of_two_sets_are_not_compared(tmp_path: Path, run: Any) -> 
     assert not any(images.any() for images in found.conflicts.values())
 
 
+def test_a_conflict_of_one_set_is_none_of_another_with_the_same_picture(tmp_path: Path, run: Any) -> None:
+    for name, folders in (("a", ("cat", "dog")), ("b", ("cat",))):
+        for folder in folders:
+            save(scene(0), tmp_path / f"{name}-src" / folder / "same.png")
+            save(scene(1 + ("cat", "dog").index(folder)), tmp_path / f"{name}-src" / folder / "own.png")
+        run(tmp_path / f"{name}-src", tmp_path / name, name=name, test_share=0)
+    found = look(tmp_path / "a", tmp_path / "b")
+    in_a = found.table["part"] == 0
+    for kind, images in found.conflicts.items():
+        assert (int(images[in_a].sum()), int(images[~in_a].sum())) == (2, 0), kind
+
+
 def test_odd_images_and_uneven_classes(tmp_path: Path, run: Any) -> None:
     root = tmp_path / "src"
     for number in range(8):

@@ -1,15 +1,17 @@
-"""How often the local launcher starts ranks again."""
+"""How often the local launcher starts ranks again, and what a start must not take over from the one before."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clae_dist.config import Batch, Config, Launch
-from clae_dist.launchers import local
+from clae_dist.launchers import local, start
 from clae_dist.launchers.rank import BAD_DATA, FAILED, OK, Ending
+from clae_dist.runs.folder import STOP_FILE
 
 LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command goes on from the newest checkpoint.", again=True)
 
@@ -39,3 +41,21 @@ def test_ranks_are_started_again_as_often_as_requested(
     assert len(given) == starts
     console = (tmp_path / "console.log").read_text() if (tmp_path / "console.log").exists() else ""
     assert console.count("Starting again (failure ") == starts - 1
+
+
+@pytest.mark.parametrize("name", ["local", "torchrun", "ray"])
+def test_a_request_to_stop_that_was_left_behind_is_none_of_a_new_start(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that was killed leaves its STOP file; the run would end after one step, again and again."""
+    seen: list[bool] = []
+    launcher = importlib.import_module(f"clae_dist.launchers.{name}")
+
+    def launch(config: Config, *arguments: Any) -> Ending:
+        seen.append((config.folder / STOP_FILE).exists())
+        return Ending(OK, "")
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    (tmp_path / STOP_FILE).write_text("SIGTERM")
+    start(Config(run_dir=str(tmp_path), launch=Launch(launcher=name)), {})  # type: ignore[arg-type]
+    assert seen == [False]

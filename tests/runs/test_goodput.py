@@ -142,3 +142,24 @@ def test_a_clock_that_is_set_back_makes_nothing_negative(tmp_path: Path) -> None
     ledger.switch("training", 0)
     assert min(ledger.so_far().spent.values()) == 0
     json.loads((tmp_path / FILE_NAME).read_text().splitlines()[-1])
+
+
+def test_what_an_older_start_did_is_cut_by_every_later_one(tmp_path: Path) -> None:
+    """Up to step 10, again from 8, again from 4 (the checkpoint of 8 was damaged): the first start's steps 5 to 10 are lost."""
+    time = Time()
+    first = start(tmp_path, time, 0)
+    for step in (4, 8):
+        steps(first, time, step - 4, step)
+        checkpoint(first, time, step, 0.0)
+    steps(first, time, 8, 10)
+    first.close()
+    second = start(tmp_path, time, 8)
+    steps(second, time, 8, 10)
+    second.close()
+    third = start(tmp_path, time, 4)
+    steps(third, time, 4, 12)
+    third.close()
+    found = account(read_lines(tmp_path))
+    assert found.starts == 3
+    assert found.spent["lost"] == pytest.approx(10 * (4 + 2 + 2))  # 4 to 8 and 8 to 10 of the first, 8 to 10 of the second
+    assert found.spent["training"] + found.spent["data"] == pytest.approx(10 * 12)

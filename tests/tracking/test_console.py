@@ -48,6 +48,8 @@ def test_knn_has_a_line_of_its_own_and_diagnostics_have_none() -> None:
     console.log({"step": 5, "epoch": 1.0, "knn_accuracy": 43.219}, 20)
     console.log({"step": 5, "epoch": 1.0, "delta_linf": 0.01}, 20)
     assert stream.getvalue() == "step  5/10  epoch   1.00  kNN accuracy 43.22 %\n"
+    console.log({"step": 5, "epoch": 1.0, "knn_accuracy": 43.219, "knn_accuracy_low": 40.1, "knn_accuracy_high": 46.4}, 20)
+    assert stream.getvalue().endswith("kNN accuracy 43.22 % (95 % interval 40.1 – 46.4)\n")
 
 
 def test_plain_simclr_has_no_adversarial_column() -> None:

@@ -44,7 +44,7 @@ def run_of(client: Any, run_key: str) -> Any:
 def logged_loss(client: Any, run_key: str) -> bool:
     experiment = client.get_experiment_by_name("clae-dist")
     found = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{run_key}'")
-    return any("loss" in run.data.metrics for run in found)
+    return any("train/loss" in run.data.metrics for run in found)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_one_run_with_its_state(client_and_run: tuple[Any, Any, Path]) -> None:
 
 def test_metrics_are_keyed_by_images_seen(client_and_run: tuple[Any, Any, Path]) -> None:
     client, run, _ = client_and_run
-    history = {(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")}
+    history = {(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "train/loss")}
     assert history == {(256, 2.0), (512, 1.0), (768, 0.0), (1024, -1.0)}  # the replay fell on its own steps
 
 
@@ -160,7 +160,7 @@ def test_what_comes_after_training_leaves_the_status_as_it_was(
     later.close("finished")
     after = run_of(client, run_key)
     assert (after.info.status, after.info.end_time) == (before.status, before.end_time)
-    assert after.data.metrics["knn_after"] == 43.0
+    assert after.data.metrics["evaluation/knn_after"] == 43.0
     assert [output.step for output in after.outputs.model_outputs] == [256]
     if not ended:
         trackers.close("finished")
@@ -174,7 +174,7 @@ def test_a_run_that_was_trained_while_mlflow_was_away_is_made_and_ended_later(cl
     later.log({"knn_after": 43.0}, 256)
     later.close("finished")
     run = run_of(client, run_key)
-    assert (run.info.status, run.data.metrics["knn_after"]) == ("FINISHED", 43.0)
+    assert (run.info.status, run.data.metrics["evaluation/knn_after"]) == ("FINISHED", 43.0)
 
 
 def test_what_a_finished_run_could_not_send_is_sent_later_and_once(client_and_run: tuple[Any, Any, Path]) -> None:
@@ -194,7 +194,7 @@ def test_what_a_finished_run_could_not_send_is_sent_later_and_once(client_and_ru
         return run_of(client, run_key)
 
     first, second = again(), again()
-    history = [(found.step, found.value) for found in client.get_metric_history(second.info.run_id, "loss")]
+    history = [(found.step, found.value) for found in client.get_metric_history(second.info.run_id, "train/loss")]
     assert history == [(256, 2.0), (512, 1.0)]
     assert (first.info.status, first.info.end_time) == ("FINISHED", second.info.end_time)
     assert [output.step for output in second.outputs.model_outputs] == [512]

@@ -21,6 +21,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.folder import read_identity
 from clae_dist.tracking.background import BackgroundTracker
+from clae_dist.tracking.metric_groups import grouped
 from clae_dist.training.run import train
 from clae_dist.world import World
 from tests.http_faults import Fault, serve
@@ -98,7 +99,7 @@ def assert_all_there(server: Server, run_dir: Path) -> None:
             wanted.setdefault(name, []).append((seen, value))
     assert len(wanted["loss"]) == STEPS
     for name, values in wanted.items():
-        found = sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
+        found = sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, grouped(name)))
         assert [step for step, _ in found] == [step for step, _ in values], name
         if name in ("loss", "loss_clean", "loss_adversarial", "grad_norm", "learning_rate"):  # others are times
             assert [value for _, value in found] == pytest.approx([value for _, value in values]), name
@@ -179,7 +180,7 @@ def _has(server: Server, run_dir: Path, images_seen: int) -> bool:
     key = read_identity(run_dir).run_key
     experiment = client.get_experiment_by_name("clae-dist")
     runs = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{key}'")
-    return any(one.step >= images_seen for run in runs for one in client.get_metric_history(run.info.run_id, "loss"))
+    return any(one.step >= images_seen for run in runs for one in client.get_metric_history(run.info.run_id, "train/loss"))
 
 
 def test_secrets_reach_no_file_no_console_and_no_server(

@@ -218,6 +218,11 @@ def test_what_is_logged(undisturbed: Callable[[int], Config]) -> None:
         assert line["cos_negative_hardest"] >= line["cos_negative_mean"]
         assert line["alignment"] == pytest.approx(2 - 2 * line["cos_positive"], abs=1e-5)  # float32
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
+    assert all(
+        line["knn_accuracy_low"] <= line["knn_accuracy"] <= line["knn_accuracy_high"]
+        for line in lines
+        if "knn_accuracy" in line
+    )
 
 
 @pytest.mark.slow
