@@ -12,6 +12,7 @@ from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact_text
 from clae_dist.launchers.output import Output
 from clae_dist.runs.checkpoint import CheckpointError
+from clae_dist.runs.checkpoint.index import DamagedError
 from clae_dist.storage import EXIT_CODE as STORAGE
 from clae_dist.storage import storage_error
 from clae_dist.training.guard import HUNG as HUNG
@@ -32,7 +33,7 @@ USER_ERRORS: dict[type[Exception], int] = {
 
 def exit_code(error: BaseException) -> int:
     """The exit code that belongs to an error; UNEXPECTED for those that are not the user's to mend."""
-    if storage_error(error):
+    if storage_error(error) or isinstance(error, DamagedError):
         return STORAGE
     return next((code for kind, code in USER_ERRORS.items() if isinstance(error, kind)), UNEXPECTED)
 

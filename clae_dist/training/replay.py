@@ -68,9 +68,10 @@ def read_step(folder: Path, shards: str, permission: Permission = NOTHING) -> tu
     """The settings of the step's run, for a replay, and what was written down. Raises ConfigError where nothing was, and for
     settings of the run that `permission` does not cover (runs/trust.py)."""
     try:
+        open_regular(folder / "step.json").close()
+        config = open_run(folder.parents[1], permission).to_read_images(shards, mixture=True)
         wanted = read_object(folder / "step.json", nan=True)
         expect(wanted, _FIELDS)
-        config = open_run(folder.parents[1], permission).to_read_images(shards, mixture=True)
     except ReadError as error:
         raise ConfigError(
             f"STEP is {str(folder)!r}, which cannot be read ({error}); name a folder such as runs/clae/nonfinite/step-00000123."
