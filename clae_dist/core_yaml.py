@@ -15,6 +15,8 @@ import yaml
 
 _TAG = "tag:yaml.org,2002:"
 NULL, TEXT = f"{_TAG}null", f"{_TAG}str"
+MAX_DEPTH = 10
+MOST_REPEATED = 8  # lists or mappings; lists of lists of lists of them grow without bound
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -30,8 +32,26 @@ class _CoreSafeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._repeated = 0
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge keys (`<<`) belong to YAML 1.1."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Bounded: a list in a list in a list …, or lists of references to lists, would take all time and memory."""
+        event = self.peek_event()
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {MAX_DEPTH} deep", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._repeated += isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode)
+        if self._repeated > MOST_REPEATED:
+            problem = f"more than {MOST_REPEATED} lists or mappings are repeated (*{event.anchor}); write them out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return node
 
 
 def _int(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> int:

@@ -6,6 +6,7 @@ wrong is one exception, ReadError, which callers turn into the error of what the
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -39,7 +40,7 @@ def open_regular(path: str | Path, follow: bool = True) -> IO[bytes]:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
-        raise MissingError("there is no such file") from None
+        raise MissingError(os.strerror(errno.ENOENT)) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise ReadError(getattr(error, "strerror", None) or str(error)) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -73,28 +74,38 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     return decode(read_bytes(path, max_bytes))
 
 
-def read_object(path: str | Path, max_bytes: int = MAX_BYTES, *, surrogates: bool = False) -> dict[str, Any]:
-    """The JSON object in a file. Raises ReadError."""
-    return parse_object(read_bytes(path, max_bytes), surrogates=surrogates)
+def read_object(path: str | Path, max_bytes: int = MAX_BYTES, *, surrogates: bool = False, nan: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; see `parse_object`. Raises ReadError."""
+    return parse_object(read_bytes(path, max_bytes), surrogates=surrogates, nan=nan)
 
 
-def parse_object(data: bytes, *, surrogates: bool = False) -> dict[str, Any]:
-    """The JSON object in a text. `surrogates` allows strings that stand for file names which are no UTF-8. Raises ReadError."""
-    content = parse_json(data, surrogates=surrogates)
+def parse_object(data: bytes, *, surrogates: bool = False, nan: bool = False) -> dict[str, Any]:
+    """The JSON object in a text. Raises ReadError.
+
+    `surrogates` allows strings that stand for file names which are no UTF-8, `nan` allows NaN and infinity.
+    """
+    content = parse_json(data, surrogates=surrogates, nan=nan)
     if not isinstance(content, dict):
         raise ReadError(f"it holds a {type(content).__name__}, not an object")
     return content
 
 
-def parse_json(data: bytes, *, surrogates: bool = False) -> Any:
-    """Strict JSON: no NaN, no infinity, no integer above 64 bits, no key twice, at most MAX_DEPTH deep. Raises ReadError."""
+def parse_json(data: bytes, *, surrogates: bool = False, nan: bool = False) -> Any:
+    """Strict JSON: no NaN and no infinity (unless `nan`), no integer above 64 bits, no key twice, at most MAX_DEPTH deep.
+
+    Raises ReadError.
+    """
     if not data.strip():
         raise ReadError("it is empty")
     if data.count(b"[") + data.count(b"{") > 10_000 + len(data) // 8:
         raise ReadError("it holds more brackets than content")  # each takes 30 times its bytes in memory
     try:
         content = json.loads(
-            decode(data), object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
+            decode(data),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=float if nan else _float,
+            parse_constant=float if nan else _constant,
         )
     except ReadError:
         raise

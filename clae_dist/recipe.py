@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.home import expand_home
 from clae_dist.reading import ReadError, read_text
 
-_MAX_BYTES = 1 << 20  # of a recipe; a resolved one has about 5,000
+_MAX_BYTES = 256 << 10  # of a recipe, which has a few kilobytes
+_MOST_EXTENDED = 20
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -100,13 +101,15 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
+        if isinstance(value, int) and abs(value) >= 2**64:
+            refuse("a whole number of 64 bits")
         return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
     if isinstance(value, str):
         parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
         if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
             refuse("a number, such as 0.25, 1e-3 or 8/255")
         value = float(parts[0]) / float(parts[1])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         refuse("a finite number")
     return float(value)
 
@@ -153,6 +156,8 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
     chain = (*extended_by, path.resolve())
     if path.resolve() in extended_by:
         raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; take one `extends` out.")
+    if len(extended_by) > _MOST_EXTENDED:
+        raise ConfigError(f"{' -> '.join(map(str, chain))}: more than {_MOST_EXTENDED} recipes extend each other.")
     try:
         text = read_text(path, _MAX_BYTES)
     except ReadError as error:

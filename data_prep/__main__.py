@@ -42,9 +42,16 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from clae_dist.data.manifest import DataError
+    from clae_dist.reading import ReadError, read_text
     from data_prep.index import IndexSettings, index
 
-    classes = tuple(args.classes.read_text(encoding="utf-8").splitlines()) if args.classes else ()
+    classes: tuple[str, ...] = ()
+    if args.classes:
+        try:
+            classes = tuple(read_text(args.classes).splitlines())
+        except ReadError as error:
+            raise DataError(f"--classes {args.classes} cannot be read ({error}); name a text file, a class a line.") from None
     settings = IndexSettings(args.name, args.origin, args.licence, classes, args.max_pixels)
     index(args.shards, args.to, settings, max_bad=args.max_bad, num_workers=args.workers, say=_say)
     return OK

@@ -16,6 +16,7 @@ from clae_dist.data.decode import inspect
 from clae_dist.data.manifest import DataError, Shard
 from clae_dist.data.tar_index import index_tar
 from clae_dist.files import file_sha256, write_atomically
+from clae_dist.reading import ReadError, read_object
 from data_prep.write import REPORT_EVERY_S, write_index
 
 _VERSION = 2  # of what is read from a shard
@@ -53,14 +54,14 @@ class IndexResult:
 def finished(task: IndexTask) -> IndexResult | None:
     """What an earlier run found, if neither the shard nor the settings have changed."""
     try:
-        content = json.loads(task.record.read_text())
-    except FileNotFoundError:
-        return None
-    if content["fingerprint"] != task.fingerprint:
-        return None
-    shard, bad, names = Shard(**content.pop("shard")), content.pop("bad"), content.pop("names", ())
-    result = IndexResult(shard, bad=[tuple(image) for image in bad], names=tuple(names), **content)
-    return result if (task.parts / result.shard.index_name).is_file() else None
+        content = read_object(task.record, surrogates=True)
+        shard, bad, names = Shard(**content.pop("shard")), content.pop("bad"), content.pop("names", ())
+        result = IndexResult(shard, bad=[(path, reason) for path, reason in bad], names=tuple(names), **content)
+        index_path = task.parts / shard.index_name
+        same = result.fingerprint == task.fingerprint and file_sha256(index_path) == shard.index_sha256
+    except (ReadError, KeyError, TypeError, ValueError, AttributeError, OSError):
+        return None  # absent, or damaged
+    return result if same else None
 
 
 def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexResult:

@@ -18,6 +18,7 @@ from typing import Any
 
 from clae_dist.data.manifest import FILE_NAME, DataError, Shard
 from clae_dist.files import make_folders, sync_folder, write_atomically
+from clae_dist.reading import ReadError, expect, is_count, is_list_of, is_text, read_object
 from clae_dist.storage import writing
 from data_prep.settings import Settings
 from data_prep.write import ShardResult
@@ -26,6 +27,13 @@ QUARANTINE = "quarantine.jsonl"
 _PLAN = "plan.json"
 _PARTS = ".parts"
 _LOCK = ".lock"
+
+
+_SHARD = {"name": is_text, "samples": is_count, "bytes": is_count, "sha256": is_text, "index_sha256": is_text}
+
+
+def _is_bad(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_text, value))
 
 
 class Workspace:
@@ -51,7 +59,7 @@ class Workspace:
                 raise DataError(f"{self.folder} is not empty (it holds {others[0]}); name a new folder.")
             return False
         try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
+            plan = read_object(path, surrogates=True)
             known = Settings(**plan["settings"]).as_json()  # what an older version did not ask is at its default
             known_fingerprint = plan["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
@@ -85,8 +93,13 @@ class Workspace:
         """Results of the shards that are in place, by name."""
         results = {}
         for path in sorted(self._parts.glob("[!.]*.json")):
-            part = json.loads(path.read_text(encoding="utf-8"))
-            shard = Shard(**part["shard"]) if part["shard"] else None
+            try:
+                part = read_object(path, surrogates=True)
+                shard = Shard(**part["shard"]) if part["shard"] else None
+                expect(part, {"name": is_text, "bad": is_list_of(_is_bad)})
+                expect(vars(shard) if shard else {}, _SHARD if shard else {})
+            except (ReadError, KeyError, TypeError):
+                continue  # damaged: write the shard again
             tar = self.folder / part["name"]
             if shard and not (
                 tar.is_file() and tar.stat().st_size == shard.bytes and (self.folder / shard.index_name).is_file()

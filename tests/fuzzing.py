@@ -183,6 +183,14 @@ def _sign_again(rng: np.random.Generator, before: bytes) -> bytes:
     return json.dumps(content).encode()
 
 
+def run_files(rng: np.random.Generator, folder: Path) -> str:
+    """A damaged file of a run: see tests/run_files.py."""
+    from tests.run_files import damage
+
+    with contextlib.redirect_stdout(io.StringIO()):  # of damaged checkpoints
+        return damage(rng, folder)
+
+
 def hangs_at_3(rng: np.random.Generator, folder: Path) -> str:
     """For the test of this file: a wait that no Python code can end."""
     if len(list(folder.iterdir())) == 3:
@@ -203,7 +211,7 @@ def _one_more(folder: Path) -> str:
 
 
 KINDS: dict[str, Callable[[np.random.Generator, Path], str]] = {
-    kind.__name__: kind for kind in (image, archive, prepared_set, hangs_at_3, dies_at_3)
+    kind.__name__: kind for kind in (image, archive, prepared_set, run_files, hangs_at_3, dies_at_3)
 }
 
 

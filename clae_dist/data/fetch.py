@@ -21,6 +21,7 @@ from clae_dist.data.urls import redact, redact_text
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 _LONGEST_WISH_S = 60.0  # of a server's Retry-After
+_START_BYTES = 512
 _MOST_WRONG = 3  # whole files with wrong bytes: what is wrong four times is wrong at its source
 _PASSING = (408, 425, 429)  # of the 4xx, those that another try may mend
 
@@ -70,14 +71,16 @@ def fetch(
     check: Check,
     num_bytes: int = 0,
     stop: threading.Event | None = None,
+    begins: Callable[[bytes], str] = lambda start: "",
 ) -> None:
     """Fills `target` with the file at `url`; `name` is what errors call it, `num_bytes` its size, 0 where that is not known.
 
     With a known size, bytes that `target` already holds are kept and the rest is asked for: `check` tells whether they fit.
+    `begins` looks at the first bytes (512 at least) and says what is wrong with them: the rest is not fetched then.
     Raises DataError when the tries are used up or cannot help, Stopped when `stop` is set.
     """
     stop = stop or threading.Event()
-    download = _Download(url, target, patience, num_bytes, stop)
+    download = _Download(url, target, patience, num_bytes, stop, begins)
     failures = wrongs = 0
     furthest = target.seek(0, 2)
     while True:
@@ -119,6 +122,7 @@ class _Download:
     patience: Patience
     num_bytes: int
     stop: threading.Event
+    begins: Callable[[bytes], str]
     validator: str = ""  # of the file whose bytes `target` holds
 
     def begin_again(self) -> None:
@@ -136,7 +140,14 @@ class _Download:
             self.validator = stream.validator
             self.target.truncate(stream.start)
             self.target.seek(stream.start)
+            first: bytes | None = b"" if stream.start == 0 else None  # of the file, until there are enough of them
             while data := stream.read():
+                if first is not None:
+                    first += data[:_START_BYTES]
+                    if len(first) >= _START_BYTES:
+                        if problem := self.begins(first):
+                            raise _Wrong(problem)
+                        first = None
                 self.target.write(data)
                 if self.num_bytes and self.target.tell() > self.num_bytes:
                     raise _Wrong(f"more than the expected {self.num_bytes} bytes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Sequence
@@ -20,9 +21,13 @@ import numpy as np
 
 from clae_dist import __version__
 from clae_dist.files import file_sha256, write_atomically
+from clae_dist.reading import ReadError, expect, is_text, open_regular, parse_object, read_bytes
 
 FILE_NAME = "manifest.json"
 FORMAT = "clae-dist shards 1"
+MAX_BYTES = 64 << 20  # of a manifest; a hundred thousand shards have 30 MB
+_HEADER_BYTES = 512  # of a file in a tar, before its own
+_MAX_HEADER_BYTES = 4096  # of an index, in the format .npy
 _PREPARE_AGAIN = "prepare the set again with `python -m data_prep prepare` into a new folder"
 
 
@@ -99,9 +104,9 @@ class Manifest:
         if self.files:
             return self.files.open(shard)
         try:
-            return (self.folder / shard.name).open("rb")
-        except OSError as error:
-            raise DataError(f"{self.folder / shard.name} cannot be read ({error.strerror}); is it still there?") from None
+            return open_regular(self.folder / shard.name)
+        except ReadError as error:
+            raise DataError(f"{self.folder / shard.name} cannot be read ({error}); is it still there?") from None
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises DataError for a split that the set does not have."""
@@ -116,7 +121,9 @@ class Manifest:
     def index(self, shard: Shard) -> np.ndarray:
         """int64 (samples, 3): offset of the image's bytes in the shard, their number, label (-1: none). Raises DataError."""
         with self.files.open_index(shard) if self.files else _open_index(self.folder, shard) as file:
-            return _read_index(file, self.where, shard)
+            index = _read_index(file, self.where, shard)
+        _check_index(index, f"{self.where}/{shard.index_name}", shard, len(self.classes))
+        return index
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -126,16 +133,21 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         fact = "has no manifest.json" if folder.is_dir() else "is not a folder"
         raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep prepare SRC {folder}` writes.")
-    return read_manifest(path.read_bytes(), str(path), folder)
+    try:
+        data = read_bytes(path, MAX_BYTES)
+    except ReadError as error:
+        raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
+    return read_manifest(data, str(path), folder)
 
 
 def read_manifest(data: bytes, where: str, folder: Path) -> Manifest:
     """The manifest in the bytes of a manifest.json. Raises DataError when it is none or does not match its digest."""
     try:
-        content = json.loads(data)
-        found = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
+        content = parse_object(data)
+        expect(content, {"format": is_text})
+    except ReadError as error:
+        raise DataError(f"{where} is not a manifest ({error}); {_PREPARE_AGAIN}.") from None
+    found = content["format"]
     if found != FORMAT:
         raise DataError(f"{where} has format {found!r}, this version reads {FORMAT!r}; {_PREPARE_AGAIN}.")
     if content.get("digest") != content_digest(content):
@@ -199,21 +211,44 @@ def check_shard(folder: str | Path, shard: Shard, how: Literal["sha256", "size"]
 def _open_index(folder: Path, shard: Shard) -> IO[bytes]:
     path = folder / shard.index_name
     try:
-        return path.open("rb")
-    except OSError as error:
+        return open_regular(path)
+    except ReadError as error:
         raise DataError(f"{path} cannot be read ({error}); {_PREPARE_AGAIN}.") from None
 
 
 def _read_index(file: IO[bytes], where: str, shard: Shard) -> np.ndarray:
     path = f"{where}/{shard.index_name}"
+    size = file.seek(0, 2)
+    if size > 24 * shard.samples + _MAX_HEADER_BYTES:  # before a header that lies fills the memory
+        raise DataError(f"{path} has {size} bytes, too many for {shard.samples} samples; {_PREPARE_AGAIN}.")
+    file.seek(0)
     try:
-        index: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)  # np.load would also take a zip file
+        with io.BytesIO(file.read()) as content:  # from which no more can be read than is there
+            index: np.ndarray = np.lib.format.read_array(content, allow_pickle=False)  # np.load would also take a zip file
     except Exception as error:  # by what is damaged: OSError, ValueError, EOFError, TokenError, MemoryError, …
         raise DataError(f"{path} cannot be read ({error or type(error).__name__}); {_PREPARE_AGAIN}.") from None
     if index.dtype != np.int64 or index.shape != (shard.samples, 3):
         expected = f"int64 ({shard.samples}, 3)"
         raise DataError(f"{path} holds {index.dtype} {index.shape}, the manifest expects {expected}; {_PREPARE_AGAIN}.")
     return index
+
+
+def _check_index(index: np.ndarray, path: str, shard: Shard, num_classes: int) -> None:
+    """Raises DataError for a row that points outside of its shard, and for a label that is no class."""
+    offsets, sizes, labels = index.T
+    outside = (offsets < _HEADER_BYTES) | (sizes < 1) | (sizes > shard.bytes) | (offsets > shard.bytes - sizes)
+    if outside.any():
+        row = int(outside.argmax())
+        raise DataError(
+            f"{path} points outside of its shard of {shard.bytes} bytes in {outside.sum()} rows, first in row {row}: "
+            f"{index[row].tolist()}; {_PREPARE_AGAIN}."
+        )
+    wrong = (labels < -1) | (labels >= num_classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(
+            f"{path} has the label {labels[row]} in row {row}, but there are {num_classes} classes; {_PREPARE_AGAIN}."
+        )
 
 
 def _count_classes(folder: Path, shards: tuple[Shard, ...], num_classes: int) -> list[int]:
@@ -238,6 +273,10 @@ def content_digest(content: dict[str, Any]) -> str:
 def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
     """Raises KeyError, TypeError or AttributeError for what is missing or of another kind."""
     splits = {split: tuple(_checked(Shard(**shard)) for shard in shards) for split, shards in content["splits"].items()}
+    names = [shard.name for shards in splits.values() for shard in shards]
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise TypeError(f"the shard {double} is listed {names.count(double)} times")
     return _checked(
         Manifest(
             folder=folder,

@@ -24,9 +24,10 @@ from clae_dist.data.classes import classes_of, renumbered
 from clae_dist.data.fetch import digest_check, fetch
 from clae_dist.data.manifest import DataError, Manifest, Shard, content_digest
 from clae_dist.data.remote import MAX_OPEN, Fetching
-from clae_dist.data.tar_index import Dropped, TarIndex, index_tar
+from clae_dist.data.tar_index import Dropped, TarIndex, begins_as_tar, index_tar
 from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
+from clae_dist.reading import Check, ReadError, expect, is_count, is_text, open_regular, parse_object, read_bytes
 from clae_dist.world import World
 
 Say = Callable[[str], None]
@@ -94,12 +95,12 @@ class PlainShards:
         """Of which shard this machine's cache holds another version than was indexed, "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
-                held = json.loads((self.fetching.cache.folder / f"{self._key(name)}{_RECORD}").read_bytes())["shard"]
-            except FileNotFoundError:
-                continue
-            if held != asdict(record.shard):
+                held = _record_from_json(read_bytes(self.fetching.cache.folder / f"{self._key(name)}{_RECORD}", 64 << 20)).shard
+            except ReadError:
+                continue  # absent, or damaged: then it is made again
+            if held != record.shard:
                 return (
-                    f"{name} is another one in {self.fetching.cache.folder} of {platform.node()} (sha256 {held['sha256']!r}) "
+                    f"{name} is another one in {self.fetching.cache.folder} of {platform.node()} (sha256 {held.sha256!r}) "
                     f"than where it was indexed ({record.shard.sha256!r}): it has changed since; {_ONE_FOR_ALL}."
                 )
         return ""
@@ -110,7 +111,13 @@ class PlainShards:
         def fill(part: IO[bytes]) -> None:
             part.write(_record_as_json(self._make_record(name, stop)))
 
-        with self.fetching.cache.open(f"{self._key(name)}{_RECORD}", 0, fill) as file:
+        entry = f"{self._key(name)}{_RECORD}"
+        with self.fetching.cache.open(entry, 0, fill) as file:
+            try:
+                return _record_from_json(file.read())
+            except ReadError:  # a power cut, or another version: it is made again
+                (self.fetching.cache.folder / entry).unlink(missing_ok=True)
+        with self.fetching.cache.open(entry, 0, fill) as file:
             return _record_from_json(file.read())
 
     def _make_record(self, name: str, stop: threading.Event) -> Record:
@@ -132,14 +139,14 @@ class PlainShards:
         source = self.sources[name]
         if not scheme(source):
             try:
-                return open(local_path(source), "rb")
-            except OSError as error:
-                raise DataError(f"{source} cannot be read ({error.strerror}); correct data.shards.") from None
+                return open_regular(local_path(source))
+            except ReadError as error:
+                raise DataError(f"{source} cannot be read ({error}); correct data.shards.") from None
         size = shard.bytes if shard else 0
         check = digest_check(size, shard.sha256) if shard else _is_tar
 
         def fill(part: IO[bytes]) -> None:
-            fetch(source, part, name, self.fetching.patience, check, size, stop)
+            fetch(source, part, name, self.fetching.patience, check, size, stop, begins_as_tar)
 
         return self.fetching.cache.open(f"{self._key(name)}.tar", size, fill)
 
@@ -182,12 +189,32 @@ def _record_as_json(record: Record) -> bytes:
     return json.dumps(content).encode()
 
 
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+_SHARD: dict[str, Check] = {
+    **dict.fromkeys(("name", "sha256", "index_sha256"), is_text),
+    **dict.fromkeys(("samples", "bytes"), is_count),
+}
+_FIELDS: dict[str, Check] = {
+    **dict.fromkeys(("shard", "dropped"), _is_object),
+    "labels": lambda value: isinstance(value, list),
+    "unlabelled": is_count,
+}
+
+
 def _record_from_json(data: bytes) -> Record:
-    content = json.loads(data)
-    dropped = Dropped()
-    for reason, count in content["dropped"]["counts"].items():
-        dropped.add(reason, content["dropped"]["examples"][reason], count)
-    return Record(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
+    """Raises ReadError."""
+    content, dropped = parse_object(data, surrogates=True), Dropped()
+    expect(content, _FIELDS)
+    expect(content["shard"], _SHARD)
+    try:
+        for reason, count in content["dropped"]["counts"].items():
+            dropped.add(reason, content["dropped"]["examples"][reason], count)
+        return Record(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReadError(f"{type(error).__name__}: {error}") from None
 
 
 def _is_tar(file: IO[bytes]) -> str:

@@ -95,6 +95,12 @@ class Room:
         """
         with self._alone():
             held, _ = self._clear(part, num_bytes)
+            disk, more = shutil.disk_usage(self._folder), num_bytes - _size(part)
+            if disk.free - more < min(_FREE_BYTES, disk.total // 20):  # it may have no end
+                raise DataError(
+                    f"data.cache {self._folder} has {disk.free / 1e9:.1f} GB free, too little for a shard of unknown size, of "
+                    f"which {num_bytes / 1e9:.1f} GB came; free some, or name a folder on another disk."
+                )
             wish = num_bytes + num_bytes // 8
             taken = wish if self._fits(held, part, wish) else num_bytes
             _note(part, taken)

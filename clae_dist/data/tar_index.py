@@ -131,6 +131,17 @@ def _named_image(sample: _Sample, name: str) -> tuple[str, Member] | None:
     return images[0] if images else None
 
 
+def begins_as_tar(start: bytes) -> str:
+    """Why the first bytes of a stream (512 at least) are not a tar's; "" where they are. It need not be fetched to the end."""
+    if start[:_BLOCK] == _END:
+        return "it begins with zeros and holds no file"
+    try:
+        _checked(start[:_BLOCK], 0, "what came")
+    except DataError as error:
+        return str(error).split("; ")[0]
+    return ""
+
+
 def files_of(content: mmap.mmap, name: str, offset: int, after: int) -> dict[str, Member]:
     """The files of the sample whose image's bytes begin at `offset`, by kind (`jpg`, `json`, …).
 

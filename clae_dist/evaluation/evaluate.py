@@ -116,6 +116,12 @@ def _compare(
         part = f" ({len(images):,} of {manifest.num_samples(split):,})" if limit else ""
         progress = _Progress(say, f"features, {split}{part}", len(images))
         found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress)
+        for name, one in zip(("untrained", "trained"), found, strict=True):
+            if not one.features_NF.isfinite().all():
+                raise ConfigError(
+                    f"the {name} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. Train "
+                    "with optim.clip_norm=1 or a lower optim.learning_rate."
+                )
         if len(found[0]) < len(images):
             left_out[split] = len(images) - len(found[0])
             say(f"{left_out[split]} of {len(images):,} images of {split} cannot be decoded and were left out.")

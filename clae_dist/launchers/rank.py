@@ -22,6 +22,7 @@ from clae_dist.exit_codes import UNEXPECTED as UNEXPECTED
 from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.output import Output
 from clae_dist.runs.checkpoint import CheckpointError
+from clae_dist.runs.checkpoint.index import DamagedError
 from clae_dist.storage import storage_error
 from clae_dist.training.run import train
 from clae_dist.world import RankError, World, connect
@@ -36,7 +37,7 @@ USER_ERRORS: dict[type[Exception], int] = {
 
 def exit_code(error: BaseException) -> int:
     """The exit code that belongs to an error; UNEXPECTED for those that are not the user's to mend."""
-    if storage_error(error):
+    if storage_error(error) or isinstance(error, DamagedError):
         return STORAGE
     return next((code for kind, code in USER_ERRORS.items() if isinstance(error, kind)), UNEXPECTED)
 

@@ -102,12 +102,11 @@ def make_folder(folder: Path) -> None:
     """Raises ConfigError when a run's folder cannot be made, StorageError where storage is full, read-only or broken."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null character
         if storage := storage_error(error):
             raise storage from None
-        raise ConfigError(
-            f"run_dir is {str(folder)!r}, which cannot be made ({error.strerror}); name another folder."
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be made ({reason}); name another folder.") from None
 
 
 def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from clae_dist.reading import ReadError, expect, is_count, is_number, is_text, read_object
+
 _NAMED = 4  # ranks that a line names one by one
+_TEXTS = ("host", "doing", "where", "stack")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,17 @@ class Report:
     quiet_s: float
     where: str  # the innermost function of this package
     stack: str
+
+
+def read_report(path: Path) -> Report | None:
+    """What a rank wrote; None where that cannot be read, which must not keep the others from being heard."""
+    fields = {"rank": is_count, "step": is_count, "quiet_s": is_number, **dict.fromkeys(_TEXTS, is_text)}
+    try:
+        content = read_object(path)
+        expect(content, fields)
+    except ReadError:
+        return None
+    return Report(**{key: content[key] for key in fields})
 
 
 def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], folder: Path) -> str:

@@ -3,7 +3,6 @@ the first number that is not finite comes from."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,6 +21,7 @@ from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
+from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_number, is_text, open_regular, read_object
 from clae_dist.runs.trust import NOTHING, Permission, open_run
 from clae_dist.training.clock import Clock
 from clae_dist.training.nonfinite import loss_parts
@@ -29,6 +30,30 @@ from clae_dist.training.sets import open_sets
 from clae_dist.world import World
 
 _CLOSE = {"bfloat16": 0.05, "float32": 1e-3, "float64": 1e-6}  # relative; another number of ranks adds in another order
+
+
+def _is_any_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_any_number, value.values()))
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, dict) and _numbers(value.get("loss")) and is_list_of(is_text)(value.get("images"))
+
+
+_FIELDS: dict[str, Check] = {
+    "step": is_count,
+    "world_size": lambda value: is_count(value) and 0 < value <= 1 << 20,
+    "alpha": is_number,
+    "learning_rate": is_number,
+    "problem": is_text,
+    "precision": lambda value: is_text(value) and value in _CLOSE,
+    "gradient_norms": _numbers,
+    "ranks": lambda value: is_list_of(_is_rank)(value) and len({frozenset(rank["loss"]) for rank in value}) == 1,
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +68,11 @@ def read_step(folder: Path, shards: str, permission: Permission = NOTHING) -> tu
     """The settings of the step's run, for a replay, and what was written down. Raises ConfigError where nothing was, and for
     settings of the run that `permission` does not cover (runs/trust.py)."""
     try:
-        (folder / "step.json").stat()
+        open_regular(folder / "step.json").close()
         config = open_run(folder.parents[1], permission).to_read_images(shards, mixture=True)
-        wanted: dict[str, Any] = json.loads((folder / "step.json").read_text())
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
+        wanted = read_object(folder / "step.json", nan=True)
+        expect(wanted, _FIELDS)
+    except ReadError as error:
         raise ConfigError(
             f"STEP is {str(folder)!r}, which cannot be read ({error}); name a folder such as runs/clae/nonfinite/step-00000123."
         ) from None
@@ -67,7 +91,12 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     step = int(wanted["step"])
     train = open_sets(config, world, lambda text: None).train
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        open_regular(folder / "model.safetensors").close()
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ReadError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"STEP is {str(folder)!r}, whose model.safetensors cannot be used ({reason}).") from None
     backend = make_backend(config, model, world)
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])

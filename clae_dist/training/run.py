@@ -19,7 +19,7 @@ from clae_dist.data.transfer import Transfer
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
-from clae_dist.runs.checkpoint import load_checkpoint, remove_leftovers
+from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
 from clae_dist.runs.folder import Identity, open_run_folder
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.tracking import (
@@ -85,9 +85,11 @@ def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO
         return open_run_folder(config, origins, sets.train, world, new_run_key())
 
     identity: Identity = world.run_on_main(open_folder)
-    backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
+    model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
+    shapes = shapes_of(model)
+    backend = make_backend(config, model, world)
     watch.doing("starting", 0)
-    first_step, train_s, known_bad, skipped = _resume(config, world, backend, say)
+    first_step, train_s, known_bad, skipped = _resume(config, world, backend, shapes, say)
     watch.doing("starting", first_step)
     for line in describe(plan, world, backend):
         say(line)
@@ -145,16 +147,16 @@ def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say)
         say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
 
 
-def _resume(config: Config, world: World, backend: Backend, say: Say) -> tuple[int, float, dict[str, str], int]:
+def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say: Say) -> tuple[int, float, dict[str, str], int]:
     """Loads the newest whole checkpoint, if any; the steps that are done, the seconds that they took, their bad samples,
     how many of them were left out."""
     world.run_on_main(lambda: remove_leftovers(config.folder))
-    checkpoint = load_checkpoint(config.folder, say, world)
+    checkpoint = load_checkpoint(config.folder, say, world, shapes)
     if checkpoint is None:
         return 0, 0.0, {}, 0
     backend.load_state(checkpoint.state())
     info = checkpoint.info
-    return checkpoint.step, float(info["train_s"]), info["bad_samples"], int(info["skipped_steps"])
+    return checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0)
 
 
 def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None, str]:

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from clae_dist.config import Config
 from clae_dist.training.guard import HUNG, STOPPED, StopRequest
-from clae_dist.training.hang_report import Place, Report, stacks_by_ranks, verdict
+from clae_dist.training.hang_report import Place, Report, read_report, stacks_by_ranks, verdict
 from clae_dist.world import World, abandon
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class Watch:
         while True:
             recent = [path for path in sorted(self._folder.glob("rank-*.json")) if path.stat().st_mtime >= since]
             if len(recent) == self._world.size or time.monotonic() > deadline:
-                return [Report(**json.loads(path.read_text())) for path in recent]
+                return [found for path in recent if (found := read_report(path)) is not None]
             time.sleep(0.1)
 
     def _log(self, text: str) -> None:

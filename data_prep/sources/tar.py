@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import lzma
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from clae_dist.data.manifest import DataError
-from clae_dist.storage import writing
+from clae_dist.storage import StorageError, writing
 from data_prep.sources.entry import Entry, Report, is_image_name
 
 _COMPRESSIONS: tuple[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]], ...] = (  # how the files start, what opens them
@@ -21,6 +23,9 @@ _COMPRESSIONS: tuple[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]], ...] = (  #
     (b"BZh", cast("Callable[[IO[bytes]], IO[bytes]]", bz2.open)),
     (b"\xfd7zXZ\0", cast("Callable[[IO[bytes]], IO[bytes]]", lzma.open)),
 )
+_SMALL_BYTES = 256 << 20
+_MOST_GROWTH = 100  # times; formats of images are compressed already, and bitmaps shrink to a tenth
+_KEPT_FREE_BYTES = 1 << 30
 _KINDS = "name a folder, a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip of one, ImageNet's or CIFAR's archives, or Parquet files"
 
 
@@ -37,6 +42,7 @@ def plain_tar(path: Path, target: Path, report: Report) -> Path:
         with plain, path.open("rb") as stream, opener(stream) as compressed:
             done = 0
             while chunk := compressed.read(1 << 20):
+                _check_growth(path, stream.tell(), plain.tell() + len(chunk), target)
                 with writing(target):
                     plain.write(chunk)
                 report(stream.tell() - done)
@@ -46,6 +52,18 @@ def plain_tar(path: Path, target: Path, report: Report) -> Path:
             raise
         raise DataError(f"{path} is damaged ({error}); get the archive again.") from None
     return target
+
+
+def _check_growth(path: Path, num_read: int, num_written: int, target: Path) -> None:
+    """Raises DataError for what grows as no images do, StorageError before the disk of `target` is full to the last byte."""
+    if num_written > _SMALL_BYTES and num_written > _MOST_GROWTH * num_read:
+        raise DataError(
+            f"{path} grows to more than {_MOST_GROWTH} times its size ({num_read:,} bytes became {num_written:,}), as no "
+            "images do; unpack it yourself, if you trust it, and name the folder."
+        )
+    disk = shutil.disk_usage(target.parent)
+    if disk.free < min(_KEPT_FREE_BYTES, disk.total // 20) + (1 << 20):
+        raise StorageError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
 
 def first_member(path: Path) -> str:

@@ -16,6 +16,8 @@ from data_prep.sources.entry import Entry, UnreadableError
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, …, then the lengths of the name and of the extra field
 _SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED = 0x1  # general purpose bit 0
+_SMALL_BYTES = 32 << 20
+_MOST_GROWTH = 100  # times
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -76,6 +78,8 @@ class ZipFile:
     def read(self, entry: Entry, /) -> bytes:
         """The member's bytes. Raises UnreadableError when they are not what the archive's directory says."""
         compressed_size, method, crc = entry.details
+        if entry.size > _SMALL_BYTES and entry.size > _MOST_GROWTH * compressed_size:
+            raise UnreadableError(f"{compressed_size} bytes would grow to {entry.size}, as those of no image do")
         header = os.pread(self._descriptor, _LOCAL_HEADER.size, entry.offset)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_SIGNATURE):
             raise UnreadableError("damaged: the archive's directory points at no member")

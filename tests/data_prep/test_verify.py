@@ -73,10 +73,10 @@ def test_an_edited_manifest_is_a_difference_and_a_missing_one_an_error(prepared:
 @pytest.mark.parametrize(
     "row, expected",
     [
-        ([10**9, 100, 0], "points outside the shard for 1 samples, first row 2"),
+        ([10**9, 100, 0], "in 1 rows, first in row 2: [1000000000, 100, 0]"),
         ([1024, 7, 0], "row 2 of the index points at no member of 7 bytes"),
         (None, "1 samples of the index point at the same bytes"),
-        ([-1, 0, 5], "1 labels are outside -1 to 1, first in row 2: 5"),
+        ([512, 3, 5], "has the label 5 in row 2, but there are 2 classes"),
     ],
 )
 def test_an_index_that_is_wrong_but_signed_is_caught(prepared: Manifest, row: list[int] | None, expected: str) -> None:

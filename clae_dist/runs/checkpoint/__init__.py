@@ -5,7 +5,7 @@ pieces (what a rank holds of which tensor), write (in the background), index (ch
 
 from clae_dist.runs.checkpoint.pieces import Piece, Place, sections
 from clae_dist.runs.checkpoint.places import CheckpointError, find_checkpoints, step_of
-from clae_dist.runs.checkpoint.read import Checkpoint, load_checkpoint, load_model
+from clae_dist.runs.checkpoint.read import Checkpoint, Shapes, load_checkpoint, load_model, shapes_of
 from clae_dist.runs.checkpoint.write import Writer, remove_leftovers
 
 __all__ = [
@@ -13,11 +13,13 @@ __all__ = [
     "CheckpointError",
     "Piece",
     "Place",
+    "Shapes",
     "Writer",
     "find_checkpoints",
     "load_checkpoint",
     "load_model",
     "remove_leftovers",
     "sections",
+    "shapes_of",
     "step_of",
 ]

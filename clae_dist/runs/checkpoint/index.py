@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from clae_dist.reading import ReadError, is_number, is_text, parse_object, read_bytes
 from clae_dist.runs.checkpoint.places import INDEX
 
 FORMAT = 1
+_MAX_BYTES = 128 << 20  # a thousand tensors on a thousand ranks have 50 MB
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -117,11 +119,11 @@ def _digest(content: dict[str, Any]) -> str:
 def read_index(folder: Path) -> Index:
     """The checkpoint.json of a folder, checked in itself. Raises DamagedError."""
     try:
-        index = parse_index(read_inside(folder, INDEX))
+        index = parse_index(read_bytes(folder / INDEX, _MAX_BYTES, follow=False))
         named = re.fullmatch(r"step-(\d+).*", folder.name)
         _demand(named is None or int(named[1]) == index.step, f"it says step {index.step}")
-    except OSError as error:
-        raise DamagedError(f"{INDEX} cannot be read ({error.strerror})") from None
+    except ReadError as error:
+        raise DamagedError(f"{INDEX} cannot be read ({error})") from None
     except DamagedError as error:
         raise DamagedError(f"{INDEX}: {error}") from None
     return index
@@ -130,9 +132,11 @@ def read_index(folder: Path) -> Index:
 def parse_index(text: str | bytes) -> Index:
     """The index that a text says. Raises DamagedError."""
     try:
-        return _parsed(json.loads(text))
+        return _parsed(parse_object(text.encode() if isinstance(text, str) else text))
     except DamagedError:
         raise
+    except ReadError as error:
+        raise DamagedError(f"it is no checkpoint of ours ({error})") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(f"it is no checkpoint of ours ({type(error).__name__}: {str(error)[:80]})") from None
 
@@ -144,11 +148,6 @@ def open_inside(folder: Path, name: str) -> int:
         os.close(found)
         raise DamagedError(f"{name} is not a plain file")
     return found
-
-
-def read_inside(folder: Path, name: str) -> bytes:
-    with open(open_inside(folder, name), "rb") as file:
-        return file.read()
 
 
 def _demand(condition: bool, otherwise: str) -> None:
@@ -173,10 +172,18 @@ def _parsed(content: dict[str, Any]) -> Index:
         files[name] = File(_count(file["bytes"], f"the size of {name}"), file["sha256"])
     tensors = {name: _tensor(name, entry, files) for name, entry in content["tensors"].items()}
     _demand(isinstance(content["info"], dict) and isinstance(content["backend"], str), "info or backend have another type")
-    _count(content["info"]["images_seen"], "images_seen")
+    _check_info(content["info"])
     _demand(type(content["saved"]) is float and math.isfinite(content["saved"]), "`saved` is no time")
     step, world_size = _count(content["step"], "step"), _count(content["world_size"], "world_size")
     return Index(step, content["saved"], world_size, content["backend"], content["info"], files, tensors)
+
+
+def _check_info(info: dict[str, Any]) -> None:
+    _count(info["images_seen"], "images_seen")
+    _count(info.get("skipped_steps", 0), "skipped_steps")
+    bad = info.get("bad_samples", {})
+    _demand(is_number(info.get("train_s", 0.0)), "train_s is no time")
+    _demand(isinstance(bad, dict) and all(map(is_text, bad.values())), "bad_samples are no reasons by sample")
 
 
 def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:

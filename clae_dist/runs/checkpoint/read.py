@@ -102,6 +102,14 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             if sha256.hexdigest() != wanted.sha256:
                 where = self._damaged_tensors(name)
                 raise DamagedError(f"{name} has sha256 {sha256.hexdigest()[:12]}…, expected {wanted.sha256[:12]}…{where}")
+            self._check_header(name)
+
+    def _check_header(self, file: str) -> None:
+        """Whether a file holds the tensors that the index says: digests that fit prove only that nothing has changed."""
+        for name, tensor in self.index.tensors.items():
+            for run in tensor.runs:
+                if run.file == file:
+                    self._run(name, run, DTYPES[tensor.dtype])
 
     def _damaged_tensors(self, file: str) -> str:
         """Which tensors of a file are not what was written, in words."""
@@ -119,10 +127,36 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return f" (damaged: {damaged[0]}{more})" if damaged else " (its header; the tensors are whole)"
 
 
-def load_checkpoint(run_dir: Path, say: Say, world: World | None = None) -> Checkpoint | None:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(model: torch.nn.Module) -> Shapes:
+    """The shapes of a model's parameters and buffers by name, for `load_checkpoint`."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _misfit(checkpoint: Checkpoint, shapes: Shapes) -> str:
+    """Why a checkpoint does not fit a model of these shapes; "" where it does."""
+    missing = {f"model/{name}" for name in shapes} - set(checkpoint)
+    if missing:
+        return f"{min(missing)} is not in it"
+    for name, tensor in checkpoint.index.tensors.items():
+        section, _, key = name.partition("/")
+        of = key.rpartition("/")[0] if section == "optimizer" else key
+        expected = shapes.get(of)
+        scalar = section == "optimizer" and tensor.shape in ((), (1,))
+        if section in ("model", "average", "optimizer") and expected is None:
+            return f"{name} is of no tensor of the model"
+        if expected is not None and tensor.shape != expected and not scalar:
+            return f"{name} has the shape {tensor.shape}, the model's is {expected}"
+    return ""
+
+
+def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes: Shapes | None = None) -> Checkpoint | None:
     """The newest whole checkpoint, or None without any; damaged ones are named. All ranks of `world` call, and share the work.
 
-    Raises ConfigError when there are checkpoints and none is whole, RankError when ranks see different ones.
+    With `shapes`, those of the model, a checkpoint that does not fit them counts as damaged. Raises ConfigError when there are
+    checkpoints and none is whole, RankError when ranks see different ones.
     """
     world = world or World.single("cpu")
     found = find_checkpoints(run_dir)
@@ -138,6 +172,7 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None) -> Chec
         try:
             checkpoint = Checkpoint(path)
             checkpoint.verify(world.rank, world.size)
+            problem = _misfit(checkpoint, shapes) if shapes is not None else ""
         except DamagedError as error:
             problem = str(error)
         problems = [text for text in world.gather_objects(problem) if text]
@@ -155,15 +190,28 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None) -> Chec
 def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
     """A run's configuration, its model with the (averaged) weights of the newest whole checkpoint, and {"step", "images_seen"}.
 
-    The model is on the CPU, in evaluation mode. Raises ConfigError without a run folder or checkpoint.
+    The model is on the CPU, in evaluation mode. Raises ConfigError without a run folder or checkpoint, and for weights that
+    are NaN or infinite.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
     config = from_yaml(run_dir / "config.yaml")
-    checkpoint = load_checkpoint(run_dir, print)
+    model = build_model(config)
+    checkpoint = load_checkpoint(run_dir, print, shapes=shapes_of(model))
     if checkpoint is None:
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no checkpoint yet; start `clae train` with run_dir={run_dir}.")
     state = checkpoint.state()
-    model = build_model(config)
-    model.load_state_dict(state.get("average", state["model"]))
+    weights = dict(state.get("average", state["model"]))
+    _refuse_nan(weights, checkpoint)
+    model.load_state_dict(weights)
     return config, model.eval(), {"step": checkpoint.step, "images_seen": checkpoint.info["images_seen"]}
+
+
+def _refuse_nan(weights: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ConfigError(
+            f"the weights after step {checkpoint.step} are NaN or infinite ({len(bad)} of {len(weights)} tensors, such as "
+            f"{bad[0]}): training diverged, and no accuracy of them means anything. Remove {checkpoint.path} to take the "
+            "checkpoint before it, and train with optim.clip_norm=1 or a lower optim.learning_rate."
+        )
