@@ -6,12 +6,8 @@ exchange, a rank that sees too few would take the CPU while the others wait for 
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,7 +17,6 @@ import torch.distributed as dist
 from clae_dist.config import ConfigError
 
 Request = Literal["auto", "cpu", "cuda"]  # launch.device
-_ANSWER_S = 10.0  # for the others to read what failed, before the rank that holds the store leaves
 
 
 @dataclass(frozen=True)
@@ -123,31 +118,12 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def meet(timeout_s: float) -> dist.Store:
-    """The store that the launcher's MASTER_ADDR and MASTER_PORT name; every rank of the job comes to it."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
-    store.set_timeout(datetime.timedelta(seconds=timeout_s))
-    return store
+def agree(sight: Sight, rank: int, size: int) -> torch.device:
+    """The device of this rank, after an exchange over the CPU in the default process group. Collective.
 
-
-def agree_in_store(store: dist.Store, sight: Sight, rank: int, size: int) -> torch.device:
-    """The device of this rank, after an exchange through `store`. Collective. Raises ConfigError on all ranks alike."""
-    # A store may outlive a start of the ranks: torchrun counts them.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    shared = dist.PrefixStore(f"clae-devices/{attempt}/{size}", store)
-    shared.set(f"rank-{rank}", json.dumps(asdict(sight)))
-    sights = [Sight(**json.loads(shared.get(f"rank-{other}"))) for other in range(size)]
-    try:
-        return choose(sights, rank)
-    except ConfigError:
-        shared.set(f"read-{rank}", "")
-        with suppress(RuntimeError):  # a rank that has left already; the others know
-            shared.wait([f"read-{other}" for other in range(size)], datetime.timedelta(seconds=_ANSWER_S))
-        raise
-
-
-def agree_in_group(sight: Sight, rank: int, size: int) -> torch.device:
-    """The same through the default process group, which the launcher has started. Collective."""
+    Not through a store: torchrun's store outlives a start of the ranks, and its hosts count their starts differently.
+    Raises ConfigError on all ranks alike.
+    """
     sights: list[Any] = [None] * size
     dist.all_gather_object(sights, sight)
     return choose(sights, rank)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from clae_dist.devices import Request, agree_in_group, agree_in_store, local_device, look, meet
+from clae_dist.devices import Request, agree, local_device, look
 from clae_dist.exit_codes import starts_again
 
 
@@ -155,22 +155,24 @@ def connect(timeout_s: float = 600.0, device: Request = "auto") -> Iterator[Worl
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     started_here = not dist.is_initialized()
     if started_here:
-        store = meet(timeout_s)
-        chosen = agree_in_store(store, look(device, local_rank, local_size), rank, size)
-    else:  # a launcher's group that carries only the CPU's tensors is a request for the CPU
-        request: Request = device if "nccl" in dist.get_backend_config() else "cpu"
-        chosen = agree_in_group(look(request, local_rank, local_size), rank, size)
+        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
+        _start_group("gloo", store, rank, size, timeout_s)  # which serves as it is where all take the CPU
+    elif (
+        "nccl" not in dist.get_backend_config()
+    ):  # a launcher's group that carries only the CPU's tensors: the CPU is requested
+        device = "cpu"
+    try:
+        chosen = agree(look(device, local_rank, local_size), rank, size)
+    except BaseException:
+        if started_here:
+            dist.destroy_process_group()
+        raise
     use_gpu = chosen.type == "cuda"
     if use_gpu:
         torch.cuda.set_device(chosen)
-    if started_here:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            store=dist.PrefixStore("default_pg", store),
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+    if use_gpu and started_here:
+        dist.destroy_process_group()
+        _start_group("cpu:gloo,cuda:nccl", store, rank, size, timeout_s)
     broken = True
     try:
         yield World(rank, size, local_rank, local_size, chosen, dist.group.WORLD)
@@ -179,6 +181,12 @@ def connect(timeout_s: float = 600.0, device: Request = "auto") -> Iterator[Worl
         # A rank that broke alone leaves NCCL's group as it is: to end it would wait for the others, who wait for this rank.
         if started_here and not (broken and use_gpu):
             dist.destroy_process_group()
+
+
+def _start_group(backend: str, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+    """Start the default process group; its keys in the store are its own, so that another group can follow."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=dist.PrefixStore(backend, store), rank=rank, world_size=size, timeout=timeout)
 
 
 def told(code: int) -> int:

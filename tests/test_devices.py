@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from dataclasses import asdict, replace
+import os
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from clae_dist import world
 from clae_dist.config import ConfigError, Launch
-from clae_dist.devices import Sight, agree_in_store, choose, local_device
-from clae_dist.launchers.local import default_workers
+from clae_dist.devices import Sight, choose, local_device
+from clae_dist.launchers.local import default_workers, spawn
+from clae_dist.launchers.rank import BAD_CONFIG, Ending
 from clae_dist.launchers.ray import _use_gpu
 from clae_dist.world import World
 from tests.small_run import small_run
@@ -73,32 +74,22 @@ def test_too_few_gpus_are_an_error_that_names_host_and_ranks(seen: list[Sight], 
     assert "launch.device=cpu" in line or "give all of them the same" in line
 
 
-def test_ranks_agree_through_the_store_before_there_is_a_group() -> None:
-    store, seen, answers = dist.HashStore(), [*sights(1), *sights(0, host="b")], {}
-
-    def rank(number: int) -> None:
-        try:
-            agree_in_store(store, seen[number], number, 2)
-        except ConfigError as error:
-            answers[number] = str(error)
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert answers[0] == answers[1]
-    assert "host b has 0 visible GPUs for rank 1" in answers[0]
+def _rank(seen: list[Sight]) -> Ending:
+    """A rank that sees what it is told to see."""
+    world.look = lambda *_: seen[int(os.environ["RANK"])]  # type: ignore[attr-defined]
+    try:
+        with world.connect() as joined:
+            return Ending(0, f"{joined.device} {joined.collectives} {joined.largest(joined.rank):g}")
+    except ConfigError as error:
+        return Ending(BAD_CONFIG, f"{error} initialised: {dist.is_initialized()}")
 
 
-def test_another_start_of_the_ranks_does_not_read_what_the_one_before_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, (old, new) = dist.HashStore(), (sights(0, host="gone")[0], sights(0, host="new")[0])
-    assert agree_in_store(store, old, 0, 1) == torch.device("cpu")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    shared = dist.PrefixStore("clae-devices/1/1", store)
-    assert not shared.check(["rank-0"])
-    agree_in_store(store, new, 0, 1)
-    assert json.loads(shared.get("rank-0")) == asdict(new)
+def test_ranks_agree_before_they_need_a_gpu() -> None:
+    refused = spawn(2, _rank, [*sights(1), *sights(0, host="b")])
+    assert refused.code == BAD_CONFIG
+    assert "host b has 0 visible GPUs for rank 1" in refused.message
+    assert "initialised: False" in refused.message
+    assert spawn(2, _rank, sights(0, 0)).message == "cpu gloo 1"
 
 
 def test_a_device_always_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
