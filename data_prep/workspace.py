@@ -7,7 +7,6 @@ shard, and temporary files `.tmp-*`. When it is complete, `manifest.json` is the
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from clae_dist.data.manifest import FILE_NAME, DataError, Shard
 from clae_dist.files import sync_folder, write_atomically
+from clae_dist.lease import hold
 from data_prep.settings import Settings
 from data_prep.write import ShardResult
 
@@ -124,21 +124,14 @@ def open_workspace(folder: Path) -> Iterator[Workspace]:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / _LOCK
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is writing to {folder}; wait for it, or name a new folder.") from None
-        workspace = Workspace(folder)
-        try:
-            yield workspace
-        finally:
-            if (folder / _PLAN).exists() or workspace.scratch.exists():
-                workspace.remove_leftovers()
-            lock.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        with hold(folder / _LOCK, "data_prep", DataError, "wait until it has ended, or name a new folder."):
+            workspace = Workspace(folder)
+            try:
+                yield workspace
+            finally:
+                if (folder / _PLAN).exists() or workspace.scratch.exists():
+                    workspace.remove_leftovers()
     finally:
-        os.close(descriptor)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -14,6 +14,7 @@ from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.record import read_record, summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.runs.folder import read_identity
+from clae_dist.runs.in_use import only_evaluation
 from clae_dist.tracking import Tracker, continue_tracking
 
 Say = Callable[[str], None]
@@ -21,7 +22,8 @@ Say = Callable[[str], None]
 
 def evaluate(run_dir: Path, say: Say = print, shards: str = "") -> dict[str, Any]:
     """evaluate_run(), its accuracies also in MLflow. `shards` is where the images are now, if not where config.yaml says."""
-    result = evaluate_run(run_dir, say, shards)
+    with only_evaluation(run_dir, say):
+        result = evaluate_run(run_dir, say, shards)
     accuracies = {
         key: result[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after") if result[key] is not None
     }
