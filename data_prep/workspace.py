@@ -7,7 +7,6 @@ shard, and temporary files `.tmp-*`. When it is complete, `manifest.json` is the
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from clae_dist.data.manifest import FILE_NAME, DataError, Shard
 from clae_dist.files import make_folders, sync_folder, write_atomically
+from clae_dist.lease import hold
 from clae_dist.reading import ReadError, expect, is_count, is_list_of, is_text, read_object
 from clae_dist.storage import writing
 from data_prep.settings import Settings
@@ -142,22 +142,14 @@ def open_workspace(folder: Path) -> Iterator[Workspace]:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; name a folder.")
     make_folders(folder)
-    lock = folder / _LOCK
-    with writing(folder):
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is writing to {folder}; wait for it, or name a new folder.") from None
-        workspace = Workspace(folder)
-        try:
-            yield workspace
-        finally:
-            if (folder / _PLAN).exists() or workspace.scratch.exists():
-                workspace.remove_leftovers()
-            lock.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        with hold(folder / _LOCK, "data_prep", DataError, "wait until it has ended, or name a new folder."):
+            workspace = Workspace(folder)
+            try:
+                yield workspace
+            finally:
+                if (folder / _PLAN).exists() or workspace.scratch.exists():
+                    workspace.remove_leftovers()
     finally:
-        os.close(descriptor)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

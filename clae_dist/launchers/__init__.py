@@ -62,6 +62,7 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
 
     from clae_dist.launchers.checks import check_run
     from clae_dist.runs.folder import STOP_FILE, make_folder
+    from clae_dist.runs.in_use import refuse_second_run
 
     if config.launch.min_workers and config.launch.launcher != "ray":
         raise ConfigError(
@@ -72,6 +73,8 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
     if config.launch.launcher != "torchrun":  # whose ranks are there already
         check_run(config)
     make_folder(config.folder)
+    if config.launch.launcher != "torchrun":  # whose ranks all come here; rank 0 says it to all of them
+        refuse_second_run(config.folder)
     (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
     ending: Ending = launcher.launch(config, origins, debug)

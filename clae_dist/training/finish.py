@@ -15,6 +15,7 @@ from clae_dist.evaluation.record import summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
 from clae_dist.runs.folder import read_identity
+from clae_dist.runs.in_use import only_evaluation
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run
 from clae_dist.tracking import NullTracker, Tracker, continue_tracking
 
@@ -23,7 +24,8 @@ Say = Callable[[str], None]
 
 def evaluate(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
     """evaluate_run(), its accuracies also in MLflow. `shards` is where the images are now, if not where config.yaml says."""
-    result = evaluate_run(run_dir, say, shards, permission)
+    with only_evaluation(run_dir, say):
+        result = evaluate_run(run_dir, say, shards, permission)
     accuracies = {
         key: result[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after") if result[key] is not None
     }

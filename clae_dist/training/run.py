@@ -22,6 +22,7 @@ from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
 from clae_dist.runs.folder import Identity, open_run_folder
 from clae_dist.runs.goodput import Kind, Ledger
+from clae_dist.runs.in_use import only_run
 from clae_dist.tracking import (
     NullTracker,
     Status,
@@ -63,16 +64,18 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
     CheckpointError, on every rank the same.
     """
 
-    with listen_for_stop(config.folder) as stop, Watch(config, world, stop) as watch:
-        return _train(config, origins, world, stream, stop, watch)
-
-
-def _train(config: Config, origins: dict[str, str], world: World, stream: TextIO, stop: StopRequest, watch: Watch) -> Outcome:
     def say(text: str) -> None:
         if world.is_main:
             print(text, file=stream, flush=True)
 
     config.rows_per_rank(world.size)
+    with listen_for_stop(config.folder) as stop, Watch(config, world, stop) as watch, only_run(config.folder, world, say):
+        return _train(config, origins, world, stream, say, stop, watch)
+
+
+def _train(
+    config: Config, origins: dict[str, str], world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch
+) -> Outcome:
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))

@@ -1,0 +1,84 @@
+"""Two commands for one run folder: the second is refused before it has touched anything, on every rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clae_dist.config import Checkpointing, Config, ConfigError, Launch, Train
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.launchers import start
+from clae_dist.launchers.rank import OK
+from clae_dist.lease import hold
+from clae_dist.runs.folder import STOP_FILE
+from clae_dist.runs.in_use import EVALUATION, TRAINING
+from clae_dist.training.finish import evaluate
+from clae_dist.training.run import train
+from clae_dist.world import World
+from tests.ranks import RankPool
+from tests.small_run import small_run
+
+HELD = rf"is in use by another command on host .*, process {os.getpid()}, since"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 48, 16)
+
+
+def recipe(shards: Manifest, run_dir: Path) -> Config:
+    settings = Train(epochs=1, log_every=1, diagnose_every=100, knn_every=0, threads=1)
+    return small_run(shards.folder, run_dir, train=settings, checkpoint=Checkpointing(), launch=Launch(workers=1))
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_a_second_training_is_refused_before_it_has_done_anything(launcher: str, shards: Manifest, tmp_path: Path) -> None:
+    config = recipe(shards, tmp_path / "run")
+    config.folder.mkdir()
+    (config.folder / STOP_FILE).write_text("asked of the first")
+    with hold(config.folder / TRAINING, "another command", ConfigError, ""):
+        before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING}
+        with pytest.raises(ConfigError, match=HELD):
+            start(replace(config, launch=replace(config.launch, launcher=launcher)), {})
+        assert {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING} == before
+
+
+def refused(world: World, config: Config) -> str:
+    with pytest.raises(ConfigError) as error:
+        train(config, {}, world)
+    return str(error.value)
+
+
+def test_all_ranks_are_refused_alike(shards: Manifest, tmp_path: Path, ranks: RankPool) -> None:
+    """As under torchrun, where each rank is a command of its own."""
+    config = recipe(shards, tmp_path / "run")
+    config.folder.mkdir()
+    with hold(config.folder / TRAINING, "another command", ConfigError, ""):
+        said = ranks.run(2, refused, config)
+    assert said[0] == said[1]
+    assert f"process {os.getpid()}" in said[0]
+
+
+def test_a_run_whose_process_was_killed_resumes_at_once(shards: Manifest, tmp_path: Path) -> None:
+    config = recipe(shards, tmp_path / "run")
+    config.folder.mkdir()
+    path = config.folder / TRAINING
+    script = (
+        "import os, sys, pathlib\nfrom clae_dist.lease import hold\n"
+        "with hold(pathlib.Path(sys.argv[1]), 'clae train', SystemExit, ''): os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False, cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    assert path.exists()
+    assert start(config, {}).code == OK
+    assert not path.exists()
+    with hold(config.folder / EVALUATION, "another command", ConfigError, ""), pytest.raises(ConfigError, match=HELD):
+        evaluate(config.folder)
+    assert not (config.folder / "evaluation.json").exists()
