@@ -25,6 +25,7 @@ from clae_dist.files import write_atomically
 from clae_dist.reading import ReadError, read_object
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE, shareable
+from clae_dist.runs.in_use import EVALUATION, TRAINING
 from clae_dist.world import state_home
 
 _MAX_BYTES = 1 << 16  # of a note
@@ -32,7 +33,7 @@ _MAX_SETTINGS = 20  # that a note holds, the newest
 FOLDERS = frozenset("checkpoints export hang nonfinite ray report".split())  # of a run, with all that is in them
 FILES = frozenset(
     {"config.yaml", IDENTITY_FILE, STOP_FILE, "metrics.jsonl", "goodput.jsonl", "console.log", "evaluation.json"}
-    | {"summary.json", "bad-samples.jsonl"}
+    | {"summary.json", "bad-samples.jsonl", TRAINING, EVALUATION}
 )
 _PREFIXES = (".", "error-rank-")  # temporary names, and logs of ranks
 

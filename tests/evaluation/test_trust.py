@@ -124,7 +124,9 @@ def test_no_server_that_a_strangers_run_names_is_contacted(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "canary")
     with listening() as (host, came):
-        run = make_run(f"data.shards=http://{host}/set", f"tracking.uri=http://{host}", "data.retries=0")
+        run = make_run(
+            f"data.shards=http://{host}/set", f"tracking.uri=http://{host}", "tracking.name=mlflow", "data.retries=0"
+        )
         for words in commands(run).values():
             main(words)
         assert came == []
@@ -136,7 +138,7 @@ def test_no_server_that_a_strangers_run_names_is_contacted(
 
 @pytest.mark.parametrize("uri", ["sqlite:////{0}/deep/x.db", ""])
 def test_no_database_is_made_where_a_strangers_run_says(make_run: MakeRun, tmp_path: Path, uri: str) -> None:
-    run = make_run(*([f"tracking.uri={uri.format(tmp_path / 'outside')}"] if uri else []))
+    run = make_run("tracking.name=mlflow", *([f"tracking.uri={uri.format(tmp_path / 'outside')}"] if uri else []))
     for words in (["evaluate", str(run)], ["report", str(run)], ["export", str(run)]):
         assert main(words) == 0
     assert not (tmp_path / "outside").exists()
@@ -164,7 +166,7 @@ def test_results_go_to_the_server_that_the_environment_names_with_its_login(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores = Sent.install(monkeypatch)
-    run = make_run("tracking.uri=https://mlflow.team:5000")
+    run = make_run("tracking.uri=https://mlflow.team:5000", "tracking.name=mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.team:5000")
     assert main(["report", str(run)]) == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://other.team:5000")
@@ -176,7 +178,7 @@ def test_the_users_own_runs_need_no_flag_until_somebody_changes_them(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores = Sent.install(monkeypatch)
-    run = make_run("tracking.uri=https://mlflow.team:5000")
+    run = make_run("tracking.uri=https://mlflow.team:5000", "tracking.name=mlflow")
     remember(Config(run_dir=str(run)))  # an attempt with other settings
     assert not open_run(run).trusted
     config = from_yaml(run / "config.yaml")
@@ -256,7 +258,7 @@ def test_a_recipe_extends_regular_files_of_a_sane_size_only(tmp_path: Path) -> N
     for name, reason in (
         ("pipe.yaml", "it is not a plain file"),
         ("/dev/zero", "it is not a plain file"),
-        ("huge.yaml", "it has more than 1,048,576 bytes"),
+        ("huge.yaml", "it has more than 262,144 bytes"),
     ):
         (tmp_path / "recipe.yaml").write_text(f"extends: {name}\n")
         with pytest.raises(ConfigError, match=f"cannot be read \\({reason}"):
