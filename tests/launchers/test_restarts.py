@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clae_dist.config import Batch, Config, Launch
+from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers import local, start
 from clae_dist.launchers.rank import BAD_DATA, FAILED, OK, Ending
+from clae_dist.launchers.ray import _StopFile
 from clae_dist.runs.folder import STOP_FILE
+from tests.small_run import small_run
 
 LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command goes on from the newest checkpoint.", again=True)
 
@@ -56,6 +60,25 @@ def test_a_request_to_stop_that_was_left_behind_is_none_of_a_new_start(
         return Ending(OK, "")
 
     monkeypatch.setattr(launcher, "launch", launch)
-    (tmp_path / STOP_FILE).write_text("SIGTERM")
-    start(Config(run_dir=str(tmp_path), launch=Launch(launcher=name)), {})  # type: ignore[arg-type]
+    shards = str(write_synthetic_set(tmp_path / "shards", 32, 16).folder)
+    config = small_run(shards, tmp_path / "run", launch=Launch(launcher=name, workers=1))  # type: ignore[arg-type]
+    config.folder.mkdir()
+    (config.folder / STOP_FILE).write_text("SIGTERM")
+    start(config, {})
     assert seen == [False]
+
+
+def test_a_scheduler_may_ask_ray_to_stop_as_often_as_it_likes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first signal makes the STOP file; SIGUSR1 again changes nothing, Ctrl-C again ends at once."""
+    with _StopFile(tmp_path / STOP_FILE) as stop:
+        try:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGUSR1)
+        except KeyboardInterrupt:
+            pytest.fail("SIGUSR1 once more ended the launcher")
+        assert stop.asked
+        assert (tmp_path / STOP_FILE).exists()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert not (tmp_path / STOP_FILE).exists()
+    assert capsys.readouterr().out.count("SIGUSR1: saving after this step") == 1

@@ -58,6 +58,9 @@ def test_plain_simclr_has_no_adversarial_column() -> None:
     assert stream.getvalue() == "step  1/10  loss 2.0000\n"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (7387, "2:03:07"), (352987, "4 d 02:03:07")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (7387, "2:03:07"), (86_399, "23:59:59"), (86_400, "1 d 00:00:00"), (352987, "4 d 02:03:07")],
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

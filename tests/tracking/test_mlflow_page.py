@@ -225,3 +225,17 @@ def test_a_busy_server_is_asked_again(code: str, refused: bool) -> None:
 
     with pytest.raises(Refused if refused else MlflowException), refusals():
         raise MlflowException("no", error_code=ErrorCode.Value(code))
+
+
+def test_a_continued_run_is_running_until_it_ends(folder: Path) -> None:
+    run_key, said, config = new_run_key(), list[str](), config_of(folder / "again", "/data/set")
+
+    def status() -> str:
+        return str(run_of(client_of(folder), run_key).info.status)
+
+    opened(folder, config, run_key, said).close("stopped")
+    assert status() == "KILLED"
+    store = opened(folder, config, run_key, said)
+    assert status() == "RUNNING"
+    store.close("finished")
+    assert status() == "FINISHED"

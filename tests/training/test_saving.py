@@ -1,0 +1,48 @@
+"""When it is time to save: by rank 0's clock, from one save to the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clae_dist.config import Checkpointing, Config
+from clae_dist.runs.checkpoint import Piece, find_checkpoints, step_of
+from clae_dist.training import saving
+from clae_dist.training.saving import Saving
+from clae_dist.world import World
+
+
+class OneTensor:
+    """As much of a backend as a save asks for."""
+
+    def average_local_statistics(self) -> None: ...
+
+    def describe(self) -> str:
+        return "ddp"
+
+    def pieces(self) -> Iterator[Piece]:
+        yield Piece("model/w", (3,), 0, torch.ones(3), (0,))
+
+
+def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is not set back saves at every step once the first ten minutes are over."""
+    minutes = 100.0
+    clock = SimpleNamespace(monotonic=lambda: 60 * minutes, perf_counter=time.perf_counter)
+    monkeypatch.setattr(saving, "time", clock)
+    config = Config(run_dir=str(tmp_path), checkpoint=Checkpointing(every_minutes=10))
+    saves = Saving(config, World.single("cpu"), OneTensor(), pytest.fail)  # type: ignore[arg-type]
+    due = []
+    for step in range(1, 26):
+        minutes += 1
+        if saves.flags()[0]:
+            due.append(step)
+            saves.save(step, {"images_seen": step})
+            saves.settle()
+    saves.close()
+    assert due == [10, 20]
+    assert [step_of(path) for path in find_checkpoints(tmp_path)] == [20, 10]
