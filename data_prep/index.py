@@ -21,6 +21,7 @@ from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
 from data_prep.named_labels import label_classes, place_index
 from data_prep.pool import run_tasks
 from data_prep.progress import Progress
+from data_prep.sources.entry import is_hidden
 from data_prep.split_names import files_by_split
 from data_prep.workspace import QUARANTINE, open_workspace
 
@@ -104,7 +105,7 @@ def _tars(shards: list[str]) -> list[Path]:
                 f"{redact(entry)} is not on this machine; fetch it first, or train on it as it is: data.shards={redact(entry)}."
             )
         path = Path(local_path(entry))
-        found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        found = [tar for tar in sorted(path.glob("*.tar")) if not is_hidden(tar.name)] if path.is_dir() else [path]
         wrong = next((tar for tar in found if not tar.is_file() or tar.suffix != ".tar"), None)
         if wrong or not found:
             raise DataError(f"{wrong or path} is no shard: no file .tar; name shards, or the folder that holds them.")

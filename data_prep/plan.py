@@ -12,6 +12,7 @@ from itertools import pairwise
 from clae_dist.data.manifest import DataError
 from data_prep.settings import Settings
 from data_prep.sources.entry import Entry, Layout, Listing
+from data_prep.spelling import merge_spellings, one_spelling_each
 from data_prep.split_folders import class_root, find_splits, refuse_splits_inside, tops_of
 from data_prep.split_names import split_of
 
@@ -52,7 +53,7 @@ class Plan:
 
 def make_plan(found: Listing | Layout, settings: Settings, where: str) -> Plan:
     """Classes, splits and shards of what `where` holds. Raises DataError for layouts that cannot be meant."""
-    layout = _arrange(found, where) if isinstance(found, Listing) else found
+    layout = _arrange(found, where) if isinstance(found, Listing) else one_spelling_each(found)
     for name in layout.classes:
         if not name.isprintable():
             raise DataError(f"{where} has the class {name!r}, whose name is not valid text; rename it.")
@@ -78,6 +79,8 @@ def _arrange(listing: Listing, where: str) -> Layout:
         notes.append(
             f"{len(listing.ignored)} files are no images by their names and were left out, such as {listing.ignored[0]}."
         )
+    if listing.skipped:
+        notes.append(f"Hidden folders and a system's own, skipped: {len(listing.skipped)}, such as {listing.skipped[0]}.")
     unread = [path for path in listing.ignored if path.rpartition("/")[2].startswith("metadata.")]
     if unread:
         notes.append(f"{unread[0]} is not read: classes are folders' names.")
@@ -104,10 +107,10 @@ def _by_split(listing: Listing, where: str) -> tuple[_Images, bool, list[str]]:
     if splits:
         return _arrange_splits(listing, root, splits, tops_with_images, where)
     refuse_splits_inside(listing, where)
-    groups = _by_class(listing, "", where)
-    _refuse_empty({name for name, images in groups.items() if not images}, where)
-    notes = [f"The folder {name}/ is taken for a class, as the folders beside it are." for name in sorted(named)]
-    return {"train": groups}, False, notes
+    merged, spellings = merge_spellings({"train": _by_class(listing, "", where)})
+    _refuse_empty({name for name, images in merged["train"].items() if not images}, where)
+    notes = spellings + [f"The folder {name}/ is taken for a class, as the folders beside it are." for name in sorted(named)]
+    return merged, False, notes
 
 
 def _arrange_splits(
@@ -132,7 +135,8 @@ def _arrange_splits(
         images = {split: {"": found} for split, found in below.items()}
         notes.append(_UNLABELLED)
     else:
-        images = {split: _by_class(listing, folder, where) for split, folder in roots.items()}
+        images, spellings = merge_spellings({split: _by_class(listing, folder, where) for split, folder in roots.items()})
+        notes += spellings
     every_class = {name for groups in images.values() for name in groups}
     full = {split: {name for name, group in groups.items() if group} for split, groups in images.items()}
     for split, present in full.items():

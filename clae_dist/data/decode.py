@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from clae_dist.data.pixels import UnreadablePixelsError, to_rgb, why_unidentified
+
 if TYPE_CHECKING:
     import torch
 
@@ -128,6 +130,9 @@ def _open(data: bytes | memoryview) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
+        reason = why_unidentified(data, _formats())
+        if reason:
+            raise DecodeError(f"cannot be read as {reason}") from None
         raise DecodeError("not an image of a format that is read (JPEG, PNG, WebP, GIF, BMP, TIFF, …)") from None
     except Image.DecompressionBombError:
         raise DecodeError(
@@ -147,25 +152,11 @@ def _formats() -> list[str]:
 def _rgb(image: Image.Image) -> Image.Image:
     """The pixels, decoded in full, as 8-bit RGB. Raises DecodeError."""
     try:
-        image.load()
-        return _to_rgb(image)
-    except DecodeError:
-        raise
+        return to_rgb(image)
+    except UnreadablePixelsError as error:
+        raise DecodeError(str(error)) from None
     except Exception as error:  # as in _open: each of Pillow's decoders has errors of its own
         raise DecodeError(f"cannot be decoded: {error or type(error).__name__}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # older Pillow opens 16-bit PNGs as "I"
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 / 257 = 255
-    if mode in ("I", "F"):
-        raise DecodeError(f"32-bit pixels (mode {mode}) have no agreed range; store 8 or 16 bits a channel")
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image if mode == "RGB" else image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,6 +16,7 @@ from typing import IO
 
 import numpy as np
 
+from clae_dist.data.classes import one_spelling, places_of
 from clae_dist.data.manifest import Manifest, Shard, content_digest
 from clae_dist.data.order import Order, Places
 from clae_dist.data.remote import MAX_OPEN
@@ -110,7 +111,7 @@ class MixedFiles:
         """Its index, with labels that are positions among the classes of all sets."""
         number, own = self.parts[shard.name]
         index = self.sets[number].index(own)
-        places = {name: place for place, name in enumerate(self.classes)}
+        places = places_of(self.sets[number].classes, self.classes)
         ours = np.array([places[name] for name in self.sets[number].classes] + [-1])
         index[:, 2] = ours[index[:, 2]]  # -1, no label, is the last
         file = io.BytesIO()
@@ -124,7 +125,7 @@ class MixedFiles:
 
 def mix(sets: Sequence[Manifest], shares: Sequence[float], split: str) -> Manifest:
     """One set of the split of several, in their order, for MixedOrder. Raises DataError for a set without the split."""
-    classes = tuple(sorted({name for one in sets for name in one.classes}))
+    classes = tuple(sorted(set(one_spelling({name for one in sets for name in one.classes}).values())))
     parts: dict[str, tuple[int, Shard]] = {}
     shards = []
     for number, one in enumerate(sets):

@@ -45,7 +45,8 @@ class ArchiveSource:
             entries.update({entry.path: entry for entry in part.entries})
         folders = frozenset().union(*(part.folders for part in parts))
         ignored = tuple(name for part in parts for name in part.ignored)
-        listing = Listing(tuple(entries[path] for path in sorted(entries)), folders, ignored)
+        skipped = tuple(dict.fromkeys(name for part in parts for name in part.skipped))
+        listing = Listing(tuple(entries[path] for path in sorted(entries)), folders, ignored, skipped)
         return _without_leading_folder(listing)
 
 
@@ -73,7 +74,8 @@ def _splits_by_name(paths: tuple[Path, ...], parts: list[Listing]) -> list[str]:
 
 def _in_folder(listing: Listing, folder: str) -> Listing:
     entries = tuple(dataclasses.replace(entry, path=f"{folder}/{entry.path}") for entry in listing.entries)
-    return Listing(entries, frozenset({folder, *(f"{folder}/{path}" for path in listing.folders)}), listing.ignored)
+    folders = frozenset({folder, *(f"{folder}/{path}" for path in listing.folders)})
+    return dataclasses.replace(listing, entries=entries, folders=folders)
 
 
 def _members(path: Path, unpacked: Path, report: Report) -> Listing:
@@ -81,12 +83,17 @@ def _members(path: Path, unpacked: Path, report: Report) -> Listing:
     entries: dict[str, Entry] = {}
     folders: set[str] = set()
     ignored: list[str] = []
+    skipped: dict[str, None] = {}
     found = zip_members(path) if is_zip(path) else tar_members(path, plain_tar(path, unpacked, report), report)
     for name, entry in found:
         parts = [part for part in name.split("/") if part not in ("", ".")]
-        if not parts or any(is_hidden(part) for part in parts[:-1]):
+        if not parts:
             continue
         inside = parts if entry is None else parts[:-1]
+        hidden = next((depth for depth, part in enumerate(inside) if is_hidden(part)), None)
+        if hidden is not None:
+            skipped["/".join(inside[: hidden + 1])] = None
+            continue
         folders.update("/".join(inside[: depth + 1]) for depth in range(len(inside)))
         if entry is None:
             continue
@@ -95,7 +102,7 @@ def _members(path: Path, unpacked: Path, report: Report) -> Listing:
             entries[name] = dataclasses.replace(entry, path=name)
         else:
             ignored.append(name)
-    return Listing(tuple(entries.values()), frozenset(folders), tuple(ignored))
+    return Listing(tuple(entries.values()), frozenset(folders), tuple(ignored), tuple(skipped))
 
 
 def _without_leading_folder(listing: Listing) -> Listing:
@@ -108,4 +115,4 @@ def _without_leading_folder(listing: Listing) -> Listing:
         return listing
     entries = tuple(dataclasses.replace(entry, path=entry.path.removeprefix(prefix)) for entry in listing.entries)
     folders = frozenset(path.removeprefix(prefix) for path in listing.folders if path.startswith(prefix))
-    return Listing(entries, folders, listing.ignored)
+    return dataclasses.replace(listing, entries=entries, folders=folders)

@@ -16,6 +16,14 @@ ORIGINAL_BYTES = "original encoded bytes"
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 _IMAGE_SUFFIXES = (*_JPEG, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2")
 
+_SYSTEM_NAMES = frozenset(
+    {
+        *("__macosx", "__pycache__", "lost+found"),
+        *("@eadir", "@tmp", "#recycle", "#snapshot"),  # Synology: thumbnails, deleted files, snapshots
+        *("@recycle", "@recently-snapshot", "@__thumb"),  # QNAP
+        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),  # Windows
+    }
+)
 
 Report = Callable[[int], None]
 
@@ -78,6 +86,7 @@ class Listing:
     entries: tuple[Entry, ...]  # sorted by path
     folders: frozenset[str]  # relative paths of all folders, the empty ones too
     ignored: tuple[str, ...]  # files that are no images by their names
+    skipped: tuple[str, ...] = ()  # hidden folders and a system's own, which were not looked into
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ def stamp(paths: tuple[Path, ...], *more: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Names that file managers leave behind (.DS_Store, ._a.jpg, __MACOSX) and that hold no images of the set."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Names that file managers, systems and NAS leave behind (._a.jpg, __MACOSX, @eaDir): they hold no images of the set."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def is_image_name(name: str) -> bool:

@@ -24,9 +24,11 @@ class FolderSource:
 
     @cached_property
     def _listing(self) -> tuple[Listing, str]:
-        entries, ignored, folders, digest = [], [], set(), hashlib.sha256()
+        entries, ignored, skipped, folders, digest = [], [], [], set(), hashlib.sha256()
         for relative, item in _walk(self.paths[0]):
-            if item.is_dir():
+            if item.is_dir() and is_hidden(item.name):
+                skipped.append(relative)
+            elif item.is_dir():
                 folders.add(relative)
             elif not is_image_name(item.name):
                 ignored.append(relative)
@@ -38,7 +40,7 @@ class FolderSource:
                 digest.update(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         digest.update(json.dumps(sorted(folders)).encode())
         entries.sort(key=lambda entry: entry.path)
-        return Listing(tuple(entries), frozenset(folders), tuple(ignored)), digest.hexdigest()
+        return Listing(tuple(entries), frozenset(folders), tuple(ignored), tuple(skipped)), digest.hexdigest()
 
     @property
     def holds_images(self) -> bool:
@@ -53,7 +55,10 @@ class FolderSource:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything below `root`, in order of name, with relative paths. Raises DataError for folders linked in circles."""
+    """Everything below `root`, in order of name, with relative paths; hidden folders without what is in them.
+
+    Raises DataError for folders linked in circles.
+    """
     seen: set[tuple[int, int]] = set()
     pending = [(str(root), "")]
     while pending:
@@ -64,8 +69,6 @@ def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as items:
             for item in sorted(items, key=lambda item: item.name):
-                if item.is_dir() and is_hidden(item.name):
-                    continue
                 yield prefix + item.name, item
-                if item.is_dir():
+                if item.is_dir() and not is_hidden(item.name):
                     pending.append((item.path, prefix + item.name + "/"))
