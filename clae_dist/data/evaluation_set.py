@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from clae_dist.data import transport
 from clae_dist.data.draws import permutation
-from clae_dist.data.loader import forkserver, start_loader_process
+from clae_dist.data.loader import forkserver, plain_errors, start_loader_process
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.views import centre_view
+
+_Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class EvaluationSet:
@@ -48,19 +51,23 @@ class EvaluationSet:
         self, batch_size: int, start: int = 0, step: int = 1
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """`images` of every `step`-th batch from the `start`-th on: ranks share a set with (rank, size)."""
+        images: Dataset[_Images] = _Batches(self, batch_size)
+        batch_bytes = batch_size * (3 * self._image_size**2 + 2 * 8)
+        if not transport.fits(transport.needed_bytes(batch_bytes, self._workers)):
+            images = transport.ThroughPipes(images)
         loader = DataLoader(
-            _Batches(self, batch_size),
+            images,
             batch_size=None,
             sampler=range(start * batch_size, len(self.ids), step * batch_size),
             num_workers=self._workers,
-            prefetch_factor=2 if self._workers else None,
+            prefetch_factor=transport.PREFETCH if self._workers else None,
             worker_init_fn=start_loader_process,
             multiprocessing_context=forkserver() if self._workers else None,
         )
-        yield from loader
+        yield from plain_errors(iter(loader))
 
 
-class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+class _Batches(Dataset[_Images]):
     """`self[first]` is the batch of an evaluation set that begins with its image number `first`."""
 
     def __init__(self, images: EvaluationSet, batch_size: int) -> None:

@@ -12,13 +12,14 @@ import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clae_dist.config import Config
+from clae_dist.data import transport
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
 from clae_dist.data.manifest import DataError, Manifest
@@ -30,6 +31,7 @@ from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.lifetime import ORPHANED, end_with_parent
 from clae_dist.world import World
 
+Item = TypeVar("Item")
 _DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -114,6 +116,7 @@ def start_loader_process(worker: int = 0) -> None:
     from clae_dist.data.fork_server import PID  # here it is imported already; a rank must not import it
 
     leave_signals_to_the_rank()
+    transport.report_lost_batches()
     end_with_parent(PID)
     rank = multiprocessing.parent_process()
     if rank is not None and not rank.is_alive():  # it died before its server had asked the kernel
@@ -138,22 +141,32 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
     workers = num_workers(config, world.local_size)
     reader = ShardReader(manifest, config.data.train_split, config.data.metadata, world.local_size * max(1, workers))
     order, steps = make_order(config, reader), range(first_step, last_step)
+    views: Dataset[Batch] = TwoViews(reader, order, config, world.rank, world.size)
+    if not transport.fits(shared_memory_bytes(config, world)):
+        views = transport.ThroughPipes(views)
     batches = iter(
         DataLoader(
-            TwoViews(reader, order, config, world.rank, world.size),
+            views,
             batch_size=None,
             sampler=steps,
             num_workers=workers,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=transport.PREFETCH if workers else None,
             pin_memory=world.device.type == "cuda",
             worker_init_fn=start_loader_process,
             multiprocessing_context=forkserver() if workers else None,
         )
     )
-    return ahead_of(_plain_errors(batches), manifest, order, config, world, steps)
+    return ahead_of(plain_errors(batches), manifest, order, config, world, steps)
 
 
-def _plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+def shared_memory_bytes(config: Config, world: World) -> int:
+    """Shared memory that the batches of this machine's ranks need on their way from loader processes."""
+    rows, size = config.rows_per_rank(world.size), config.data.image_size
+    batch_bytes = rows * (2 * 3 * size**2 + 2 * 4 * AUGMENT_DRAWS + 2 * 8)
+    return transport.needed_bytes(batch_bytes, num_workers(config, world.local_size), world.local_size)
+
+
+def plain_errors(batches: Iterator[Item]) -> Iterator[Item]:
     """What a loader process raised, without the traceback that torch writes into the message."""
     try:
         yield from batches

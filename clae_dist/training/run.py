@@ -36,6 +36,7 @@ from clae_dist.tracking import (
 )
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
+from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.training.journal import Journal
 from clae_dist.training.knn import knn_while_training
 from clae_dist.training.nonfinite import NonFiniteSteps
@@ -69,7 +70,12 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
             print(text, file=stream, flush=True)
 
     config.rows_per_rank(world.size)
-    with listen_for_stop(config.folder) as stop, Watch(config, world, stop) as watch, only_run(config.folder, world, say):
+    with (
+        failing_threads_end_the_rank(config, world),
+        listen_for_stop(config.folder) as stop,
+        Watch(config, world, stop) as watch,
+        only_run(config.folder, world, say),
+    ):
         return _train(config, origins, world, stream, say, stop, watch)
 
 

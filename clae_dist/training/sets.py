@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clae_dist.config import Config
+from clae_dist.data import transport
+from clae_dist.data.loader import shared_memory_bytes
 from clae_dist.data.manifest import DataError, Manifest, check_shard
 from clae_dist.data.mixture import mix
 from clae_dist.data.prefetch import advice
@@ -78,6 +80,9 @@ def open_sets(config: Config, world: World, say: Say, progress: Callable[[], Non
     if train.files is not None and train.files.any_remote:
         for line in advice(config, train, world):
             say(line)
+    hosts = world.gather_objects(list(transport.advice(shared_memory_bytes(config, world))))
+    for line in dict.fromkeys(line for lines in hosts for line in lines):
+        say(line)
     return Sets(train, main)
 
 

@@ -1,0 +1,56 @@
+"""An error in a helper thread of a rank (checkpoints, tracking, prefetch, watchdog, …) ends the rank at once, with its words.
+
+Python would print a traceback, and the run would go on without the thread: wait for it for ever, or lose what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+from clae_dist.config import Config
+from clae_dist.data.urls import redact_text
+from clae_dist.world import World, abandon
+
+BROKE = 1  # exit code: launchers.rank.UNEXPECTED
+_HERE = os.sep + "clae_dist" + os.sep
+
+
+@contextmanager
+def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]:
+    """Inside, an exception that leaves a thread of this package ends the process with code BROKE; others are as before."""
+    before = threading.excepthook
+
+    def end(failure: Any) -> None:
+        if issubclass(failure.exc_type, SystemExit) or not _is_ours(failure.exc_traceback):
+            before(failure)
+            return
+        name = failure.thread.name if failure.thread else "?"
+        words = " ".join(redact_text(str(failure.exc_value)).split())[:200]
+        log = config.folder / f"error-rank-{world.rank}.log"
+        line = f"clae: rank {world.rank} of {world.size}: the thread {name} failed: {failure.exc_type.__name__}: {words}"
+        stack = "".join(traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback))
+        with suppress(OSError):
+            log.write_text(redact_text(stack))
+            line += f" (traceback: {log})"
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+        with suppress(OSError), (config.folder / "console.log").open("a") as console:
+            console.write(line + "\n")
+        abandon(BROKE)
+
+    threading.excepthook = end
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _is_ours(stack: TracebackType | None) -> bool:
+    return any(_HERE in frame.f_code.co_filename for frame, _ in traceback.walk_tb(stack))
