@@ -124,6 +124,7 @@ def _add_runs(commands: _Commands) -> None:
         recipe="needed",
     )
     train.add_argument("--launcher", choices=("ray", "torchrun", "local"), help="who starts the ranks (over launch.launcher)")
+    train.add_argument("--quiet", action="store_true", help="print errors and the end alone; RUN/console.log keeps all lines")
     _add(commands, "config", "print the resolved settings, and where each comes from", recipe="needed")
     dry_run = _add(
         commands,

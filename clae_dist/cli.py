@@ -94,6 +94,10 @@ def _check_credentials(config: Config, origins: dict[str, str]) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from clae_dist.launchers.output import lasting_output
 
+    if arguments.quiet:
+        from clae_dist.launchers.terminal import QUIET
+
+        os.environ[QUIET] = "1"  # for the ranks, too
     with lasting_output(), _leaving_at_signals():  # until a launcher listens
         return _start(arguments)
 

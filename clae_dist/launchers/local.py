@@ -21,6 +21,7 @@ from clae_dist.config import Config
 from clae_dist.devices import Request
 from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
+from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import end_with_parent
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
@@ -52,6 +53,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[
     config.rows_per_rank(workers)
     if workers == 1:
         return _ending(work or _train, config, origins, debug)
+    announce(f"starting {workers} ranks on this machine; {config.folder}/console.log keeps what they say")
     for failure in range(1, config.launch.max_failures + 2):
         ending = spawn(
             workers, work or _train, config, origins, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s
@@ -193,4 +195,4 @@ def _ending(work: Callable[..., Ending], *arguments: Any) -> Ending:
 
 
 def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:
-    return run_rank(config, origins, debug, sys.stdout if os.environ.get("RANK", "0") == "0" else None)
+    return run_rank(config, origins, debug, lines_shown_on_stdout(os.environ.get("RANK", "0")))

@@ -21,6 +21,7 @@ from clae_dist.exit_codes import STORAGE as STORAGE
 from clae_dist.exit_codes import UNEXPECTED as UNEXPECTED
 from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.output import Output
+from clae_dist.launchers.terminal import Terminal
 from clae_dist.runs.checkpoint import CheckpointError
 from clae_dist.runs.checkpoint.index import DamagedError
 from clae_dist.storage import storage_error
@@ -56,7 +57,7 @@ class Console:
 
     def __init__(self, config: Config, also: TextIO | None) -> None:
         self._path = config.folder / "console.log"
-        self._also = None if also is None else Output(also)
+        self._also, self._bar = None if also is None else Output(also), also
         self._missed = False
 
     def write(self, text: str) -> int:
@@ -75,6 +76,11 @@ class Console:
     def flush(self) -> None:
         if self._also is not None:
             self._also.flush()
+
+    def end(self) -> None:
+        """A terminal's bar, if there is one, stays as it is; what is said later comes below."""
+        if isinstance(self._bar, Terminal):
+            self._bar.close()
 
 
 class RankBroke(RuntimeError):
@@ -128,4 +134,6 @@ def _train(config: Config, origins: dict[str, str], debug: bool, world: World, s
         if debug and world.is_main:
             traceback.print_exc(file=sys.stderr)
         return Ending(exit_code(error), str(error))
+    finally:
+        stream.end()
     return Ending(STOPPED if outcome.status == "stopped" else OK, "")

@@ -17,8 +17,10 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run_rank
+from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Setting, build, flatten
 from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE
+from clae_dist.tracking.console import STARTING
 
 _POLL_S = 0.2
 _GRACE_S = 15.0  # beyond guard.stop_within_s: ranks see the request and say how they end
@@ -69,10 +71,10 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     sizes = working_sizes(config)
     ray = _import_ray()
     others = f", or as few as {sizes[0]} while hosts are missing" if len(sizes) > 1 else ""
-    print(f"ray: {sizes[-1]} worker(s){others}, with Ray {ray.__version__}", flush=True)
+    announce(f"ray: {sizes[-1]} worker(s){others}, with Ray {ray.__version__}; starting takes half a minute")
     left_out = sorted(set(range(sizes[0], sizes[-1])) - set(sizes))
     if left_out:
-        print(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
+        announce(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
     try:
         _init(ray, sizes[-1], debug)
     except SystemExit:  # while it starts, Ray ends this process at a SIGTERM
@@ -87,7 +89,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
                 asked = stop_file.read_text() if stop_file.exists() else ""
                 if ending.code != STOPPED or stop.asked or not asked:
                     return ending
-                print(f"ray: {asked}; starting again", flush=True)
+                announce(f"ray: {asked}; starting again")
                 stop_file.unlink()
     finally:
         ray.shutdown()
@@ -187,6 +189,7 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
     # Beside the main thread, so that signals are ours and the workers' console can be shown meanwhile.
     thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
     with _ConsoleTail(folder / "console.log") as tail:
+        tail.wait_for("Ray's workers")
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
@@ -232,18 +235,26 @@ class _ConsoleTail:
         path.touch()
         self._file = path.open()
         self._file.seek(0, os.SEEK_END)
+        self._shown = shown_on(sys.stdout)
 
     def __enter__(self) -> _ConsoleTail:
         return self
 
     def show(self) -> None:
         text = self._file.read()
-        if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        if text and self._shown is not None:
+            self._shown.write(text)
+            self._shown.flush()
+
+    def wait_for(self, what: str) -> None:
+        """Shows on a terminal that `what` is being started; a log has had its line."""
+        if isinstance(self._shown, Terminal):
+            self._shown.write(f"{STARTING}{what}\n")
 
     def __exit__(self, *exception: object) -> None:
         self.show()
+        if isinstance(self._shown, Terminal):
+            self._shown.close()
         self._file.close()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.launchers.rank import BAD_CONFIG, Ending, RankBroke, run_rank
+from clae_dist.launchers.terminal import lines_shown_on_stdout
 
 
 def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
@@ -18,7 +18,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         )
     try:
         _check_elastic(config)
-        return say_once(run_rank(config, origins, debug, sys.stdout if os.environ["RANK"] == "0" else None))
+        return say_once(run_rank(config, origins, debug, lines_shown_on_stdout(os.environ["RANK"])))
     except ConfigError as error:
         return say_once(Ending(BAD_CONFIG, str(error)))
     except RankBroke as error:  # torchrun sees only the code

@@ -1,19 +1,51 @@
-"""ConsoleTracker: a run as aligned lines of text."""
+"""ConsoleTracker: a run as aligned lines of text, of at most 100 characters as a rule; `read_line` reads them back."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from clae_dist.tracking.tracker import Status
 
+STARTING = "starting: "  # begins a line about what goes on before the first step
+WAITING = 5  # percent of the time for data, above which a line says so
+_LINE = re.compile(
+    r"step +(?P<step>\d+)/(?P<total>\d+)(  epoch +[\d.]+)?  "
+    r"((?P<loss>loss [^ ]+( \([^)]*\))?)(  +(?P<speed>[\d,]+ images/s))?.*?(  (?P<left>left [\w :]+))?|(?P<note>kNN .*))$"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run is, as a line says it; texts are "" where the line has none."""
+
+    step: int
+    total: int
+    loss: str
+    speed: str
+    left: str
+    note: str  # a kNN accuracy
+
+
+def read_line(line: str) -> Place | None:
+    """The content of a line that ConsoleTracker wrote; None for any other line."""
+    found = _LINE.fullmatch(line)
+    if found is None:
+        return None
+    texts = {name: found[name] or "" for name in ("loss", "speed", "left", "note")}
+    return Place(int(found["step"]), int(found["total"]), **texts)
+
 
 class ConsoleTracker:
     """Writes a line for metrics that hold a loss, and one for a kNN accuracy.
 
-    step   120/1560  epoch  2.31  loss 5.1234 (clean 5.0123, adversarial 5.2345)  512 images/s  data  3 %  attack 37 %  …
+    step  120/1560  epoch  2.31  loss 5.123 (clean 5.012, attacked 5.235)     512 images/s  left 11:59
+
+    Learning rate, shares of the time and the rest are in metrics.jsonl and on MLflow's page.
     """
 
     def __init__(self, stream: IO[str], total_steps: int, global_size: int) -> None:
@@ -42,29 +74,25 @@ class ConsoleTracker:
     def _place(self, metrics: Mapping[str, float]) -> list[str]:
         width = len(str(self._total_steps))
         parts = [f"step {metrics['step']:>{width}.0f}/{self._total_steps}"] if "step" in metrics else []
-        return parts + ([f"epoch {metrics['epoch']:6.2f}"] if "epoch" in metrics else [])
+        return parts + ([f"epoch {metrics['epoch']:5.2f}"] if "epoch" in metrics else [])
 
     def _training(self, metrics: Mapping[str, float], images_seen: int) -> list[str]:
         if "loss" not in metrics:
             return []
-        loss = f"loss {metrics['loss']:.4f}"
+        loss = f"loss {metrics['loss']:.3f}"
         if "loss_clean" in metrics and "loss_adversarial" in metrics:
-            loss += f" (clean {metrics['loss_clean']:.4f}, adversarial {metrics['loss_adversarial']:.4f})"
+            loss += f" (clean {metrics['loss_clean']:.3f}, attacked {metrics['loss_adversarial']:.3f})"
         parts = [loss]
         speed = metrics.get("images_per_s", 0.0)
         if speed > 0:
-            parts.append(f"{speed:6.0f} images/s")
-        parts += [f"{word} {metrics[key]:3.0f} %" for word, key in SHARES if key in metrics]
+            parts.append(f"{speed:6,.0f} images/s")
+        if metrics.get("data_wait_share", 0.0) > WAITING:
+            parts.append(f"data wait {metrics['data_wait_share']:.0f} %")
         if metrics.get("bad_samples"):
             parts.append(f"{metrics['bad_samples']:.0f} bad samples")
-        if "learning_rate" in metrics:
-            parts.append(f"lr {metrics['learning_rate']:.3g}".ljust(len("lr 0.00123")))
         if speed > 0 and math.isfinite(speed):
             parts.append(f"left {duration(max(0, self._total_images - images_seen) / speed)}")
         return parts
-
-
-SHARES = (("data wait", "data_wait_share"), ("attack", "attack_share"))
 
 
 def _evaluation(metrics: Mapping[str, float]) -> list[str]:

@@ -13,13 +13,14 @@ from clae_dist.contrast.step import StepMetrics
 from clae_dist.data.loader import num_workers
 from clae_dist.runs.goodput import Ledger
 from clae_dist.tracking import NullTracker, Trackers
+from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.plan import Plan
 from clae_dist.world import World
 
 GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
-MOST_WAIT = 5  # percent of the time for data, above which a run says what to change
+MOST_WAIT = WAITING  # percent of the time for data, above which a run says what to change
 
 
 class Journal:
@@ -44,6 +45,7 @@ class Journal:
         self._started = time.perf_counter() - train_s
         self._logged = first_step
         self._lines, self._advised = 0, False
+        self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of the steps since the last line, and how many have a value
 
     @property
     def train_s(self) -> float:
@@ -55,17 +57,26 @@ class Journal:
         place = {"step": step, "epoch": step / self._plan.steps_per_epoch, "time_s": round(self.train_s, 3)}
         self._tracker.log({**place, **values}, self._plan.images_seen(step))
 
-    def losses(self, metrics: StepMetrics) -> dict[str, float]:
-        """Means over the ranks: the losses of the global batch. A collective."""
+    def add(self, metrics: StepMetrics) -> None:
+        """Takes in a step's losses; nothing is waited for."""
         named = {
             "loss": metrics.loss,
             "loss_clean": metrics.clean,
             "loss_adversarial": metrics.adversarial,
             "grad_norm": metrics.grad_norm,
         }
-        present = {name: value for name, value in named.items() if value is not None}
-        means = self._world.mean(torch.stack([value.double() for value in present.values()]))
-        return dict(zip(present, means.tolist(), strict=True))
+        for name, value in named.items():
+            if value is not None:
+                total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
+                self._sums[name] = total + value.detach().double(), steps + 1
+
+    def losses(self) -> dict[str, float]:
+        """Means over the steps since the last call that have them, and over the ranks: of the global batches. A collective."""
+        sums, self._sums = self._sums, {}
+        if not sums:
+            return {}
+        means = self._world.mean(torch.stack([total / steps for total, steps in sums.values()]))
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def speed(self, step: int) -> dict[str, float]:
         """Rates and shares (percent) of the time since the last call. A collective."""

@@ -12,7 +12,7 @@ import torch
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.contrast.diagnostics import diagnose
-from clae_dist.contrast.step import Pretraining, StepMetrics, pretrain_step
+from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.data.loader import Batch, load
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.transfer import Transfer
@@ -34,6 +34,7 @@ from clae_dist.tracking import (
     continue_tracking,
     new_run_key,
 )
+from clae_dist.tracking.console import STARTING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
@@ -85,6 +86,7 @@ def _train(
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    say(f"{STARTING}opening and checking the shards")
     sets = open_sets(config, world, say, progress=lambda: watch.doing("starting", 0))
     watch.doing("starting", 0)
     plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
@@ -94,6 +96,7 @@ def _train(
         return open_run_folder(config, origins, sets.train, world, new_run_key())
 
     identity: Identity = world.run_on_main(open_folder)
+    say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
     shapes = shapes_of(model)
     backend = make_backend(config, model, world)
@@ -206,7 +209,6 @@ class _Loop:
         self.nonfinite, self.clock = nonfinite, journal.clock
         self.saving = Saving(config, world, backend, say)
         self.step = self.saved = self.first_step = 0
-        self.shown: StepMetrics | None = None  # of the steps since the last line, the one that it is about
 
     def run(self, first_step: int) -> Outcome:
         """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop.
@@ -225,9 +227,12 @@ class _Loop:
         plan, every = self.plan, self.config.train
         self.step = self.saved = self.first_step = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
+        self.say(f"{STARTING}loader processes, the first batch and the first step")
         batches = Transfer.to(self.world.device, load(self.sets.train, self.config, self.world, first_step, plan.total))
         if first_step == 0 and plan.knn_every:
+            self.say(f"{STARTING}kNN of the untrained encoder")
             self._evaluate()
+            self.say(f"{STARTING}the first batch and the first step")
         self.backend.model.train()
         self.clock.read()
         while self.step < plan.total:
@@ -331,9 +336,8 @@ class _Loop:
         self.backend.set_learning_rate(rate)
         settings = {"learning_rate": rate, "alpha": alpha}
         metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, alpha), batch, self.step, settings)
-        # With attack.every, a line is about an attacked step.
-        if metrics is not None and (metrics.adversarial is not None or self.shown is None or self.shown.adversarial is None):
-            self.shown = metrics
+        if metrics is not None:
+            self.journal.add(metrics)
         self.step += 1
         if self.step == self.first_step + 1:
             self.saving.reserve()
@@ -341,7 +345,5 @@ class _Loop:
         return rate
 
     def _log(self, values: dict[str, float]) -> None:
-        losses = self.journal.losses(self.shown) if self.shown else {}
         skipped = {"skipped_steps": float(self.nonfinite.skipped)} if self.nonfinite.skipped else {}
-        self.journal.log(self.step, {**losses, **values, **self.journal.speed(self.step), **skipped})
-        self.shown = None
+        self.journal.log(self.step, {**self.journal.losses(), **values, **self.journal.speed(self.step), **skipped})

@@ -258,6 +258,19 @@ def test_lines_are_about_attacked_steps(ranks: RankPool, shards: Manifest, tmp_p
     ]  # the first is diagnosed
 
 
+def test_a_line_has_the_mean_of_the_steps_since_the_last(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """It had the loss of one step alone. Every second step is attacked: its loss has more terms."""
+    every = {}
+    for log_every in (1, 4):
+        config = recipe(shards, tmp_path / str(log_every), log_every=log_every, diagnose_every=100, knn_every=0, threads=1)
+        ranks.run(1, train_on, replace(config, attack=Attack(every=2)))
+        every[log_every] = {line["step"]: line for line in logged(config) if "loss" in line}
+    assert sorted(every[4]) == [1, 4, 8]  # the first is diagnosed
+    for key, steps in (("loss", [5, 6, 7, 8]), ("loss_clean", [5, 6, 7, 8]), ("loss_adversarial", [5, 7])):
+        mean = sum(every[1][step][key] for step in steps) / len(steps)
+        assert every[4][8][key] == pytest.approx(mean, rel=1e-6)
+
+
 @pytest.mark.parametrize("norm", ["global", "local"])
 def test_bfloat16_trains_close_to_float32(ranks: RankPool, shards: Manifest, tmp_path: Path, norm: str) -> None:
     first = {}
