@@ -17,6 +17,7 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run_rank
+from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.recipe import Setting, build, flatten
 from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE
 
@@ -32,6 +33,7 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own watcher lets ranks go on until a host is taken away; ray_elastic.py has them save and leave before.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    secure_ray()
     try:
         import ray
         import ray.train.torch
@@ -40,6 +42,7 @@ def _import_ray() -> Any:
             f"launch.launcher is 'ray', but Ray Train cannot be imported ({error}); "
             "pip install 'ray[train]>=2.60', or use --launcher local."
         ) from None
+    check_version(ray.__version__)
     return ray
 
 
@@ -109,6 +112,7 @@ def _init(ray: Any, workers: int, debug: bool) -> None:
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, **common)
         return
     os.environ["PYTHONPATH"] = path
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # as ray_security has it, also where Ray was imported before
     cores = len(os.sched_getaffinity(0))
     ray.init(address="local", num_cpus=max(cores, workers), include_dashboard=False, object_store_memory=128 * 2**20, **common)
 
