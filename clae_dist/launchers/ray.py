@@ -128,6 +128,8 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from clae_dist.launchers.ray_local import LoopbackTorchConfig
+
     folder = config.folder.resolve()
     cluster = bool(os.environ.get("RAY_ADDRESS"))
     use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0), sizes[-1], cluster)
@@ -141,7 +143,9 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
             "name": name,
         },
         "scaling_config": scaling,
-        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(config.guard.timeout_s)),
+        "torch_config": (TorchConfig if cluster else LoopbackTorchConfig)(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(config.guard.timeout_s)
+        ),
         "run_config": RunConfig(
             name=name,
             storage_path=str(folder / "ray"),

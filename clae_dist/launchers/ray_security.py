@@ -34,8 +34,8 @@ def secure_ray() -> None:
         if not has_token() and not _LOOPBACK.fullmatch(address) and os.environ.get(ALLOW) != "yes":
             mode = os.environ.get("RAY_AUTH_MODE", "")
             raise ConfigError(
-                f"RAY_ADDRESS is {address!r}, but there is no token (RAY_AUTH_MODE is {mode!r}): whoever reaches that cluster can "
-                "run code on its hosts. Start it with launch/ray-cluster.sh, which makes a token, or name the cluster's "
+                f"RAY_ADDRESS is {address!r}, but there is no token (RAY_AUTH_MODE is {mode!r}): whoever reaches that cluster "
+                "can run code on its hosts. Start it with launch/ray-cluster.sh, which makes a token, or name the cluster's "
                 f"(RAY_AUTH_TOKEN_PATH); {ALLOW}=yes does without."
             )
         return

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from ray.train.torch import config as ray_config
 
 from clae_dist.config import ConfigError
+from clae_dist.launchers import ray_local
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import OK, Ending
@@ -69,6 +73,39 @@ def test_an_interface_that_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
     use_loopback()
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth7", "")
+
+
+def test_the_first_worker_of_a_local_ray_serves_a_store_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also guards against a Ray that asks its workers for an address in another way."""
+    monkeypatch.setattr(ray_config.ray, "get", lambda futures: futures)
+    monkeypatch.setattr(ray_local, "_KEPT", [])
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+    called: list[str] = []
+
+    class Workers:
+        """Two workers, both of them this process; what needs a real one is not run."""
+
+        def __len__(self) -> int:
+            return 2
+
+        def execute(self, function: Callable[..., Any], **settings: Any) -> None:
+            if function is not ray_config._set_torch_distributed_env_vars:
+                function(**settings)
+
+        def execute_single(self, index: int, function: Callable[..., Any]) -> Any:
+            return function()
+
+        def execute_single_async(self, index: int, function: Callable[..., Any], **settings: Any) -> None:
+            called.append(f"{function.__name__} {settings['init_method']}")
+
+    config = ray_local.LoopbackTorchConfig(backend="gloo")
+    before = listens()
+    config.backend_cls().on_start(Workers(), config)
+    assert listens() - before <= {"0100007F"}
+    assert called == ["_setup_torch_process_group env://"] * 2
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", str(ray_local._KEPT[0].port))
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
 
 
 @pytest.fixture
