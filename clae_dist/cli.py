@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from clae_dist.arguments import parser as make_parser
 from clae_dist.lifetime import end_with_parent
+from clae_dist.redact import redact_text
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
@@ -131,7 +132,7 @@ def _start(arguments: argparse.Namespace) -> int:
         print(f"clae: the run could not be noted as yours ({problem}): opening it later may need --trust.", file=sys.stderr)
     ending = start(config, origins, arguments.debug)
     if ending.message:
-        print(f"clae: {ending.message}", file=sys.stderr)
+        print(redact_text(f"clae: {ending.message}"), file=sys.stderr)
     elif ending.code == 0 and os.environ.get("RANK", "0") == "0":
         print(f"saved in {config.folder}", flush=True)
     return ending.code
@@ -153,7 +154,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     config, origins = _resolve(arguments)
     ending = dry_run(config, origins, arguments.debug)
     print(
-        f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}",
+        redact_text(f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}"),
         file=sys.stderr if ending.code else sys.stdout,
     )
     return ending.code
@@ -208,7 +209,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     config, origins = _resolve(arguments, () if arguments.config else DEMO)
     ending = parity(config, origins, arguments.world_size, arguments.rows, arguments.steps, arguments.json)
     if ending.message:
-        print(ending.message, file=sys.stderr if ending.message.startswith("clae: ") else sys.stdout)
+        print(redact_text(ending.message), file=sys.stderr if ending.message.startswith("clae: ") else sys.stdout)
     return ending.code
 
 
@@ -216,7 +217,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     from clae_dist.launchers.replay import replay_step
 
     ending = replay_step(arguments.step, arguments.shards, _permission(arguments))
-    print(ending.message)
+    print(redact_text(ending.message))
     return ending.code
 
 
@@ -248,7 +249,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from clae_dist.doctor import run_doctor
 
     config = _resolve(arguments)[0] if arguments.config else None
-    return run_doctor(config, print)
+    return run_doctor(config, lambda text: print(redact_text(text)))
 
 
 _COMMANDS = {
@@ -303,8 +304,8 @@ def main(argv: list[str] | None = None) -> int:
 
         code = exit_code(error)
         if arguments.debug:
-            traceback.print_exc()
+            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
         hint = "" if code != UNEXPECTED or arguments.debug else " (--debug shows where)"
         name = f"{type(error).__name__}: " if code == UNEXPECTED else ""
-        print(f"clae: {name}{storage_error(error) or error}{hint}", file=sys.stderr)
+        print(redact_text(f"clae: {name}{storage_error(error) or error}{hint}"), file=sys.stderr)
         return code

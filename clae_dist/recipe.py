@@ -22,6 +22,7 @@ from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError
 from clae_dist.home import expand_home
 from clae_dist.reading import ReadError, read_text
+from clae_dist.redact import redact_word
 
 _MAX_BYTES = 256 << 10  # of a recipe, which has a few kilobytes
 _MOST_EXTENDED = 20
@@ -69,7 +70,7 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     """`value` as the type that `key` wants, or a ConfigError that says what would do."""
 
     def refuse(what: str) -> typing.NoReturn:
-        raise ConfigError(f"{key} is {value!r} ({origin}); it wants {what}.")
+        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); it wants {what}.")
 
     kind = typing.get_origin(wanted)
     if kind is Literal:
@@ -132,7 +133,7 @@ def _check_key(key: str, origin: str) -> None:
     if len(close) != 1:
         close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "`clae config CONFIG` lists the known ones."
-    raise ConfigError(f"{key} ({origin}) is not a known key; {hint}")
+    raise ConfigError(f"{redact_word(key)} ({origin}) is not a known key; {hint}")
 
 
 def _value(key: str, node: yaml.Node) -> Any:
@@ -211,7 +212,9 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text!r} is not an override; write section.key=value, such as batch.global_size=512.")
+            raise ConfigError(
+                f"{redact_word(text)!r} is not an override; write section.key=value, such as batch.global_size=512."
+            )
         _check_key(key, origin)
         if key in settings:
             times = sum(text.startswith(f"{key}=") for text in overrides)
@@ -226,7 +229,9 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
             settings[key] = Setting("" if node is None else _value(key, node), origin)
         except (yaml.YAMLError, ValueError) as error:
             why = getattr(error, "problem", None) or error
-            raise ConfigError(f"{key} is {value!r} ({origin}), which is not valid YAML; quote it. ({why})") from None
+            raise ConfigError(
+                f"{key} is {redact_word(repr(value))} ({origin}), which is not valid YAML; quote it. ({why})"
+            ) from None
     return settings
 
 

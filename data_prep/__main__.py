@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = parse(arguments)
     from clae_dist.data.manifest import DataError
+    from clae_dist.redact import redact_text
     from clae_dist.storage import storage_error
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         storage = storage_error(error)
         way_out = "" if isinstance(error, DataError) else "; mend that, then the same command goes on where it was."
-        print(f"data_prep: {storage or f'{error}{way_out}'}", file=sys.stderr)
+        print(redact_text(f"data_prep: {storage or f'{error}{way_out}'}"), file=sys.stderr)
         return STORAGE if storage else BAD_INPUT
 
 

@@ -2,6 +2,8 @@
 # What the scripts for several hosts share; sourced by them, not run.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/show.sh
+source "$here/launch/show.sh"
 script=$(basename "$0" .sh)
 say() { printf '%s: %s\n' "$script" "$*"; }
 wrong() { printf '%s: %s\n' "$script" "$*" >&2; exit 2; }
@@ -51,9 +53,4 @@ find_route() { # find_route HOST [WAY_OUT]: sets address, interface and at_head 
   else
     say "interface: $interface, address $address (this host's way to $1)"
   fi
-}
-
-show() { # show COMMAND …: as it could be typed, without the secrets of URLs and of pipe: commands
-  { printf '$'; printf ' %q' "$@"; printf '\n'; } |
-    sed -E 's#(://)[^/@ ]*@#\1…@#g; s#(://[^ ?\\]*)\\?\?[^ ]*#\1?…#g; s#pipe:([^ \\]*)(\\ [^ ]*|[^ \\])*#pipe:\1 …#g'
 }

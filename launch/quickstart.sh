@@ -45,6 +45,8 @@ last_of_each() { # last_of_each SETTING …: sets words, of settings with one ke
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/show.sh
+source "$here/launch/show.sh"
 recipe=configs/quickstart.yaml
 data=() max_bad=() run_dir=$(realpath -ms runs/quickstart) compare="" workers="" dry="" settings=() options=" "
 [ -z "${CLAE_DATA:-}" ] || data=(--data "$(realpath -ms "$CLAE_DATA")")
@@ -94,8 +96,6 @@ ended() { # ended STEP CODE
   esac
   exit "$(($2 ? $2 : 130))"
 }
-
-show() { printf '$'; printf ' %q' "$@"; printf '\n'; }
 
 step() { # step HEADING COMMAND …
   local heading=$1 code=0

@@ -81,6 +81,7 @@ if [ "$command" = worker ]; then
   case $target in *:*) port=${target##*:} target=${target%:*} ;; esac
   whole "the port of $target" "$port"
 fi
+unset RAY_AUTH_TOKEN # Ray would take it instead of the file
 temp_dir=${temp_dir:-/tmp/clae-ray-$(id -u)-$port}
 [ ${#temp_dir} -le 43 ] || wrong "--temp-dir is $temp_dir, ${#temp_dir} characters; Ray's sockets in it need a path of at most 43."
 case $token in /*) ;; *) token=$PWD/$token ;; esac

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from clae_dist.config import ConfigError
 from clae_dist.data.urls import absolute, redact_list
+from clae_dist.redact import redact_word
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 def _with_absolute_paths(config: Config) -> Config:
     """Ranks may run in other folders than this process (Ray's do), and a run is evaluated from anywhere.
 
-    Raises ConfigError for a set that a mixture names twice.
+    Raises ConfigError for a set that a mixture names twice, and for a URL in the place of a folder.
     """
+    for key, folder in (("run_dir", config.run_dir), ("data.cache", config.data.cache)):
+        if "://" in folder:
+            raise ConfigError(f"{key} is {redact_word(folder)!r}, which is a URL; name a folder that this machine sees.")
     cache = os.path.abspath(config.data.cache) if config.data.cache else ""
     mixture: dict[str, float] = {}
     for name, share in config.data.mixture.items():

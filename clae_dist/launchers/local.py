@@ -15,11 +15,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from clae_dist.config import Config
 from clae_dist.devices import Request
 from clae_dist.exit_codes import starts_again
+from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import end_with_parent
@@ -74,7 +74,7 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
     are still there somewhat later; Ctrl-C again ends at once.
     """
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = loopback_store()
     context = multiprocessing.get_context("spawn")
     ranks: list[_Rank] = []
     request = _Request(ranks)
@@ -173,6 +173,7 @@ def _rank_main(
     rank: int, size: int, port: int, parent: int, ending: Connection, work: Callable[..., Ending], arguments: tuple[Any, ...]
 ) -> None:
     end_with_parent(parent)
+    use_loopback()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank),

@@ -61,12 +61,13 @@ class Console:
         self._missed = False
 
     def write(self, text: str) -> int:
+        shown = redact_text(text)
         if self._also is not None:
-            self._also.write(text)
+            self._also.write(shown)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                file.write(text)
+                file.write(shown)
         except OSError as error:  # a full disk: training goes on
             if self._also is not None and not self._missed:
                 self._also.write(f"{self._path} cannot be written ({error.strerror}): lines will be missing there.\n")

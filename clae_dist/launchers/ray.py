@@ -17,6 +17,7 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run_rank
+from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Setting, build, flatten
 from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE
@@ -34,6 +35,7 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own watcher lets ranks go on until a host is taken away; ray_elastic.py has them save and leave before.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    secure_ray()
     try:
         import ray
         import ray.train.torch
@@ -42,6 +44,7 @@ def _import_ray() -> Any:
             f"launch.launcher is 'ray', but Ray Train cannot be imported ({error}); "
             "pip install 'ray[train]>=2.60', or use --launcher local."
         ) from None
+    check_version(ray.__version__)
     return ray
 
 
@@ -111,6 +114,7 @@ def _init(ray: Any, workers: int, debug: bool) -> None:
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, **common)
         return
     os.environ["PYTHONPATH"] = path
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # as ray_security has it, also where Ray was imported before
     cores = len(os.sched_getaffinity(0))
     ray.init(address="local", num_cpus=max(cores, workers), include_dashboard=False, object_store_memory=128 * 2**20, **common)
 
@@ -126,6 +130,8 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from clae_dist.launchers.ray_local import LoopbackTorchConfig
+
     folder = config.folder.resolve()
     cluster = bool(os.environ.get("RAY_ADDRESS"))
     use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0), sizes[-1], cluster)
@@ -139,7 +145,9 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
             "name": name,
         },
         "scaling_config": scaling,
-        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(config.guard.timeout_s)),
+        "torch_config": (TorchConfig if cluster else LoopbackTorchConfig)(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(config.guard.timeout_s)
+        ),
         "run_config": RunConfig(
             name=name,
             storage_path=str(folder / "ray"),

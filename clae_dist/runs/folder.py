@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from clae_dist.data.urls import uri_without_secrets, without_secrets
 from clae_dist.files import write_together
 from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_number, is_text, read_object
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.redact import redact_text
 from clae_dist.runs.checkpoint.places import find_checkpoints
 from clae_dist.storage import storage_error
 from clae_dist.world import World
@@ -91,11 +92,20 @@ def read_identity(run_dir: Path) -> Identity:
 def shareable(config: Config) -> Config:
     """The configuration without the secrets of the URLs in it: what is written down outlives them, and others read it."""
     mixture = {without_secrets(name): share for name, share in config.data.mixture.items()}
+    kept: Config = _redacted(config)
     return replace(
-        config,
-        data=replace(config.data, shards=without_secrets(config.data.shards), mixture=mixture),
-        tracking=replace(config.tracking, uri=uri_without_secrets(config.tracking.uri)),
+        kept,
+        data=replace(kept.data, shards=without_secrets(config.data.shards), mixture=mixture),
+        tracking=replace(kept.tracking, uri=uri_without_secrets(config.tracking.uri)),
     )
+
+
+def _redacted(section: Any) -> Any:
+    """A section, and those in it, with every text redacted: a URL may stand where it does not belong."""
+    values = {one.name: getattr(section, one.name) for one in fields(section)}
+    texts = {name: redact_text(value) for name, value in values.items() if isinstance(value, str)}
+    sections = {name: _redacted(value) for name, value in values.items() if is_dataclass(value)}
+    return replace(section, **texts, **sections)
 
 
 def make_folder(folder: Path) -> None:
@@ -119,7 +129,7 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
     if not ((folder / "config.yaml").is_file() and (known or find_checkpoints(folder))):
         return None
     old, identity = from_yaml(folder / "config.yaml"), read_identity(folder) if known else None
-    before, now = flatten(old), flatten(config)
+    before, now = flatten(old), flatten(shareable(config))
     differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
     if identity and manifest is not None and identity.manifest_digest != manifest.digest:
         was, now_is = identity.manifest_digest[:12], manifest.digest[:12]

@@ -39,10 +39,10 @@ class Quickstart:
 
     def __init__(self, home: Path) -> None:
         self.home, self.checkout, self.log = home, home / "the checkout", home / "log"
-        for folder in ("launch", "configs", "env/bin"):
+        for folder in ("launch", "configs", "env/bin", "clae_dist"):
             (self.checkout / folder).mkdir(parents=True)
-        shutil.copy(ROOT / "launch" / "quickstart.sh", self.checkout / "launch")
-        shutil.copy(ROOT / "configs" / "quickstart.yaml", self.checkout / "configs")
+        for name in ("launch/quickstart.sh", "launch/show.sh", "configs/quickstart.yaml", "clae_dist/redact.py"):
+            shutil.copy(ROOT / name, self.checkout / name)
         env = shlex.quote(str(self.checkout / "env"))
         self._script("launch/env.sh", f"#!/usr/bin/env bash\necho env: fine >&2\necho {env}\n")
         self._script("env/bin/clae", CLAE)

@@ -111,7 +111,7 @@ def test_what_scripts_show_holds_no_secrets() -> None:
         ["bash", "-c", f"source launch/hosts.sh; show run {words}"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert "hidden" not in shown
-    assert shown.startswith("$ run uri=postgresql://…@h/db https://h/x.tar?… pipe:curl …")
+    assert shown.startswith("$ run uri=postgresql://me@h/db https://h/x.tar?… pipe:curl … end")
 
 
 def test_a_schedulers_signal_is_heard_even_where_it_was_ignored(tmp_path: Path) -> None:
