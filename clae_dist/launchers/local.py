@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from clae_dist.config import Config
 from clae_dist.devices import Request
+from clae_dist.escape import say
 from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
 from clae_dist.lifetime import end_with_parent
@@ -60,7 +61,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[
             break
         reason = ending.message.removesuffix(_ADVICE).strip().removesuffix(".")
         line = f"{reason}. Starting again (failure {failure} of {config.launch.max_failures})."
-        print(line, file=Console(config, sys.stderr), flush=True)
+        say(line, file=Console(config, sys.stderr), flush=True)
     return ending
 
 
