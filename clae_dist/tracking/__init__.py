@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from clae_dist.config import Config
+from clae_dist.escape import shown
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.files import METRICS_FILE, MetricsFile, Rows
@@ -64,8 +65,18 @@ def continue_tracking(
     from clae_dist.tracking.background import BackgroundTracker
 
     uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
-    shown = {"config_file": run_dir / "config.yaml", "dataset": dataset}
-    store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False, trained=trained, **shown)
+    store = mlflow.MlflowStore(
+        uri,
+        config,
+        name,
+        run_key,
+        tags,
+        say,
+        training=False,
+        trained=trained,
+        config_file=run_dir / "config.yaml",
+        dataset=dataset,
+    )
     rows = Rows(run_dir / METRICS_FILE) if trained else ()
     return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
 
@@ -91,7 +102,7 @@ def build_trackers(
     check_tracking(config, run_dir)
 
     def say(text: str) -> None:
-        print(text, file=stream, flush=True)
+        print(shown(text), file=stream, flush=True)
 
     run_dir.mkdir(parents=True, exist_ok=True)
     file = MetricsFile(run_dir / METRICS_FILE, resume_images_seen, say)
@@ -102,8 +113,8 @@ def build_trackers(
         from clae_dist.tracking.background import BackgroundTracker
 
         uri = mlflow.store_uri(config, run_dir)
-        shown = {"config_file": run_dir / "config.yaml", "dataset": dataset}
-        store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say, **shown)
+        name, config_file = run_dir.resolve().name, run_dir / "config.yaml"
+        store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, config_file=config_file, dataset=dataset)
         # The process that was killed may not have sent all that it had written down.
         others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))
         page = mlflow.page_command(uri)
