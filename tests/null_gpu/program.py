@@ -3,21 +3,15 @@
 Kernels do nothing there, so values read back from the device mean nothing. Only where that would end the run is something
 replaced here: numbers are finite, and flags and objects that ranks exchange go over the CPU. All else is the program itself,
 and spawned ranks import this module as well.
-
-With NULL_GPU_REPORT=FOLDER every process leaves FOLDER/PID.json: its rank, the devices that it has used, and what it counted.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
-import json
-import os
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +34,7 @@ _norm_forward = _functions.SyncBatchNorm.forward
 _step = run.pretrain_step
 _in_norm = threading.local()
 _eigh = torch.linalg.eigh
-_steps: list[dict[str, int]] = []  # what each training step counted
+STEPS: list[dict[str, int]] = []  # what each training step counted
 
 
 def counts() -> dict[str, int]:
@@ -100,21 +94,13 @@ def _counted_step(training: Any, *arguments: Any, **settings: Any) -> Any:
     assert not elsewhere, f"the model lies on {elsewhere}, the rank's device is {training.world.device}"
     before = counts()
     result = _step(training, *arguments, **settings)
-    _steps.append({name: value - before[name] for name, value in counts().items()})
+    STEPS.append({name: value - before[name] for name, value in counts().items()})
     return result
 
 
-def _report() -> None:
-    folder = os.environ.get("NULL_GPU_REPORT")
-    if folder:
-        report = {
-            "rank": int(os.environ.get("RANK", "0")),
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-            "devices": [index for index in range(MAX_DEVICES) if _null.null_gpu_allocations(index)],
-            "total": counts(),
-            "steps": _steps,
-        }
-        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(report))
+def devices() -> list[int]:
+    """The null GPUs on which this process has allocated memory."""
+    return [index for index in range(MAX_DEVICES) if _null.null_gpu_allocations(index)]
 
 
 torch.backends.cudnn.enabled = False  # a library of its own, which is not replaced
@@ -125,12 +111,8 @@ _functions.SyncBatchNorm.forward = staticmethod(_normalise)  # type: ignore[assi
 world.World.flags_anywhere = _flags_anywhere  # type: ignore[method-assign]
 world.World.broadcast = _broadcast  # type: ignore[method-assign]
 run.pretrain_step = _counted_step
-atexit.register(_report)
 
 if __name__ == "__main__":
     from clae_dist.cli import main
 
-    for command in " ".join(sys.argv[1:]).split(" + "):  # several commands in one process, by " + "
-        code = main(command.split())
-        if code:
-            sys.exit(code)
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The program on one and two null GPUs: every backend trains and resumes, and touches no device but its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.launchers.rank import BAD_CONFIG, OK
+from clae_dist.runs.checkpoint import find_checkpoints, step_of
+from tests.null_gpu.build import NoNullGpuError, NullGpu, build
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = ("ddp", "fsdp2", "zero-0", "zero-1", "zero-2")
+
+
+@pytest.fixture(scope="module")
+def null_gpu(tmp_path_factory: pytest.TempPathFactory) -> NullGpu:
+    try:
+        return build(tmp_path_factory.mktemp("null_gpu"))
+    except NoNullGpuError as error:
+        pytest.skip(f"no null GPU: {error}")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 96, 16).folder)
+
+
+def python(null_gpu: NullGpu, gpus: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=null_gpu.environment(gpus, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+class Trained:
+    """What every backend did on `gpus` null GPUs."""
+
+    def __init__(self, null_gpu: NullGpu, shards: str, folder: Path, gpus: int) -> None:
+        self.folder = folder
+        self.done = python(null_gpu, gpus, "-m", "tests.null_gpu.backends", shards, str(folder), str(gpus))
+        self.ranks: list[dict[str, Any]] = []
+        for rank in range(gpus):
+            path = folder / f"rank-{rank}.json"
+            assert path.exists(), self.done.stdout + self.done.stderr
+            self.ranks.append(json.loads(path.read_text()))
+
+
+@pytest.fixture(scope="module")
+def one(null_gpu: NullGpu, shards: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(null_gpu, shards, tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def two(null_gpu: NullGpu, shards: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(null_gpu, shards, tmp_path_factory.mktemp("two"), 2)
+
+
+def assert_trained_and_resumed(trained: Trained, backend: str) -> None:
+    for rank, report in enumerate(trained.ranks):
+        assert backend in report["runs"], f"not reached: {report['runs']}"
+        run = report["runs"][backend]
+        assert run["endings"] == ["", ""]
+        assert [len(steps) for steps in run["steps"]] == [4, 2]  # the second start began after step 2
+        assert all(step["launches"] > 100 for steps in run["steps"] for step in steps)
+        assert report["devices"] == [rank], "a rank has used another device than its own"
+    console = (trained.folder / backend / "console.log").read_text()
+    assert "cuda" in console
+    assert "resuming after step 2" in console
+    assert [step_of(path) for path in find_checkpoints(trained.folder / backend)] == [4, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_gpu_trains_and_resumes(one: Trained, backend: str) -> None:
+    assert_trained_and_resumed(one, backend)
+    step = one.ranks[0]["runs"][backend]["steps"][0][-1]
+    if backend == "ddp":  # there is nobody to communicate with
+        assert (step["all_gathers"], step["all_reduces"], step["reduce_scatters"]) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_one_gpu_evaluates_reports_and_exports(one: Trained) -> None:
+    assert one.done.returncode == OK, one.done.stdout + one.done.stderr
+    found = json.loads((one.folder / "ddp" / "evaluation.json").read_text())
+    assert found["device"] == "cuda"
+    assert (one.folder / "ddp" / "report" / "report.html").exists()
+    assert list((one.folder / "ddp" / "export").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_gpus_train_and_resume(two: Trained, backend: str) -> None:
+    assert_trained_and_resumed(two, backend)
+    step = two.ranks[1]["runs"][backend]["steps"][0][-1]
+    assert step["all_gathers"] > 0  # of rows, at least
+    assert step["all_reduces"] > 0
+    if backend == "fsdp2":
+        assert step["reduce_scatters"] > 0
+
+
+@pytest.mark.slow
+def test_nothing_of_ours_warns_on_gpus(two: Trained) -> None:
+    said = two.done.stdout + two.done.stderr
+    assert two.done.returncode == OK, said
+    assert [line for line in said.splitlines() if "FutureWarning" in line and "deprecated" in line] == []
+
+
+def test_more_ranks_than_gpus_are_refused_with_host_and_ranks(null_gpu: NullGpu, shards: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("batch: {global_size: 8}\nmodel: {encoder: small_resnet}\ntracking: {name: none}\n")
+    done = python(
+        null_gpu,
+        *(1, "-m", "tests.null_gpu.program", "train", str(recipe), f"data.shards={shards}", f"run_dir={tmp_path}/run"),
+        "launch.workers=2",
+    )
+    assert done.returncode == BAD_CONFIG, done.stdout + done.stderr
+    assert "has 1 visible GPU for ranks 0, 1" in done.stderr
+
+
+_WRONG_DEVICES = """
+import ctypes, torch
+def refused(action):
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    raise SystemExit("nothing was refused")
+x = torch.ones(4, device="cuda:0")
+print(refused(lambda: torch.cuda.set_device(2)))
+print(refused(lambda: x + torch.ones(4, device="cuda:1")))
+print(refused(lambda: torch.zeros(1 << 33, device="cuda:0")))
+null = ctypes.CDLL("libnull_gpu.so")
+communicator, stream = ctypes.c_void_p(), ctypes.c_void_p()
+torch.cuda.set_device(1)
+assert null.ncclCommSplit(ctypes.byref(ctypes.c_long(1)), 0, 0, ctypes.byref(communicator), None) == 0
+for tensor in (torch.ones(4, device="cuda:1"), x, torch.ones(4)):
+    print(null.ncclAllReduce(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(4), 7, 0, communicator, None))
+null.cudaStreamCreate(ctypes.byref(stream))
+null.cudaSetDevice(0)
+event = ctypes.c_void_p()
+null.cudaEventCreate(ctypes.byref(event))
+print(null.cudaEventRecord(event, stream))
+"""
+
+
+def test_the_null_gpu_refuses_what_is_on_another_device(null_gpu: NullGpu) -> None:
+    done = python(null_gpu, 2, "-c", _WRONG_DEVICES)
+    assert done.returncode == 0, done.stderr
+    device, tensors, memory, *codes = done.stdout.splitlines()
+    assert "invalid device ordinal" in device
+    assert "on the same device" in tensors
+    assert "out of memory" in memory
+    assert codes == ["0", "4", "4", "400"]  # success, twice ncclInvalidArgument, cudaErrorInvalidResourceHandle
+
+
+def test_visible_devices_are_heard(null_gpu: NullGpu) -> None:
+    code = "import torch; print(torch.cuda.device_count(), torch.cuda.get_device_name(0))"
+    assert python(null_gpu, 4, "-c", code, CUDA_VISIBLE_DEVICES="3,1").stdout.split() == ["2", "null", "GPU", "3"]
