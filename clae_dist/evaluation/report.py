@@ -138,7 +138,7 @@ def _results(record: Record, summary: dict[str, Any]) -> str:
         parts.append(page.note(f"This run has not been evaluated yet: clae evaluate {record.run_dir} does it."))
     elif summary["knn_after"] is None:
         reason = evaluation.get("no_accuracies") or "the set has no labels or no test split"
-        parts.append(page.note(f"There are no accuracies: {escape(str(reason))}."))
+        parts.append(page.note(f"There are no accuracies: {in_html(reason)}."))
     else:
         parts += accuracy_table(evaluation, record.config.evaluation.knn_k)
         if record.metrics.images_seen is not None and evaluation["images_seen"] != summary["images_seen"]:
