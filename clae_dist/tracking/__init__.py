@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from clae_dist.config import Config
 from clae_dist.tracking.console import ConsoleTracker
@@ -64,7 +64,7 @@ def continue_tracking(
     from clae_dist.tracking.background import BackgroundTracker
 
     uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
-    shown = {"config_file": run_dir / "config.yaml", "dataset": dataset}
+    shown: dict[str, Any] = {"config_file": run_dir / "config.yaml", "dataset": dataset}
     store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, training=False, trained=trained, **shown)
     rows = Rows(run_dir / METRICS_FILE) if trained else ()
     return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
@@ -102,7 +102,7 @@ def build_trackers(
         from clae_dist.tracking.background import BackgroundTracker
 
         uri = mlflow.store_uri(config, run_dir)
-        shown = {"config_file": run_dir / "config.yaml", "dataset": dataset}
+        shown: dict[str, Any] = {"config_file": run_dir / "config.yaml", "dataset": dataset}
         store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, tags, say, **shown)
         # The process that was killed may not have sent all that it had written down.
         others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))
