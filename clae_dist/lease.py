@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 BEAT_S = 5.0
 EXPIRY_S = 30.0  # six beats, of which some may be late: a busy disk, a paused machine
 WAIT_S = 3.0  # for a holder that is just about to end
-LOST = 4  # exit code of a process whose lease another has taken
+LOST = 4  # exit_codes.FAILED, of a process whose lease another has taken
 _POLL_S = 0.25
 _BYTES = 1024  # of a lease, always: it is overwritten in place
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
+from clae_dist.exit_codes import UNEXPECTED
 from clae_dist.world import World, abandon
 
-BROKE = 1  # exit code: launchers.rank.UNEXPECTED
 _HERE = os.sep + "clae_dist" + os.sep
 
 
 @contextmanager
 def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]:
-    """Inside, an exception that leaves a thread of this package ends the process with code BROKE; others are as before."""
+    """Inside, an exception that leaves a thread of this package ends the process with code UNEXPECTED; others are as before."""
     before = threading.excepthook
 
     def end(failure: Any) -> None:
@@ -43,7 +43,7 @@ def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]
             print(line, file=sys.stderr, flush=True)
         with suppress(OSError), (config.folder / "console.log").open("a") as console:
             console.write(line + "\n")
-        abandon(BROKE)
+        abandon(UNEXPECTED)
 
     threading.excepthook = end
     try:

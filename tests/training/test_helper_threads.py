@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from clae_dist.config import Config
-from clae_dist.training.helper_threads import BROKE, failing_threads_end_the_rank
+from clae_dist.exit_codes import UNEXPECTED
+from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.world import World
 from tests.small_run import small_run
 
@@ -41,7 +42,7 @@ def test_a_thread_of_ours_that_fails_ends_the_rank_with_its_words(
     prefetch._needs, prefetch._ahead, prefetch._step, prefetch._waiting = needs(), 1, 0, []
     prefetch._stop, prefetch._moved = threading.Event(), threading.Condition()
     config = small_run("nowhere", tmp_path)
-    assert run(config, prefetch._run, monkeypatch) == [BROKE]
+    assert run(config, prefetch._run, monkeypatch) == [UNEXPECTED]
     line = capsys.readouterr().err
     assert line.startswith("clae: rank 0 of 1: the thread a helper failed: KeyError: ")
     assert "secret" not in line
