@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clae_dist.redact import redact_text, redact_word
+
 QUOTE = "a shell makes several arguments of unquoted braces and stars: quote those, as in 'x-{000000..000099}.tar'"
 
 
@@ -46,8 +48,13 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "store", _StoreOnce)
         self.set_defaults(parser=self)  # that of the subcommand, once it was parsed
 
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2 and the message, which may quote what the user wrote: without secrets."""
+        super().error(redact_text(message))
+
     def refuse(self, rest: Sequence[str]) -> NoReturn:
         """Ends the process with exit code 2: `rest` are arguments that the command does not have."""
         positionals = [action.metavar for action in self._actions if not action.option_strings and action.metavar]
         one = f"; {self.prog} takes one {positionals[-1]}, and {QUOTE}" if positionals else ""
-        self.error(f"unrecognized arguments: {' '.join(rest)}{'' if any(word.startswith('-') for word in rest) else one}")
+        words = " ".join(map(redact_word, rest))
+        self.error(f"unrecognized arguments: {words}{'' if any(word.startswith('-') for word in rest) else one}")

@@ -304,7 +304,7 @@ def test_a_disk_that_fills_up_under_a_fetch_of_unknown_size_is_said(tmp_path: Pa
         for _ in range(10):
             part.write(b"x" * 400)
 
-    with pytest.raises(DataError, match="GB free, the next shard needs"):
+    with pytest.raises(DataError, match="GB free, too little for a shard of unknown size"):
         make_cache(tmp_path).open("a", 0, fill)
 
 
