@@ -81,6 +81,9 @@ def _arrange(listing: Listing, where: str) -> Layout:
         )
     if listing.skipped:
         notes.append(f"Hidden folders and a system's own, skipped: {len(listing.skipped)}, such as {listing.skipped[0]}.")
+    labels = [path for path in listing.ignored if path.endswith(".cls")]
+    if labels:
+        notes.append(f"{where} looks like WebDataset shards ({labels[0]}): `python -m data_prep index` keeps their labels.")
     unread = [path for path in listing.ignored if path.rpartition("/")[2].startswith("metadata.")]
     if unread:
         notes.append(f"{unread[0]} is not read: classes are folders' names.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from clae_dist.data.pixels import UnreadablePixelsError, to_rgb, why_unidentified
 
@@ -123,7 +123,7 @@ def _pillow_rgb(data: bytes | memoryview) -> torch.Tensor:
     return _turn(pixels, _orientation(image))
 
 
-def _open(data: bytes | memoryview) -> Image.Image:
+def _open(data: bytes | memoryview) -> ImageFile.ImageFile:
     """The image, header read and pixels not yet. Raises DecodeError."""
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
@@ -149,7 +149,7 @@ def _formats() -> list[str]:
     return [name for name in _EXTENSIONS if name in Image.OPEN]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: ImageFile.ImageFile) -> Image.Image:
     """The pixels, decoded in full, as 8-bit RGB. Raises DecodeError."""
     try:
         return to_rgb(image)

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 # TIFF's tags, and values of theirs.
 _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 259, 262, 277, 284, 339, 530
@@ -24,7 +24,7 @@ class UnreadablePixelsError(ValueError):
     """Pixels that cannot be made 8-bit RGB; the message is the reason."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     """The pixels, decoded in full, as 8-bit RGB, transparency laid on white.
 
     Raises UnreadablePixelsError, and what Pillow's decoders raise.
@@ -42,10 +42,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UnreadablePixelsError(f"{'floating-point' if mode == 'F' else '32-bit'} pixels {_NO_RANGE}")
     if image.format == "PNG" and "transparency" in image.info:
         _scale_transparency(image, stored)
-    if mode == "La":  # premultiplied grey: Pillow knows no other way from it
-        image = image.convert("LA")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        seen = image.convert("RGBA")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        seen = (image.convert("LA") if mode == "La" else image).convert("RGBA")  # Pillow knows one way from premultiplied grey
         return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
     return image if mode == "RGB" else image.convert("RGB")
 
@@ -89,7 +87,7 @@ def _refuse_tiff(image: Image.Image) -> None:
         raise UnreadablePixelsError("uncompressed YCbCr with fewer colour samples, which Pillow cannot read; store RGB")
 
 
-def _refuse_deep_colour(image: Image.Image) -> None:
+def _refuse_deep_colour(image: ImageFile.ImageFile) -> None:
     """Raises UnreadablePixelsError for JPEG 2000 with colours of more than 8 bits, whose white Pillow turns to black."""
     assert image.fp is not None
     at = image.fp.tell()

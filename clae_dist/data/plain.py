@@ -263,12 +263,15 @@ def open_plain(
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
         waiting()
-    records = {name: record for part in world.gather_objects(mine) for name, record in part.items()}
+    labels = {label for record in mine.values() for label in record.labels}
+    mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same ones
+    parts = world.gather_objects((mine, labels))
+    records = {name: record for part, _ in parts for name, record in part.items()}
     world.raise_together(DataError, files.other_copy(records) if world.local_rank == 0 else "")
     found = [records[name] for name in names]
     for line in _report(found):
         say(f"data: {line}")
-    return _manifest(files, found)
+    return _manifest(files, found, classes_of(set().union(*(labels for _, labels in parts))))
 
 
 def _report(records: list[Record]) -> list[str]:
@@ -302,9 +305,8 @@ def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _manifest(files: PlainShards, records: list[Record]) -> Manifest:
+def _manifest(files: PlainShards, records: list[Record], classes: tuple[str, ...]) -> Manifest:
     shards = tuple(record.shard for record in records)
-    classes = classes_of({label for record in records for label in record.labels})
     facts = {"plain shards": [(s.name, s.bytes, s.samples, s.index_sha256) for s in shards]}
     stem = re.sub(r"\{.*?\}|\.tar$", "", files.where.rsplit("/", 1)[-1]).strip("-_. ")
     return Manifest(

@@ -189,6 +189,19 @@ def test_ranks_index_a_share_each_and_fail_together(ranks: RankPool, prepared: M
     assert "train-000001.tar is empty" in found[0]
 
 
+def test_ranks_agree_on_the_classes(ranks: RankPool, prepared: Manifest, tmp_path: Path, cache: Path) -> None:
+    """Each knows the labels of its own shards only."""
+    for number, labels in enumerate((["dog", "cat"], ["ant", "70000"])):
+        packed(tmp_path / f"x-{number}.tar", images(prepared)[0][0], list(labels))
+    found = ranks.run(2, rank_classes, Data(shards=f"{tmp_path}/x-{{0..1}}.tar", cache=str(cache)))
+    assert found[0] == found[1] == (("70000", "ant", "cat", "dog"), [3, 2, 1, 0])
+
+
+def rank_classes(world: World, data: Data) -> tuple[tuple[str, ...], list[int]]:
+    manifest = open_shards(data, world)
+    return manifest.classes, [int(label) for shard in manifest.splits["train"] for label in manifest.index(shard)[:, 2]]
+
+
 def test_a_rank_whose_shard_takes_longer_than_a_collective_may(
     ranks: RankPool, prepared: Manifest, server: FaultyServer, cache: Path
 ) -> None:

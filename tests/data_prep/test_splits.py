@@ -110,6 +110,18 @@ def test_classes_may_be_called_like_splits(tmp_path: Path, make_folder: Folder, 
     assert "The folder train/ is taken for a class" in " ".join(said)
 
 
+def test_labels_in_files_are_not_lost_without_a_word(tmp_path: Path, make_folder: Folder, run: Run) -> None:
+    said: list[str] = []
+    source = make_folder({".": 2})
+    for name in ("metadata.csv", "0000.cls"):
+        (source / name).write_text("1")
+    run(source, tmp_path / "dst", say=said.append)
+    assert "metadata.csv is not read: classes are folders' names." in " ".join(said)
+    assert f"{source} looks like WebDataset shards (0000.cls): `python -m data_prep index` keeps their labels." in " ".join(
+        said
+    )
+
+
 def test_one_class_is_said(tmp_path: Path, make_folder: Folder, run: Run) -> None:
     said: list[str] = []
     assert run(make_folder({"images/cat": 3, "images/dog": 3}), tmp_path / "dst", say=said.append).classes == ("images",)
