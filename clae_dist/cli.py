@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from clae_dist.arguments import parser as make_parser
+from clae_dist.escape import say, shown_lines
 from clae_dist.lifetime import end_with_parent
 from clae_dist.redact import redact_text
 
@@ -129,12 +130,12 @@ def _start(arguments: argparse.Namespace) -> int:
     config, origins = _resolve(arguments)
     _check_credentials(config, origins)
     if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(config, arguments.trust)):
-        print(f"clae: the run could not be noted as yours ({problem}): opening it later may need --trust.", file=sys.stderr)
+        say(f"clae: the run could not be noted as yours ({problem}): opening it later may need --trust.", file=sys.stderr)
     ending = start(config, origins, arguments.debug)
     if ending.message:
-        print(redact_text(f"clae: {ending.message}"), file=sys.stderr)
+        say(redact_text(f"clae: {ending.message}"), file=sys.stderr)
     elif ending.code == 0 and os.environ.get("RANK", "0") == "0":
-        print(f"saved in {config.folder}", flush=True)
+        say(f"saved in {config.folder}", flush=True)
     return ending.code
 
 
@@ -153,7 +154,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     _option(arguments, "launcher", "launch.launcher")
     config, origins = _resolve(arguments)
     ending = dry_run(config, origins, arguments.debug)
-    print(
+    say(
         redact_text(f"clae: {ending.message}" if ending.code else f"dry run passed: {ending.message}"),
         file=sys.stderr if ending.code else sys.stdout,
     )
@@ -190,8 +191,8 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
         raise ConfigError("--export [STEP] and --to FILE go together; one of them is missing.")
     check_folder(arguments.run, _permission(arguments))
     if arguments.export is None:
-        return say_checkpoints(arguments.run, arguments.verify, arguments.json, print)
-    print(f"wrote {export_checkpoint(arguments.run, arguments.export, arguments.to)}")
+        return say_checkpoints(arguments.run, arguments.verify, arguments.json, print if arguments.json else say)
+    say(f"wrote {export_checkpoint(arguments.run, arguments.export, arguments.to)}")
     return 0
 
 
@@ -249,7 +250,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from clae_dist.doctor import run_doctor
 
     config = _resolve(arguments)[0] if arguments.config else None
-    return run_doctor(config, lambda text: print(redact_text(text)))
+    return run_doctor(config, lambda text: say(redact_text(text)))
 
 
 _COMMANDS = {
@@ -304,8 +305,8 @@ def main(argv: list[str] | None = None) -> int:
 
         code = exit_code(error)
         if arguments.debug:
-            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
+            print(shown_lines(redact_text(traceback.format_exc())), end="", file=sys.stderr)
         hint = "" if code != UNEXPECTED or arguments.debug else " (--debug shows where)"
         name = f"{type(error).__name__}: " if code == UNEXPECTED else ""
-        print(redact_text(f"clae: {name}{storage_error(error) or error}{hint}"), file=sys.stderr)
+        say(redact_text(f"clae: {name}{storage_error(error) or error}{hint}"), file=sys.stderr)
         return code

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from clae_dist.escape import in_json, say
 from data_prep.arguments import parse
 
 # Worker processes import this file, too: what takes long to import is imported in the functions.
@@ -76,7 +77,10 @@ def _info(args: argparse.Namespace) -> int:
     from data_prep.info import describe, facts
 
     manifest = load_manifest(args.destination)
-    _say(json.dumps(facts(manifest), indent=1, ensure_ascii=False) if args.json else "\n".join(describe(manifest)))
+    if args.json:
+        print(in_json(json.dumps(facts(manifest), indent=1, ensure_ascii=False)), flush=True)
+    else:
+        _say_lines(describe(manifest))
     return OK
 
 
@@ -90,7 +94,7 @@ def _audit(args: argparse.Namespace) -> int:
         check_target(args.report, args.sets)
         check_writable(args.report)
     found = audit(args.sets, near_bits=args.near_bits, limit_pictures=args.limit_pictures, num_workers=args.workers)
-    _say("\n".join(describe(found)))
+    _say_lines(describe(found))
     if args.report:
         _say(f"Pictures: {write_report(found, args.report)}")
     return LEAKAGE if args.fail_on and found.leaked(args.fail_on) else OK
@@ -111,7 +115,12 @@ _READING = ("verify", "info", "audit")
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    say(text, flush=True)
+
+
+def _say_lines(lines: list[str]) -> None:
+    for line in lines:
+        _say(line)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -137,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         storage = storage_error(error)
         way_out = "" if isinstance(error, DataError) else "; mend that, then the same command goes on where it was."
-        print(redact_text(f"data_prep: {storage or f'{error}{way_out}'}"), file=sys.stderr)
+        say(redact_text(f"data_prep: {storage or f'{error}{way_out}'}"), file=sys.stderr)
         return STORAGE if storage else BAD_INPUT
 
 

@@ -40,7 +40,8 @@ def prepare(
         make_folders(workspace.scratch)
         say(f"Reading {' and '.join(str(path) for path in source.paths)} …")
         plan = make_plan(_list(source, workspace), settings, " and ".join(str(path) for path in source.paths))
-        say(_describe(plan, settings))
+        for line in _describe(plan, settings):
+            say(line)
         workspace.begin(fingerprint, settings.as_json())
         started = time.monotonic()
         results = _write_shards(plan, workspace, settings, max_bad, num_workers, say)
@@ -76,7 +77,7 @@ def _already_complete(workspace: Workspace, say: Say) -> Manifest:
     return manifest
 
 
-def _describe(plan: Plan, settings: Settings) -> str:
+def _describe(plan: Plan, settings: Settings) -> list[str]:
     lines = [f"{settings.name}: {plan.num_images} images, {len(plan.classes)} classes, {len(plan.shards)} shards."]
     if plan.splits_from == "drawn":
         lines.append(f"Splits: a test split of {settings.test_share:.0%} of every class is drawn with seed {settings.seed}.")
@@ -85,7 +86,7 @@ def _describe(plan: Plan, settings: Settings) -> str:
             f"All images are of one class, {plan.classes[0]}: no accuracy can be measured with them. Class folders are "
             "expected directly in the folder that is named, or in train/ and test/."
         )
-    return "\n".join(lines + list(plan.notes))
+    return lines + list(plan.notes)
 
 
 def _write_shards(

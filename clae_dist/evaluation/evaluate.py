@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from clae_dist import escape
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.draws import permutation
 from clae_dist.data.evaluation_set import EvaluationSet
@@ -53,7 +54,7 @@ class _Progress:
         self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
 
 
-def evaluate_run(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
+def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
     """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
 
     "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see

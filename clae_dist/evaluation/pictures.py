@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from clae_dist.escape import shown
 from clae_dist.evaluation.attacked import Attacked, amplification
 from clae_dist.evaluation.curves import INK, RIGHT, WRONG, png
 
@@ -56,18 +57,20 @@ def draw_neighbours(
     for r, query in enumerate(queries):
         axes = figure.add_subplot(grid[r, 0])
         _show(axes, query_images[r].float() / 255)
-        axes.set_title(_class_name(classes, query["label"]), fontsize=8.5, color=INK, fontweight="bold", pad=3)
+        axes.set_title(
+            _class_name(classes, query["label"]), fontsize=8.5, color=INK, fontweight="bold", pad=3, parse_math=False
+        )
         for c, label in enumerate(query["neighbour_labels"]):
             axes = figure.add_subplot(grid[r, c + 2])
             known = label >= 0 and query["label"] >= 0
             colour = (RIGHT if label == query["label"] else WRONG) if known else INK
             _show(axes, neighbour_images[r][c].float() / 255, frame=colour)
-            axes.set_title(_class_name(classes, label), fontsize=7.5, color=colour, pad=3)
+            axes.set_title(_class_name(classes, label), fontsize=7.5, color=colour, pad=3, parse_math=False)
     return png(figure)
 
 
 def _class_name(classes: Sequence[str], label: int) -> str:
-    name = classes[label] if 0 <= label < len(classes) else "no class"
+    name = shown(classes[label]) if 0 <= label < len(classes) else "no class"
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.escape import shown
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.metrics import Metrics, read_metrics
 from clae_dist.evaluation.stored import read_evaluation
@@ -133,8 +134,8 @@ def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def summary_table(*runs: Mapping[str, Any]) -> str:
     """The short table that ends a quickstart: a column a summary, of the run and of those that it is compared with."""
     rows = [
-        ["", *_heads(runs)],
-        *([["method", *(str(run.get("method") or "–") for run in runs)]] if len(runs) > 1 else []),
+        ["", *map(shown, _heads(runs))],
+        *([["method", *(shown(run.get("method") or "–") for run in runs)]] if len(runs) > 1 else []),
         ["images seen", *(number(run.get("images_seen")) for run in runs)],
         ["images/s", *(number(run.get("images_per_s")) for run in runs)],
         ["training time", *(number(run.get("wall_s"), ",.0f", " s") for run in runs)],
@@ -153,6 +154,6 @@ def summary_table(*runs: Mapping[str, Any]) -> str:
     lines.insert(1, "-" * (sum(widths) + 2 * len(runs)))
     lines.append("")
     for run in runs:
-        lines.append(f"report       {run.get('report') or '–'}")
-        lines.append(f"checkpoints  {run.get('checkpoints') or '–'}")
+        lines.append(f"report       {shown(run.get('report') or '–')}")
+        lines.append(f"checkpoints  {shown(run.get('checkpoints') or '–')}")
     return "\n".join(lines)

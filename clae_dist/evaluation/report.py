@@ -7,19 +7,19 @@ import platform
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clae_dist import __version__
+from clae_dist import __version__, escape
 from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.devices import local_device
+from clae_dist.escape import in_html
 from clae_dist.evaluation import page
 from clae_dist.evaluation.accuracies import accuracy_table
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
@@ -51,7 +51,7 @@ SECTIONS = (
 )
 
 
-def write_report(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> Path:
+def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> Path:
     """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
 
     What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
@@ -116,9 +116,9 @@ def _title(record: Record, summary: dict[str, Any], manifest: Manifest | None) -
         f"{record.config.train.epochs:g} epoch{'' if record.config.train.epochs == 1 else 's'}",
         f"batch {record.config.batch.global_size}" + (f" on {summary['world_size']} ranks" if summary["world_size"] else ""),
     ]
-    method = escape(summary["method"])
-    line = escape(" · ".join(part for part in parts if part))
-    return f'<h1>{escape(record.config.name)}<span class="tag {method}">{method}</span></h1>\n<p class="soft">{line}</p>'
+    method = in_html(summary["method"])
+    line = in_html(" · ".join(part for part in parts if part))
+    return f'<h1>{in_html(record.config.name)}<span class="tag {method}">{method}</span></h1>\n<p class="soft">{line}</p>'
 
 
 def _results(record: Record, summary: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from clae_dist.config import Config
 from clae_dist.devices import Request
+from clae_dist.escape import say
 from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
@@ -62,7 +63,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[
             break
         reason = ending.message.removesuffix(_ADVICE).strip().removesuffix(".")
         line = f"{reason}. Starting again (failure {failure} of {config.launch.max_failures})."
-        print(line, file=Console(config, sys.stderr), flush=True)
+        say(line, file=Console(config, sys.stderr), flush=True)
     return ending
 
 

@@ -11,6 +11,7 @@ from typing import TextIO
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact_text
+from clae_dist.escape import shown_lines
 from clae_dist.exit_codes import BAD_CONFIG as BAD_CONFIG
 from clae_dist.exit_codes import BAD_DATA as BAD_DATA
 from clae_dist.exit_codes import FAILED as FAILED
@@ -122,7 +123,7 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
         code = STORAGE if storage else UNEXPECTED
         log = config.folder / f"error-rank-{rank}.log"
         try:
-            log.write_text(redact_text(traceback.format_exc()))
+            log.write_text(shown_lines(redact_text(traceback.format_exc())))
         except OSError:
             raise RankBroke(what, code) from error
         raise RankBroke(f"{what} (traceback: {log})", code) from error
@@ -133,7 +134,7 @@ def _train(config: Config, origins: dict[str, str], debug: bool, world: World, s
         outcome = train(config, origins, world, stream)  # type: ignore[arg-type]
     except tuple(USER_ERRORS) as error:
         if debug and world.is_main:
-            traceback.print_exc(file=sys.stderr)
+            print(shown_lines(traceback.format_exc()), end="", file=sys.stderr)
         return Ending(exit_code(error), str(error))
     finally:
         stream.end()

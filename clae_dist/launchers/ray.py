@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.escape import shown
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
@@ -92,7 +93,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
                 asked = stop_file.read_text() if stop_file.exists() else ""
                 if ending.code != STOPPED or stop.asked or not asked:
                     return ending
-                announce(f"ray: {asked}; starting again")
+                announce(f"ray: {shown(asked)}; starting again")
                 stop_file.unlink()
     finally:
         ray.shutdown()

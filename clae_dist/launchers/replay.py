@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from clae_dist.escape import shown
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
 from clae_dist.runs.trust import NOTHING, Permission
@@ -27,5 +28,5 @@ def _rank(folder: Path, shards: str, permission: Permission) -> Ending:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
             found = replay(*read_step(folder, shards, permission), folder, world)
     except tuple(USER_ERRORS) as error:
-        return Ending(exit_code(error), f"clae: {error}")
+        return Ending(exit_code(error), shown(f"clae: {error}"))
     return Ending(OK if found.reproduced else UNEXPECTED, found.text)

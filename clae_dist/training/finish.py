@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clae_dist import escape
 from clae_dist.config import ConfigError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.export import export_encoder
@@ -22,7 +23,7 @@ from clae_dist.tracking import NullTracker, Tracker, continue_tracking
 Say = Callable[[str], None]
 
 
-def evaluate(run_dir: Path, say: Say = print, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
+def evaluate(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
     """evaluate_run(), its accuracies also in MLflow. `shards` is where the images are now, if not where config.yaml says."""
     with only_evaluation(run_dir, say):
         result = evaluate_run(run_dir, say, shards, permission)
@@ -35,7 +36,7 @@ def evaluate(run_dir: Path, say: Say = print, shards: str = "", permission: Perm
 
 
 def report(
-    run_dir: Path, compare: Sequence[Path] = (), say: Say = print, shards: str = "", permission: Permission = NOTHING
+    run_dir: Path, compare: Sequence[Path] = (), say: Say = escape.say, shards: str = "", permission: Permission = NOTHING
 ) -> dict[str, Any]:
     """write_report(), the report also in MLflow; says the table, beside those of the runs `compare`. Returns the summary.
 
@@ -52,11 +53,12 @@ def report(
     summary = read_summary(run_dir)
     with _tracker(run_dir, summary["images_seen"] or 0, say, permission) as tracker:
         tracker.log_artifacts(run_dir / "report", "report")
-    say("\n" + summary_table(summary, *others))
+    for line in ["", *summary_table(summary, *others).split("\n")]:
+        say(line)
     return summary
 
 
-def export(run_dir: Path, destination: Path | None = None, say: Say = print, permission: Permission = NOTHING) -> Path:
+def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say, permission: Permission = NOTHING) -> Path:
     """export_encoder(), the encoder also in MLflow, as a logged model."""
     folder = export_encoder(run_dir, destination, permission)
     identity, seen = read_identity(run_dir), json.loads((folder / "config.json").read_text())["images_seen"]

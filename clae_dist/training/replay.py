@@ -19,6 +19,7 @@ from clae_dist.config import Config, ConfigError, Data, Parallel
 from clae_dist.contrast.step import NonFinite, pretrain_step
 from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
+from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
 from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_number, is_text, open_regular, read_object
@@ -134,7 +135,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     lines.append(f"first that is not finite: {places[0] if places else 'no module in the forward pass'}")
     failed = [name for name, passed in checks.items() if not passed]
     lines.append(f"not reproduced: {', '.join(failed)} differ" if failed else "reproduced")
-    return Replay(not failed, "\n".join(lines))
+    return Replay(not failed, "\n".join(map(shown, lines)))
 
 
 def _known(wanted: dict[str, Any], problem: str) -> list[tuple[str, float]]:

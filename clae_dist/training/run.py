@@ -16,6 +16,7 @@ from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.data.loader import Batch, load
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.transfer import Transfer
+from clae_dist.escape import shown
 from clae_dist.evaluation.export import export_encoder
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
@@ -68,7 +69,7 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
 
     def say(text: str) -> None:
         if world.is_main:
-            print(text, file=stream, flush=True)
+            print(shown(text), file=stream, flush=True)
 
     config.rows_per_rank(world.size)
     with (

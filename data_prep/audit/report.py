@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from clae_dist.data.manifest import DataError
+from clae_dist.escape import in_html as escape
 from clae_dist.files import make_folders, write_atomically
 from data_prep.audit.find import Audit
 from data_prep.audit.overlap import Pair
@@ -94,9 +94,9 @@ def _findings(audit: Audit, listed: int) -> Iterator[str]:
 def _profiles(audit: Audit) -> Iterator[str]:
     yield '<h2>What the sets hold</h2><div class="cards">'
     for part, facts in zip(audit.parts, audit.profiles, strict=True):
-        text = "\n".join(profile_lines(facts))
+        text = "\n".join(map(escape, profile_lines(facts)))
         title = f"{part.set_name}, {part.split}: {facts['images']} images"
-        yield f'<div class="card"><b>{escape(title)}</b><pre>{escape(text)}</pre></div>'
+        yield f'<div class="card"><b>{escape(title)}</b><pre>{text}</pre></div>'
     yield "</div>"
 
 

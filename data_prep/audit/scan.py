@@ -94,7 +94,7 @@ def _tasks(parts: Sequence[Part]) -> list[ScanTask]:
     for number, part in enumerate(parts):
         for position, shard in enumerate(part.shards):
             check_shard(part.manifest.folder, shard, "size")  # before hours of work
-            alone = dataclasses.replace(part.manifest, splits={part.split: (shard,)}, classes=())
+            alone = dataclasses.replace(part.manifest, splits={part.split: (shard,)})
             for start in range(0, shard.samples, _CHUNK):
                 stop = min(start + _CHUNK, shard.samples)
                 tasks.append(ScanTask(alone, number, part.split, position, start, stop, first))

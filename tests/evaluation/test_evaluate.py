@@ -135,3 +135,32 @@ def test_runs_in_double_precision_too(make_run: MakeRun) -> None:
 
 
 def _quiet(_: str) -> None: ...
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_with_the_reason(make_run: Callable[..., Path], value: float) -> None:
+    """They were evaluated as 10.00 %."""
+    run = make_run()
+    model = build_model(from_yaml(run / "config.yaml"))
+    weights = {f"model/{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    next(iter(weights.values())).view(-1)[3] = value
+    write_checkpoint(run, 9, weights)
+    for command in ("evaluate", "export"):
+        assert main([command, str(run)]) == 2
+    with pytest.raises(
+        ConfigError, match=r"the weights after step 9 are NaN or infinite \(1 of \d+ tensors, such as .*diverged"
+    ):
+        evaluate_run(run, lambda text: None)
+    assert not (run / "evaluation.json").exists()
+
+
+def test_features_that_are_no_numbers_are_refused(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    model = build_model(from_yaml(run / "config.yaml"))
+    weights = {
+        f"model/{name}": torch.full_like(tensor, 1e30) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    write_checkpoint(run, 9, weights)
+    with pytest.raises(ConfigError, match="the trained encoder's features of train are NaN or infinite"):
+        evaluate_run(run, lambda text: None)

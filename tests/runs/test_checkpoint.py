@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -383,3 +384,34 @@ def test_one_of_them_as_one_file(run_dir: Path, tmp_path: Path, capsys: pytest.C
     assert main(["checkpoints", str(run_dir), "--export", "3", "--to", str(file)]) == 2
     assert "the checkpoint of step 3 is damaged: rank-00001.safetensors" in capsys.readouterr().err
     assert [file.read_bytes(), list(file.parent.iterdir())] == [before, [file]]
+
+
+def expected(like: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix("model/"): tuple(value.shape) for name, value in like.items() if name.startswith("model/")}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["tensors"]["model/half"].update(dtype="U8"), "model/half has 6 of torch.bfloat16"),
+        (lambda c: c["tensors"].pop("model/half"), "model/half is not in it"),
+        (lambda c: c["tensors"]["model/half"].update(shape=[2, 3]), r"model/half has the shape \(2, 3\)"),
+        (lambda c: c["tensors"].update({"model/more": c["tensors"]["model/half"]}), "model/more"),
+        (lambda c: c["info"].update(train_s="long"), "train_s is no time"),
+    ],
+)
+def test_tensors_that_lie_under_fitting_digests_leave_the_older_checkpoint(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    shapes = expected(tensors(3))
+    write_checkpoint(tmp_path, 3, tensors(3))
+    newest = write_checkpoint(tmp_path, 6, tensors(6))
+    said: list[str] = []
+    found = load_checkpoint(tmp_path, said.append, shapes=shapes)
+    assert found is not None
+    assert (found.step, said) == (6, [])
+    rewrite_index(newest, change)
+    found = load_checkpoint(tmp_path, said.append, shapes=shapes)
+    assert found is not None
+    assert found.step == 3
+    assert re.search(words, said[0]), said

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.escape import say
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Run, open_inside, read_index
@@ -197,7 +198,7 @@ def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
     config = from_yaml(run_dir / "config.yaml")
     model = build_model(config)
-    checkpoint = load_checkpoint(run_dir, print, shapes=shapes_of(model))
+    checkpoint = load_checkpoint(run_dir, say, shapes=shapes_of(model))
     if checkpoint is None:
         raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no checkpoint yet; start `clae train` with run_dir={run_dir}.")
     state = checkpoint.state()
