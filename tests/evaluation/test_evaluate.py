@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clae_dist.cli import main
 from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import DataError, load_manifest
@@ -17,6 +18,7 @@ from clae_dist.evaluation.linear import linear_probe
 from clae_dist.models import build_model
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint import load_model
+from tests.checkpoints import write_checkpoint
 
 MakeRun = Callable[..., Path]
 
