@@ -87,22 +87,9 @@ def test_names_of_files_on_the_console_of_data_prep(tmp_path: Path, capsys: pyte
 
 def test_names_of_a_set_and_a_run_in_clae(evil_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run\x1b[2J\nclae: all is well"
-    settings = [
-        "model.encoder=small_resnet",
-        "data.image_size=16",
-        "batch.global_size=8",
-        "train.epochs=1",
-        "data.workers=0",
-        "optim.warmup_epochs=0",
-    ]
-    settings += [
-        "optim.warmup_epochs=0",
-        "tracking.name=none",
-        f"data.shards={evil_set}",
-        "train.knn_every=0",
-        "launch.workers=1",
-        "evaluation.knn_k=3",
-    ]
+    settings = ["model.encoder=small_resnet", "data.image_size=16", "batch.global_size=8", "train.epochs=1", "data.workers=0"]
+    settings += ["optim.warmup_epochs=0", "tracking.name=none", "train.knn_every=0", "launch.workers=1", "evaluation.knn_k=3"]
+    settings.append(f"data.shards={evil_set}")
     (tmp_path / "recipe.yaml").write_text("launch: {launcher: local}\n")
     assert clae(["train", str(tmp_path / "recipe.yaml"), *settings, f"run_dir={run}"]) == 0
     for command in ("evaluate", "report"):

@@ -101,7 +101,7 @@ def test_what_is_fine_is_not(line: str) -> None:
 
 
 def test_whoever_opens_a_run_asks_whether_it_is_trusted() -> None:
-    """config.yaml of a run may be a stranger's: code that opens shards or a tracking store by it goes through runs/trust.py."""
+    """A run's config.yaml may be a stranger's: what reads it and opens shards or a store goes through runs/trust.py."""
     reads, acts = r"\b(load_model|read_record|from_yaml)\(", r"\b(open_shards|open_sets|continue_tracking)\("
     both = {name for name, text in OURS.items() if re.search(reads, text) and re.search(acts, text)}
     assert both >= {"clae_dist/evaluation/evaluate.py", "clae_dist/evaluation/report.py"}

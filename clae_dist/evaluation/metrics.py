@@ -81,8 +81,8 @@ class Metrics:
             self.ignored += 1
             return
         if self.images_seen is not None and seen < self.images_seen:
-            for curve in (*self.curves.values(), self.rates):
-                curve.cut(seen)
+            for drawn in (*self.curves.values(), self.rates):
+                drawn.cut(seen)
         self.images_seen = seen
         for key, value in line.items():
             if type(value) in (int, float) and key not in _NOT_DRAWN:
@@ -92,7 +92,8 @@ class Metrics:
                         continue
                     curve = self.curves[key] = Curve()
                 curve.add(seen, value if -_LARGEST < value < _LARGEST else math.nan)
-        rate, time_s = line.get("images_per_s"), line.get("time_s")
+        rate: Any = line.get("images_per_s")
+        time_s: Any = line.get("time_s")
         if type(rate) in (int, float) and 0 < rate < _LARGEST:
             self.rates.add(seen, rate)
         if type(time_s) in (int, float) and 0 <= time_s < _LARGEST:

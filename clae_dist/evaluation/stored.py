@@ -39,7 +39,8 @@ def _is_label(value: Any) -> bool:
 def _is_query(value: Any) -> bool:
     if not isinstance(value, dict) or not is_count(value.get("id")) or not _is_label(value.get("label")):
         return False
-    ids, labels = value.get("neighbour_ids"), value.get("neighbour_labels")
+    ids: Any = value.get("neighbour_ids")
+    labels: Any = value.get("neighbour_labels")
     return is_list_of(is_count)(ids) and is_list_of(_is_label)(labels) and 0 < len(ids) == len(labels) <= _MOST_NEIGHBOURS
 
 

@@ -6,8 +6,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
+from clae_dist import escape
 from clae_dist.config import Config
-from clae_dist.escape import shown
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.files import METRICS_FILE, MetricsFile, Rows
@@ -102,7 +102,7 @@ def build_trackers(
     check_tracking(config, run_dir)
 
     def say(text: str) -> None:
-        print(shown(text), file=stream, flush=True)
+        escape.say(text, file=stream, flush=True)
 
     run_dir.mkdir(parents=True, exist_ok=True)
     file = MetricsFile(run_dir / METRICS_FILE, resume_images_seen, say)

@@ -11,7 +11,7 @@ import pytest
 
 from clae_dist.config import ConfigError
 from clae_dist.reading import MAX_BYTES, MissingError, ReadError, open_regular, parse_json, read_bytes, read_text
-from clae_dist.recipe import from_yaml, resolve
+from clae_dist.recipe import resolve
 from tests.fuzzing import fuzz
 from tests.run_files import LAUGHS
 
@@ -110,7 +110,7 @@ def _of(text: str) -> Callable[[Path], Path]:
 )
 def test_a_recipe_that_means_harm(tmp_path: Path, make: Callable[[Path], Path], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        from_yaml(make(tmp_path))
+        resolve(make(tmp_path))
 
 
 def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
