@@ -243,7 +243,7 @@ def _agree_on_finite(run: Pretraining, loss: torch.Tensor, embeddings: list[Embe
         run.world.agree(
             embedding.z.detach().isfinite().all(),
             f"the loss is not finite: embeddings of a view ({embedding.route} route) are not; "
-            "a lower optim.learning_rate or optim.clip_norm=1 may help, and the newest checkpoint is whole",
+            "a lower optim.learning_rate or optim.clip_norm=1 may help; this step was not saved",
         )
     run.world.agree(
         loss.detach().isfinite(),

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, Protocol, get_origin, get_type_hints
 import numpy as np
 
 from clae_dist import __version__
+from clae_dist.data.hints import no_manifest
 from clae_dist.files import file_sha256, write_atomically
 from clae_dist.reading import ReadError, expect, is_text, open_regular, parse_object, read_bytes
 
@@ -131,8 +132,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / FILE_NAME
     if not path.is_file():
-        fact = "has no manifest.json" if folder.is_dir() else "is not a folder"
-        raise DataError(f"{folder} {fact}; name the folder that `python -m data_prep prepare SRC {folder}` writes.")
+        raise DataError(no_manifest(folder))
     try:
         data = read_bytes(path, MAX_BYTES)
     except ReadError as error:

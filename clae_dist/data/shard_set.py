@@ -35,7 +35,7 @@ def open_shards(
 def entries_of(text: str) -> list[str]:
     """A folder, or shards. Raises ConfigError for nothing, for a list that is none, and for a mixture of the two."""
     if not text:
-        raise ConfigError("data.shards is ''; name the folder that `python -m data_prep prepare SRC DST` wrote.")
+        raise ConfigError("data.shards is ''; name the folder that `python -m data_prep prepare IMAGES SHARDS` wrote.")
     if HIDDEN in text:
         raise ConfigError(
             f"data.shards is {text!r}: what followed the question mark was a secret, which a run does not write down; name the "

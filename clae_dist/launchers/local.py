@@ -24,6 +24,7 @@ from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import end_with_parent
+from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
 
@@ -78,7 +79,8 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
     store = loopback_store()
     context = multiprocessing.get_context("spawn")
     ranks: list[_Rank] = []
-    request = _Request(ranks)
+    asked = context.Value("i", 0, lock=False)
+    request = _Request(ranks, asked)
     # Ranks ignore the terminal's Ctrl-C: one request is handed on, by this process, once.
     before = {number: signal.signal(number, request.on_signal) for number in STOP_SIGNALS}
     try:
@@ -86,7 +88,7 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, workers, store.port, os.getpid(), theirs, work, arguments),
+                args=(rank, workers, store.port, os.getpid(), theirs, asked, work, arguments),
                 name=f"rank-{rank}",
             )
             process.start()
@@ -105,8 +107,8 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
 class _Request:
     """What a user or a scheduler asked this process, handed on to the ranks."""
 
-    def __init__(self, ranks: Sequence[_Rank]) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Sequence[_Rank], number: Any) -> None:
+        self._ranks, self._number = ranks, number
         self.name = ""
         self._asked_at = 0.0
 
@@ -114,6 +116,7 @@ class _Request:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name, self._asked_at = signal.Signals(number).name, time.monotonic()
+        self._number.value = number  # ranks name what the user sent, not what is handed on
         for process in (rank.process for rank in self._ranks):
             if process.pid and process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
@@ -171,8 +174,16 @@ def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str
 
 
 def _rank_main(
-    rank: int, size: int, port: int, parent: int, ending: Connection, work: Callable[..., Ending], arguments: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    parent: int,
+    ending: Connection,
+    asked: Any,
+    work: Callable[..., Ending],
+    arguments: tuple[Any, ...],
 ) -> None:
+    guard.handed_on = lambda: int(asked.value)
     end_with_parent(parent)
     use_loopback()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

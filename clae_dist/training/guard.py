@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,14 @@ from clae_dist.runs.folder import STOP_FILE
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 2.0
+
+
+def _nothing() -> int:
+    return 0
+
+
+# The signal that a launcher was sent, where it handed on another one to its ranks (they ignore a terminal's Ctrl-C); 0: none.
+handed_on: Callable[[], int] = _nothing
 
 
 class StopRequest:
@@ -48,7 +56,7 @@ class StopRequest:
         # A terminal and a launcher may both send what a user asked for once; asked again, it means at once.
         if self.reason and number == signal.SIGINT and self.waited_s > _ONE_REQUEST_S:
             raise KeyboardInterrupt
-        self.make(signal.Signals(number).name)
+        self.make("Ctrl-C" if (handed_on() or number) == signal.SIGINT else signal.Signals(handed_on() or number).name)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class NonFiniteSteps:
             if metrics.grad_norm.isfinite():
                 return metrics
             problem = (
-                f"the gradient of step {step + 1} is not finite; this step was not saved, and the checkpoint before is whole. "
+                f"the gradient of step {step + 1} is not finite; this step was not saved. "
                 "optim.clip_norm=1, a lower optim.learning_rate or train.precision=float32 may help"
             )
         except NonFinite as error:

@@ -16,10 +16,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 from clae_dist.config import Config
+from clae_dist.runs.checkpoint import find_checkpoints
 from clae_dist.training.guard import HUNG, STOPPED, StopRequest
 from clae_dist.training.hang_report import Place, Report, read_report, stacks_by_ranks, verdict
 from clae_dist.world import World, abandon
@@ -134,15 +136,24 @@ class Watch:
             file.write(text)
 
     def _leave_unsaved(self, place: Place) -> None:
-        how = "with everything saved" if place.doing == ENDING else "without saving; the newest checkpoint is whole"
+        newest = "" if place.doing == ENDING else _within(GRACE_S, lambda: _newest(self._config.folder))
+        how = "with everything saved" if place.doing == ENDING else "without saving"
+        after = "resumes from there" if newest is None or place.doing == ENDING else f"resumes from {newest}"
+        if newest == "" and place.doing != ENDING:
+            after = "starts again from the beginning, as there is no checkpoint yet"
         line = (
             f"clae: rank {self._world.rank} was asked to stop ({self._stop.reason}) and is still at {place}, "
-            f"{self._config.guard.stop_within_s:g} s later (guard.stop_within_s); it leaves {how}, and the same command goes "
-            "on from there.\n"
+            f"{self._config.guard.stop_within_s:g} s later (guard.stop_within_s); it leaves {how}, and the same command "
+            f"{after}.\n"
         )
         _within(GRACE_S, lambda: print(line, end="", file=sys.stderr, flush=True))
         _within(GRACE_S, lambda: self._log(line))
         abandon(STOPPED)
+
+
+def _newest(run_dir: Path) -> str:
+    """The name of the newest checkpoint; "" where there is none."""
+    return next((path.name for path in find_checkpoints(run_dir)), "")
 
 
 def _own_place(frame: FrameType | None) -> str:

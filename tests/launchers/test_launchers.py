@@ -233,6 +233,8 @@ def test_a_signal_saves_and_leaves(
         code, said = finish(process)
     assert code == STOPPED, said
     assert "saved. The same command goes on from there." in said
+    if launcher == "local":  # which hands on SIGTERM, whatever it was sent
+        assert f"({how.split()[0]})" in said
     (checkpoint,) = find_checkpoints(tmp_path / "run")
     assert 5 <= int(checkpoint.name.removeprefix("step-")) < 24
     run(arguments)

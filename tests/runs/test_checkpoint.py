@@ -246,7 +246,10 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path, pytest.fail) is None
     for step in (3, 6):
         flip(INDEX, 50)(write_checkpoint(tmp_path, step, tensors()))
-    with pytest.raises(ConfigError, match="none of the 2 checkpoints can be read; delete the folder to start anew"):
+    with pytest.raises(
+        ConfigError,
+        match="none of the 2 checkpoints can be read; put copies of one back, or give another run_dir",
+    ):
         load_checkpoint(tmp_path, lambda text: None)
 
 

@@ -82,7 +82,8 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(
     config = recipe(shards, tmp_path / "run")
     found = ranks.run(2, signalled, config, where, number)
     assert [(status, at) for status, at, _ in found] == [("stopped", step)] * 2
-    assert f"stopped after step {step} ({signal.Signals(number).name}); saved." in found[0][2]
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    assert f"stopped after step {step} ({name}); saved." in found[0][2]
     assert "(guard.stop_within_s 60)" in found[0][2]
     assert [path.name for path in find_checkpoints(config.folder)] == ([f"step-0000000{step}"] if step else [])
     assert ranks.run(2, finished, config) == ["finished", "finished"]
@@ -117,5 +118,6 @@ def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
     )
     assert line in capfd.readouterr().err
     assert line in (config.folder / "console.log").read_text()
+    assert "and the same command resumes from step-0000000" in (config.folder / "console.log").read_text()
     oldest = find_checkpoints(config.folder)[-1]  # that of step 2 gets its name in the next step, which does not come
     assert oldest.name == "step-00000001"

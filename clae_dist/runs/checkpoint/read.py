@@ -183,7 +183,7 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes:
     if found:
         raise ConfigError(
             f"run_dir is {str(run_dir)!r}, where none of the {len(found)} checkpoints can be read; "
-            "delete the folder to start anew."
+            "put copies of one back, or give another run_dir to start anew."
         )
     return None
 
