@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from clae_dist.data.urls import redact_text
+from clae_dist.tracking.files import Rows
 from clae_dist.tracking.tracker import Row, Say, Status
 
 ROWS_AT_ONCE = 100
@@ -55,7 +56,7 @@ class BackgroundTracker:
         say: Say,
         *,
         images_seen: int = 0,
-        rows: Collection[Row] = (),
+        rows: Rows | Sequence[Row] = (),
         capacity: int = 10_000,
         close_timeout_s: float = 30.0,
         retry_s: float = 15.0,
