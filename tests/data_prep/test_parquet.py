@@ -239,5 +239,5 @@ def test_without_pyarrow_it_says_what_to_install(
 ) -> None:
     path = make_parquet(tmp_path / "a.parquet", [encoded(0)], [0])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"needs pyarrow, which is not installed; pip install 'clae-dist\[parquet\]'"):
+    with pytest.raises(DataError, match=r"needs pyarrow, which is not installed; pip install 'pyarrow>=17'"):
         run(path, tmp_path / "dst")
