@@ -13,11 +13,11 @@ from clae_dist.evaluation.record import number
 def accuracy_table(evaluation: Mapping[str, Any], requested_k: int) -> list[str]:
     """HTML of the table and of what it is measured on. `requested_k` is evaluation.knn_k of the run."""
 
-    def cell(key: str) -> str:
-        return f"{number(evaluation[key], '.2f', ' %')}\n{interval_text(evaluation.get(f'{key}_interval_percent'))}"
+    def cell(key: str) -> page.Cell:
+        return number(evaluation[key], ".2f", " %"), interval_text(evaluation.get(f"{key}_interval_percent"))
 
     chance = number(100 / evaluation["num_classes"], ".2f", " %")
-    rows = [
+    rows: list[list[page.Cell]] = [
         ["untrained encoder", cell("knn_before"), cell("linear_before")],
         ["after pretraining", cell("knn_after"), cell("linear_after")],
         ["chance", chance, chance],

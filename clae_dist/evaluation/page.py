@@ -42,7 +42,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.93rem; font-variant
 th, td { text-align: left; padding: 7px 16px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; font-size: 0.84rem; }
-td.number, th.number { text-align: right; white-space: pre; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 @media (max-width: 480px) { main { padding: 20px 10px 40px; } th, td { padding: 6px 9px; } table { font-size: 0.88rem; } }
 .note { border-left: 3px solid var(--line); padding: 2px 0 2px 12px; margin: 12px 0; }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.86em; }
@@ -109,12 +109,16 @@ def comparison_card(what: str, before: float | None, after: float | None) -> str
     )
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), numbers: bool = True) -> str:
+Cell = str | tuple[str, ...]  # of a table: a text, or the lines of one
+
+
+def table(rows: Sequence[Sequence[Cell]], header: Sequence[str] = (), numbers: bool = True) -> str:
     """The first column is text; the others are numbers unless said otherwise."""
 
-    def row(cells: Sequence[str], tag: str) -> str:
+    def row(cells: Sequence[Cell], tag: str) -> str:
         css = ' class="number"' if numbers else ""
-        return "<tr>" + "".join(f"<{tag}{css if i else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)) + "</tr>"
+        texts = ("<br>".join(map(escape, (cell,) if isinstance(cell, str) else cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}{css if i else ''}>{text}</{tag}>" for i, text in enumerate(texts)) + "</tr>"
 
     lines = [row(header, "th")] if header else []
     return '<div class="table"><table>\n' + "\n".join(lines + [row(cells, "td") for cells in rows]) + "\n</table></div>"

@@ -57,6 +57,9 @@ class Tables(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "br" and self._inside:
+            self.rows[-1][-1] += "\n"
+            return
         if tag == "tr":
             self.rows.append([])
         self._inside = tag in ("td", "th")
