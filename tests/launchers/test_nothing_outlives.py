@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def running(start: list[str], shards: Manifest, folder: Path) -> Iterator[tuple[
     mark = processes.new_mark()
     environment = {**os.environ, **mark, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     environment["CLAE_ENV"] = sys.prefix
+    start = [word.replace("FREE_PORT", str(free_port())) for word in start]
     settings = [str(folder / "endless.yaml"), f"data.shards={shards.folder}", f"run_dir={folder / 'run'}"]
     with subprocess.Popen(
         [*start, *settings],
@@ -55,6 +57,12 @@ def running(start: list[str], shards: Manifest, folder: Path) -> Iterator[tuple[
             yield process, mark
         finally:
             processes.end(mark)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def until(process: subprocess.Popen[str], words: str) -> None:
@@ -74,7 +82,7 @@ def ranks_of(mark: dict[str, str]) -> list[psutil.Process]:
 
 
 CLAE = [sys.executable, "-m", "clae_dist", "train", "--launcher"]
-TORCHRUN = [str(ROOT / "launch" / "torchrun.sh"), "--nodes", "1", "--ranks-per-node", "2"]
+TORCHRUN = [str(ROOT / "launch" / "torchrun.sh"), "--nodes", "1", "--ranks-per-node", "2", "--head"]
 
 
 @pytest.mark.slow
@@ -82,7 +90,7 @@ TORCHRUN = [str(ROOT / "launch" / "torchrun.sh"), "--nodes", "1", "--ranks-per-n
     "start",
     [
         pytest.param([*CLAE, "local"], id="local"),
-        pytest.param(TORCHRUN, id="torchrun.sh"),
+        pytest.param([*TORCHRUN, "127.0.0.1:FREE_PORT"], id="torchrun.sh"),
         pytest.param([*CLAE, "ray"], id="ray"),
     ],
 )
