@@ -28,6 +28,7 @@ URLS = [  # S3CR3T must go, keepme stays where it is
     "HTTPS://me:S3CR3T@keepme/x",
     "https://me:p@S3CR3T@keepme/x",
     "https://me:p/S3CR3T@keepme/x",
+    "https://me:p@a/S3CR3T@keepme/x",
     "https://me:p?S3CR3T@keepme/x",
     "https://me:p#S3CR3T@keepme/x",
     "https://me:S3CR3T@[::1]:5000/keepme",
