@@ -33,8 +33,9 @@ def _reason(number: int, reason: str, name: str) -> str:
     """With what is free now: when the error is shown, what was half written has been removed."""
     if number not in (errno.ENOSPC, errno.EDQUOT):
         return reason
+    path = Path(name).absolute()
     try:
-        disk = os.statvfs(next(folder for folder in Path(name).absolute().parents if folder.is_dir()))
+        disk = os.statvfs(next(folder for folder in (path, *path.parents) if folder.is_dir()))
     except (OSError, StopIteration):
         return reason
     if disk.f_files and not disk.f_favail:
