@@ -63,5 +63,5 @@ def storage_error(error: BaseException) -> StorageError | None:
         if error.filename is None:
             return StorageError(error.errno, error.strerror, "a temporary file or the output")
         name = os.fsdecode(error.filename)
-        return StorageError(error.errno, _reason(error.errno, error.strerror, name), name)
+        return StorageError(error.errno, _reason(error.errno, error.strerror or str(error), name), name)
     return None
