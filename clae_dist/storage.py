@@ -26,20 +26,21 @@ class StorageError(OSError):
     """A file could not be written. Has errno, strerror and filename; its text names the file, the reason and the way out."""
 
     def __str__(self) -> str:
-        return f"{self.filename} cannot be written: {self._reason()}; {_WAYS_OUT.get(self.errno or 0, _ANOTHER)}."
+        return f"{self.filename} cannot be written: {self.strerror}; {_WAYS_OUT.get(self.errno or 0, _ANOTHER)}."
 
-    def _reason(self) -> str:
-        reason = self.strerror or "unknown error"
-        if self.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return reason
-        path = Path(os.fsdecode(self.filename)).absolute()
-        try:
-            disk = os.statvfs(next(folder for folder in path.parents if folder.is_dir()))
-        except (OSError, StopIteration):
-            return reason
-        if disk.f_files and not disk.f_favail:
-            return f"{reason} (no inode is free: too many files)"
-        return f"{reason} ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB are free)"
+
+def _reason(number: int, reason: str, name: str) -> str:
+    """With what is free now: when the error is shown, what was half written has been removed."""
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return reason
+    path = Path(name).absolute()
+    try:
+        disk = os.statvfs(next(folder for folder in (path, *path.parents) if folder.is_dir()))
+    except (OSError, StopIteration):
+        return reason
+    if disk.f_files and not disk.f_favail:
+        return f"{reason} (no inode is free: too many files)"
+    return f"{reason} ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB are free)"
 
 
 @contextmanager
@@ -50,7 +51,8 @@ def writing(path: str | Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        number = error.errno or errno.EIO
+        raise StorageError(number, _reason(number, error.strerror or str(error), str(path)), str(path)) from error
 
 
 def storage_error(error: BaseException) -> StorageError | None:
@@ -58,6 +60,8 @@ def storage_error(error: BaseException) -> StorageError | None:
     if isinstance(error, StorageError):
         return error
     if isinstance(error, OSError) and error.errno in _WAYS_OUT:
-        name = error.filename if error.filename is not None else "a temporary file or the output"
-        return StorageError(error.errno, error.strerror, name)
+        if error.filename is None:
+            return StorageError(error.errno, error.strerror, "a temporary file or the output")
+        name = os.fsdecode(error.filename)
+        return StorageError(error.errno, _reason(error.errno, error.strerror or str(error), name), name)
     return None

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,11 @@ def open_workspace(folder: Path) -> Iterator[Workspace]:
         raise DataError(f"{folder} is a file; name a folder.")
     make_folders(folder)
     try:
-        with hold(folder / _LOCK, "data_prep", DataError, "wait until it has ended, or name a new folder."):
+        with ExitStack() as stack:
+            with writing(folder):
+                stack.enter_context(
+                    hold(folder / _LOCK, "data_prep", DataError, "wait until it has ended, or name a new folder.")
+                )
             workspace = Workspace(folder)
             try:
                 yield workspace

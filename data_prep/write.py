@@ -7,10 +7,11 @@ import mmap
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -84,14 +85,10 @@ def _write_tar(
     task: ShardTask, stream: IO[bytes], place: Path, report: Callable[[int], None]
 ) -> tuple[list[_Written], list[tuple[str, str]]]:
     """The rows of the index and the bad images' (path, reason), in the order of the plan. `place` is what errors name."""
-    from webdataset.writer import TarWriter
-
     written: list[_Written] = []
     bad: list[tuple[str, str]] = []
     done, last = 0, time.monotonic()
-    # mtime is an int: a float would add a pax header with its fraction to every member.
-    writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
-    with _Reader() as reader:
+    with _tar_writer(stream, place) as writer, _Reader() as reader:
         for sample in task.plan.samples:
             try:
                 data, extension = checked(reader.read(sample.entry), task.settings)
@@ -109,10 +106,24 @@ def _write_tar(
             if time.monotonic() - last > REPORT_EVERY_S:
                 report(done)
                 done, last = 0, time.monotonic()
-    with writing(place):
-        writer.close()
     report(done)
     return written, bad
+
+
+@contextmanager
+def _tar_writer(stream: IO[bytes], place: Path) -> Iterator[Any]:
+    """WebDataset's writer, closed at the end."""
+    from webdataset.writer import TarWriter
+
+    # mtime is an int: a float would add a pax header with its fraction to every member.
+    writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+    try:
+        yield writer
+        with writing(place):
+            writer.close()
+    except BaseException:
+        writer.tarstream.fileobj.closed = True  # or tarfile would complain, when it is collected, that it cannot write the rest
+        raise
 
 
 def write_index(path: Path, rows: np.ndarray) -> None:

@@ -103,13 +103,13 @@ def files(disk: Path) -> dict[str, bytes]:
 
 
 def main(folder: Path) -> None:
-    disk = folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
-    for name in ("run", "shards"):
-        shutil.copytree(folder / name, disk / name)
     found = []
     for state in ("full", "read-only"):
+        disk = folder / f"disk-{state}"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
+        for name in ("run", "shards"):
+            shutil.copytree(folder / name, disk / name)
         if state == "full":
             fill(disk)
         else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from clae_dist.data.manifest import DataError
-from clae_dist.storage import StorageError, writing
+from clae_dist.storage import writing
 from data_prep.sources.entry import Entry, Report, is_image_name
 
 _COMPRESSIONS: tuple[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]], ...] = (  # how the files start, what opens them
@@ -63,7 +63,8 @@ def _check_growth(path: Path, num_read: int, num_written: int, target: Path) -> 
         )
     disk = shutil.disk_usage(target.parent)
     if disk.free < min(_KEPT_FREE_BYTES, disk.total // 20) + (1 << 20):
-        raise StorageError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        with writing(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def first_member(path: Path) -> str:
