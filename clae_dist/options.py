@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose subparsers are of this class, too."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(*arguments, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
         self.set_defaults(parser=self)  # that of the subcommand, once it was parsed

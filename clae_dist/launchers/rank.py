@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
@@ -59,7 +59,8 @@ class Console:
 
     def __init__(self, config: Config, also: TextIO | None) -> None:
         self._path = config.folder / "console.log"
-        self._also, self._bar = None if also is None else Output(also), also
+        self._also = None if also is None else Output(also)
+        self._bar: Any = also
         self._missed = False
 
     def write(self, text: str) -> int:
