@@ -204,7 +204,7 @@ fi
 shards=$run_dir/shards
 step "Shards" python -m data_prep demo "$shards" ${data[@]+"${data[@]}"} ${max_bad[@]+"${max_bad[@]}"}
 
-planned=() steps=16 probe=$run_dir/speed-probe uri=sqlite:///$run_dir/mlflow.db
+planned=() steps=12 probe=$run_dir/speed-probe uri=sqlite:///$run_dir/mlflow.db
 common=(data.shards="$shards" launch.workers="$workers" tracking.uri="$uri")
 if [ -n "$dry" ]; then
   epochs=$(given train.epochs) || { epochs=EPOCHS; time_steps PROBE_EPOCHS; }
