@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from clae_dist.arguments import parser as make_parser
 from clae_dist.escape import say, shown_lines
 from clae_dist.lifetime import end_with_parent
+from clae_dist.options import open_standard_streams
 from clae_dist.redact import redact_text
 
 if TYPE_CHECKING:
@@ -268,10 +269,18 @@ _COMMANDS = {
 }
 
 
+def _check_ranks(command: str) -> None:
+    if any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")) and command != "config":
+        from clae_dist.launchers.environment import check_ranks
+
+        check_ranks()
+
+
 def run() -> NoReturn:
     """The program: `main`, and the end of the process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun lets its ranks live on when it is killed itself
         end_with_parent(os.getppid())
+    open_standard_streams()
     code = main()
     if "WORLD_SIZE" in os.environ:  # torchrun's rank
         from clae_dist.world import leave, told
@@ -293,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.parser.refuse(rest)
         arguments.overrides += rest
     try:
+        _check_ranks(arguments.command)
         return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt:
         print("clae: ended by Ctrl-C", file=sys.stderr)

@@ -29,7 +29,7 @@ _RESOLVERS = (
 class _CoreSafeLoader(yaml.SafeLoader):
     """The resolvers and constructors of the core schema alone: no merge keys, dates, sets or binaries."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def __init__(self, text: str) -> None:

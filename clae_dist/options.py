@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +22,17 @@ def user_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"{text}: the home folder is not known on this machine; write the whole path"
         ) from None
+
+
+def open_standard_streams() -> None:
+    """Opens the null device for what a shell has closed (`>&-`): the next file that is opened would be taken for stdout."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 class _StoreOnce(argparse._StoreAction):
@@ -43,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose subparsers are of this class, too."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(*arguments, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
         self.set_defaults(parser=self)  # that of the subcommand, once it was parsed

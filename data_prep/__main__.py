@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from clae_dist.escape import in_json, say
+from clae_dist.options import open_standard_streams
 from data_prep.arguments import parse
 
 # Worker processes import this file, too: what takes long to import is imported in the functions.
@@ -151,4 +152,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main())

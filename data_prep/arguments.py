@@ -142,7 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _parser() -> Parser:
     parser = Parser("python -m data_prep", description=_ALL, epilog=_EXIT_CODES)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cores = len(os.sched_getaffinity(0))

@@ -10,6 +10,12 @@
 # CLAE_PYTHON names another Python, CLAE_FREE_GB (default 9) what must be free for an install.
 set -euo pipefail
 
+case ${1:-} in
+  "") ;;
+  -h | --help) sed -n '2,/^set /{/^set /d; s/^#$//; s/^# //; p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  *) echo "env: $1 is not an option; see --help." >&2; exit 2 ;;
+esac
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { printf 'env: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }

@@ -1,6 +1,11 @@
 # shellcheck shell=bash
 # What the scripts for several hosts share; sourced by them, not run.
 
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  echo "hosts.sh is what torchrun.sh, ray-cluster.sh and slurm.sbatch share; it does nothing by itself. See their --help."
+  case ${1:-} in -h | --help) exit 0 ;; *) exit 2 ;; esac
+fi
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/show.sh
 source "$here/launch/show.sh"
@@ -10,6 +15,24 @@ wrong() { printf '%s: %s\n' "$script" "$*" >&2; exit 2; }
 
 whole() { # whole OPTION VALUE: wrong unless it is a whole number from 1
   case $2 in "" | *[!0-9]* | 0*) wrong "$1 is '$2'; use a whole number from 1." ;; esac
+}
+
+split_address() { # split_address WHAT HOST[:PORT] DEFAULT_PORT: sets host and port; an IPv6 address with a port has brackets
+  port=$3
+  case $2 in
+    \[*\]:*) host=${2#\[} host=${host%\]:*} port=${2##*\]:} ;;
+    \[*\]) host=${2#\[} host=${host%\]} ;;
+    *:*:*) host=$2 ;;
+    *:*) host=${2%:*} port=${2##*:} ;;
+    *) host=$2 ;;
+  esac
+  [ -n "$host" ] || wrong "$1 is '$2', which names no host."
+  whole "the port of $1" "$port"
+  [ "$port" -le 65535 ] || wrong "the port of $1 is $port; use 1 to 65535."
+}
+
+with_port() { # with_port HOST PORT: as a URL writes it, an IPv6 address in brackets
+  case $1 in *:*) printf '[%s]:%s\n' "$1" "$2" ;; *) printf '%s:%s\n' "$1" "$2" ;; esac
 }
 
 take_setting() { # take_setting WORD: CONFIG, then settings
@@ -44,7 +67,11 @@ find_env() { # sets python and the environment of every command; dry: nothing is
 find_route() { # find_route HOST [WAY_OUT]: sets address, interface and at_head ("yes" where HOST is this machine)
   local found probe=$python
   [ -x "$probe" ] || probe=python3
-  found=$("$probe" -m clae_dist.launchers.route "$1") || wrong "${2:+$2: }$found"
+  if ! found=$("$probe" -m clae_dist.launchers.route "$1"); then
+    [ -n "${dry:-}" ] || wrong "${2:+$2: }$found"
+    say "$found A dry run goes without: ADDRESS and INTERFACE are this host's on the way to $1."
+    found="ADDRESS INTERFACE no"
+  fi
   # shellcheck disable=SC2034 # for the script that sources this one
   read -r address interface at_head <<<"$found"
   if [ -n "${chosen_interface:-}" ]; then

@@ -6,20 +6,21 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: ./launch/quickstart.sh [--data PATH] [--run-dir DIR] [--compare simclr] [--workers N] [--max-bad SHARE] [--dry-run]
-                              [key=value …]
+usage: ./launch/quickstart.sh [--data PATH] [--run-dir DIR] [--minutes M] [--compare simclr] [--workers N] [--max-bad SHARE]
+                              [--dry-run] [key=value …]
 
   --data PATH        your own images, anything that data_prep takes (default: CLAE_DATA; else CIFAR-10, found in
                      ../shared/data or downloaded; without a network, scikit-learn's digits)
   --run-dir DIR      where everything goes (default: runs/quickstart)
+  --minutes M        of training (default: 4); a few steps are timed first, and epochs follow from their images/s
   --compare simclr   plain SimCLR, too, for the same compute: 11/6 of the epochs (about twice the time in all)
   --workers N        ranks (default: one a GPU, rounded down to a power of two; 2 without GPUs)
   --max-bad SHARE    stop above this share of images that cannot be decoded (default: 1%)
   --dry-run          print the commands in their order, and run nothing
   key=value          settings over configs/quickstart.yaml, such as train.epochs=4
 
-The recipe's epochs are for CIFAR-10's 50,000 images. Other sets get as many epochs as make the same number of images, and
-fewer than two batches of images get a smaller batch, unless train.epochs and batch.global_size are given here.
+train.epochs given here is exact, and nothing is timed. Fewer than two batches of images get a smaller batch, unless
+batch.global_size is given.
 TEXT
 }
 wrong() { printf 'quickstart: %s\n' "$*" >&2; exit 2; }
@@ -48,17 +49,18 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/show.sh
 source "$here/launch/show.sh"
 recipe=configs/quickstart.yaml
-data=() max_bad=() run_dir=$(realpath -ms runs/quickstart) compare="" workers="" dry="" settings=() options=" "
+data=() max_bad=() run_dir=$(realpath -ms runs/quickstart) compare="" workers="" dry="" minutes="" settings=() options=" "
 [ -z "${CLAE_DATA:-}" ] || data=(--data "$(realpath -ms "$CLAE_DATA")")
 while [ $# -gt 0 ]; do
   case $1 in
-    --data | --run-dir | --compare | --workers | --max-bad)
+    --data | --run-dir | --minutes | --compare | --workers | --max-bad)
       [ -n "${2:-}" ] || wrong "$1 needs a value; see --help."
       case $options in *" $1 "*) wrong "$1 is given twice; keep one." ;; esac
       options+="$1 "
       case $1 in
         --data) data=(--data "$(realpath -ms "$2")") ;; # relative to where you stand, like --run-dir; links keep their names
         --run-dir) run_dir=$(realpath -ms "$2") ;;
+        --minutes) minutes=$2 ;;
         --compare) compare=$2 ;;
         --workers) workers=$2 ;;
         --max-bad) max_bad=(--max-bad "$2") ;;
@@ -78,6 +80,9 @@ while [ $# -gt 0 ]; do
 done
 case $compare in "" | simclr) ;; *) wrong "--compare $compare is not known; use --compare simclr." ;; esac
 case $workers in *[!0-9]* | 0*) wrong "--workers is $workers; use a whole number from 1." ;; esac
+case $minutes in *[!0-9.]* | *.*.* | . | 0 | 0.0) wrong "--minutes is $minutes; use a number above 0, such as 4." ;; esac
+[ -z "$minutes" ] || ! given train.epochs >/dev/null || wrong "--minutes and train.epochs= both say how long; keep one."
+minutes=${minutes:-4}
 [ -z "${CLAE_CACHE:-}" ] || CLAE_CACHE=$(realpath -ms "$CLAE_CACHE")
 cd "$here"
 
@@ -117,6 +122,10 @@ product() { # product A B: A·B without an exponent, which YAML would read as a 
   LC_ALL=C awk -v a="$1" -v b="$2" 'BEGIN { text = sprintf("%.6f", a * b); sub(/\.?0+$/, "", text); print text }'
 }
 
+quotient() { # quotient A B: A/B, at least a millionth
+  LC_ALL=C awk -v a="$1" -v b="$2" 'BEGIN { text = sprintf("%.6f", a / b < 1e-6 ? 1e-6 : a / b); sub(/\.?0+$/, "", text); print text }'
+}
+
 count_workers() { # sets workers: one a GPU that torch can use, rounded down to a power of two; 2 without
   local gpus
   gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)') || ended "Counting GPUs" $?
@@ -126,8 +135,37 @@ count_workers() { # sets workers: one a GPU that torch can use, rounded down to 
   echo "ranks: $workers ($gpus GPU(s), rounded down to a power of two)"
 }
 
+time_steps() { # time_steps EPOCHS: trains so long on local ranks, into a folder of its own
+  last_of_each "${common[@]}" ${planned[@]+"${planned[@]}"} ${settings[@]+"${settings[@]}"} launch.launcher=local tracking.name=none \
+    train.epochs="$1" optim.warmup_epochs=0 train.log_every=4 train.diagnose_every=1000000 train.knn_every=0 \
+    checkpoint.every_steps=0 run_dir="$probe"
+  step "Speed: $steps steps are timed" clae train "$recipe" "${words[@]}" --quiet
+}
+
+measure() { # measure IMAGES: sets epochs to what --minutes is enough for
+  local images=$1 per_epoch rate
+  if [ -f "$run_dir/config.yaml" ]; then # a run that was interrupted keeps its length
+    epochs=$(awk '$1 == "epochs:" { print $2; exit }' "$run_dir/config.yaml")
+    echo "epochs: $epochs, as this run began"
+    return
+  fi
+  per_epoch=$((batch > 0 && images >= batch ? images / batch : 1)) # what does not fill a batch sits an epoch out
+  rm -rf "$probe"
+  time_steps "$(quotient "$steps" "$per_epoch")"
+  rate=$(python -c "$median_rate" "$probe/metrics.jsonl") || ended "Reading $probe/metrics.jsonl" $?
+  rm -rf "$probe"
+  epochs=$(quotient "$(product "$minutes" "$(product 60 "$rate")")" $((per_epoch * batch)))
+  echo "epochs: $epochs, for $minutes minutes at $rate images/s"
+}
+
+# Of lines about whole intervals: the first steps start loaders and compilers.
+median_rate='
+import json, statistics, sys
+lines = [json.loads(line) for line in open(sys.argv[1])]
+print(round(statistics.median(line["images_per_s"] for line in lines if line.get("images_per_s") and line["step"] > 4), 1))'
+
 plan() { # plan IMAGES: sets batch, epochs, and the settings that follow from the number of train images
-  local images=$1 recipe_batch factor=1 key
+  local images=$1 recipe_batch factor key
   recipe_batch=$(in_recipe global_size)
   batch=$(given batch.global_size) || {
     batch=$recipe_batch
@@ -137,17 +175,11 @@ plan() { # plan IMAGES: sets batch, epochs, and the settings that follow from th
       echo "batch: $batch, as there are only $images train images; two batches an epoch at least"
     fi
   }
-  if epochs=$(given train.epochs); then
-    factor=$(LC_ALL=C awk -v a="$epochs" -v b="$(in_recipe epochs)" 'BEGIN { printf "%.9f", a / b }')
-  else # what does not fill a batch sits an epoch out: whole batches count
-    factor=$(LC_ALL=C awk -v images="$images" -v batch="$batch" -v its="$recipe_batch" 'BEGIN {
-      here = batch + 0 > 0 ? int(images / batch) * batch : 0
-      printf "%.9f", int(50000 / its) * its / (here ? here : images)
-    }')
-    epochs=$(product "$(in_recipe epochs)" "$factor")
+  epochs=$(given train.epochs) || {
+    measure "$images"
     planned+=(train.epochs="$epochs")
-    echo "epochs: $epochs, for as many images as $(in_recipe epochs) epochs of CIFAR-10"
-  fi
+  }
+  factor=$(LC_ALL=C awk -v a="$epochs" -v b="$(in_recipe epochs)" 'BEGIN { printf "%.9f", a / b }')
   for key in train.knn_every optim.warmup_epochs; do
     given "$key" >/dev/null || planned+=("$key=$(product "$(in_recipe "${key#*.}")" "$factor")")
   done
@@ -172,9 +204,10 @@ fi
 shards=$run_dir/shards
 step "Shards" python -m data_prep demo "$shards" ${data[@]+"${data[@]}"} ${max_bad[@]+"${max_bad[@]}"}
 
-planned=()
+planned=() steps=12 probe=$run_dir/speed-probe uri=sqlite:///$run_dir/mlflow.db
+common=(data.shards="$shards" launch.workers="$workers" tracking.uri="$uri")
 if [ -n "$dry" ]; then
-  epochs=$(given train.epochs) || epochs=EPOCHS
+  epochs=$(given train.epochs) || { epochs=EPOCHS; time_steps PROBE_EPOCHS; }
   for setting in train.epochs=EPOCHS train.knn_every=KNN_EVERY optim.warmup_epochs=WARMUP_EPOCHS; do
     given "${setting%%=*}" >/dev/null || planned+=("$setting")
   done
@@ -185,8 +218,7 @@ else
   [ "$images" -gt 0 ] || wrong "data.train_split is $split, which $shards does not have; see: python -m data_prep info $shards"
   plan "$images"
 fi
-uri=sqlite:///$run_dir/mlflow.db
-common=(data.shards="$shards" launch.workers="$workers" tracking.uri="$uri" "${planned[@]}" ${settings[@]+"${settings[@]}"})
+common+=(${planned[@]+"${planned[@]}"} ${settings[@]+"${settings[@]}"})
 
 last_of_each "${common[@]}" run_dir="$run_dir"
 step "Pretraining: CLAE on $workers rank(s)" clae train "$recipe" "${words[@]}"

@@ -78,8 +78,8 @@ while [ $# -gt 0 ]; do
 done
 if [ "$command" = worker ]; then
   [ -n "$target" ] || wrong "worker needs the head's ADDRESS[:PORT], which the head says when it starts."
-  case $target in *:*) port=${target##*:} target=${target%:*} ;; esac
-  whole "the port of $target" "$port"
+  split_address worker "$target" "$port"
+  target=$host
 fi
 unset RAY_AUTH_TOKEN # Ray would take it instead of the file
 temp_dir=${temp_dir:-/tmp/clae-ray-$(id -u)-$port}

@@ -7,6 +7,10 @@
 # Stops at the first check that fails. The last lines are pytest's own.
 set -euo pipefail
 
+case ${1:-} in
+  -h | --help) sed -n '2,/^set /{/^set /d; s/^#$//; s/^# //; p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 echo "== environment"

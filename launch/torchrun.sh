@@ -56,8 +56,7 @@ whole --nodes "${nodes%%:*}"; whole --nodes "${nodes##*:}"
 [ "${nodes%%:*}" -le "${nodes##*:}" ] || wrong "--nodes is $nodes; the smaller number comes first."
 [ "$nodes" != 1 ] || head=${head:-127.0.0.1}
 [ -n "$head" ] || wrong "--head is missing: the HOST[:PORT] where the $nodes hosts meet, one of them."
-case $head in *:*) port=${head##*:} host=${head%:*} ;; *) port=29500 host=$head ;; esac
-whole "the port of --head" "$port"
+split_address --head "$head" 29500
 if [ -n "$node_rank" ]; then
   case $nodes in *:*) wrong "--node-rank is for a fixed number of hosts, but --nodes is $nodes; leave one of them out." ;; esac
   case $node_rank in *[!0-9]*) wrong "--node-rank is $node_rank; use 0 to $((nodes - 1))." ;; esac
@@ -85,13 +84,13 @@ if [ -n "$node_rank" ]; then
 else
   is_host=0
   [ "$at_head" = no ] || is_host=1
-  run+=(--rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$id" --max-restarts="${restarts:-3}"
+  run+=(--rdzv-backend=c10d --rdzv-endpoint="$(with_port "$host" "$port")" --rdzv-id="$id" --max-restarts="${restarts:-3}"
     --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s")
 fi
 # With the meeting's own store for the ranks, too, a host that joins later waits for ever for what it was told before (torch 2.15).
 case $nodes in *:*) variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) ;; esac
 run+=(--module clae_dist train "$config" --launcher torchrun ${settings[@]+"${settings[@]}"})
-say "$nodes host(s) of $ranks rank(s) meet at $host:$port"
+say "$nodes host(s) of $ranks rank(s) meet at $(with_port "$host" "$port")"
 show env PYTHONPATH="$PYTHONPATH" "${variables[@]}" "${run[@]}"
 if [ -n "$dry" ]; then
   say "dry run: nothing was run. The other hosts run the same, with their own interface and address, and is_host=1 on $host alone."

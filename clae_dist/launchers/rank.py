@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.manifest import DataError
@@ -21,6 +21,7 @@ from clae_dist.exit_codes import STOPPED as STOPPED
 from clae_dist.exit_codes import STORAGE as STORAGE
 from clae_dist.exit_codes import UNEXPECTED as UNEXPECTED
 from clae_dist.exit_codes import starts_again
+from clae_dist.launchers.environment import check_interface
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
 from clae_dist.runs.checkpoint import CheckpointError
@@ -58,7 +59,8 @@ class Console:
 
     def __init__(self, config: Config, also: TextIO | None) -> None:
         self._path = config.folder / "console.log"
-        self._also, self._bar = None if also is None else Output(also), also
+        self._also = None if also is None else Output(also)
+        self._bar: Any = also
         self._missed = False
 
     def write(self, text: str) -> int:
@@ -112,6 +114,8 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if size > 1:
+            check_interface()
         with connect(config.guard.timeout_s, config.launch.device) as world:
             return _train(config, origins, debug, world, Console(config, also))
     except ConfigError as error:  # of all ranks, before they communicate

@@ -244,7 +244,7 @@ class _ConsoleTail:
         path.touch()
         self._file = path.open()
         self._file.seek(0, os.SEEK_END)
-        self._shown = shown_on(sys.stdout)
+        self._shown: Any = shown_on(sys.stdout)
 
     def __enter__(self) -> _ConsoleTail:
         return self

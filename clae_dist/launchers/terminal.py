@@ -116,8 +116,7 @@ class Terminal:
                 redirect_stderr=False,
                 refresh_per_second=4,
             )
-            empty = {"steps": "", "loss": "", "speed": "", "left": ""}
-            self._task = self._progress.add_task("", total=None, **empty)
+            self._task = self._progress.add_task("", total=None, steps="", loss="", speed="", left="")
             self._progress.start()
         return self._progress, self._task
 

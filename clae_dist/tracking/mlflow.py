@@ -38,7 +38,7 @@ def store_uri(config: Config, run_dir: Path) -> str:
     """Where runs are recorded: `tracking.uri`, else mlflow.db beside the run folder. Raises ConfigError."""
     uri = config.tracking.uri
     if not uri:
-        return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+        return _sqlite_uri(run_dir.resolve().parent / "mlflow.db")
     scheme = urlsplit(uri).scheme
     if scheme in ("", "file") or uri == "sqlite:":
         raise ConfigError(
@@ -46,7 +46,17 @@ def store_uri(config: Config, run_dir: Path) -> str:
             f"write sqlite:////path/to/mlflow.db or http://host:5000, or leave it empty."
         )
     database = _sqlite_file(uri)
-    return f"sqlite:///{database.resolve()}" if database else uri
+    return _sqlite_uri(database.resolve()) if database else uri
+
+
+def _sqlite_uri(database: Path) -> str:
+    """Raises ConfigError for a path that means another one in a URL."""
+    if odd := [letter for letter in "?%#" if letter in str(database)]:
+        raise ConfigError(
+            f"MLflow's database would be {str(database)!r}, where {odd[0]} has a meaning of its own in a URL; give a run_dir "
+            "or a tracking.uri without it, or use tracking.name=none."
+        )
+    return f"sqlite:///{database}"
 
 
 def page_command(uri: str) -> str:

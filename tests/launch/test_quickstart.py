@@ -23,6 +23,14 @@ CLAE = """#!/usr/bin/env bash
 printf ' %q' clae "$@" >>"$LOG"; echo >>"$LOG"
 if [ "$1" = "$WAITS" ]; then trap 'exit 75' INT; touch "$LOG.waiting"; while :; do sleep 0.1; done; fi
 if [ "$1" = "$FAILS" ]; then exit 3; fi
+for word in "$@"; do
+  case $word in
+    run_dir=*/speed-probe) # the first steps are slow; then RATE images/s as a rule
+      mkdir -p "${word#run_dir=}"
+      printf '{"step": %s, "images_per_s": %s}\n' 4 0.5 8 "$RATE" 8 1e9 12 "$RATE" 12 1 12 "$RATE" \
+        >"${word#run_dir=}/metrics.jsonl" ;;
+  esac
+done
 """
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
@@ -54,7 +62,15 @@ class Quickstart:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("CLAE_")}
-        ours = {"LOG": str(self.log), "PYTHON": sys.executable, "GPUS": "0", "IMAGES": "50000", "FAILS": "", "WAITS": ""}
+        ours = {
+            "LOG": str(self.log),
+            "PYTHON": sys.executable,
+            "GPUS": "0",
+            "IMAGES": "50000",
+            "FAILS": "",
+            "WAITS": "",
+            "RATE": "100",
+        }
         return subprocess.Popen(
             [str(self.checkout / "launch" / "quickstart.sh"), *arguments],
             cwd=self.home,
@@ -117,7 +133,8 @@ def test_paths_are_relative_to_where_you_stand_and_may_hold_spaces(quickstart: Q
     code, said = quickstart("--dry-run", "--data", "my photos", "--run-dir", "../a run", "--max-bad", "5%", CLAE_DATA="other")
     assert code == 0, said
     run_dir = home.parent / "a run"
-    prepare, train, *_ = shown(said)
+    prepare, probe, train, *_ = shown(said)
+    assert settings(probe)["run_dir"] == f"{run_dir}/speed-probe"
     assert prepare[3:] == ["demo", f"{run_dir}/shards", "--data", f"{home}/my photos", "--max-bad", "5%"]
     assert settings(train)["run_dir"] == str(run_dir)
     assert settings(train)["data.shards"] == f"{run_dir}/shards"
@@ -130,7 +147,7 @@ def test_paths_are_relative_to_where_you_stand_and_may_hold_spaces(quickstart: Q
 def test_one_rank_a_gpu_that_torch_can_use(quickstart: Quickstart, gpus: int, workers: int) -> None:
     code, said = quickstart(GPUS=str(gpus))
     assert code == 0, said
-    assert settings(quickstart.ran()[1])["launch.workers"] == str(workers)
+    assert [settings(line)["launch.workers"] for line in quickstart.ran() if line[1] == "train"] == [str(workers)] * 2
     assert f"ranks: {workers} (" in said
 
 
@@ -140,27 +157,39 @@ USED = 50_000 // 128 * 128  # of CIFAR-10's images, in an epoch of whole batches
 
 
 @pytest.mark.parametrize(
-    ("images", "given", "factor", "batch"),
+    ("images", "given", "rate", "epochs", "batch"),
     [
-        (50_000, [], 1, 128),  # what the recipe says
-        (1_281_167, [], USED / (1_281_167 // 128 * 128), 128),
-        (300, [], USED / 256, 128),
-        (54, [], USED / 48, 16),
-        (3, [], USED / 2, 2),
-        (50_000, ["batch.global_size=512"], USED / (50_000 // 512 * 512), 512),
-        (100, ["batch.global_size=512"], USED / 100, 512),  # `clae train` says that this cannot be
-        (300, ["train.epochs=1"], 1 / EPOCHS, 128),
+        (50_000, [], 100, 24_000 / USED, 128),
+        (50_000, [], 51_234.5, 51_234.5 * 240 / USED, 128),  # a fast machine learns more
+        (50_000, ["--minutes", "0.5"], 100, 3_000 / USED, 128),
+        (1_281_167, [], 100, 24_000 / (1_281_167 // 128 * 128), 128),
+        (300, [], 100, 24_000 / 256, 128),
+        (54, [], 100, 24_000 / 48, 16),
+        (3, [], 100, 24_000 / 2, 2),
+        (50_000, ["batch.global_size=512"], 100, 24_000 / (50_000 // 512 * 512), 512),
+        (100, ["batch.global_size=512"], 100, 24_000 / 512, 512),  # `clae train` says that this cannot be
+        (300, ["train.epochs=1"], 100, 1, 128),
     ],
 )
-def test_other_sets_get_as_many_images_as_the_recipe_gives_cifar(
-    quickstart: Quickstart, images: int, given: list[str], factor: float, batch: int
+def test_minutes_become_epochs_by_the_speed_of_a_few_steps(
+    quickstart: Quickstart, images: int, given: list[str], rate: float, epochs: float, batch: int
 ) -> None:
     assert RECIPE.batch.global_size == 128
-    code, said = quickstart(*given, IMAGES=str(images))
+    code, said = quickstart(*given, IMAGES=str(images), RATE=str(rate))
     assert code == 0, said
-    found = {"batch.global_size": "128", **settings(quickstart.ran()[1])}
-    assert "e" not in "".join(found[key] for key in TRAINING)  # YAML reads 2e-05 as a text
-    expected = [EPOCHS * factor, KNN_EVERY * factor, WARMUP * factor, batch]
+    runs = [settings(line) for line in quickstart.ran() if line[1] == "train"]
+    found = {"batch.global_size": "128", **runs[-1]}
+    assert "e" not in "".join(found[key] for key in TRAINING)  # YAML 1.1 reads 2e-05 as a text
+    if "train.epochs=1" in given:
+        assert len(runs) == 1  # nothing is timed
+    else:
+        assert runs[0]["launch.launcher"] == "local"
+        assert runs[0]["tracking.name"] == "none"
+        assert float(runs[0]["train.epochs"]) == pytest.approx(12 / max(1, images // batch), rel=1e-2)
+        assert f"minutes at {rate:g} images/s" in said.replace(".0 images/s", " images/s")
+        assert not (quickstart.home / "runs" / "quickstart" / "speed-probe").exists()
+    factor = epochs / EPOCHS
+    expected = [epochs, KNN_EVERY * factor, WARMUP * factor, batch]
     # six decimals of each number are written
     assert [float(found[key]) for key in TRAINING] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -178,11 +207,24 @@ def test_what_is_given_stays(quickstart: Quickstart) -> None:
     assert [found["train.epochs"], found["train.knn_every"]] == ["4", "0"]
 
 
+def test_a_run_that_was_interrupted_keeps_its_length(quickstart: Quickstart) -> None:
+    """Other epochs would be another configuration, which its folder refuses."""
+    run_dir = quickstart.home / "runs" / "quickstart"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("train:\n  epochs: 0.4321  # command line\n")
+    code, said = quickstart("--compare", "simclr", RATE="7")
+    assert code == 0, said
+    assert "epochs: 0.4321, as this run began" in said
+    clae, simclr = (settings(line) for line in quickstart.ran() if line[1] == "train")
+    assert clae["train.epochs"] == "0.4321"
+    assert float(simclr["train.epochs"]) == pytest.approx(0.4321 * 11 / 6, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("words", "page"), [([], True), (["tracking.name=none"], False), (["tracking.uri=http://127.0.0.1:5000"], False)]
 )
 def test_mlflows_page_is_named_where_there_is_one_here(quickstart: Quickstart, words: list[str], page: bool) -> None:
-    code, said = quickstart("--run-dir", "a run", *words)
+    code, said = quickstart("--run-dir", "a run", "train.epochs=1", *words)
     assert code == 0, said
     lines = [line for line in said.splitlines() if "mlflow ui" in line and not line.startswith("$")]
     assert len(lines) == page
@@ -201,7 +243,7 @@ def test_a_step_that_fails_is_named_and_ends_it(quickstart: Quickstart) -> None:
 
 
 def test_ctrl_c_lets_the_run_save_and_ends_with_its_exit_code(quickstart: Quickstart) -> None:
-    process = quickstart.start(WAITS="train")
+    process = quickstart.start("train.epochs=1", WAITS="train")
     deadline = time.monotonic() + 30
     while not Path(f"{quickstart.log}.waiting").exists():
         assert time.monotonic() < deadline
@@ -218,6 +260,9 @@ def test_ctrl_c_lets_the_run_save_and_ends_with_its_exit_code(quickstart: Quicks
     [
         ("--wrong", "--wrong is not an option; see --help."),
         ("--data", "--data needs a value"),
+        ("--minutes 0", "--minutes is 0; use a number above 0"),
+        ("--minutes four", "--minutes is four; use"),
+        ("--minutes 2 train.epochs=1", "--minutes and train.epochs= both say how long; keep one."),
         ("--workers two", "--workers is two; use a whole number from 1."),
         ("--workers 0", "--workers is 0; use"),
         ("--compare moco", "--compare moco is not known; use --compare simclr."),
