@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,7 +167,7 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
     """A copy in which floating-point tensors have `dtype`."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone().to(dtype if value.is_floating_point() else value.dtype)
-    return {key: _rounded(part, dtype) for key, part in value.items()} if isinstance(value, dict) else value
+    return {key: _rounded(part, dtype) for key, part in value.items()} if isinstance(value, Mapping) else value
 
 
 def _input_gradient(run: Pretraining, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
