@@ -38,7 +38,7 @@ def configs(shards: str, folder: Path, gpus: int) -> list[Config]:
     first = small_run(
         shards,
         folder,
-        train=Train(epochs=1, log_every=1, diagnose_every=2, knn_every=0.5),
+        train=Train(epochs=1, log_every=1, diagnose_every=100, knn_every=0),
         checkpoint=Checkpointing(every_steps=2),
         evaluation=Evaluation(linear_iterations=2, linear_penalty=0.1),
         launch=Launch(workers=gpus, device="cuda"),

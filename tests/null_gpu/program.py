@@ -30,7 +30,6 @@ _null = ctypes.CDLL("libnull_gpu.so")
 for _name in ("null_gpu_count", "null_gpu_allocations"):
     getattr(_null, _name).restype = ctypes.c_long
 
-_is_finite = torch.Tensor.isfinite
 _is_capturing = torch.cuda.is_current_stream_capturing
 _norm_forward = _functions.SyncBatchNorm.forward
 _step = run.pretrain_step
@@ -46,8 +45,7 @@ def counts() -> dict[str, int]:
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type != "cuda":
-        return _is_finite(tensor)
+    """True everywhere, also on the CPU, where a checkpoint's weights came from the device."""
     return torch.ones(tensor.shape, dtype=torch.bool).to(tensor.device)
 
 
@@ -117,6 +115,7 @@ def devices() -> list[int]:
 
 torch.backends.cudnn.enabled = False  # a library of its own, which is not replaced
 torch.Tensor.isfinite = _finite  # type: ignore[assignment,method-assign]
+torch.isfinite = _finite
 torch.cuda.is_current_stream_capturing = _capturing
 torch.linalg.eigh = _eigenvectors
 deepspeed_backend._prepare = _prepare
