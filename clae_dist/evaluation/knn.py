@@ -89,7 +89,7 @@ def classify(bank: Features, query_QF: torch.Tensor, k: int, temperature: float)
     # Relative to the nearest neighbour, which cannot overflow and leaves the order of the sums as it is.
     vote_QK = ((near.cosines - near.cosines[:, :1]).double() / temperature).exp()
     labels_N = bank.labels_N.to(query_QF.device)
-    num_classes = int(labels_N.max()) + 1
+    num_classes = int(bank.labels_N.max()) + 1
     predicted = [torch.zeros(0, dtype=torch.int64, device=query_QF.device)]
     for vote_qK, row_qK in zip(vote_QK.split(_QUERIES), near.rows.split(_QUERIES), strict=True):  # all (Q, C) can be 10 GB
         votes_qC = vote_qK.new_zeros((len(vote_qK), num_classes))

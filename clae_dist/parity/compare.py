@@ -7,8 +7,8 @@ rounding takes one process, threefold, since attack and optimiser can make much 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,11 @@ import torch
 from clae_dist.config import Config
 from clae_dist.models import build_model
 from clae_dist.models.norms import has_batch_statistics, random_layers
-from clae_dist.parity.observe import Observation, Tensors
+from clae_dist.parity.observe import SIGN_NOISE, Observation, Tensors
 
 # What rounding may always do: largest absolute difference in float64, relative in the others.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
 _TIMES_ROUNDING = 3.0
-# A pixel's gradient below this share of the largest has a sign that rounding decides.
-_SIGN_NOISE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,9 @@ class Parity:
     passed: bool
     cause: str  # of the first thing that differs; "" when all is well
     rounding: dict[str, float]  # relative difference of one process in `dtype` from float64; empty in float64
+    steps: int = 1  # compared, each from the same state; shown are the largest differences, or those of the failed step
+    failed_step: int = 0  # the first one that differs, from 1; 0: none
+    free_running: Difference | None = None  # parameters after all steps without that: not judged, since rounding accumulates
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is infinitely far apart (missing, of another shape, not a number) is None."""
@@ -110,12 +111,44 @@ def _differences(found: Observation, wanted: Observation, dtype: str, rounding: 
     return {name: difference(*pair, dtype, rounding.get(name, 0.0)) for name, pair in pairs.items()}
 
 
+def compare_steps(
+    config: Config,
+    world_size: int,
+    dtype: str,
+    many: Sequence[Observation],
+    single: Sequence[Observation],
+    one: Sequence[Observation],
+    free: Difference | None = None,
+) -> Parity:
+    """`compare` for steps that were each taken from the same state; the cause is that of the first step that differs."""
+    each = [compare(config, world_size, dtype, *observations) for observations in zip(many, single, one, strict=True)]
+    failed = next((number for number, parity in enumerate(each, 1) if not parity.passed), 0)
+    judged = [each[failed - 1]] if failed else each
+    names = ("loss", "param_grad", "input_grad", "params_after")
+
+    def worst(name: str) -> Difference:
+        found: Difference = max(
+            (getattr(parity, name) for parity in judged), key=lambda value: (bool(value.first), value.relative)
+        )
+        return found
+
+    return replace(
+        judged[0],
+        **{name: worst(name) for name in names},
+        delta_sign_agreement=min(parity.delta_sign_agreement for parity in each),
+        rounding={name: max(parity.rounding[name] for parity in each) for name in judged[0].rounding},
+        steps=len(each),
+        failed_step=failed,
+        free_running=free,
+    )
+
+
 def compare(config: Config, world_size: int, dtype: str, many: Observation, single: Observation, one: Observation) -> Parity:
     """W ranks (`many`) and one process (`single`) in `dtype` against one process in float64 (`one`, `single` itself there)."""
     rounding: dict[str, float] = {}
     if dtype != "float64":
         rounding = {name: value.relative for name, value in _differences(single, one, dtype, {}).items()}
-    noise = _SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
+    noise = SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
     same = torch.ones(0)  # nothing is attacked
     if one.signs.numel():
         same = (many.signs == one.signs)[one.input_grad.abs() > noise]
@@ -201,21 +234,28 @@ def table(parity: Parity) -> Iterator[str]:
     """Lines for people."""
     against = "" if parity.dtype == "float64" else " in float64"
     backend = parity.backend + (f", ZeRO-{parity.zero_stage}" if parity.zero_stage >= 0 else "")
-    yield f"{parity.world_size} ranks ({backend}) in {parity.dtype} against one process{against}, the same global batch"
+    each = f"each of {parity.steps} steps" if parity.steps > 1 else "a step"
+    yield f"{parity.world_size} ranks ({backend}) in {parity.dtype} against one process{against}: {each} from the same state"
     yield f"  {'':<24}{'absolute':>12}{'relative':>12}{'rounding' if parity.rounding else '':>12}   largest in"
     for label, name in (
         ("loss", "loss"),
         ("parameter gradients", "param_grad"),
         ("input gradient", "input_grad"),
-        ("parameters after steps", "params_after"),
+        ("parameters after a step", "params_after"),
     ):
         value: Difference = getattr(parity, name)
         verdict = f"   <- differs, {value.first} first, by {value.first_by:.2e}" if value.first else ""
         alone = f"{parity.rounding[name]:.2e}" if parity.rounding else ""
         yield f"  {label:<24}{value.absolute:>12.2e}{value.relative:>12.2e}{alone:>12}   {value.tensor}{verdict}"
     yield f"  {'signs of delta':<24}{parity.delta_sign_agreement:>11.4%}"
+    if parity.free_running is not None:
+        free = parity.free_running
+        label = f"parameters, {parity.steps} free steps"
+        numbers = f"{free.absolute:>12.2e}{free.relative:>12.2e}{'':>12}"
+        yield f"  {label:<24}{numbers}   {free.tensor} (not judged: rounding accumulates)"
     bar = f"{TOLERANCE[parity.dtype]:g} {'relative' if parity.rounding else 'absolute'}"
     rest = f", or {_TIMES_ROUNDING:g} times what rounding does to one process" if parity.rounding else ""
-    yield f"parity: {'passed' if parity.passed else 'FAILED'} (bar: {bar}{rest}; all signs)"
+    where = f" at step {parity.failed_step}" if parity.failed_step else ""
+    yield f"parity: {'passed' if parity.passed else 'FAILED'}{where} (bar: {bar}{rest}; all signs)"
     if parity.cause:
         yield f"usual cause: {parity.cause}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,8 +14,8 @@ from clae_dist.config import Config, ConfigError, Parallel
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
-from clae_dist.parity.compare import compare, table
-from clae_dist.parity.observe import observe
+from clae_dist.parity.compare import compare_steps, difference, table
+from clae_dist.parity.observe import observe, reference
 from clae_dist.world import World, connect
 
 # Without a recipe. Longer steps would make more of rounding than there is to see.
@@ -71,22 +73,44 @@ def alone(config: Config) -> Config:
 
 
 def _rank(config: Config, steps: int, as_json: bool) -> Ending:
-    with connect() as world:
-        try:
+    try:
+        with connect(device=config.launch.device) as world, _without_tf32():
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-            many = observe(config, world, steps)
-            dtype = config.train.precision
+            return _compare(config, world, steps, as_json)
+    except tuple(USER_ERRORS) as error:
+        return Ending(exit_code(error), f"clae: {error}")
 
-            def report() -> Ending:
-                here, plain = World.single(world.device), alone(config)
-                one = truth = observe(plain, here, steps)
-                if dtype != "float64":
-                    truth = observe(replace(plain, train=replace(plain.train, precision="float64")), here, steps)
-                found = compare(config, world.size, dtype, many, one, truth)
-                text = json.dumps(found.as_dict(), allow_nan=False) if as_json else "\n".join(table(found))
-                return Ending(OK if found.passed else FAILED, text)
 
-            ending: Ending = world.run_on_main(report)
-            return ending
-        except tuple(USER_ERRORS) as error:
-            return Ending(exit_code(error), f"clae: {error}")
+def _compare(config: Config, world: World, steps: int, as_json: bool) -> Ending:
+    """A collective: every rank has the same ending."""
+    here, plain, dtype = World.single(world.device), alone(config), config.train.precision
+    one, starts = world.run_on_main(lambda: reference(plain, here, steps, dtype))
+    many = observe(config, world, steps, starts)
+    freely = observe(config, world, steps)[-1] if steps > 1 else None
+
+    def report() -> Ending:
+        single = one if dtype == "float64" else observe(plain, here, steps, starts)
+        free = None
+        if freely is not None:
+            exact = observe(replace(plain, train=replace(plain.train, precision="float64")), here, steps)[-1]
+            free = difference(freely.params_after, exact.params_after, dtype)
+        found = compare_steps(config, world.size, dtype, many, single, one, free)
+        text = json.dumps(found.as_dict(), allow_nan=False) if as_json else "\n".join(table(found))
+        return Ending(OK if found.passed else FAILED, text)
+
+    ending: Ending = world.run_on_main(report)
+    return ending
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside, products and convolutions of a GPU in float32 keep float32's 24 bits; cuDNN's have 11 by default."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.nn.modules import _functions
 
 from clae_dist import world
+from clae_dist.parallel import deepspeed as deepspeed_backend
 from clae_dist.training import run
 
 COUNTERS = ("launches", "waits", "all_gathers", "all_reduces", "reduce_scatters", "broadcasts")
@@ -28,11 +30,11 @@ _null = ctypes.CDLL("libnull_gpu.so")
 for _name in ("null_gpu_count", "null_gpu_allocations"):
     getattr(_null, _name).restype = ctypes.c_long
 
-_is_finite = torch.Tensor.isfinite
 _is_capturing = torch.cuda.is_current_stream_capturing
 _norm_forward = _functions.SyncBatchNorm.forward
 _step = run.pretrain_step
 _in_norm = threading.local()
+_prepare_deepspeed = deepspeed_backend._prepare
 _eigh = torch.linalg.eigh
 STEPS: list[dict[str, int]] = []  # what each training step counted
 
@@ -43,8 +45,7 @@ def counts() -> dict[str, int]:
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type != "cuda":
-        return _is_finite(tensor)
+    """True everywhere, also on the CPU, where a checkpoint's weights came from the device."""
     return torch.ones(tensor.shape, dtype=torch.bool).to(tensor.device)
 
 
@@ -71,6 +72,15 @@ def _eigenvectors(matrix: torch.Tensor) -> Any:
     """cuSOLVER is a library of its own, which is not replaced: those of an identity, on the matrix's device."""
     values, vectors = _eigh(torch.eye(matrix.shape[-1], dtype=matrix.dtype))
     return torch.return_types.linalg_eigh((values.to(matrix.device), vectors.to(matrix.device)))
+
+
+def _prepare(here: world.World) -> Any:
+    """DeepSpeed skips a step whose gradient norm, read from the device, is not finite."""
+    package = _prepare_deepspeed(here)
+    zero = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+    zero.is_invalid_grad_norm = lambda norm: False
+    zero.DeepSpeedZeroOptimizer.has_overflow = lambda optimizer, partition_gradients=True: False
+    return package
 
 
 def _flags_anywhere(here: world.World, *flags: bool | torch.Tensor) -> list[bool]:
@@ -105,8 +115,10 @@ def devices() -> list[int]:
 
 torch.backends.cudnn.enabled = False  # a library of its own, which is not replaced
 torch.Tensor.isfinite = _finite  # type: ignore[assignment,method-assign]
+torch.isfinite = _finite
 torch.cuda.is_current_stream_capturing = _capturing
 torch.linalg.eigh = _eigenvectors
+deepspeed_backend._prepare = _prepare
 _functions.SyncBatchNorm.forward = staticmethod(_normalise)  # type: ignore[assignment]
 world.World.flags_anywhere = _flags_anywhere  # type: ignore[method-assign]
 world.World.broadcast = _broadcast  # type: ignore[method-assign]

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
 from clae_dist.contrast import gather, log_sum_exp
-from clae_dist.parity.compare import Parity, compare, difference, table
-from clae_dist.parity.observe import observe
+from clae_dist.parity.compare import Parity, compare, compare_steps, difference, table
+from clae_dist.parity.observe import observe, reference
 from clae_dist.parity.run import alone
 from clae_dist.world import World
 from tests.ranks import RankPool
@@ -34,10 +34,10 @@ CONFIG = Config(
 
 
 def on_ranks(world: World, config: Config, wrong: str) -> Parity:
+    one, starts = reference(alone(config), World.single("cpu"), 2, "float64")
     with broken(wrong):
-        many = observe(config, world, 2)
-    one = observe(alone(config), World.single("cpu"), 2)
-    return compare(config, world.size, "float64", many, one, one)
+        many = observe(config, world, 2, starts)
+    return compare_steps(config, world.size, "float64", many, one, one)
 
 
 def _own(lse: torch.Tensor, group: Any) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_batch_statistics_of_micro_batches_are_named_as_the_cause(ranks: RankPoo
 
 
 def test_a_scaled_gradient_is_told_from_a_wrong_one() -> None:
-    one = observe(CONFIG, World.single("cpu"), 1)
+    (one,) = observe(CONFIG, World.single("cpu"), 1)
     many = replace(one, grads={name: 2 * value for name, value in one.grads.items()})
     found = compare(CONFIG, 2, "float64", many, one, one)
     assert not found.passed
