@@ -140,7 +140,7 @@ def test_an_override_that_cannot_be_used(override: str, message: str) -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read \(there is no such file\); name a recipe"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read \(No such file or directory\); name a recipe"):
         resolve("nothing.yaml")
 
 
