@@ -124,7 +124,6 @@ def compare_steps(
     each = [compare(config, world_size, dtype, *observations) for observations in zip(many, single, one, strict=True)]
     failed = next((number for number, parity in enumerate(each, 1) if not parity.passed), 0)
     judged = [each[failed - 1]] if failed else each
-    names = ("loss", "param_grad", "input_grad", "params_after")
 
     def worst(name: str) -> Difference:
         found: Difference = max(
@@ -134,7 +133,10 @@ def compare_steps(
 
     return replace(
         judged[0],
-        **{name: worst(name) for name in names},
+        loss=worst("loss"),
+        param_grad=worst("param_grad"),
+        input_grad=worst("input_grad"),
+        params_after=worst("params_after"),
         delta_sign_agreement=min(parity.delta_sign_agreement for parity in each),
         rounding={name: max(parity.rounding[name] for parity in each) for name in judged[0].rounding},
         steps=len(each),
@@ -159,7 +161,10 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
         wrong.append("delta_sign_agreement")
     cause = likely_cause(config, world_size, dtype, wrong, many, one) if wrong else ""
     return Parity(
-        **found,
+        loss=found["loss"],
+        param_grad=found["param_grad"],
+        input_grad=found["input_grad"],
+        params_after=found["params_after"],
         delta_sign_agreement=agreement,
         world_size=world_size,
         backend=config.parallel.backend,

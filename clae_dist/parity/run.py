@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -105,7 +106,7 @@ def _compare(config: Config, world: World, steps: int, as_json: bool) -> Ending:
 @contextmanager
 def _without_tf32() -> Iterator[None]:
     """Inside, products and convolutions of a GPU in float32 keep float32's 24 bits; cuDNN's have 11 by default."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
