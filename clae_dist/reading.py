@@ -46,7 +46,7 @@ def open_regular(path: str | Path, follow: bool = True) -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ReadError("it is not a plain file")
-    return open(descriptor, "rb")
+    return open(path, "rb", opener=lambda *_: descriptor)  # whose name is the path
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, follow: bool = True) -> bytes:

@@ -272,5 +272,5 @@ def test_metadata_comes_along_when_it_is_asked_for(tmp_path: Path, manifest: Man
         config = Config(data=data, batch=Batch(global_size=4))
         (batch,) = load(open_shards(data, say=said.append), config, World.single("cpu"), 0, 1)
         assert list(batch.metadata) == ([metadata[row] for row in batch.ids.tolist()] if kinds else [])
-        assert batch.labels.tolist() == [-1] * 4
-        assert sum("labels of 1 samples are names" in line for line in said) == 1
+        assert batch.labels.tolist() == [0 if row == 3 else -1 for row in batch.ids.tolist()]  # the only class, "cat"
+        assert sum("b.json" in line for line in said) == 1, said

@@ -115,7 +115,7 @@ def test_another_format_is_refused_by_name(tmp_path: Path) -> None:
 def test_missing_folder_and_missing_manifest_say_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder; name the folder"):
         load_manifest(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"has no manifest.json; name the folder"):
+    with pytest.raises(DataError, match=r"is empty; name the folder that `python -m data_prep prepare"):
         load_manifest(tmp_path)
 
 

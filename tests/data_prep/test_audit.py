@@ -269,7 +269,7 @@ def test_the_command_line(tmp_path: Path, unlike: Path, leaky: Path, capsys: pyt
 
 def test_what_is_no_prepared_set_is_an_error(tmp_path: Path, unlike: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", str(tmp_path)]) == 2
-    assert "has no manifest.json; name the folder" in capsys.readouterr().err
+    assert "has no manifest.json, but" in capsys.readouterr().err
     assert main(["audit", str(unlike), "--near-bits", "40"]) == 2
     assert "--near-bits is 40; use 0 to 12" in capsys.readouterr().err
     assert main(["audit", str(unlike), str(unlike)]) == 2

@@ -32,13 +32,16 @@ def then_strike(function, strike_at, counts):
         return result
     return wrapped
 
+def in_place(name):
+    return name.endswith((".tar", ".npy")) and not name.startswith(".tmp-")
+
 for strike in sys.argv[1].split(","):
     counted, number = strike.split(":")
     if (child := os.fork()) == 0:
         if counted == "images":
             write.checked = then_strike(write.checked, int(number), lambda _: True)
         else:
-            workspace.os.replace = then_strike(os.replace, int(number), lambda names: str(names[1]).endswith((".tar", ".npy")))
+            workspace.os.replace = then_strike(os.replace, int(number), lambda names: in_place(os.path.basename(names[1])))
         *words, folder = sys.argv[2:]
         os._exit(__main__.main([*words, folder + "-" + counted + number]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

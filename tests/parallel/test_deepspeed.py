@@ -240,5 +240,5 @@ def test_one_process_is_refused() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"'deepspeed', which is not installed; pip install clae-dist\[deepspeed\]"):
+    with pytest.raises(ConfigError, match=r"'deepspeed', which is not installed; pip install 'deepspeed>="):
         setup_of(2).backend(World.single("cpu"))

@@ -61,7 +61,7 @@ def test_without_mlflow_the_file_and_the_console_remain(tmp_path: Path) -> None:
     trackers.log_model(tmp_path, "d")
     trackers.close("finished")
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["images_seen"] == 256
-    assert "loss 2.0000" in stream.getvalue()
+    assert "loss 2.000" in stream.getvalue()
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "/tmp/mlruns"])
