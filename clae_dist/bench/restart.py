@@ -114,7 +114,9 @@ class _Victim:
         killed = time.time()
         self._ranks()[-1].kill()
         self._until(lambda: len(self._times("resume")) > starts)
-        noticed = min(process.create_time() for process in self._ranks())
+        # psutil counts from the second in which the machine booted, and may be nearly one early.
+        early_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - psutil.boot_time()
+        noticed = min(process.create_time() for process in self._ranks()) + early_s
         started, resumed = self._times("start")[-1], self._times("resume")[-1]
         self._until(lambda: self._step() < reached)  # what is done again is taken out of the file
         begun = self._step()
