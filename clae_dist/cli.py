@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -101,15 +101,25 @@ def _train(arguments: argparse.Namespace) -> int:
         from clae_dist.launchers.terminal import QUIET
 
         os.environ[QUIET] = "1"  # for the ranks, too
-    with lasting_output(), _leaving_at_signals():  # until a launcher listens
-        return _start(arguments)
+    with lasting_output(), _leaving_at_signals() as leave_if_asked:  # until a launcher listens
+        return _start(arguments, leave_if_asked)
 
 
 @contextmanager
-def _leaving_at_signals() -> Iterator[None]:
-    """Inside, what would kill this process ends it with the exit code that asks a scheduler for another start."""
+def _leaving_at_signals() -> Iterator[Callable[[], None]]:
+    """Inside, what would kill this process ends it with the exit code that asks a scheduler for another start.
+
+    Yields a function that ends it, too, if a signal has come: the exit that a handler raises is lost where it interrupts code
+    that catches everything, or a callback.
+    """
+    received: list[int] = []
+
+    def leave_if_asked() -> None:
+        if received:
+            sys.exit(_STOPPED)
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
         print(f"clae: {signal.Signals(number).name} before training began; the same command starts it.", file=sys.stderr)
         sys.exit(_STOPPED)
 
@@ -118,13 +128,13 @@ def _leaving_at_signals() -> Iterator[None]:
     for number in heard:
         signal.signal(number, leave)
     try:
-        yield
+        yield leave_if_asked
     finally:
         for number in heard:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _start(arguments: argparse.Namespace) -> int:
+def _start(arguments: argparse.Namespace, leave_if_asked: Callable[[], None]) -> int:
     from clae_dist.launchers import claim, start
 
     _option(arguments, "launcher", "launch.launcher")
@@ -132,7 +142,7 @@ def _start(arguments: argparse.Namespace) -> int:
     _check_credentials(config, origins)
     if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(config, arguments.trust)):
         say(f"clae: the run could not be noted as yours ({problem}): opening it later may need --trust.", file=sys.stderr)
-    ending = start(config, origins, arguments.debug)
+    ending = start(config, origins, arguments.debug, leave_if_asked)
     if ending.message:
         say(redact_text(f"clae: {ending.message}"), file=sys.stderr)
     elif ending.code == 0 and os.environ.get("RANK", "0") == "0":

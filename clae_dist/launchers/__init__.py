@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,13 @@ def claim(config: Config, trust: bool = False) -> str:
     return ""
 
 
-def start(config: Config, origins: dict[str, str], debug: bool = False) -> Ending:
-    """Trains under the launcher that `launch.launcher` names. Raises ConfigError and DataError."""
+def start(
+    config: Config, origins: dict[str, str], debug: bool = False, before_ranks: Callable[[], None] = lambda: None
+) -> Ending:
+    """Trains under the launcher that `launch.launcher` names; `before_ranks` is called when all checks have passed.
+
+    Raises ConfigError and DataError.
+    """
     import importlib
 
     from clae_dist.launchers.checks import check_run
@@ -81,5 +87,6 @@ def start(config: Config, origins: dict[str, str], debug: bool = False) -> Endin
         refuse_second_run(config.folder)
     (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
+    before_ranks()
     ending: Ending = launcher.launch(config, origins, debug)
     return ending
