@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> Parser:
-    """What `clae` understands; of the namespace, `command` is the subcommand's name and `parser` its parser."""
+    """Return the parser of `clae`; in its namespace, `command` is the subcommand's name and `parser` its parser."""
     top = Parser(
         prog="clae",
         description="Contrastive learning with adversarial examples (CLAE) on a global batch.",

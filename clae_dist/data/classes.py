@@ -20,7 +20,7 @@ def is_number(label: str) -> bool:
 
 
 def one_spelling(names: Iterable[str]) -> dict[str, str]:
-    """What each name is counted as: itself, but for those that differ in Unicode's form (NFC, NFD) alone, which are one."""
+    """Map each name to the class that it counts as: names that differ in Unicode form (NFC, NFD) alone are one class."""
     by_form: dict[str, list[str]] = {}
     for name in names:
         by_form.setdefault(unicodedata.normalize("NFC", name), []).append(name)

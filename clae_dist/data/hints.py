@@ -1,4 +1,4 @@
-"""What to do where `data.shards` names something else than a folder with a manifest."""
+"""Hints for a `data.shards` that is not a folder with a manifest."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _KEYS = ("label", "labels", "cls", "class_id", "class_index", "class", "target",
 
 
 class OddLabelError(ValueError):
-    """What should be a label and is neither a name nor a whole number from 0 on. The message says why."""
+    """A label that is neither a name nor a non-negative integer. The message says why."""
 
 
 def label_in_text(data: bytes) -> int | str:

@@ -275,7 +275,7 @@ def open_plain(
 
 
 def _report(records: list[Record]) -> list[str]:
-    """What is not used of the shards, and images without a label where others have one."""
+    """Return lines about unused parts of the shards, and about unlabelled images where others have a label."""
     dropped = Dropped()
     for record in records:
         dropped.include(record.dropped)

@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 class Dropped:
-    """What is not used of shards: how often and one example, by reason."""
+    """Unused parts of shards: the count and one example for each reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

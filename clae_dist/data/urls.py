@@ -1,4 +1,4 @@
-"""What `data.shards` may name: a folder or a list of shards, here or elsewhere (redact.py takes out secrets)."""
+"""Entries of `data.shards`: a folder or a list of shards, local or remote (redact.py removes secrets)."""
 
 from __future__ import annotations
 
