@@ -107,5 +107,14 @@ def test_nothing_outlives_a_killed_rank_or_a_killed_launcher(start: list[str], s
         processes.wait_until_gone(mark, but=frozenset(again) | others)
         process.kill()
         process.wait()
-        # Ray's own agents look for their parent now and then.
-        processes.wait_until_gone(mark, within_s=60.0 if "ray" in start else processes.GONE_WITHIN_S)
+        agents = frozenset(other.pid for other in processes.marked(mark) if _is_rays_agent(other))
+        processes.wait_until_gone(mark, but=agents)
+        processes.wait_until_gone(mark, within_s=60.0)
+
+
+def _is_rays_agent(process: psutil.Process) -> bool:
+    """True for Ray's own agents, which look for their parent only now and then, when Ray is killed from outside."""
+    try:
+        return " ".join(process.cmdline()).startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
