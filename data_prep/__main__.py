@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     from clae_dist.redact import redact_text
     from clae_dist.storage import storage_error
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
@@ -149,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         way_out = "" if isinstance(error, DataError) else "; mend that, then the same command goes on where it was."
         say(redact_text(f"data_prep: {storage or f'{error}{way_out}'}"), file=sys.stderr)
         return STORAGE if storage else BAD_INPUT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,18 @@ def _hears_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _leaves_signal_handlers_as_they_were() -> Iterator[None]:
+    """A command that runs in this process and leaves its handler behind changes what a later test, or caller, sees."""
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in heard]
+    yield
+    after = [signal.getsignal(number) for number in heard]
+    for number, handler in zip(heard, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before, "the test has changed a signal handler of this process"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where commands note which runs are the user's own: not in the home of whoever runs the tests."""
