@@ -69,7 +69,9 @@ def _of_trusted_file(arguments: argparse.Namespace, config: Config, origins: dic
     if arguments.command not in ("doctor", "dry-run") or arguments.trust:
         return config
     path = Path(arguments.config)
-    if "config.yaml" not in (path.name, path.resolve().name):
+    from clae_dist.runs.folder import CONFIG_FILE
+
+    if CONFIG_FILE not in (path.name, path.resolve().name):
         return config
     from clae_dist.runs.trust import check_settings
 
@@ -152,7 +154,7 @@ def _start(arguments: argparse.Namespace, leave_if_asked: Callable[[], None]) ->
 
 def _config(arguments: argparse.Namespace) -> int:
     from clae_dist.recipe import to_yaml
-    from clae_dist.runs.folder import shareable
+    from clae_dist.runs.claim import shareable
 
     config, origins = _resolve(arguments)
     print(to_yaml(shareable(config), origins), end="")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from clae_dist.runs.checkpoint import Piece, Writer, find_checkpoints, step_of
+from clae_dist.runs.checkpoint import Piece, Writer
+from clae_dist.runs.folder import RunFolder, step_of
 
 CPU = torch.device("cpu")
 
@@ -42,4 +43,4 @@ def write_checkpoint(
     writers[0].commit(step, "ddp", everything, keep, 0.0)
     writers[0].join()
     assert not writers[0].problem, writers[0].problem
-    return next(path for path in find_checkpoints(run_dir) if step_of(path) == step)
+    return next(path for path in RunFolder(run_dir).find_checkpoints() if step_of(path) == step)

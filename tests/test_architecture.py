@@ -84,3 +84,16 @@ def test_the_algorithm_knows_no_ranks() -> None:
         assert not ours, f"{name} imports {ours}"
         backward = [text for text in attributes(OURS[name]) if text.endswith(".backward")]
         assert not backward, f"{name}: an attack takes autograd.grad of its input and fills no parameter gradients"
+
+
+def test_only_the_run_folder_module_names_its_files() -> None:
+    """A second spelling of a name is how a reader looks for a file that nobody writes."""
+    from clae_dist.runs import folder
+
+    home = "clae_dist/runs/folder.py"
+    for name, tree in OURS.items():
+        paths = {id(node.right) for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)}
+        words = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        literals = [node.value for node in words if node.value in folder.FILES | {folder.REPORT_PAGE}]
+        literals += [node.value for node in words if node.value in folder.FOLDERS and id(node) in paths]
+        assert name == home or not literals, f"{name} spells {literals}; runs.folder.RunFolder has these paths"

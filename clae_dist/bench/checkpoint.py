@@ -21,6 +21,7 @@ from clae_dist.config import Attack, Config, Model, Optim, Train
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import Writer, load_checkpoint
+from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World
 
 BARS = {"copy": 1.5, "torch_save": 0.1}  # what ours should take at most, of each
@@ -108,7 +109,7 @@ class _Contest:
         if self._future is not None:
             self._future.result()
             self._future = None
-        for partial in (self._folder / "checkpoints").glob("*.partial-*"):
+        for partial in RunFolder(self._folder).checkpoints.glob("*.partial-*"):
             shutil.rmtree(partial)
         os.sync()
 

@@ -24,6 +24,7 @@ import torch
 from clae_dist.bench.measure import Row, Say
 from clae_dist.bench.outcome import Outcome
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import read_lines
 
 T = TypeVar("T")
@@ -137,7 +138,7 @@ class _Victim:
     def _step(self) -> int:
         """Of the newest line of metrics; 0 before the first."""
         try:
-            text = (self._run_dir / "metrics.jsonl").read_text()
+            text = RunFolder(self._run_dir).metrics_file.read_text()
         except FileNotFoundError:
             return 0
         whole = text[: text.rfind("\n") + 1].splitlines()

@@ -26,9 +26,9 @@ from clae_dist.evaluation.scored import scored
 from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, open_run
 
-FILE_NAME = "evaluation.json"
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # of the report's page of nearest neighbours
 
 Say = Callable[[str], None]
@@ -95,8 +95,9 @@ def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
     else:
         say(f"{manifest.where} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
     result["wall_s"] = round(time.perf_counter() - started, 2)
-    write_atomically(run_dir / FILE_NAME, (json.dumps(result, indent=2) + "\n").encode())
-    say(f"wrote {run_dir / FILE_NAME} after {result['wall_s']:.0f} s")
+    path = RunFolder(run_dir).evaluation_file
+    write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+    say(f"wrote {path} after {result['wall_s']:.0f} s")
     return result
 
 

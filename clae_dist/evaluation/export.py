@@ -23,6 +23,7 @@ from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_en
 from clae_dist.models.norms import single_route_state
 from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder
 from clae_dist.storage import writing
 
@@ -40,9 +41,9 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
     read or written safely (runs/trust.py); StorageError when the destination cannot be written.
     """
     check_folder(run_dir, permission)
-    check_writable((destination or run_dir / "export").absolute().parent)
+    check_writable((destination or RunFolder(run_dir).export).absolute().parent)
     config, model, info = load_model(run_dir)
-    destination = destination or run_dir / "export"
+    destination = destination or RunFolder(run_dir).export
     if destination.exists() and not _replaceable(destination):
         raise ConfigError(f"the destination is {str(destination)!r}, which holds other files; name a new folder.")
     state = _exported_state(config, model.encoder)

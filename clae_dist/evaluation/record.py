@@ -14,8 +14,7 @@ from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.metrics import Metrics, read_metrics
 from clae_dist.evaluation.stored import read_evaluation
 from clae_dist.reading import ReadError, read_text
-from clae_dist.recipe import from_yaml
-from clae_dist.runs.folder import IDENTITY_FILE, read_identity
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import Goodput, account, read_lines
 
 ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
@@ -45,21 +44,20 @@ class Record:
 
 def read_record(run_dir: Path) -> Record:
     """Raises ConfigError when there is no run in the folder, or its config.yaml or run.json is damaged."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
-    metrics, ignored = read_metrics(run_dir / "metrics.jsonl")
-    evaluation, damage = read_evaluation(run_dir / "evaluation.json")
+    folder = RunFolder(run_dir)
+    folder.require()
+    metrics, ignored = read_metrics(folder.metrics_file)
+    evaluation, damage = read_evaluation(folder.evaluation_file)
     times = read_lines(run_dir, ignored.append)
     try:
-        config_text = read_text(path)
+        config_text = read_text(folder.config_file)
     except ReadError as error:
-        raise ConfigError(f"{path} cannot be read ({error}); put a copy of it back.") from None
+        raise ConfigError(f"{folder.config_file} cannot be read ({error}); restore it from a copy.") from None
     return Record(
         run_dir=run_dir,
-        config=from_yaml(path),
+        config=folder.read_config(),
         config_text=config_text,
-        identity=vars(read_identity(run_dir)) if (run_dir / IDENTITY_FILE).exists() else {},
+        identity=vars(folder.read_identity()) if folder.identity_file.exists() else {},
         metrics=metrics,
         evaluation=evaluation,
         goodput=account(times) if times else None,
@@ -71,6 +69,7 @@ def summarise(record: Record) -> dict[str, Any]:
     """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
     rates, metrics = record.metrics.rates.y, record.metrics
+    folder = RunFolder(record.run_dir)
     return {
         "name": record.config.name,
         "method": "CLAE" if record.attacked else "SimCLR",
@@ -98,8 +97,8 @@ def summarise(record: Record) -> dict[str, Any]:
         "package_version": record.identity.get("package_version"),
         "git_revision": record.identity.get("git_revision"),
         "run_dir": str(record.run_dir),
-        "report": str(record.run_dir / "report" / "report.html"),
-        "checkpoints": str(record.run_dir / "checkpoints"),
+        "report": str(folder.report_page),
+        "checkpoints": str(folder.checkpoints),
     }
 
 

@@ -29,6 +29,7 @@ from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_r
 from clae_dist.evaluation.record import Record, number, read_record, summarise
 from clae_dist.files import check_writable, remove, write_together
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import KINDS, MEANING
 from clae_dist.runs.trust import NOTHING, OpenedRun, Permission, open_run
 
@@ -64,7 +65,7 @@ def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
     for problem in record.ignored:
         say(problem)
     summary = summarise(record)
-    folder = run_dir / "report"
+    folder = RunFolder(run_dir).report
     for path in (run_dir, folder):
         check_writable(path)
     album = _Album(folder)
@@ -75,10 +76,10 @@ def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
     body += _neighbour_page(record, manifest, album)
     body += _goodput(record)
     body += _settings(record, summary)
-    path = folder / "report.html"
+    path = RunFolder(run_dir).report_page
     html = page.page(f"{record.config.name} · {summary['method']}", body).encode()
     summary_json = (json.dumps(summary, indent=2) + "\n").encode()
-    write_together({**album.pictures, path: html, run_dir / "summary.json": summary_json})
+    write_together({**album.pictures, path: html, RunFolder(run_dir).summary_file: summary_json})
     remove({folder / f"{name}.png" for name in PICTURES} - album.pictures.keys())
     say(f"report: {path}, {path.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s; summary.json beside it")
     return path

@@ -18,6 +18,7 @@ from clae_dist.reading import (
     or_none,
     read_object,
 )
+from clae_dist.runs.folder import RunFolder
 
 _ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
 _INTERVALS = tuple(f"{key}_interval_percent" for key in _ACCURACIES)
@@ -90,7 +91,7 @@ def read_evaluation(path: Path) -> tuple[dict[str, Any] | None, str]:
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json of a run. Raises ConfigError when it has no report yet, or a damaged one."""
     try:
-        content = read_object(run_dir / "summary.json")
+        content = read_object(RunFolder(run_dir).summary_file)
         expect(content, {}, _SUMMARY)
     except ReadError as error:
         raise ConfigError(

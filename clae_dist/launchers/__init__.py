@@ -71,8 +71,8 @@ def start(
     import importlib
 
     from clae_dist.launchers.checks import check_run
-    from clae_dist.runs.folder import STOP_FILE, make_folder
-    from clae_dist.runs.in_use import refuse_second_run
+    from clae_dist.runs.claim import make_folder, refuse_second_run
+    from clae_dist.runs.folder import RunFolder
 
     if config.launch.min_workers and config.launch.launcher != "ray":
         raise ConfigError(
@@ -85,7 +85,7 @@ def start(
     make_folder(config.folder)
     if config.launch.launcher != "torchrun":  # whose ranks all come here; rank 0 says it to all of them
         refuse_second_run(config.folder)
-    (config.folder / STOP_FILE).unlink(missing_ok=True)  # a request that a killed launcher left behind
+    RunFolder(config.folder).stop_file.unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
     before_ranks()
     ending: Ending = launcher.launch(config, origins, debug)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from clae_dist.config import Config
 from clae_dist.launchers.local import default_workers
 from clae_dist.models import check_model
-from clae_dist.runs.folder import check_run_folder
+from clae_dist.runs.claim import check_run_folder
 from clae_dist.tracking import check_tracking
 from clae_dist.training.sets import check_sets
 

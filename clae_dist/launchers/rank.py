@@ -26,6 +26,7 @@ from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
 from clae_dist.runs.checkpoint import CheckpointError
 from clae_dist.runs.checkpoint.index import DamagedError
+from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import storage_error
 from clae_dist.training.run import train
 from clae_dist.world import RankError, World, connect
@@ -58,7 +59,7 @@ class Console:
     """A text stream that writes to the run folder's console.log, and to another stream where there is one."""
 
     def __init__(self, config: Config, also: TextIO | None) -> None:
-        self._path = config.folder / "console.log"
+        self._path = RunFolder(config.folder).console_file
         self._also = None if also is None else Output(also)
         self._bar: Any = also
         self._missed = False
@@ -125,7 +126,7 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
         reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
         what = f"rank {rank} of {size}: {reason if storage else reason[:220]}"
         code = STORAGE if storage else UNEXPECTED
-        log = config.folder / f"error-rank-{rank}.log"
+        log = RunFolder(config.folder).error_log(rank)
         try:
             log.write_text(shown_lines(redact_text(traceback.format_exc())))
         except OSError:

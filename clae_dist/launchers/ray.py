@@ -21,7 +21,7 @@ from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Setting, build, flatten
-from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE
+from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
 
 _POLL_S = 0.2
@@ -85,7 +85,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         return Ending(STOPPED, "SIGTERM before training began; the same command starts it.")
     if not debug:
         _quieten(ray)
-    stop_file = config.folder.resolve() / STOP_FILE
+    stop_file = RunFolder(config.folder.resolve()).stop_file
     try:
         with _StopFile(stop_file) as stop:
             while True:
@@ -151,7 +151,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
         ),
         "run_config": RunConfig(
             name=name,
-            storage_path=str(folder / "ray"),
+            storage_path=str(RunFolder(folder).ray),
             failure_config=FailureConfig(max_failures=config.launch.max_failures),
         ),
     }
@@ -163,7 +163,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
         raise ConfigError(
             f"Ray {ray.__version__} has no elastic policy that a cluster's run needs ({error}); pip install 'ray[train]>=2.60'."
         ) from None
-    policy = WorkingSizes(scaling, sizes, folder / STOP_FILE, config.launch.look_every_s)
+    policy = WorkingSizes(scaling, sizes, RunFolder(folder).stop_file, config.launch.look_every_s)
     return Trainer(**settings, policy=policy)
 
 
@@ -197,7 +197,7 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
 
     # Beside the main thread, so that signals are ours and the workers' console can be shown meanwhile.
     thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
-    with _ConsoleTail(folder / "console.log") as tail:
+    with _ConsoleTail(RunFolder(folder).console_file) as tail:
         tail.wait_for("Ray's workers")
         thread.start()
         while thread.is_alive():
@@ -209,7 +209,7 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
                     f"the ranks were asked to stop and did not leave within {config.guard.stop_within_s:g} s "
                     "(guard.stop_within_s): they are ended. The same command goes on from the newest checkpoint.",
                 )
-    shutil.rmtree(folder / "ray", ignore_errors=True)
+    shutil.rmtree(RunFolder(folder).ray, ignore_errors=True)
     if "error" in result:
         if debug:
             raise result["error"]
@@ -217,7 +217,7 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
     told = _store()._internal_kv_get(name, namespace=_NAMESPACE)
     _store()._internal_kv_del(name, namespace=_NAMESPACE)
     ending = Ending(**json.loads(told))
-    if ending.code in (OK, STOPPED) and not (folder / IDENTITY_FILE).exists():
+    if ending.code in (OK, STOPPED) and not RunFolder(folder).identity_file.exists():
         raise ConfigError(
             f"run_dir is {str(folder)!r}, where the ranks have left nothing for this host; "
             "name a folder on storage that all hosts share."

@@ -10,7 +10,7 @@ from clae_dist import __version__
 
 def versions() -> dict[str, str]:
     """This host's versions, by name; "none" for what is not installed."""
-    from clae_dist.runs.folder import git_revision
+    from clae_dist.runs.claim import git_revision
 
     def of(package: str) -> str:
         try:

@@ -1,33 +1,41 @@
-"""The run folder: what a run is, written down before it starts and checked before it goes on."""
+"""The layout of a run folder: the name of every file and folder in it, and readers that check what they read."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import time
-from dataclasses import dataclass, fields, is_dataclass, replace
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
-from clae_dist.data.manifest import Manifest
-from clae_dist.data.urls import uri_without_secrets, without_secrets
-from clae_dist.files import write_together
 from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_number, is_text, read_object
-from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
-from clae_dist.redact import redact_text
-from clae_dist.runs.checkpoint.places import find_checkpoints
-from clae_dist.storage import storage_error
-from clae_dist.world import World
+from clae_dist.recipe import from_yaml
 
+CONFIG_FILE = "config.yaml"
 IDENTITY_FILE = "run.json"
-STOP_FILE = "STOP"  # a launcher that cannot signal its ranks asks them to stop by making this file
+STOP_FILE = "STOP"
+METRICS_FILE = "metrics.jsonl"
+GOODPUT_FILE = "goodput.jsonl"
+CONSOLE_FILE = "console.log"
+EVALUATION_FILE = "evaluation.json"
+SUMMARY_FILE = "summary.json"
+BAD_SAMPLES_FILE = "bad-samples.jsonl"
+TRAINING_LEASE, EVALUATION_LEASE = "training.lease", "evaluation.lease"
+CHECKPOINTS, EXPORT, HANG, NONFINITE, RAY, REPORT = "checkpoints", "export", "hang", "nonfinite", "ray", "report"
+REPORT_PAGE = "report.html"
+
+FOLDERS = frozenset((CHECKPOINTS, EXPORT, HANG, NONFINITE, RAY, REPORT))
+FILES = frozenset(
+    {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
+    | {BAD_SAMPLES_FILE, TRAINING_LEASE, EVALUATION_LEASE}
+)
+PREFIXES = (".", "error-rank-")  # of temporary files and error logs of ranks
+
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run reproducible, beside its configuration. Kept in run.json."""
+    """The content of run.json: the facts that make a run reproducible, besides its configuration."""
 
     package_version: str
     git_revision: str
@@ -40,29 +48,12 @@ class Identity:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What trackers and exports call the run."""
+        """Tags of the run for trackers and exports."""
         return {
             "package_version": self.package_version,
             "git_revision": self.git_revision,
             "manifest_digest": self.manifest_digest,
         }
-
-
-def git_revision() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; "" outside of a checkout."""
-    here = Path(__file__).parents[2]
-    try:
-        if not (here / ".git").exists():
-            return ""
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return revision + ("+changes" if dirty else "")
 
 
 _FIELDS: dict[str, Check] = {
@@ -73,107 +64,137 @@ _FIELDS: dict[str, Check] = {
 }
 
 
-def read_identity(run_dir: Path) -> Identity:
-    """The content of run.json. Raises ConfigError when it is missing or damaged."""
-    path = run_dir / IDENTITY_FILE
-    try:
-        content = read_object(path, 1 << 20)
-        expect(content, _FIELDS)
-    except MissingError:
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no run.json; name the folder of a run.") from None
-    except ReadError as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}); put a copy of it back, or delete it: the next `clae train` with the settings of "
-            "its config.yaml writes a new one and resumes from the newest checkpoint."
-        ) from None
-    return Identity(**{key: content[key] for key in _FIELDS})
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and checked content of the run folder at `path`. Paths are returned whether or not the file exists."""
 
+    path: Path
 
-def shareable(config: Config) -> Config:
-    """The configuration without the secrets of the URLs in it: what is written down outlives them, and others read it."""
-    mixture = {without_secrets(name): share for name, share in config.data.mixture.items()}
-    kept: Config = _redacted(config)
-    return replace(
-        kept,
-        data=replace(kept.data, shards=without_secrets(config.data.shards), mixture=mixture),
-        tracking=replace(kept.tracking, uri=uri_without_secrets(config.tracking.uri)),
-    )
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, with the origin of each value as a comment."""
+        return self.path / CONFIG_FILE
 
+    @property
+    def identity_file(self) -> Path:
+        return self.path / IDENTITY_FILE
 
-def _redacted(section: Any) -> Any:
-    """A section, and those in it, with every text redacted: a URL may stand where it does not belong."""
-    values = {one.name: getattr(section, one.name) for one in fields(section)}
-    texts = {name: redact_text(value) for name, value in values.items() if isinstance(value, str)}
-    sections = {name: _redacted(value) for name, value in values.items() if is_dataclass(value)}
-    return replace(section, **texts, **sections)
+    @property
+    def stop_file(self) -> Path:
+        """Created by a launcher that cannot signal its ranks, to request a stop."""
+        return self.path / STOP_FILE
 
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / METRICS_FILE
 
-def make_folder(folder: Path) -> None:
-    """Raises ConfigError when a run's folder cannot be made, StorageError where storage is full, read-only or broken."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        if storage := storage_error(error):
-            raise storage from None
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be made ({reason}); name another folder.") from None
+    @property
+    def goodput_file(self) -> Path:
+        return self.path / GOODPUT_FILE
 
+    @property
+    def console_file(self) -> Path:
+        """Console output of all ranks, over all starts."""
+        return self.path / CONSOLE_FILE
 
-def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | None:
-    """The identity of the run that the folder holds, None for a new run; `manifest` None: its images are not known yet.
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / EVALUATION_FILE
 
-    Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs.
-    """
-    folder = config.folder
-    known = (folder / IDENTITY_FILE).exists()
-    if not ((folder / "config.yaml").is_file() and (known or find_checkpoints(folder))):
-        return None
-    old, identity = from_yaml(folder / "config.yaml"), read_identity(folder) if known else None
-    before, now = flatten(old), flatten(shareable(config))
-    differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
-    if identity and manifest is not None and identity.manifest_digest != manifest.digest:
-        was, now_is = identity.manifest_digest[:12], manifest.digest[:12]
-        differ.append(f"the images were {was} and are {now_is} (digest of the manifest)")
-    if differ:
-        raise ConfigError(
-            f"run_dir is {str(folder)!r}, which belongs to another configuration: {'; '.join(differ)}. {_OTHER_RUN}"
+    @property
+    def summary_file(self) -> Path:
+        return self.path / SUMMARY_FILE
+
+    @property
+    def bad_samples_file(self) -> Path:
+        """One JSON object per undecodable image."""
+        return self.path / BAD_SAMPLES_FILE
+
+    @property
+    def training_lease(self) -> Path:
+        return self.path / TRAINING_LEASE
+
+    @property
+    def evaluation_lease(self) -> Path:
+        return self.path / EVALUATION_LEASE
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def export(self) -> Path:
+        """The exported encoder, unless `clae export` is given another destination."""
+        return self.path / EXPORT
+
+    @property
+    def hang(self) -> Path:
+        """Stack traces of the newest hang, written by the watchdogs of the ranks."""
+        return self.path / HANG
+
+    @property
+    def ray(self) -> Path:
+        """Working files of Ray; removed when the launcher ends."""
+        return self.path / RAY
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    @property
+    def report_page(self) -> Path:
+        return self.report / REPORT_PAGE
+
+    def nonfinite(self, step: int) -> Path:
+        """The record of a step with a non-finite loss or gradient, for `clae replay`."""
+        return self.path / NONFINITE / f"step-{step:08d}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def error_log(self, rank: int, source: str = "") -> Path:
+        """The traceback of an error of one rank; `source` names the thread, "" is the main thread."""
+        return self.path / f"error-rank-{rank}{source and '-' + source}.log"
+
+    def find_checkpoints(self) -> list[Path]:
+        """Committed checkpoints, newest first, including damaged ones."""
+        if not self.checkpoints.is_dir():
+            return []
+        committed = [path for path in self.checkpoints.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+        return sorted(committed, key=step_of, reverse=True)
+
+    def require(self) -> None:
+        """Raise ConfigError if this is not a run folder."""
+        if not self.config_file.is_file():
+            raise self.missing()
+
+    def missing(self) -> ConfigError:
+        """The error for a folder that is not a run."""
+        return ConfigError(
+            f"RUN is {str(self.path)!r}, which holds no {CONFIG_FILE}; name the folder of a run, such as runs/clae."
         )
-    return identity
+
+    def read_config(self) -> Config:
+        """The content of config.yaml. Raises ConfigError if this is not a run folder or the file is damaged."""
+        self.require()
+        return from_yaml(self.config_file)
+
+    def read_identity(self) -> Identity:
+        """The content of run.json. Raises ConfigError if it is missing or damaged."""
+        try:
+            content = read_object(self.identity_file, 1 << 20)
+            expect(content, _FIELDS)
+        except MissingError:
+            raise ConfigError(f"RUN is {str(self.path)!r}, which holds no {IDENTITY_FILE}; name the folder of a run.") from None
+        except ReadError as error:
+            raise ConfigError(
+                f"{self.identity_file} is damaged ({error}); restore it from a copy, or delete it: the next `clae train` with "
+                f"the settings of {CONFIG_FILE} writes a new one and resumes from the newest checkpoint."
+            ) from None
+        return Identity(**{key: content[key] for key in _FIELDS})
 
 
-_OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
-
-
-def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
-    """Makes the run's folder, or checks that it is this run's. To be called on one rank.
-
-    Raises ConfigError when the folder belongs to another configuration or another set of images, naming what differs, and
-    StorageError when it cannot be written.
-    """
-    folder = config.folder
-    identity = check_run_folder(config, manifest)
-    if identity is None:
-        identity = Identity(
-            package_version=__version__,
-            git_revision=git_revision(),
-            manifest_digest=manifest.digest,
-            world_size=world.size,
-            backend=config.parallel.backend,
-            collectives=world.collectives,
-            run_key=run_key,
-            started=time.time(),
-        )
-    make_folder(folder)
-    current: dict[str, Any] = {
-        **vars(identity),
-        "world_size": world.size,
-        "backend": config.parallel.backend,
-        "collectives": world.collectives,
-    }
-    write_together(
-        {
-            folder / "config.yaml": to_yaml(shareable(config), origins).encode(),
-            folder / IDENTITY_FILE: (json.dumps(current, indent=2) + "\n").encode(),
-        }
-    )
-    return Identity(**current)
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clae_dist.reading import ReadError, is_count, is_number, json_lines
+from clae_dist.runs.folder import RunFolder
 
-FILE_NAME = "goodput.jsonl"
 Kind = Literal["training", "starting", "data", "checkpoint", "evaluation", "lost", "idle"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MEANING: dict[Kind, str] = {
@@ -132,7 +132,7 @@ class Ledger:
         if not self._write:
             return
         # A full disk ends a run by what it must write (metrics, checkpoints), with their reasons; not by this.
-        with suppress(OSError), (self._folder / FILE_NAME).open("a+b") as file:
+        with suppress(OSError), RunFolder(self._folder).goodput_file.open("a+b") as file:
             torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"  # which a kill has cut off
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
@@ -145,7 +145,7 @@ def _last_byte(file: Any) -> bytes:
 
 def read_lines(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """The usable lines of a run's goodput.jsonl; [] without one. What is cut off or damaged is ignored, and said in a line."""
-    path = run_dir / FILE_NAME
+    path = RunFolder(run_dir).goodput_file
     usable, ignored = [], 0
     try:
         for line in json_lines(path):

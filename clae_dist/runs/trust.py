@@ -24,18 +24,12 @@ from clae_dist.data.urls import redact_list, uri_without_secrets
 from clae_dist.files import write_atomically
 from clae_dist.reading import ReadError, read_object
 from clae_dist.recipe import from_yaml
-from clae_dist.runs.folder import IDENTITY_FILE, STOP_FILE, shareable
-from clae_dist.runs.in_use import EVALUATION, TRAINING
+from clae_dist.runs.claim import shareable
+from clae_dist.runs.folder import FILES, FOLDERS, PREFIXES, RunFolder
 from clae_dist.world import state_home
 
 _MAX_BYTES = 1 << 16  # of a note
 _MAX_SETTINGS = 20  # that a note holds, the newest
-FOLDERS = frozenset("checkpoints export hang nonfinite ray report".split())  # of a run, with all that is in them
-FILES = frozenset(
-    {"config.yaml", IDENTITY_FILE, STOP_FILE, "metrics.jsonl", "goodput.jsonl", "console.log", "evaluation.json"}
-    | {"summary.json", "bad-samples.jsonl", TRAINING, EVALUATION}
-)
-_PREFIXES = (".", "error-rank-")  # temporary names, and logs of ranks
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class OpenedRun:
         if self.trusted:
             return replace(self.config, data=data)
         named = ([] if shards else [data.shards]) + ([*data.mixture] if mixture else [])
-        _refuse_acting(named, self.run_dir / "config.yaml", "name the images with --shards")
+        _refuse_acting(named, RunFolder(self.run_dir).config_file, "name the images with --shards")
         return replace(self.config, data=replace(data, cache=""))  # the user's own cache
 
     def to_track(self) -> tuple[Config, str]:
@@ -94,9 +88,10 @@ def open_run(run_dir: Path, permission: Permission = NOTHING) -> OpenedRun:
 
     Raises ConfigError without a run, and for an entry that leads out of the folder or is not a plain file or folder.
     """
-    path = run_dir / "config.yaml"
+    folder = RunFolder(run_dir)
+    path = folder.config_file
     if not os.path.lexists(path):
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
+        raise folder.missing()
     if permission.trust:
         return OpenedRun(run_dir, from_yaml(path), True, permission.store)
     strange = next(strange_entries(run_dir), "")
@@ -110,7 +105,7 @@ def open_run(run_dir: Path, permission: Permission = NOTHING) -> OpenedRun:
 
 def check_folder(run_dir: Path, permission: Permission = NOTHING) -> None:
     """Raises ConfigError for a folder that `open_run` would refuse; one that is not there is left to the caller."""
-    if os.path.lexists(run_dir / "config.yaml"):
+    if os.path.lexists(RunFolder(run_dir).config_file):
         open_run(run_dir, permission)
 
 
@@ -163,7 +158,7 @@ def strange_entries(run_dir: Path) -> Iterator[str]:
         folder = folders.pop()
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda one: one.name):
-                if folder == root and entry.name not in FOLDERS | FILES and not entry.name.startswith(_PREFIXES):
+                if folder == root and entry.name not in FOLDERS | FILES and not entry.name.startswith(PREFIXES):
                     continue  # nothing opens it
                 name = os.path.relpath(entry.path, root)
                 if entry.is_symlink():

@@ -8,9 +8,10 @@ from typing import IO
 
 from clae_dist import escape
 from clae_dist.config import Config
+from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.dataset import TrackedSet
-from clae_dist.tracking.files import METRICS_FILE, MetricsFile, Rows
+from clae_dist.tracking.files import MetricsFile, Rows
 from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
 
@@ -74,10 +75,10 @@ def continue_tracking(
         say,
         training=False,
         trained=trained,
-        config_file=run_dir / "config.yaml",
+        config_file=RunFolder(run_dir).config_file,
         dataset=dataset,
     )
-    rows = Rows(run_dir / METRICS_FILE) if trained else ()
+    rows = Rows(RunFolder(run_dir).metrics_file) if trained else ()
     return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
 
 
@@ -105,7 +106,7 @@ def build_trackers(
         escape.say(text, file=stream, flush=True)
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = MetricsFile(run_dir / METRICS_FILE, resume_images_seen, say)
+    file = MetricsFile(RunFolder(run_dir).metrics_file, resume_images_seen, say)
     others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
     page = ""
     if config.tracking.name == "mlflow":
@@ -113,7 +114,7 @@ def build_trackers(
         from clae_dist.tracking.background import BackgroundTracker
 
         uri = mlflow.store_uri(config, run_dir)
-        name, config_file = run_dir.resolve().name, run_dir / "config.yaml"
+        name, config_file = run_dir.resolve().name, RunFolder(run_dir).config_file
         store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, config_file=config_file, dataset=dataset)
         # The process that was killed may not have sent all that it had written down.
         others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))

@@ -16,8 +16,6 @@ from clae_dist.reading import is_count, parse_line, raw_lines
 from clae_dist.storage import writing
 from clae_dist.tracking.tracker import Row, Say, Status
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class Rows:
     """The whole lines that such a file has now, as rows with now as their time; read when they are asked for, not kept."""

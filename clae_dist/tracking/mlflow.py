@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from clae_dist.config import Config, ConfigError
 from clae_dist.data.urls import uri_without_secrets
 from clae_dist.recipe import flatten
-from clae_dist.runs.folder import shareable
+from clae_dist.runs.claim import shareable
+from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.background import Refused, brief
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
@@ -225,7 +226,7 @@ class MlflowStore:
                 purpose = InputTag("mlflow.data.context", "training")
                 self._client.log_inputs(self.run_id, [DatasetInput(shown, [purpose])])
 
-        for what, action in (("config.yaml", show_config), ("the dataset", show_images)):
+        for what, action in ((CONFIG_FILE, show_config), ("the dataset", show_images)):
             try:
                 action()
             except Exception as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from clae_dist.data.manifest import DataError
 from clae_dist.files import write_atomically
+from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World
 
-FILE_NAME = "bad-samples.jsonl"
 _SAID = 10  # on the console; the file names all
 
 
@@ -20,7 +20,7 @@ class BadSamples:
     def __init__(self, allowed: float, num_samples: int, folder: Path, known: dict[str, str]) -> None:
         self._budget = int(allowed if allowed >= 1 else allowed * num_samples)
         self._num_samples = num_samples
-        self._file = folder / FILE_NAME
+        self._file = RunFolder(folder).bad_samples_file
         self.known = dict(known)  # sample: reason
 
     def new_in(self, found: dict[str, str]) -> bool:

@@ -15,8 +15,8 @@ from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.record import summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
-from clae_dist.runs.folder import read_identity
-from clae_dist.runs.in_use import only_evaluation
+from clae_dist.runs.claim import only_evaluation
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run
 from clae_dist.tracking import NullTracker, Tracker, continue_tracking
 
@@ -52,7 +52,7 @@ def report(
     write_report(run_dir, say, shards, permission)
     summary = read_summary(run_dir)
     with _tracker(run_dir, summary["images_seen"] or 0, say, permission) as tracker:
-        tracker.log_artifacts(run_dir / "report", "report")
+        tracker.log_artifacts(RunFolder(run_dir).report, "report")
     for line in ["", *summary_table(summary, *others).split("\n")]:
         say(line)
     return summary
@@ -61,7 +61,7 @@ def report(
 def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say, permission: Permission = NOTHING) -> Path:
     """export_encoder(), the encoder also in MLflow, as a logged model."""
     folder = export_encoder(run_dir, destination, permission)
-    identity, seen = read_identity(run_dir), json.loads((folder / "config.json").read_text())["images_seen"]
+    identity, seen = RunFolder(run_dir).read_identity(), json.loads((folder / "config.json").read_text())["images_seen"]
     with _tracker(run_dir, seen, say, permission) as tracker:
         tracker.log_model(folder, identity.manifest_digest)
     say(f"wrote {folder}; its README.md shows how to load it")
@@ -75,7 +75,7 @@ def _tracker(run_dir: Path, images_seen: int, say: Say, permission: Permission) 
         say(refusal)
         yield NullTracker()
         return
-    identity = read_identity(run_dir)
+    identity = RunFolder(run_dir).read_identity()
     tracker = continue_tracking(config, run_dir, identity.run_key, tags=identity.tags, images_seen=images_seen, say=say)
     try:
         yield tracker

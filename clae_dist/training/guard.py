@@ -12,7 +12,7 @@ from types import FrameType
 
 from clae_dist.exit_codes import HUNG as HUNG
 from clae_dist.exit_codes import STOPPED as STOPPED
-from clae_dist.runs.folder import STOP_FILE
+from clae_dist.runs.folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 2.0
@@ -30,7 +30,7 @@ class StopRequest:
     """Whether this process was asked to stop: by a signal, or by a STOP file in the run folder."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / STOP_FILE
+        self._file = RunFolder(run_dir).stop_file
         self.reason = ""
         self._asked_at = 0.0
 

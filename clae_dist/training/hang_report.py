@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from clae_dist.reading import ReadError, expect, is_count, is_number, is_text, read_object
+from clae_dist.runs.folder import RunFolder
 
 _NAMED = 4  # ranks that a line names one by one
 _TEXTS = ("host", "doing", "where", "stack")
@@ -70,8 +71,9 @@ def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], fol
     else:
         place = f"{first.doing} in {first.where}"
         cause = f"all {num_ranks} rank(s) wait at {place}, such as {_of([first])}: network, device or storage"
+    stacks = RunFolder(folder).hang
     return (
-        f"no progress for {first.quiet_s:.0f} s after step {first.step}: {cause}. Stacks of all ranks: {folder / 'hang'}. "
+        f"no progress for {first.quiet_s:.0f} s after step {first.step}: {cause}. Stacks of all ranks: {stacks}. "
         "The same command goes on from the newest checkpoint."
     )
 

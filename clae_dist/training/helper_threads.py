@@ -17,6 +17,7 @@ from typing import Any
 from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
 from clae_dist.exit_codes import UNEXPECTED
+from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World, abandon
 
 _HERE = os.sep + "clae_dist" + os.sep
@@ -33,7 +34,7 @@ def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]
             return
         name = failure.thread.name if failure.thread else "?"
         words = " ".join(redact_text(str(failure.exc_value)).split())[:200]
-        log = config.folder / f"error-rank-{world.rank}.log"
+        log = RunFolder(config.folder).error_log(world.rank)
         line = f"clae: rank {world.rank} of {world.size}: the thread {name} failed: {failure.exc_type.__name__}: {words}"
         stack = "".join(traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback))
         with suppress(OSError):
@@ -41,7 +42,7 @@ def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]
             line += f" (traceback: {log})"
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-        with suppress(OSError), (config.folder / "console.log").open("a") as console:
+        with suppress(OSError), RunFolder(config.folder).console_file.open("a") as console:
             console.write(line + "\n")
         abandon(UNEXPECTED)
 

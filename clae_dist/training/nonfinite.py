@@ -22,9 +22,9 @@ from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shards import ShardReader
 from clae_dist.files import write_atomically
 from clae_dist.parallel import Backend
+from clae_dist.runs.folder import RunFolder
 from clae_dist.world import RankError, World
 
-FOLDER = "nonfinite"
 _WORST = 20  # parameters whose gradients are written down
 
 
@@ -76,7 +76,7 @@ class NonFiniteSteps:
             return f"sample {sample}"
 
     def _write_down(self, batch: Batch, step: int, parts: dict[str, float], settings: dict[str, Any]) -> None:
-        folder = self._config.folder / FOLDER / f"step-{step + 1:08d}"
+        folder = RunFolder(self._config.folder).nonfinite(step + 1)
         norms = self._backend.gradient_norms()
         worst = sorted(norms, key=lambda name: (torch.tensor(norms[name]).isfinite().item(), -norms[name]))[:_WORST]
         images = [self._name_of(sample) for sample in batch.ids.tolist()]

@@ -21,9 +21,9 @@ from clae_dist.evaluation.export import export_encoder
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
-from clae_dist.runs.folder import Identity, open_run_folder
+from clae_dist.runs.claim import only_run, open_run_folder
+from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
-from clae_dist.runs.in_use import only_run
 from clae_dist.tracking import (
     NullTracker,
     Status,

@@ -18,7 +18,8 @@ from typing import Any
 from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
 from clae_dist.parallel import Backend
-from clae_dist.runs.checkpoint import CheckpointError, Writer, find_checkpoints
+from clae_dist.runs.checkpoint import CheckpointError, Writer
+from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import StorageError
 from clae_dist.world import World
 
@@ -110,10 +111,10 @@ class Saving:
         if broke:
             self._keep_traceback(failed)
         problems = [pair for pair in self._world.gather_objects((self._writer.problem, broke)) if pair[0]]
-        folder = self._config.folder / "checkpoints"
+        folder = RunFolder(self._config.folder).checkpoints
         if self._world.is_main:
             self._writer.discard(pending.step)
-        older = self._world.broadcast([path.name for path in find_checkpoints(self._config.folder)])
+        older = self._world.broadcast([path.name for path in RunFolder(self._config.folder).find_checkpoints()])
         rest = f"{older[0]} is untouched" if older else "there is no older one"
         what = f"the checkpoint of step {pending.step} could not be written"
         if unexpected := [text for text, broke in problems if broke]:
@@ -125,6 +126,6 @@ class Saving:
 
     def _keep_traceback(self, failure: Exception | None) -> None:
         """In the run folder, where a rank's other errors are kept: the thread that failed is gone."""
-        log = self._config.folder / f"error-rank-{self._world.rank}-checkpoint.log"
+        log = RunFolder(self._config.folder).error_log(self._world.rank, "checkpoint")
         with suppress(OSError):
             log.write_text(redact_text("".join(traceback.format_exception(failure))))

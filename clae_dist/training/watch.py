@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TypeVar
 
 from clae_dist.config import Config
-from clae_dist.runs.checkpoint import find_checkpoints
+from clae_dist.runs.folder import RunFolder
 from clae_dist.training.guard import HUNG, STOPPED, StopRequest
 from clae_dist.training.hang_report import Place, Report, read_report, stacks_by_ranks, verdict
 from clae_dist.world import World, abandon
@@ -40,7 +40,7 @@ class Watch:
 
     def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
         self._config, self._world, self._stop = config, world, stop
-        self._folder = config.folder / "hang"
+        self._folder = RunFolder(config.folder).hang
         self._hosts: list[str] = []
         self._now = Place("starting", 0)
         self._main = threading.get_ident()
@@ -132,7 +132,7 @@ class Watch:
             time.sleep(0.1)
 
     def _log(self, text: str) -> None:
-        with (self._config.folder / "console.log").open("a") as file:
+        with RunFolder(self._config.folder).console_file.open("a") as file:
             file.write(text)
 
     def _leave_unsaved(self, place: Place) -> None:
@@ -153,7 +153,7 @@ class Watch:
 
 def _newest(run_dir: Path) -> str:
     """The name of the newest checkpoint; "" where there is none."""
-    return next((path.name for path in find_checkpoints(run_dir)), "")
+    return next((path.name for path in RunFolder(run_dir).find_checkpoints()), "")
 
 
 def _own_place(frame: FrameType | None) -> str:

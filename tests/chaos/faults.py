@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import psutil
 
-from clae_dist.runs.checkpoint import find_checkpoints
+from clae_dist.runs.folder import RunFolder
 from tests.chaos.night import NUM_HOSTS, Night, flip_bytes, free_bytes, kill_family
 from tests.hosts.cluster import is_running
 
@@ -102,7 +102,7 @@ def kill_in_checkpoint(night: Night) -> None:
 
 def damage_checkpoint(night: Night) -> None:
     """Bytes of the newest checkpoint are flipped, and a rank is killed."""
-    newest = find_checkpoints(night.run_dir)[0]
+    newest = RunFolder(night.run_dir).find_checkpoints()[0]
     flip_bytes(night.draw.choice(sorted(newest.iterdir())), night.draw)
     _one_rank(night).kill()
 

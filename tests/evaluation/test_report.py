@@ -158,7 +158,7 @@ def test_what_is_damaged_is_ignored_and_said(make_run: MakeRun, write_metrics: C
 def test_a_damaged_run_json_has_a_way_out(make_run: MakeRun, content: bytes) -> None:
     run = make_run(checkpoint=False)
     (run / "run.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"run.json is damaged \(.*\); put a copy of it back, or delete it"):
+    with pytest.raises(ConfigError, match=r"run.json is damaged \(.*\); restore it from a copy, or delete it"):
         write_report(run, _quiet)
 
 

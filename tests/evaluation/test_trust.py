@@ -18,7 +18,8 @@ from clae_dist.cli import main
 from clae_dist.config import Config, ConfigError, Evaluation, Train
 from clae_dist.data.urls import expand, scheme
 from clae_dist.recipe import from_yaml, read_recipe
-from clae_dist.runs.trust import FILES, FOLDERS, Permission, acts, is_remembered, open_run, remember
+from clae_dist.runs.folder import FILES, FOLDERS
+from clae_dist.runs.trust import Permission, acts, is_remembered, open_run, remember
 from clae_dist.tracking import NullTracker
 from clae_dist.training import finish
 from tests.small_run import small_run

@@ -13,7 +13,8 @@ import torch
 
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
+from clae_dist.runs.checkpoint import load_checkpoint
+from clae_dist.runs.folder import RunFolder
 
 CHECKPOINT_EVERY = "checkpoint.every_steps"  # the key of steps between checkpoints
 STEPS = 24
@@ -56,7 +57,7 @@ def weights(run_dir: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """The steps whose checkpoints there are, newest first."""
-    return [int(path.name.removeprefix("step-")) for path in find_checkpoints(run_dir)]
+    return [int(path.name.removeprefix("step-")) for path in RunFolder(run_dir).find_checkpoints()]
 
 
 def assert_bitwise(run_dir: Path, other: Path, steps: int = STEPS) -> None:

@@ -21,7 +21,8 @@ import torch
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers.rank import FAILED, OK, STOPPED
-from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint
+from clae_dist.runs.checkpoint import load_checkpoint
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import account, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     assert "was killed by SIGKILL" in said or "ray" in launcher, said
     assert "The same command goes on from the newest checkpoint" in said
     assert len(said.splitlines()) < 12, said  # readable
-    assert 4 <= int(find_checkpoints(tmp_path / "run")[0].name.removeprefix("step-")) < 24
+    assert 4 <= int(RunFolder(tmp_path / "run").find_checkpoints()[0].name.removeprefix("step-")) < 24
     assert "resuming after step" in run(arguments)
     assert_bitwise(tmp_path / "run", undisturbed)
 
@@ -235,7 +236,7 @@ def test_a_signal_saves_and_leaves(
     assert "saved. The same command goes on from there." in said
     if launcher == "local":  # which hands on SIGTERM, whatever it was sent
         assert f"({how.split()[0]})" in said
-    (checkpoint,) = find_checkpoints(tmp_path / "run")
+    (checkpoint,) = RunFolder(tmp_path / "run").find_checkpoints()
     assert 5 <= int(checkpoint.name.removeprefix("step-")) < 24
     run(arguments)
     assert_bitwise(tmp_path / "run", undisturbed)

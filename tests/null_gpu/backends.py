@@ -19,8 +19,8 @@ from clae_dist.cli import main as clae
 from clae_dist.config import Checkpointing, Config, Evaluation, Launch, Parallel, Train
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import OK, Ending, RankBroke, run_rank
-from clae_dist.runs.checkpoint import find_checkpoints
 from clae_dist.runs.checkpoint.write import delete_folder
+from clae_dist.runs.folder import RunFolder
 from tests.null_gpu import program
 from tests.small_run import small_run
 
@@ -58,7 +58,7 @@ def train_and_resume(runs: list[Config], ports: list[int], folder: Path) -> Endi
             if ports:
                 os.environ["MASTER_PORT"] = str(next(starts))
             if again and rank == 0:
-                delete_folder(find_checkpoints(config.folder)[0])
+                delete_folder(RunFolder(config.folder).find_checkpoints()[0])
             _forget_groups()
             before = len(program.STEPS)
             try:

@@ -12,7 +12,7 @@ import pytest
 
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers.rank import BAD_CONFIG, OK
-from clae_dist.runs.checkpoint import find_checkpoints, step_of
+from clae_dist.runs.folder import RunFolder, step_of
 from tests.null_gpu.build import NoNullGpuError, NullGpu, build
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def assert_trained_and_resumed(trained: Trained, backend: str) -> None:
     console = (trained.folder / backend / "console.log").read_text()
     assert "cuda" in console
     assert "resuming after step 2" in console
-    assert [step_of(path) for path in find_checkpoints(trained.folder / backend)] == [4, 2]
+    assert [step_of(path) for path in RunFolder(trained.folder / backend).find_checkpoints()] == [4, 2]
 
 
 @pytest.mark.slow

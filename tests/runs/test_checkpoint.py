@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from clae_dist.cli import main
 from clae_dist.config import Config, ConfigError
 from clae_dist.recipe import to_yaml
-from clae_dist.runs.checkpoint import Checkpoint, Piece, Writer, find_checkpoints, load_checkpoint
+from clae_dist.runs.checkpoint import Checkpoint, Piece, Writer, load_checkpoint
 from clae_dist.runs.checkpoint.index import DamagedError, _digest
 from clae_dist.runs.checkpoint.pieces import share_of
 from clae_dist.runs.checkpoint.write import HostMemory, outdated
+from clae_dist.runs.folder import RunFolder
 from tests.checkpoints import CPU, pieces_of, write_checkpoint
 from tests.mutations import mutate
 
@@ -106,7 +107,7 @@ def test_a_save_is_of_the_moment_it_began(tmp_path: Path, monkeypatch: pytest.Mo
     writer.commit(1, "ddp", {"images_seen": 1}, 3, 0)
     writer.join()
     assert writer.problem == ""
-    assert Checkpoint(find_checkpoints(tmp_path)[0])["model/w"].eq(1).all()
+    assert Checkpoint(RunFolder(tmp_path).find_checkpoints()[0])["model/w"].eq(1).all()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -128,7 +129,7 @@ def test_a_write_that_is_cancelled_has_no_name(tmp_path: Path, monkeypatch: pyte
     go_on.set()
     writer.cancel()
     assert not writer.busy
-    assert find_checkpoints(tmp_path) == []
+    assert RunFolder(tmp_path).find_checkpoints() == []
 
 
 # ---- damage ----
@@ -332,7 +333,7 @@ def test_old_ones_are_deleted(tmp_path: Path) -> None:
     for step in range(1, 6):
         write_checkpoint(tmp_path, step, {"model/w": torch.ones(2)}, keep=2)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000005", "step-00000004"]
+    assert [path.name for path in RunFolder(tmp_path).find_checkpoints()] == ["step-00000005", "step-00000004"]
 
 
 def test_damaged_ones_that_were_passed_over_do_not_push_new_ones_out(tmp_path: Path) -> None:
@@ -340,7 +341,7 @@ def test_damaged_ones_that_were_passed_over_do_not_push_new_ones_out(tmp_path: P
     write_checkpoint(tmp_path, 9, {"model/w": torch.ones(2)})
     write_checkpoint(tmp_path, 5, {"model/w": torch.ones(2)}, keep=1)
     write_checkpoint(tmp_path, 6, {"model/w": torch.ones(2)}, keep=1)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000009", "step-00000006"]
+    assert [path.name for path in RunFolder(tmp_path).find_checkpoints()] == ["step-00000009", "step-00000006"]
 
 
 # ---- clae checkpoints ----

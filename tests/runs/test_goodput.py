@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.runs.goodput import FILE_NAME, KINDS, Goodput, Ledger, account, read_lines
+from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.goodput import KINDS, Goodput, Ledger, account, read_lines
 
 
 class Time:
@@ -85,7 +86,7 @@ def test_a_run_that_was_killed_accounts_for_all_of_its_time(tmp_path: Path) -> N
 @pytest.mark.parametrize("cut", range(1, 120, 7))
 def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path: Path, cut: int) -> None:
     killed_and_resumed(tmp_path)
-    path = tmp_path / FILE_NAME
+    path = RunFolder(tmp_path).goodput_file
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     time = Time()
@@ -141,7 +142,7 @@ def test_a_clock_that_is_set_back_makes_nothing_negative(tmp_path: Path) -> None
     time.passes(-500)
     ledger.switch("training", 0)
     assert min(ledger.so_far().spent.values()) == 0
-    json.loads((tmp_path / FILE_NAME).read_text().splitlines()[-1])
+    json.loads((RunFolder(tmp_path).goodput_file).read_text().splitlines()[-1])
 
 
 def test_what_an_older_start_did_is_cut_by_every_later_one(tmp_path: Path) -> None:

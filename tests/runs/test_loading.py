@@ -12,8 +12,9 @@ import torch
 from clae_dist.config import Config, Data, Model, Train
 from clae_dist.models import build_model
 from clae_dist.recipe import to_yaml
-from clae_dist.runs.checkpoint import find_checkpoints, load_checkpoint, load_model, remove_leftovers
+from clae_dist.runs.checkpoint import load_checkpoint, load_model, remove_leftovers
 from clae_dist.runs.checkpoint.write import delete_folder
+from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World
 from tests.checkpoints import write_checkpoint
 from tests.ranks import RankPool
@@ -68,6 +69,6 @@ def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         delete_folder(path)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    assert find_checkpoints(tmp_path) == []
+    assert RunFolder(tmp_path).find_checkpoints() == []
     remove_leftovers(tmp_path)
     assert list(path.parent.iterdir()) == []

@@ -19,7 +19,7 @@ import pytest
 from clae_dist.config import Batch, Checkpointing, Config, Tracking, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.runs.folder import read_identity
+from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.metric_groups import grouped
 from clae_dist.training.run import train
@@ -87,7 +87,7 @@ class Script(io.StringIO):
 def assert_all_there(server: Server, run_dir: Path) -> None:
     """Each metric of each line of metrics.jsonl, once, with its value."""
     client = mlflow.MlflowClient(server.uri)
-    key = read_identity(run_dir).run_key
+    key = RunFolder(run_dir).read_identity().run_key
     (experiment,) = [one for one in client.search_experiments() if one.name == "clae-dist"]
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{key}'")
     assert run.info.status == "FINISHED"
@@ -177,7 +177,7 @@ def _until_step_6(config: Config, pipe: Any) -> None:
 
 def _has(server: Server, run_dir: Path, images_seen: int) -> bool:
     client = mlflow.MlflowClient(server.uri)
-    key = read_identity(run_dir).run_key
+    key = RunFolder(run_dir).read_identity().run_key
     experiment = client.get_experiment_by_name("clae-dist")
     runs = client.search_runs([experiment.experiment_id], f"tags.`clae.run_key` = '{key}'")
     return any(one.step >= images_seen for run in runs for one in client.get_metric_history(run.info.run_id, "train/loss"))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from clae_dist.data.manifest import DataError
-from clae_dist.training.bad_samples import FILE_NAME, BadSamples
+from clae_dist.runs.folder import BAD_SAMPLES_FILE
+from clae_dist.training.bad_samples import BadSamples
 from clae_dist.world import World
 
 
@@ -18,9 +19,12 @@ def test_a_list_that_cannot_be_written_is_said_and_written_later(tmp_path: Path)
     folder = tmp_path / "gone"
     bad = BadSamples(2, 100, folder, {})
     bad.add({"sample 1": "cut"}, World.single("cpu"), said.append)
-    assert any(f"{FILE_NAME} cannot be written (" in line for line in said)
+    assert any(f"{BAD_SAMPLES_FILE} cannot be written (" in line for line in said)
     folder.mkdir()
     bad.add({"sample 2": "cut"}, World.single("cpu"), said.append)
-    assert [json.loads(line)["sample"] for line in (folder / FILE_NAME).read_text().splitlines()] == ["sample 1", "sample 2"]
+    assert [json.loads(line)["sample"] for line in (folder / BAD_SAMPLES_FILE).read_text().splitlines()] == [
+        "sample 1",
+        "sample 2",
+    ]
     with pytest.raises(DataError, match="3 of 100 images cannot be decoded"):
         bad.add({"sample 3": "cut"}, World.single("cpu"), said.append)

@@ -17,7 +17,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import STOPPED, Ending
-from clae_dist.runs.checkpoint import find_checkpoints
+from clae_dist.runs.folder import RunFolder
 from clae_dist.training import run as training
 from clae_dist.training.saving import Saving
 from clae_dist.world import World
@@ -85,7 +85,7 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     assert f"stopped after step {step} ({name}); saved." in found[0][2]
     assert "(guard.stop_within_s 60)" in found[0][2]
-    assert [path.name for path in find_checkpoints(config.folder)] == ([f"step-0000000{step}"] if step else [])
+    assert [path.name for path in RunFolder(config.folder).find_checkpoints()] == ([f"step-0000000{step}"] if step else [])
     assert ranks.run(2, finished, config) == ["finished", "finished"]
 
 
@@ -119,5 +119,5 @@ def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
     assert line in capfd.readouterr().err
     assert line in (config.folder / "console.log").read_text()
     assert "and the same command resumes from step-0000000" in (config.folder / "console.log").read_text()
-    oldest = find_checkpoints(config.folder)[-1]  # that of step 2 gets its name in the next step, which does not come
+    oldest = RunFolder(config.folder).find_checkpoints()[-1]  # step 2 would be committed in the next step, which never runs
     assert oldest.name == "step-00000001"

@@ -19,8 +19,8 @@ from clae_dist.config import Attack, Batch, Checkpointing, Config, ConfigError, 
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.runs.checkpoint import CheckpointError, Writer, find_checkpoints, load_checkpoint, load_model
-from clae_dist.runs.folder import STOP_FILE
+from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
+from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
 from clae_dist.training import run as training
 from clae_dist.training.saving import Saving
@@ -149,7 +149,7 @@ def test_a_lost_run_goes_on_to_the_same_bits(
     """Three ranks: where DDP put a gradient in its buckets decides the last bit of a sum (parallel/ddp.py)."""
     config = recipe(shards, tmp_path / "run")
     assert ranks.run(world_size, train_on, config, 6) == ["lost"] * world_size
-    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000003"]
+    assert [path.name for path in RunFolder(config.folder).find_checkpoints()] == ["step-00000003"]
     assert ranks.run(world_size, train_on, config) == ["finished"] * world_size
     assert_bitwise(final(config), final(undisturbed(world_size)))
     timeless = [
@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 ) -> None:
     config = recipe(shards, tmp_path / "run")
     assert ranks.run(3, train_on, config, 0, 2) == ["stopped"] * 3
-    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000002"]
+    assert [path.name for path in RunFolder(config.folder).find_checkpoints()] == ["step-00000002"]
     (config.folder / STOP_FILE).unlink()
     assert ranks.run(3, train_on, config) == ["finished"] * 3
     assert_bitwise(final(config), final(undisturbed(3)))
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     """Named with its file by one of two ranks, written anew, and as good as before. tests/runs has every kind of damage."""
     config = recipe(shards, tmp_path / "run")
     ranks.run(3, train_on, config, 8)
-    newest, _ = find_checkpoints(config.folder)
+    newest, _ = RunFolder(config.folder).find_checkpoints()
     path = newest / "rank-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -366,7 +366,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(ranks: RankPool, shards: M
     assert len(set(found)) == 1
     assert found[0][0] == "RankError"
     assert "the gradient of step 3 is not finite; this step was not saved" in found[0][1]
-    assert find_checkpoints(config.folder) == []
+    assert RunFolder(config.folder).find_checkpoints() == []
 
 
 @pytest.mark.slow
@@ -404,7 +404,7 @@ def test_saving_by_the_clock(shards: Manifest, tmp_path: Path) -> None:
         recipe(shards, tmp_path / "run", knn_every=0), checkpoint=Checkpointing(every_steps=0, every_minutes=1e-9, keep=100)
     )
     assert train_on(World.single("cpu"), config) == "finished"
-    assert [int(path.name[-2:]) for path in find_checkpoints(config.folder)] == list(range(STEPS, 0, -1))
+    assert [int(path.name[-2:]) for path in RunFolder(config.folder).find_checkpoints()] == list(range(STEPS, 0, -1))
     final(config)
     blocked = [line["checkpoint_blocked_s"] for line in logged(config) if "checkpoint_blocked_s" in line]
     assert len(blocked) == STEPS
@@ -433,7 +433,7 @@ def test_slow_storage_holds_up_the_next_save_and_is_said_once(
     assert training.train(config, {}, World.single("cpu"), said).status == "finished"
     assert said.getvalue().count("waits for that of step 2 to be written: storage is slower") == 1
     assert said.getvalue().count("waits for") == 1
-    assert [int(path.name[-2:]) for path in find_checkpoints(config.folder)] == [8, 6, 4]
+    assert [int(path.name[-2:]) for path in RunFolder(config.folder).find_checkpoints()] == [8, 6, 4]
 
 
 def test_a_run_that_data_ends_keeps_the_checkpoint_it_was_writing(
@@ -449,7 +449,7 @@ def test_a_run_that_data_ends_keeps_the_checkpoint_it_was_writing(
     config = recipe(shards, tmp_path / "run", knn_every=0)
     with pytest.raises(DataError, match="no more"):
         training.train(config, {}, World.single("cpu"), io.StringIO())
-    assert [path.name for path in find_checkpoints(config.folder)] == ["step-00000003"]
+    assert [path.name for path in RunFolder(config.folder).find_checkpoints()] == ["step-00000003"]
 
 
 def test_a_run_folder_of_another_configuration_is_refused(

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from clae_dist.config import Checkpointing, Config
-from clae_dist.runs.checkpoint import Piece, find_checkpoints, step_of
+from clae_dist.runs.checkpoint import Piece
+from clae_dist.runs.folder import RunFolder, step_of
 from clae_dist.training import saving
 from clae_dist.training.saving import Saving
 from clae_dist.world import World
@@ -45,4 +46,4 @@ def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: 
             saves.settle()
     saves.close()
     assert due == [10, 20]
-    assert [step_of(path) for path in find_checkpoints(tmp_path)] == [20, 10]
+    assert [step_of(path) for path in RunFolder(tmp_path).find_checkpoints()] == [20, 10]

@@ -3,8 +3,8 @@
 pieces (what a rank holds of which tensor), write (in the background), index (checkpoint.json), read (whole tensors by name).
 """
 
+from clae_dist.runs.checkpoint.index import CheckpointError
 from clae_dist.runs.checkpoint.pieces import Piece, Place, sections
-from clae_dist.runs.checkpoint.places import CheckpointError, find_checkpoints, step_of
 from clae_dist.runs.checkpoint.read import Checkpoint, Shapes, load_checkpoint, load_model, shapes_of
 from clae_dist.runs.checkpoint.write import Writer, remove_leftovers
 
@@ -15,11 +15,9 @@ __all__ = [
     "Place",
     "Shapes",
     "Writer",
-    "find_checkpoints",
     "load_checkpoint",
     "load_model",
     "remove_leftovers",
     "sections",
     "shapes_of",
-    "step_of",
 ]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from clae_dist.reading import ReadError, is_number, is_text, parse_object, read_bytes
-from clae_dist.runs.checkpoint.places import INDEX
 
+INDEX = "checkpoint.json"
 FORMAT = 1
 _MAX_BYTES = 128 << 20  # a thousand tensors on a thousand ranks have 50 MB
 DTYPES = {
@@ -36,6 +36,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE = re.compile(r"rank-\d{5,8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; older ones are unchanged."""
 
 
 class DamagedError(ValueError):

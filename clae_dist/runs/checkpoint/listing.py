@@ -13,9 +13,9 @@ from pathlib import Path
 
 from clae_dist.config import ConfigError
 from clae_dist.runs.checkpoint.index import DamagedError
-from clae_dist.runs.checkpoint.places import find_checkpoints, step_of
 from clae_dist.runs.checkpoint.read import Checkpoint
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
+from clae_dist.runs.folder import RunFolder, step_of
 from clae_dist.storage import writing
 
 NEWEST = -1
@@ -39,9 +39,9 @@ class Line:
 
 def list_checkpoints(run_dir: Path, verify: bool) -> list[Line]:
     """The checkpoints of a run, newest first; `verify` reads every byte. Raises ConfigError without a run folder."""
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
-    return [_line(path, verify) for path in find_checkpoints(run_dir)]
+    folder = RunFolder(run_dir)
+    folder.require()
+    return [_line(path, verify) for path in folder.find_checkpoints()]
 
 
 def _line(path: Path, verify: bool) -> Line:
@@ -103,7 +103,7 @@ def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
     The file appears whole or not at all. Raises ConfigError for a step that there is not, or a damaged checkpoint;
     StorageError when the file cannot be written.
     """
-    found = {step_of(path): path for path in find_checkpoints(run_dir)}
+    found = {step_of(path): path for path in RunFolder(run_dir).find_checkpoints()}
     wanted = max(found, default=NEWEST) if step == NEWEST else step
     if wanted not in found:
         there = f"it has {', '.join(map(str, sorted(found)))}" if found else "it has none"

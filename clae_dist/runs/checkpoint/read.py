@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 from clae_dist.config import Config, ConfigError
 from clae_dist.escape import say
 from clae_dist.models import PretrainModel, build_model
-from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Run, open_inside, read_index
 from clae_dist.runs.checkpoint.pieces import sections
-from clae_dist.runs.checkpoint.places import find_checkpoints
 from clae_dist.runs.checkpoint.safetensors_file import bytes_of
+from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World
 
 _CHUNK = 8 << 20
@@ -160,12 +159,12 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes:
     checkpoints and none is whole, RankError when ranks see different ones.
     """
     world = world or World.single("cpu")
-    found = find_checkpoints(run_dir)
+    found = RunFolder(run_dir).find_checkpoints()
     names = world.broadcast([path.name for path in found])
     deadline = time.monotonic() + _LAG_S
     while [path.name for path in found] != names and time.monotonic() < deadline:
         time.sleep(1.0)
-        found = find_checkpoints(run_dir)
+        found = RunFolder(run_dir).find_checkpoints()
     same = [path.name for path in found] == names
     world.agree(same, f"ranks found different checkpoints; is {run_dir} on storage that all hosts share?")
     for path in found:
@@ -194,9 +193,7 @@ def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
     The model is on the CPU, in evaluation mode. Raises ConfigError without a run folder or checkpoint, and for weights that
     are NaN or infinite.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no config.yaml; name the folder of a run, such as runs/clae.")
-    config = from_yaml(run_dir / "config.yaml")
+    config = RunFolder(run_dir).read_config()
     model = build_model(config)
     checkpoint = load_checkpoint(run_dir, say, shapes=shapes_of(model))
     if checkpoint is None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from clae_dist.files import sync_folder, write_atomically
-from clae_dist.runs.checkpoint.index import DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
+from clae_dist.runs.checkpoint.index import INDEX, DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
-from clae_dist.runs.checkpoint.places import INDEX, checkpoints_folder, find_checkpoints, folder_name, step_of
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
+from clae_dist.runs.folder import RunFolder, step_of
 from clae_dist.storage import StorageError, writing
 
 _ALIGN = 64  # bytes
@@ -101,7 +101,7 @@ class Writer:
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, attempt: str, device: torch.device) -> None:
-        self._folder = checkpoints_folder(run_dir)
+        self._folder = RunFolder(run_dir)
         self._rank, self._size, self._attempt, self._device = rank, size, attempt, device
         self._memory = HostMemory(pin=device.type == "cuda")
         self._thread: threading.Thread | None = None
@@ -157,7 +157,7 @@ class Writer:
         """In the background: gives the checkpoint its name, when all ranks have written, and deletes what is not to be kept."""
 
         def commit() -> None:
-            _commit(self._partial(step), self._folder / folder_name(step), self._size, step, backend, info)
+            _commit(self._partial(step), self._folder.checkpoint(step), self._size, step, backend, info)
             delete_old(self._folder, step, keep, keep_every_s)
 
         self.join()
@@ -168,12 +168,13 @@ class Writer:
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
     def _partial(self, step: int) -> Path:
-        return self._folder / f"{folder_name(step)}.partial-{self._attempt}"
+        path = self._folder.checkpoint(step)
+        return path.with_name(f"{path.name}.partial-{self._attempt}")
 
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                with writing(self._folder):
+                with writing(self._folder.checkpoints):
                     work()
             except _CancelledError:
                 pass
@@ -228,12 +229,12 @@ def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info:
     sync_folder(path.parent)
 
 
-def delete_old(folder: Path, step: int, keep: int, keep_every_s: float) -> None:
+def delete_old(folder: RunFolder, step: int, keep: int, keep_every_s: float) -> None:
     """Deletes all but the newest `keep` up to `step` and, where keep_every_s is not 0, the first of every so many seconds.
 
     Later ones are damaged: the run has passed over them, and will write them again.
     """
-    found = [path for path in find_checkpoints(folder.parent) if step_of(path) <= step]
+    found = [path for path in folder.find_checkpoints() if step_of(path) <= step]
     for path in outdated([(path, _saved(path) if keep_every_s else None) for path in found], keep, keep_every_s):
         with suppress(OSError):  # the new one is whole; what could not be deleted is tried again after the next
             delete_folder(path)
@@ -269,5 +270,5 @@ def delete_folder(path: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Removes what killed runs have left behind without a name."""
-    for path in checkpoints_folder(run_dir).glob("step-*.partial-*"):
+    for path in RunFolder(run_dir).checkpoints.glob("step-*.partial-*"):
         shutil.rmtree(path, ignore_errors=True)

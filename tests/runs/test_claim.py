@@ -17,8 +17,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.launchers import start
 from clae_dist.launchers.rank import OK
 from clae_dist.lease import hold
-from clae_dist.runs.folder import STOP_FILE
-from clae_dist.runs.in_use import EVALUATION, TRAINING
+from clae_dist.runs.folder import EVALUATION_LEASE, STOP_FILE, TRAINING_LEASE
 from clae_dist.training.finish import evaluate
 from clae_dist.training.run import train
 from clae_dist.world import World
@@ -43,11 +42,11 @@ def test_a_second_training_is_refused_before_it_has_done_anything(launcher: str,
     config = recipe(shards, tmp_path / "run")
     config.folder.mkdir()
     (config.folder / STOP_FILE).write_text("asked of the first")
-    with hold(config.folder / TRAINING, "another command", ConfigError, ""):
-        before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING}
+    with hold(config.folder / TRAINING_LEASE, "another command", ConfigError, ""):
+        before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING_LEASE}
         with pytest.raises(ConfigError, match=HELD):
             start(replace(config, launch=replace(config.launch, launcher=launcher)), {})
-        assert {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING} == before
+        assert {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING_LEASE} == before
 
 
 def refused(world: World, config: Config) -> str:
@@ -60,7 +59,7 @@ def test_all_ranks_are_refused_alike(shards: Manifest, tmp_path: Path, ranks: Ra
     """As under torchrun, where each rank is a command of its own."""
     config = recipe(shards, tmp_path / "run")
     config.folder.mkdir()
-    with hold(config.folder / TRAINING, "another command", ConfigError, ""):
+    with hold(config.folder / TRAINING_LEASE, "another command", ConfigError, ""):
         said = ranks.run(2, refused, config)
     assert said[0] == said[1]
     assert f"process {os.getpid()}" in said[0]
@@ -69,7 +68,7 @@ def test_all_ranks_are_refused_alike(shards: Manifest, tmp_path: Path, ranks: Ra
 def test_a_run_whose_process_was_killed_resumes_at_once(shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run")
     config.folder.mkdir()
-    path = config.folder / TRAINING
+    path = config.folder / TRAINING_LEASE
     script = (
         "import os, sys, pathlib\nfrom clae_dist.lease import hold\n"
         "with hold(pathlib.Path(sys.argv[1]), 'clae train', SystemExit, ''): os.kill(os.getpid(), 9)"
@@ -79,6 +78,6 @@ def test_a_run_whose_process_was_killed_resumes_at_once(shards: Manifest, tmp_pa
     assert path.exists()
     assert start(config, {}).code == OK
     assert not path.exists()
-    with hold(config.folder / EVALUATION, "another command", ConfigError, ""), pytest.raises(ConfigError, match=HELD):
+    with hold(config.folder / EVALUATION_LEASE, "another command", ConfigError, ""), pytest.raises(ConfigError, match=HELD):
         evaluate(config.folder)
     assert not (config.folder / "evaluation.json").exists()

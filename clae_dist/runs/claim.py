@@ -1,0 +1,175 @@
+"""Claiming a run folder before writing to it: the folder's identity, and one writing process at a time.
+
+Rank 0 holds training.lease while it trains, `clae evaluate` holds evaluation.lease.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clae_dist import __version__
+from clae_dist.config import Config, ConfigError
+from clae_dist.data.manifest import Manifest
+from clae_dist.files import write_together
+from clae_dist.lease import WAIT_S, hold, refuse_if_held
+from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.redact import redact_text, uri_without_secrets, without_secrets
+from clae_dist.runs.folder import Identity, RunFolder
+from clae_dist.storage import storage_error, writing
+from clae_dist.world import World
+
+_WAY_OUT = "wait until it has ended or end it, or give another run_dir."
+_RESTART_WAIT_S = 60.0  # the rank 0 of an abandoned attempt may run on another host, and end after this one starts
+
+
+def git_revision() -> str:
+    """The commit of the checkout, with "+changes" if the working tree is dirty; "" outside a checkout."""
+    here = Path(__file__).parents[2]
+    try:
+        if not (here / ".git").exists():
+            return ""
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return revision + ("+changes" if dirty else "")
+
+
+def shareable(config: Config) -> Config:
+    """The configuration without secrets in URLs, as it is written to files and trackers that other people read."""
+    mixture = {without_secrets(name): share for name, share in config.data.mixture.items()}
+    kept: Config = _redacted(config)
+    return replace(
+        kept,
+        data=replace(kept.data, shards=without_secrets(config.data.shards), mixture=mixture),
+        tracking=replace(kept.tracking, uri=uri_without_secrets(config.tracking.uri)),
+    )
+
+
+def _redacted(section: Any) -> Any:
+    """A section and its subsections with every string redacted: a URL may be in any of them."""
+    values = {one.name: getattr(section, one.name) for one in fields(section)}
+    texts = {name: redact_text(value) for name, value in values.items() if isinstance(value, str)}
+    sections = {name: _redacted(value) for name, value in values.items() if is_dataclass(value)}
+    return replace(section, **texts, **sections)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a run folder. Raises ConfigError for an unusable path, StorageError if storage is full, read-only or broken."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        if storage := storage_error(error):
+            raise storage from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run_dir is {str(folder)!r}, which cannot be created ({reason}); name another folder.") from None
+
+
+def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | None:
+    """Check that config.folder is new or belongs to this run.
+
+    Args:
+        manifest: the training images, or None if they are not known yet.
+
+    Returns: the identity of the run in the folder, None for a new run.
+    Raises: ConfigError if the folder belongs to another configuration or other images; the message lists the differences.
+    """
+    folder = RunFolder(config.folder)
+    has_identity = folder.identity_file.exists()
+    if not (folder.config_file.is_file() and (has_identity or folder.find_checkpoints())):
+        return None
+    old, identity = from_yaml(folder.config_file), folder.read_identity() if has_identity else None
+    before, now = flatten(old), flatten(shareable(config))
+    differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
+    if identity and manifest is not None and identity.manifest_digest != manifest.digest:
+        old_digest, new_digest = identity.manifest_digest[:12], manifest.digest[:12]
+        differ.append(f"the images were {old_digest} and are {new_digest} (digest of the manifest)")
+    if differ:
+        raise ConfigError(
+            f"run_dir is {str(folder.path)!r}, which belongs to another configuration: {'; '.join(differ)}. {_OTHER_RUN}"
+        )
+    return identity
+
+
+_OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
+
+
+def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
+    """Create the run folder, or check that it belongs to this run; write config.yaml and run.json. Called on one rank.
+
+    Raises: ConfigError if the folder belongs to another configuration or other images, StorageError if it cannot be written.
+    """
+    folder = RunFolder(config.folder)
+    identity = check_run_folder(config, manifest)
+    if identity is None:
+        identity = Identity(
+            package_version=__version__,
+            git_revision=git_revision(),
+            manifest_digest=manifest.digest,
+            world_size=world.size,
+            backend=config.parallel.backend,
+            collectives=world.collectives,
+            run_key=run_key,
+            started=time.time(),
+        )
+    make_folder(folder.path)
+    current: dict[str, Any] = {
+        **vars(identity),
+        "world_size": world.size,
+        "backend": config.parallel.backend,
+        "collectives": world.collectives,
+    }
+    write_together(
+        {
+            folder.config_file: to_yaml(shareable(config), origins).encode(),
+            folder.identity_file: (json.dumps(current, indent=2) + "\n").encode(),
+        }
+    )
+    return Identity(**current)
+
+
+def refuse_second_run(folder: Path) -> None:
+    """Raise ConfigError if another `clae train` is using this folder; called before anything is started or written."""
+    with writing(folder):
+        refuse_if_held(RunFolder(folder).training_lease, ConfigError, _WAY_OUT)
+
+
+@contextmanager
+def only_run(folder: Path, world: World, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the training lease of the folder. Collective. Raises ConfigError or StorageError on every rank."""
+    with ExitStack() as stack:
+
+        def take() -> None:
+            make_folder(folder)
+            wait_s = WAIT_S if world.size == world.local_size else _RESTART_WAIT_S
+            with writing(folder):
+                stack.enter_context(
+                    hold(RunFolder(folder).training_lease, "clae train", ConfigError, _WAY_OUT, wait_s=wait_s, say=say)
+                )
+
+        world.run_on_main(take)
+        yield
+
+
+@contextmanager
+def only_evaluation(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the evaluation lease of the run. Raises ConfigError if it is held, StorageError if it cannot be written."""
+    way_out = "wait until it has ended or end it."
+    if not folder.is_dir():  # reported by the caller
+        yield
+        return
+    with ExitStack() as stack:
+        with writing(folder):
+            stack.enter_context(hold(RunFolder(folder).evaluation_lease, "clae evaluate", ConfigError, way_out, say=say))
+        yield
