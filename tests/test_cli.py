@@ -47,7 +47,7 @@ def test_config_prints_values_that_read_back_and_where_they_come_from(
         ("attack.epsilon=-1", "attack.epsilon is -1.0; use 0 or more"),
         ("batch.global_size=many", "it wants a whole number"),
         ("model.encoder=timm/resnet51", "did you mean timm/resnet"),
-        ("run_dir=/proc/nowhere", "which cannot be made"),
+        ("run_dir=/proc/nowhere", "which cannot be created"),
     ],
 )
 def test_a_setting_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, words: str) -> None:
