@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -152,6 +153,33 @@ def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
         )
 
 
+RECIPES = Path(__file__).parent / "recipes"  # the repository's configs/, which a wheel holds as well
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package, such as "quickstart" and "cifar10/clae"."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("**/*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, which is given by its path or by its name in `recipe_names`; an existing file takes precedence.
+
+    Raises ConfigError for a recipe that is neither.
+    """
+    path, name = Path(recipe), str(recipe)
+    if os.path.lexists(path) and not path.is_dir():
+        return path
+    names = recipe_names()
+    if name in names:
+        return RECIPES / f"{name}.yaml"
+    close = difflib.get_close_matches(Path(name).with_suffix("").as_posix().removeprefix("configs/"), names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ConfigError(
+        f"CONFIG is {redact_word(name)!r}, which is neither a file nor the name of a recipe{hint}; use the path of a YAML "
+        f"file, or one of {', '.join(names)}."
+    )
+
+
 def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
     chain = (*extended_by, path.resolve())
@@ -259,7 +287,7 @@ def resolve(
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
-    settings = read_recipe(Path(recipe)) if recipe else {}
+    settings = read_recipe(find_recipe(recipe)) if recipe else {}
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)

@@ -14,6 +14,7 @@ from clae_dist.recipe import (
     flatten,
     from_yaml,
     parse_overrides,
+    recipe_names,
     resolve,
     shapes_result,
     to_yaml,
@@ -140,8 +141,24 @@ def test_an_override_that_cannot_be_used(override: str, message: str) -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read \(No such file or directory\); name a recipe"):
+    with pytest.raises(ConfigError, match=r"'nothing\.yaml', which is neither a file nor the name of a recipe; use the path"):
         resolve("nothing.yaml")
+
+
+def test_a_recipe_of_the_package_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any folder; a file of that name takes precedence."""
+    monkeypatch.chdir(tmp_path)
+    assert {"quickstart", "cifar10/clae", "imagenet/simclr"} <= set(recipe_names())
+    for name in recipe_names():
+        assert resolve(name)[0].name
+    assert resolve("quickstart")[1]["batch.global_size"].endswith("recipes/quickstart.yaml:13")
+    (tmp_path / "quickstart").mkdir()
+    assert resolve("quickstart")[0].name == "quickstart"
+    (tmp_path / "quickstart").rmdir()
+    write(tmp_path, "seed: 5\n", "quickstart")
+    assert resolve("quickstart")[0] == Config(seed=5)
+    with pytest.raises(ConfigError, match=r"'cifar10/claa\.yaml', .*\(did you mean cifar10/clae\?\); .* one of cifar10/clae, "):
+        resolve("cifar10/claa.yaml")
 
 
 # ---- types ----
