@@ -21,6 +21,7 @@ import yaml
 
 from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError
+from clae_dist.config.rules import Rule
 from clae_dist.home import expand_home
 from clae_dist.reading import ReadError, read_text
 from clae_dist.redact import redact_word
@@ -63,15 +64,16 @@ def _is_mapping(key: str) -> bool:
 
 
 def shapes_result(key: str) -> bool:
-    """Whether another value of this key would make another run (and not only run the same one differently)."""
-    return not FIELDS[key][0].metadata.get("no_effect_on_result", False)
+    """True if another value of this key can change the result of a run, not only how it is executed."""
+    rule: Rule | None = FIELDS[key][0].metadata.get("rule")
+    return rule is None or not rule.no_effect
 
 
 def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
-    """`value` as the type that `key` wants, or a ConfigError that says what would do."""
+    """Convert `value` to the type of `key`. Raises ConfigError with the expected form."""
 
-    def refuse(what: str) -> typing.NoReturn:
-        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); it wants {what}.")
+    def refuse(expected: str) -> typing.NoReturn:
+        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); expected {expected}.")
 
     kind = typing.get_origin(wanted)
     if kind is Literal:
@@ -99,13 +101,13 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is bool:
         return value if isinstance(value, bool) else refuse("true or false")
     if wanted is str:
-        return "" if value is None else value if isinstance(value, str) else refuse("a text")
+        return "" if value is None else value if isinstance(value, str) else refuse("a string")
     if wanted is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, int) and abs(value) >= 2**64:
-            refuse("a whole number of 64 bits")
-        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
+            refuse("a 64-bit integer")
+        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("an integer")
     if isinstance(value, str):
         parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
         if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
