@@ -15,7 +15,7 @@ exit codes: 0 done; 1 unexpected; 2 a setting or an argument; 3 data; 4 a rank f
             doctor: 1 where it found a problem
 """
 
-_CONFIG_HELP = "a recipe, such as configs/cifar10/clae.yaml"
+_CONFIG_HELP = "a recipe: a YAML file, or the name of one in the package, such as quickstart or cifar10/clae"
 _OVERRIDES_HELP = (
     "settings over the recipe's, such as batch.global_size=512 attack.epsilon=8/255; `clae config CONFIG` lists all"
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -20,6 +21,7 @@ import yaml
 
 from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError
+from clae_dist.config.rules import Rule
 from clae_dist.home import expand_home
 from clae_dist.reading import ReadError, read_text
 from clae_dist.redact import redact_word
@@ -62,15 +64,16 @@ def _is_mapping(key: str) -> bool:
 
 
 def shapes_result(key: str) -> bool:
-    """Whether another value of this key would make another run (and not only run the same one differently)."""
-    return not FIELDS[key][0].metadata.get("no_effect_on_result", False)
+    """True if another value of this key can change the result of a run, not only how it is executed."""
+    rule: Rule | None = FIELDS[key][0].metadata.get("rule")
+    return rule is None or not rule.no_effect
 
 
 def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
-    """`value` as the type that `key` wants, or a ConfigError that says what would do."""
+    """Convert `value` to the type of `key`. Raises ConfigError with the expected form."""
 
-    def refuse(what: str) -> typing.NoReturn:
-        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); it wants {what}.")
+    def refuse(expected: str) -> typing.NoReturn:
+        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); expected {expected}.")
 
     kind = typing.get_origin(wanted)
     if kind is Literal:
@@ -98,13 +101,13 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is bool:
         return value if isinstance(value, bool) else refuse("true or false")
     if wanted is str:
-        return "" if value is None else value if isinstance(value, str) else refuse("a text")
+        return "" if value is None else value if isinstance(value, str) else refuse("a string")
     if wanted is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, int) and abs(value) >= 2**64:
-            refuse("a whole number of 64 bits")
-        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
+            refuse("a 64-bit integer")
+        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("an integer")
     if isinstance(value, str):
         parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
         if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
@@ -150,6 +153,33 @@ def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
             f"{key} ({origin}) is a merge key, which recipes do not have (YAML 1.2); write the keys out, or start from another "
             "recipe with `extends: other.yaml`."
         )
+
+
+RECIPES = Path(__file__).parent / "recipes"  # the repository's configs/, which a wheel holds as well
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package, such as "quickstart" and "cifar10/clae"."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("**/*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, which is given by its path or by its name in `recipe_names`; an existing file takes precedence.
+
+    Raises ConfigError for a recipe that is neither.
+    """
+    path, name = Path(recipe), str(recipe)
+    if os.path.lexists(path) and not path.is_dir():
+        return path
+    names = recipe_names()
+    if name in names:
+        return RECIPES / f"{name}.yaml"
+    close = difflib.get_close_matches(Path(name).with_suffix("").as_posix().removeprefix("configs/"), names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ConfigError(
+        f"CONFIG is {redact_word(name)!r}, which is neither a file nor the name of a recipe{hint}; use the path of a YAML "
+        f"file, or one of {', '.join(names)}."
+    )
 
 
 def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
@@ -259,7 +289,7 @@ def resolve(
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
-    settings = read_recipe(Path(recipe)) if recipe else {}
+    settings = read_recipe(find_recipe(recipe)) if recipe else {}
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)

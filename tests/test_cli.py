@@ -45,7 +45,7 @@ def test_config_prints_values_that_read_back_and_where_they_come_from(
     [
         ("attack.epsilom=1", "did you mean attack.epsilon?"),
         ("attack.epsilon=-1", "attack.epsilon is -1.0; use 0 or more"),
-        ("batch.global_size=many", "it wants a whole number"),
+        ("batch.global_size=many", "expected an integer"),
         ("model.encoder=timm/resnet51", "did you mean timm/resnet"),
         ("run_dir=/proc/nowhere", "which cannot be created"),
     ],

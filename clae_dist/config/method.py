@@ -1,4 +1,4 @@
-"""Settings of the method: model, objective, attack, optimiser."""
+"""Settings of the method: objective and attack."""
 
 from __future__ import annotations
 
@@ -6,33 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clae_dist.config.rules import ConfigError, no_effect, require
-
-
-@dataclass(frozen=True)
-class Model:
-    """Encoder, projector and normalisation layers."""
-
-    encoder: str = "torchvision/resnet50"  # small_resnet, timm/NAME or torchvision/NAME
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: cifar (3x3, no max-pool) up to 64 pixels
-    # library: as timm, torchvision and small_resnet draw them; torch: torch's own draw for every convolution and linear layer
-    initial_weights: Literal["library", "torch"] = "library"
-    projector_hidden: int = 0  # width of the hidden layer; 0: the encoder's width
-    projector_dim: int = 128
-    norm: Literal["global", "local"] = "global"  # batch statistics over all ranks, or each rank's own
-    drop_rate: float = 0.0  # dropout of a timm encoder while training; 0: timm's own default, mostly none
-    drop_path_rate: float = 0.0  # stochastic depth of a timm encoder while training (Huang et al. 2016); 0: timm's own default
-    adversarial_norm_momentum: float = 0.1  # of the adversarial route's running statistics
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # pixels are normalised inside the model
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        require(self.projector_hidden >= 0, "model.projector_hidden", self.projector_hidden, "use 0 (encoder's width) or more.")
-        require(self.projector_dim >= 2, "model.projector_dim", self.projector_dim, "use at least 2.")
-        require(min(self.std) > 0, "model.std", self.std, "standard deviations are positive.")
-        require(0 <= self.drop_rate < 1, "model.drop_rate", self.drop_rate, "use 0 up to, not including, 1.")
-        require(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "use 0 up to, not including, 1.")
-        momentum = self.adversarial_norm_momentum
-        require(0 < momentum <= 1, "model.adversarial_norm_momentum", momentum, "use a number above 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -118,27 +91,3 @@ class Attack:
                 f"rank needs the same whole number: {max(1, round(chosen)) / num_rows:g} would do."
             )
         return round(chosen)
-
-
-@dataclass(frozen=True)
-class Optim:
-    """Optimiser and its schedule."""
-
-    name: Literal["adamw", "sgd", "lars"] = "lars"
-    learning_rate: float = 0.3  # at batch.global_size = reference_batch
-    scaling: Literal["linear", "sqrt", "none"] = "linear"  # of the learning rate with batch.global_size / reference_batch
-    reference_batch: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 1e-6
-    decay: Literal["weights", "all"] = "weights"  # weights: not biases and norm layers, which LARS does not adapt either
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = 10.0
-    clip_norm: float = 0.0  # of the gradient over all parameters; 0: no clipping
-
-    def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive number.")
-        require(self.reference_batch >= 1, "optim.reference_batch", self.reference_batch, "use at least 1.")
-        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use 0 up to, not including, 1.")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more.")
-        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more.")
-        require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "use 0 (none) or more.")

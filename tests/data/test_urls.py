@@ -22,7 +22,7 @@ def test_lists_are_written_as_in_webdataset() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "data.shards is ''; name the folder"),
+        ("", "data.shards is ''; name a folder"),
         ("a.tar::folder", "lists 'folder' among 2 entries"),
         ("{a.tar,b.tar.gz}", "lists 'b.tar.gz' among 2 entries"),
         ("x-{0..2.tar", "whose braces cannot be expanded"),

@@ -538,7 +538,7 @@ def test_a_batch_that_ranks_cannot_share(ranks: RankPool, shards: Manifest, tmp_
     config = replace(recipe(shards, tmp_path / "run"), batch=Batch(global_size=32))
     assert ranks.run(3, outcome, config)[0] == (
         "ConfigError",
-        "batch.global_size is 32, but 3 ranks need equal rows; 30 or 33 would do.",
+        "batch.global_size is 32, but 3 ranks need equal rows; try 30 or 33.",
     )
 
 
