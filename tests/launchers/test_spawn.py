@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from clae_dist.errors import FAILED, OK
 from clae_dist.launchers.local import spawn
-from clae_dist.launchers.rank import FAILED, OK, Ending
+from clae_dist.launchers.rank import Ending
 from clae_dist.world import connect
 
 
