@@ -153,8 +153,8 @@ def _start(arguments: argparse.Namespace, leave_if_asked: Callable[[], None]) ->
 
 
 def _config(arguments: argparse.Namespace) -> int:
+    from clae_dist.config.sharing import shareable
     from clae_dist.recipe import to_yaml
-    from clae_dist.runs.claim import shareable
 
     config, origins = _resolve(arguments)
     print(to_yaml(shareable(config), origins), end="")
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        from clae_dist.launchers.rank import UNEXPECTED, exit_code
+        from clae_dist.errors import UNEXPECTED, exit_code
         from clae_dist.storage import storage_error
 
         code = exit_code(error)

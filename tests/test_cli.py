@@ -131,7 +131,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_errors_are_config_errors() -> None:
     """The exit code belongs to the type: a subclass stays what it is."""
-    from clae_dist.launchers.rank import BAD_CONFIG, UNEXPECTED, exit_code
+    from clae_dist.errors import BAD_CONFIG, UNEXPECTED, exit_code
 
     class Special(ConfigError):
         pass

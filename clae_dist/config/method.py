@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from clae_dist.config.rules import ConfigError, no_effect, require
+from clae_dist.config.rules import no_effect, require
+from clae_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)

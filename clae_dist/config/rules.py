@@ -17,9 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-
-class ConfigError(ValueError):
-    """A value in a recipe or an argument cannot be used. The message holds the key, the value and the way out."""
+from clae_dist.errors import ConfigError
 
 
 def require(condition: bool, key: str, value: object, way_out: str) -> None:

@@ -20,10 +20,10 @@ import torch
 
 from clae_dist.config import Config
 from clae_dist.devices import Request
+from clae_dist.errors import FAILED, HUNG, OK, STOPPED, restarts
 from clae_dist.escape import say
-from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.loopback import loopback_store, use_loopback
-from clae_dist.launchers.rank import FAILED, HUNG, OK, STOPPED, Console, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import begin_forked_process
 from clae_dist.training import guard
@@ -50,7 +50,7 @@ def default_workers(device: Request) -> int:
 def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[..., Ending] | None = None) -> Ending:
     """Trains with `launch.workers` ranks here (each does `work`, train as a rule).
 
-    A rank that breaks alone (exit_codes.py), is killed or hangs costs the steps since the newest checkpoint: all are started
+    A rank that breaks alone (errors.py), is killed or hangs costs the steps since the newest checkpoint: all are started
     again, `launch.max_failures` times. A single rank runs in this very process, where only the user can start it again.
     """
     workers = config.launch.workers or default_workers(config.launch.device)
@@ -183,15 +183,13 @@ def _sum_up(killed: list[Ending], endings: list[Ending], asked: str, advice: str
 
 def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str) -> Ending:
     if code == HUNG:
-        return Ending(
-            HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=starts_again(HUNG)
-        )
+        return Ending(HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=restarts(HUNG))
     if code == STOPPED or (asked and -code in STOP_SIGNALS):  # it had not come so far as to listen
         return Ending(
             STOPPED, f"rank {number} of {num_ranks} was asked to stop and left with nothing new saved. {advice}".rstrip()
         )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=starts_again(code))
+    return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=restarts(code))
 
 
 @dataclass(frozen=True)

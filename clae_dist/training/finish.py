@@ -12,6 +12,7 @@ from clae_dist import escape
 from clae_dist.config import ConfigError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.export import export_encoder
+from clae_dist.evaluation.protocol import flat_metrics
 from clae_dist.evaluation.record import summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
@@ -24,14 +25,11 @@ Say = Callable[[str], None]
 
 
 def evaluate(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
-    """evaluate_run(), its accuracies also in MLflow. `shards` is where the images are now, if not where config.yaml says."""
+    """Run evaluate_run() under the evaluation lease and send its results to MLflow too."""
     with only_evaluation(run_dir, say):
         result = evaluate_run(run_dir, say, shards, permission)
-    accuracies = {
-        key: result[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after") if result[key] is not None
-    }
     with _tracker(run_dir, result["images_seen"], say, permission) as tracker:
-        tracker.log(accuracies, result["images_seen"])
+        tracker.log(flat_metrics(result["results"]), result["images_seen"])
     return result
 
 

@@ -21,8 +21,9 @@ from types import FrameType
 from typing import TypeVar
 
 from clae_dist.config import Config
+from clae_dist.errors import HUNG, STOPPED
 from clae_dist.runs.folder import RunFolder
-from clae_dist.training.guard import HUNG, STOPPED, StopRequest
+from clae_dist.training.guard import StopRequest
 from clae_dist.training.hang_report import Place, Report, read_report, stacks_by_ranks, verdict
 from clae_dist.world import World, abandon
 

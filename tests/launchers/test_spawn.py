@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from clae_dist.errors import FAILED, OK
 from clae_dist.launchers.local import spawn
-from clae_dist.launchers.rank import FAILED, OK, Ending
+from clae_dist.launchers.rank import Ending
 from clae_dist.world import connect
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from clae_dist.errors import CheckpointError as CheckpointError
+from clae_dist.errors import DamagedError
 from clae_dist.reading import ReadError, is_number, is_text, parse_object, read_bytes
 
 INDEX = "checkpoint.json"
@@ -36,14 +38,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE = re.compile(r"rank-\d{5,8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; older ones are unchanged."""
-
-
-class DamagedError(ValueError):
-    """A checkpoint is not what was written; the message names the file, and what was expected and found."""
 
 
 def data_file(rank: int) -> str:
