@@ -74,3 +74,11 @@ def test_trains_the_quickstart(installed: Path, tmp_path: Path) -> None:
     trained = _run(installed, tmp_path, "clae_dist", "train", "quickstart", "data.shards=shards", *small)
     assert trained.returncode == 0, trained.stderr
     assert "saved in runs/quickstart" in trained.stdout
+
+
+def test_holds_the_templates_of_pages(installed: Path, tmp_path: Path) -> None:
+    code = "from clae_dist.page import _environment as e; [e('data_prep').get_template(n) for n in ('run.html', 'audit.html')]"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    words = [sys.executable, "-c", code]
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from clae_dist.evaluation.protocol import headlines
 from clae_dist.evaluation.record import Record
 
 CLEAN, ADVERSARIAL, THIRD, FOURTH = "#3b82b8", "#d9653b", "#4e9f75", "#9a7fc0"
@@ -144,9 +145,10 @@ def draw_chart(record: Record, chart: Chart) -> bytes | None:
 
 def _mark_evaluation(axes: Axes, record: Record) -> None:
     """The full evaluation's value beside those on parts of the splits."""
-    if record.evaluation and record.evaluation.get("knn_after") is not None:
-        x, y = record.evaluation["images_seen"], record.evaluation["knn_after"]
-        axes.plot([x], [y], linestyle="none", marker="D", markersize=6, color=ADVERSARIAL, label="evaluation, all test images")
+    evaluation = record.evaluation or {}
+    if after := headlines(evaluation.get("results", {}), "knn").get("after"):
+        point = [evaluation["images_seen"]], [after.percent]
+        axes.plot(*point, linestyle="none", marker="D", markersize=6, color=ADVERSARIAL, label="evaluation, all test images")
 
 
 def _legend(axes: Axes, columns: int) -> None:

@@ -87,7 +87,7 @@ def test_the_page_of_a_run(folder: Path, manifest: Manifest) -> None:
     train(1, 0)
     train(2, 256)  # continued: nothing is there twice
     later = continue_tracking(config, run_dir, run_key, tags=TAGS, images_seen=512, say=said.append)
-    later.log({"knn_after": 41.0}, 512)
+    later.log({"knn_accuracy_after": 41.0}, 512)
     later.close("finished")
     assert not any("did not take" in line or "away" in line for line in said), said
 
@@ -96,7 +96,7 @@ def test_the_page_of_a_run(folder: Path, manifest: Manifest) -> None:
     names = {name for name in run.data.metrics if not name.startswith("system/")}
     assert names == {
         *("train/step", "train/loss", "speed/images_per_s", "embedding/cos_positive"),
-        *("evaluation/knn_accuracy", "evaluation/knn_after"),
+        *("evaluation/knn_accuracy", "evaluation/knn_accuracy_after"),
     }
     assert [one.step for one in client.get_metric_history(run.info.run_id, "train/loss")] == [256, 512]
     assert "number of images" in run.data.tags["mlflow.note.content"]
