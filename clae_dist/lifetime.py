@@ -10,7 +10,7 @@ import ctypes
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 1  # exit code of a process whose parent had died before
@@ -27,6 +27,28 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         os._exit(ORPHANED)
+
+
+def begin_forked_process() -> None:
+    """Tie a child of a fork server to the process that asked for it, in whatever way that one dies.
+
+    Its death kills the server (fork_server.py), whose death kills the child. multiprocessing would have the child use the same
+    server for processes of its own; those have to end with the child, so it gets another server when it needs one. Signals
+    that the server keeps pending are delivered from here on.
+    """
+    from multiprocessing import forkserver, parent_process
+
+    from clae_dist.fork_server import PID  # imported by the server; imported here it would tie this process to its parent
+
+    end_with_parent(PID)
+    owner = parent_process()
+    if owner is not None and not owner.is_alive():  # it died before its server had asked the kernel
+        os._exit(ORPHANED)
+    server: Any = forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+    server.__init__()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
 
 def main(arguments: list[str]) -> NoReturn:
