@@ -14,6 +14,7 @@ from clae_dist.data.loader import Item, forkserver, plain_errors, start_loader_p
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.views import centre_view
+from clae_dist.lifetime import main_module_hidden
 
 _Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -69,7 +70,9 @@ def read_ahead(batches: Dataset[Item], indices: Sequence[int], batch_bytes: int,
         worker_init_fn=start_loader_process,
         multiprocessing_context=forkserver() if num_workers else None,
     )
-    yield from plain_errors(iter(loader))
+    with main_module_hidden():
+        batches_read = iter(loader)
+    yield from plain_errors(batches_read)
 
 
 class _Batches(Dataset[_Images]):

@@ -29,9 +29,9 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str] | Image.Image]
 class Images(Dataset[tuple[Any, int, Any]], ABC):
     """A map-style dataset: `images[i]` is (image, label, id).
 
-    The image is a PIL image in RGB, or the result of `transform` for it, such as `encoder.transform`. The label is a position in
-    `classes`, or -1 without a label. `ids` holds the id of every image: its position in the split of a set of shards, its path
-    in a folder, or its position in a list of images in memory.
+    The image is a PIL image in RGB, or the result of `transform` for it, such as `encoder.transform`. The label is a position
+    in `classes`, or -1 without a label. `ids` holds the id of every image: its position in the split of a set of shards, its
+    path in a folder, or its position in a list of images in memory.
     """
 
     ids: Sequence[Any]
@@ -97,13 +97,19 @@ class FileImages(Images):
             raise BadSampleError(name, str(error), "remove it, or replace it by an image.") from None
 
 
-def open_images(
+def open_dataset(
     source: Source | Images,
     split: str = "train",
     transform: Callable[[Image.Image], Any] | None = None,
     say: Say = lambda _: None,
 ) -> Images:
-    """The images of `split` of a set of shards, as `data.shards` names one; of a folder; of a file; or of a list of both.
+    """A map-style dataset of (image, label, id), for evaluation or a torch DataLoader; see `Images`.
+
+    Args:
+        source: shards as `data.shards` names them, a folder of images, a file, or a list of paths and PIL images.
+        split: the split of a set of shards.
+        transform: maps each PIL image, such as `encoder.transform`; None leaves PIL images.
+        say: prints a line about shards without a manifest, which are indexed first.
 
     Raises ConfigError for a path that does not exist, DataError for a folder without images and for unusable shards.
     """

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import read_ahead
-from clae_dist.data.images import FileImages, Images, Source, open_images
+from clae_dist.data.images import FileImages, Images, Source, open_dataset
 from clae_dist.data.manifest import DataError
 from clae_dist.data.shards import BadSampleError
 from clae_dist.data.views import centre_view
@@ -47,7 +48,8 @@ class _Batches(Dataset[Views]):
     """`self[first]` is the batch that begins at position `first`."""
 
     def __init__(self, images: Images, image_size: int, batch_size: int) -> None:
-        self._images, self._image_size, self._batch_size = images, image_size, batch_size
+        self._images, self._image_size, self._batch_size = copy.copy(images), image_size, batch_size
+        self._images.transform = None  # which is not used, and may be an encoder's
 
     def __getitem__(self, first: int) -> Views:
         size = self._image_size
@@ -115,7 +117,7 @@ def embed(
     """
     if on_undecodable not in ("raise", "nan"):
         raise ConfigError(f"on_undecodable is {on_undecodable!r}; use raise or nan.")
-    opened = open_images(images, split)
+    opened = open_dataset(images, split)
     features_NF = np.full((len(opened), encoder.num_features), np.nan, dtype=np.float32)
     for batch in embedded(opened, encoder, batch_size, num_workers):
         if batch.bad and on_undecodable == "raise":

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from clae_dist import escape
 from clae_dist.config import ConfigError
 from clae_dist.data.images import Images
 from clae_dist.deploy.embedding import Embedded, embedded
@@ -92,7 +93,7 @@ _KINDS: dict[str, type[_File]] = {".npy": _Npy, ".parquet": _Parquet}
 
 
 def check_target(target: Path) -> None:
-    """Raises ConfigError for a file of another kind or one that needs a missing package, StorageError if it cannot be written."""
+    """Raises ConfigError for a file of another kind or one that needs a missing package, StorageError for a full disk, …"""
     if target.suffix not in _KINDS:
         raise ConfigError(f"--to is {str(target)!r}; name a file that ends in .npy or .parquet.")
     if target.is_dir():
@@ -122,7 +123,8 @@ def write_embeddings(
 ) -> int:
     """Write the features of all images that can be decoded to `target`, and return how many those are.
 
-    Files appear complete, and together, at the end. `say` prints progress and the undecodable images (default: on stderr).
+    Files appear complete, and together, at the end. `say` prints progress (default: on stderr) and undecodable images
+    (default: on stdout).
     Raises ConfigError, DataError and StorageError.
     """
     check_target(target)
@@ -144,10 +146,15 @@ def write_embeddings(
         with writing(target):
             file.close()
     progress.close()
-    if bad and say is not None:
-        named = "; ".join(list(bad.values())[:_SHOWN])
-        say(f"{len(bad):,} of {len(images):,} images cannot be decoded and are skipped: {named}{'; …' * (len(bad) > _SHOWN)}")
+    if bad:
+        (say or escape.say)(_skipped(bad, len(images)))
     return num_rows
+
+
+def _skipped(bad: dict[int, str], num_images: int) -> str:
+    named = "; ".join(list(bad.values())[:_SHOWN]) + "; …" * (len(bad) > _SHOWN)
+    are = "are" if len(bad) > 1 else "is"
+    return f"{len(bad):,} of {num_images:,} images cannot be decoded and {are} skipped: {named}"
 
 
 def _label_names(images: Images, batch: Embedded) -> list[str | None]:
