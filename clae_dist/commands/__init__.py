@@ -23,6 +23,7 @@ NAMES = (
     "parity",
     "bench",
     "doctor",
+    "completion",
 )
 
 
