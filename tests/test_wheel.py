@@ -40,6 +40,16 @@ def _run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedPr
     )
 
 
+def test_holds_every_file_of_the_packages(installed: Path) -> None:
+    """Templates, the marker of types and whatever else is not Python: setuptools takes only what pyproject.toml names."""
+
+    def files(root: Path) -> set[Path]:
+        paths = [path for package in ("clae_dist", "data_prep") for path in (root / package).rglob("*") if path.is_file()]
+        return {path.relative_to(root) for path in paths if path.suffix not in (".pyc", ".md")}
+
+    assert files(ROOT) - files(installed) == set()
+
+
 def test_holds_the_recipes(installed: Path, tmp_path: Path) -> None:
     names = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
     recipes = installed / "clae_dist" / "recipes"
