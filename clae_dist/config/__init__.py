@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clae_dist.config.images import Augment, Batch, Data
-from clae_dist.config.method import Attack, Model, Objective, Optim
+from clae_dist.config.method import Attack, MethodSettings, Model, Objective, Optim
 from clae_dist.config.rules import ConfigError, no_effect, require
 from clae_dist.config.running import Checkpointing, Evaluation, Guard, Launch, Parallel, Tracking, Train
 
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Guard",
     "Launch",
+    "MethodSettings",
     "Model",
     "Objective",
     "Optim",
@@ -29,6 +31,12 @@ __all__ = [
     "Tracking",
     "Train",
 ]
+
+
+def _default_method() -> MethodSettings:
+    """The settings of `clae`, found by name: methods/ is above this layer."""
+    settings: MethodSettings = importlib.import_module("clae_dist.methods.clae").Clae.Settings()
+    return settings
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Config:
     batch: Batch = Batch()
     model: Model = Model()
     objective: Objective = Objective()
+    method: MethodSettings = field(default_factory=_default_method)
     attack: Attack = Attack()
     optim: Optim = Optim()
     train: Train = Train()
@@ -65,6 +74,7 @@ class Config:
         if streams and size % streams:
             near = _nearest_divisor(size, streams)
             raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; {near} would do.")
+        self.method.check(self.attack)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ConfigError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, but train.epochs is {self.train.epochs:g}; "
@@ -92,21 +102,10 @@ class Config:
             way_out = f"data.streams={wanted} would do" if size % wanted == 0 else "use another number of ranks"
             raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
         rows, micro = size // world_size, self.batch.micro_size
-        if micro and self.attack.cost == "original" and self.attack.name != "none":
-            raise ConfigError(
-                "attack.cost is 'original', which keeps a rank's whole share in one graph, as the paper's code does; "
-                "use attack.cost=exact (the same gradient) with batch.micro_size."
-            )
         if micro and rows % micro:
             near = _nearest_divisor(rows, micro)
             raise ConfigError(f"batch.micro_size is {micro}, which does not divide the {rows} rows of a rank; {near} would do.")
-        if self.attack.name != "none":
-            attacked = self.attack.rows(rows)
-            if micro and attacked % micro:
-                raise ConfigError(
-                    f"batch.micro_size is {micro}, which does not divide the {attacked} attacked rows of a rank "
-                    f"(attack.fraction {self.attack.fraction:g}); {math.gcd(rows, attacked)} would do."
-                )
+        self.method.check_rows(rows, micro)
         return rows
 
     def works_on(self, world_size: int) -> bool:

@@ -130,7 +130,7 @@ def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, An
         "mean": list(config.model.mean),
         "std": list(config.model.std),
         "encoder": config.model.encoder,
-        "method": "CLAE" if config.attack.name != "none" else "SimCLR",
+        "method": config.method.title or config.method.name,
         "images_seen": info["images_seen"],
         "step": info["step"],
         "manifest_digest": identity.get("manifest_digest", ""),
@@ -141,7 +141,7 @@ def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, An
 
 def config_digest(config: Config) -> str:
     """sha256 over canonical JSON of every setting that shapes a run's result."""
-    settings = {key: value for key, value in flatten(config).items() if shapes_result(key)}
+    settings = {key: value for key, value in flatten(config).items() if shapes_result(key, config)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -39,7 +39,7 @@ class Record:
 
     @property
     def attacked(self) -> bool:
-        return self.config.attack.name != "none"
+        return self.config.method.uses_attack
 
 
 def read_record(run_dir: Path) -> Record:
