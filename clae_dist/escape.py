@@ -1,4 +1,4 @@
-"""Names of files, classes and sets as text for terminals, logs, pages and plots: what would control them is written out.
+"""Control characters in names of files, classes and sets, written out for terminals, logs, pages and plots.
 
 A name may hold an escape sequence that clears the screen, a line feed that forges a line, or a mark that turns the direction
 of writing. `shown` writes such characters as `\\x1b`, `\\n` or `\\u202e`; every other character stays as it is.
@@ -6,7 +6,6 @@ of writing. `shown` writes such characters as `\\x1b`, `\\n` or `\\u202e`; every
 
 from __future__ import annotations
 
-import html
 import re
 from typing import Any
 
@@ -31,11 +30,6 @@ def shown(text: object) -> str:
 def shown_lines(text: str) -> str:
     """A text of several lines, each as `shown` has it; names in it must have been through `shown`, or they may add lines."""
     return "\n".join(map(shown, text.split("\n")))
-
-
-def in_html(text: object, quote: bool = True) -> str:
-    """The text as the content of an HTML element, or of an attribute in quotes."""
-    return html.escape(shown(text), quote=quote)
 
 
 def in_json(text: str) -> str:

@@ -20,11 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clae_dist.errors import FAILED
+
 Say = Callable[[str], None]
 BEAT_S = 5.0
 EXPIRY_S = 30.0  # six beats, of which some may be late: a busy disk, a paused machine
 WAIT_S = 3.0  # for a holder that is just about to end
-LOST = 4  # exit_codes.FAILED, of a process whose lease another has taken
 _POLL_S = 0.25
 _BYTES = 1024  # of a lease, always: it is overwritten in place
 
@@ -56,7 +57,7 @@ class Holder:
 def hold(
     path: Path, what: str, refuse: type[Exception], way_out: str, *, wait_s: float = WAIT_S, say: Say = print
 ) -> Iterator[None]:
-    """Hold the lease `path` for the command `what`; the process ends with code LOST when another process takes it over.
+    """Hold the lease `path` for the command `what`; the process ends with code FAILED when another process takes it over.
 
     Args:
         refuse: the exception for a lease that another process holds; its message names host, process and since when.
@@ -160,7 +161,7 @@ def _lose(path: Path, holder: Holder) -> None:
     )
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
-    os._exit(LOST)
+    os._exit(FAILED)
 
 
 def _wait_until_free(path: Path, refuse: type[Exception], way_out: str, wait_s: float, say: Say) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ import yaml
 
 from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError, MethodSettings
+from clae_dist.config.rules import Rule
 from clae_dist.home import expand_home
 from clae_dist.methods import method_class
 from clae_dist.reading import ReadError, read_text
@@ -79,16 +81,17 @@ def _is_mapping(key: str) -> bool:
 
 
 def shapes_result(key: str, config: Config | None = None) -> bool:
-    """True if another value of this key of `config` would give another result, not only execute the same run differently."""
+    """True if another value of this key of `config` can change the result of a run, not only how it is executed."""
     fields = FIELDS if config is None else fields_with(config.method.name)
-    return not fields[key][0].metadata.get("no_effect_on_result", False)
+    rule: Rule | None = fields[key][0].metadata.get("rule")
+    return rule is None or not rule.no_effect
 
 
 def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
-    """`value` as the type that `key` wants, or a ConfigError that says what would do."""
+    """Convert `value` to the type of `key`. Raises ConfigError with the expected form."""
 
-    def refuse(what: str) -> typing.NoReturn:
-        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); it wants {what}.")
+    def refuse(expected: str) -> typing.NoReturn:
+        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); expected {expected}.")
 
     kind = typing.get_origin(wanted)
     if kind is Literal:
@@ -116,13 +119,13 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is bool:
         return value if isinstance(value, bool) else refuse("true or false")
     if wanted is str:
-        return "" if value is None else value if isinstance(value, str) else refuse("a text")
+        return "" if value is None else value if isinstance(value, str) else refuse("a string")
     if wanted is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, int) and abs(value) >= 2**64:
-            refuse("a whole number of 64 bits")
-        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("a whole number")
+            refuse("a 64-bit integer")
+        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("an integer")
     if isinstance(value, str):
         parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
         if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
@@ -142,10 +145,9 @@ class Setting:
     text: Any = None  # of a method's key, whose type is known with the method: `value` with scalars as they were written
 
 
-def _check_key(key: str, origin: str) -> None:
-    if key in FIELDS or (
-        key.startswith(_METHOD) and key.count(".") == 1
-    ):  # a method's keys are checked with its name, in `build`
+def check_key(key: str, origin: str) -> None:
+    """Raises ConfigError for a key that no recipe has, with the nearest ones."""
+    if key in FIELDS or (key.startswith(_METHOD) and key.count(".") == 1):  # `build` knows the method and checks its keys
         return
     if key in _MOVED:
         raise ConfigError(f"{key} ({origin}) is no longer a key; use {_MOVED[key]}.")
@@ -180,6 +182,33 @@ def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
         )
 
 
+RECIPES = Path(__file__).parent / "recipes"  # the repository's configs/, which a wheel holds as well
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package, such as "quickstart" and "cifar10/clae"."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("**/*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, which is given by its path or by its name in `recipe_names`; an existing file takes precedence.
+
+    Raises ConfigError for a recipe that is neither.
+    """
+    path, name = Path(recipe), str(recipe)
+    if os.path.lexists(path) and not path.is_dir():
+        return path
+    names = recipe_names()
+    if name in names:
+        return RECIPES / f"{name}.yaml"
+    close = difflib.get_close_matches(Path(name).with_suffix("").as_posix().removeprefix("configs/"), names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ConfigError(
+        f"CONFIG is {redact_word(name)!r}, which is neither a file nor the name of a recipe{hint}; use the path of a YAML "
+        f"file, or one of {', '.join(names)}."
+    )
+
+
 def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
     chain = (*extended_by, path.resolve())
@@ -207,7 +236,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
             _check_key_node(key, key_node, origin)
             if isinstance(value_node, yaml.MappingNode) and value_node.value and not _is_mapping(key):
                 if key not in _SECTIONS:
-                    _check_key(f"{key}.{value_node.value[0][0].value}", f"{path}:{value_node.start_mark.line + 1}")
+                    check_key(f"{key}.{value_node.value[0][0].value}", f"{path}:{value_node.start_mark.line + 1}")
                 if key in sections:
                     raise ConfigError(f"{key} is a section twice in {path} ({sections[key]} and {origin}); make it one.")
                 sections[key] = origin
@@ -219,7 +248,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
                 own[key] = Setting(value_node.value, origin)
                 settings.update(read_recipe(path.parent / str(value_node.value), chain))
                 continue
-            _check_key(key, origin)
+            check_key(key, origin)
             try:
                 own[key] = _setting(key, value_node, origin)
             except (yaml.YAMLError, ValueError) as error:
@@ -243,7 +272,7 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
             raise ConfigError(
                 f"{redact_word(text)!r} is not an override; write section.key=value, such as batch.global_size=512."
             )
-        _check_key(key, origin)
+        check_key(key, origin)
         is_text = key in FIELDS and FIELDS[key][1] is str
         if key in settings:
             times = sum(text.startswith(f"{key}=") for text in overrides)
@@ -309,7 +338,7 @@ def resolve(
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
-    settings = read_recipe(Path(recipe)) if recipe else {}
+    settings = read_recipe(find_recipe(recipe)) if recipe else {}
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)

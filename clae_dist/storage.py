@@ -1,4 +1,4 @@
-"""Storage that fails: which errors of the operating system are its fault, what to do about them, and their exit code."""
+"""Storage errors: the errors of the operating system that storage causes, and the way out of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-EXIT_CODE = 5  # of `clae` and of `python -m data_prep`
+from clae_dist.errors import STORAGE, ClaeError
+
 _FREE_SOME = "free some space there, or name a folder on another disk"
 _ANOTHER = "make it writable, or name another folder"
 # Errors that are about storage wherever they are raised, and the way out of each.
@@ -22,15 +23,18 @@ _WAYS_OUT = {
 }
 
 
-class StorageError(OSError):
-    """A file could not be written. Has errno, strerror and filename; its text names the file, the reason and the way out."""
+class StorageError(ClaeError, OSError):
+    """A file cannot be written. The text names the file, the reason and the way out."""
+
+    exit_code = STORAGE
+    on_all_ranks = False
 
     def __str__(self) -> str:
         return f"{self.filename} cannot be written: {self.strerror}; {_WAYS_OUT.get(self.errno or 0, _ANOTHER)}."
 
 
 def _reason(number: int, reason: str, name: str) -> str:
-    """With what is free now: when the error is shown, what was half written has been removed."""
+    """The reason with the free space of now: partly written files are removed before the error is shown."""
     if number not in (errno.ENOSPC, errno.EDQUOT):
         return reason
     path = Path(name).absolute()
@@ -56,7 +60,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def storage_error(error: BaseException) -> StorageError | None:
-    """`error` as a StorageError where storage is at fault, else None. This one rule decides the exit code of every command."""
+    """`error` as a StorageError if storage caused it, else None."""
     if isinstance(error, StorageError):
         return error
     if isinstance(error, OSError) and error.errno in _WAYS_OUT:

@@ -16,11 +16,8 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.devices import Request, agree, local_device, look
-from clae_dist.exit_codes import starts_again
-
-
-class RankError(RuntimeError):
-    """Something that one or more ranks found and that all ranks raise together; the message names the ranks."""
+from clae_dist.errors import RankError as RankError
+from clae_dist.errors import restarts
 
 
 @dataclass(frozen=True)
@@ -191,10 +188,10 @@ def _start_group(backend: str, store: dist.Store, rank: int, size: int, timeout_
 
 def told(code: int) -> int:
     """What a rank exits with. Where launch/torchrun.sh asks for it (CLAE_ENDING), a code that is no reason to start again
-    (exit_codes.py) goes into that file and the rank ends with 0: torchrun starts ranks again whatever their code. Success takes
+    (errors.py) goes into that file and the rank ends with 0: torchrun starts ranks again whatever their code. Success takes
     the place of what an earlier start left there: torchrun stops all ranks for a host that comes, and they say 75."""
     path = os.environ.get("CLAE_ENDING", "")
-    if not path or starts_again(code):
+    if not path or restarts(code):
         return code
     try:
         Path(path).write_text(f"{code}\n")

@@ -1,4 +1,4 @@
-"""`python -m data_prep`: parse, call, print, exit code; nothing else. The only place here that reads environment variables."""
+"""`python -m data_prep`: arguments, output and exit codes. Only this module reads environment variables."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from clae_dist.errors import BAD_INPUT, DIFFERENCES, INTERRUPTED, LEAKAGE, OK, STORAGE, DataError
 from clae_dist.escape import in_json, say
 from clae_dist.options import open_standard_streams
 from data_prep.arguments import parse
 
-# Worker processes import this file, too: what takes long to import is imported in the functions.
-
-OK, DIFFERENCES, BAD_INPUT, LEAKAGE, STORAGE, INTERRUPTED = 0, 1, 2, 3, 5, 130
+# Worker processes import this file, too: slow imports belong in the functions.
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from data_prep.prepare import prepare
-    from data_prep.settings import Settings
+    from data_prep.settings import PrepareSettings
     from data_prep.sources import open_source
     from data_prep.sources.entry import origin_of
 
     source = open_source(args.sources, args.image_column, args.label_column)
-    settings = Settings(
+    settings = PrepareSettings(
         name=args.name or source.name,
         source=args.origin or origin_of(source),
         licence=args.licence,
@@ -44,7 +43,6 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from clae_dist.data.manifest import DataError
     from clae_dist.reading import ReadError, read_text
     from data_prep.index import IndexSettings, index
 
@@ -129,9 +127,8 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Run one command and return its exit code."""
     args = parse(arguments)
-    from clae_dist.data.manifest import DataError
     from clae_dist.redact import redact_text
     from clae_dist.storage import storage_error
 
@@ -139,14 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        way_out = "the sets are untouched" if args.command in _READING else "run the same command again to go on where it was"
+        way_out = "the sets are untouched" if args.command in _READING else "the same command resumes"
         print(f"data_prep: interrupted; {way_out}.", file=sys.stderr)
         return INTERRUPTED
     except (DataError, OSError) as error:
         if args.debug:
             raise
         storage = storage_error(error)
-        way_out = "" if isinstance(error, DataError) else "; mend that, then the same command goes on where it was."
+        way_out = "" if isinstance(error, DataError) else "; fix that, then the same command resumes."
         say(redact_text(f"data_prep: {storage or f'{error}{way_out}'}"), file=sys.stderr)
         return STORAGE if storage else BAD_INPUT
     finally:

@@ -27,10 +27,11 @@ STEP = {
     "ranks": [{"rank": 0, "host": "h", "loss": {"loss": float("nan")}, "images": ["one", "two"]}],
 }
 EVALUATION = {
-    **dict.fromkeys(("knn_before", "knn_after", "linear_before", "linear_after"), 50.0),
-    **dict.fromkeys(("images_seen", "train_images", "bank_images", "test_images", "step", "knn_k"), 7),
+    "format": 2,
+    "results": {"knn": {"accuracy": {"before": 50.0, "after": 50.0}, "accuracy_low": {"before": 40.0, "after": 40.0}}},
+    "protocols": {"knn": {"title": "kNN", "description": "kNN with K = 7", "settings": {"k": 7}}},
+    **dict.fromkeys(("images_seen", "train_images", "bank_images", "test_images", "step"), 7),
     "num_classes": 3,
-    "knn_temperature": 0.1,
     "manifest_digest": "d",
     "neighbours": [{"id": 1, "label": 0, "neighbour_ids": [1, 2], "neighbour_labels": [0, -1], "cosines": [1.0, 0.5]}],
 }
@@ -77,7 +78,7 @@ def make_run(folder: Path) -> None:
     ]
     (folder / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
-    (folder / "summary.json").write_text(json.dumps({"method": "CLAE", "loss": 1.0, "images_seen": 5, "knn_after": 5.0}))
+    (folder / "summary.json").write_text(json.dumps({"method": "CLAE", "loss": 1.0, "images_seen": 5, "results": {}}))
     (folder / "nonfinite" / "step-00000007" / "step.json").write_text(json.dumps(STEP))
     model = build_model(config)
     weights = {f"model/{name}": value for name, value in model.state_dict().items()}
@@ -116,8 +117,9 @@ def read_everything(run: Path) -> int:
     """Every reader of a run's files; how many of them refused what is there."""
     from clae_dist.config import ConfigError
     from clae_dist.evaluation.record import read_record, summarise, summary_table
-    from clae_dist.evaluation.report import _results, _settings
+    from clae_dist.evaluation.report import _values
     from clae_dist.evaluation.stored import read_summary
+    from clae_dist.page import render
     from clae_dist.runs.checkpoint import load_model
     from clae_dist.runs.checkpoint.listing import say_checkpoints
     from clae_dist.training.replay import num_ranks, read_step
@@ -126,7 +128,7 @@ def read_everything(run: Path) -> int:
         found = read_record(run)
         summary = summarise(found)
         json.dumps(summary, allow_nan=False)
-        (_results(found, summary) + "".join(_settings(found, summary))).encode()
+        render("clae_dist", "run.html", **_values(found, summary, None, [])).encode()
 
     def checkpoints() -> None:
         for as_json in (True, False):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clae_dist import cli
 from clae_dist.cli import main
+from clae_dist.commands.train import exit_at_signals
 from clae_dist.config import ConfigError
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.recipe import from_yaml
@@ -45,7 +45,7 @@ def test_config_prints_values_that_read_back_and_where_they_come_from(
     [
         ("attack.epsilom=1", "did you mean attack.epsilon?"),
         ("attack.epsilon=-1", "attack.epsilon is -1.0; use 0 or more"),
-        ("batch.global_size=many", "it wants a whole number"),
+        ("batch.global_size=many", "expected an integer"),
         ("model.encoder=timm/resnet51", "did you mean timm/resnet"),
         ("run_dir=/proc/nowhere", "which cannot be created"),
     ],
@@ -131,7 +131,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_errors_are_config_errors() -> None:
     """The exit code belongs to the type: a subclass stays what it is."""
-    from clae_dist.launchers.rank import BAD_CONFIG, UNEXPECTED, exit_code
+    from clae_dist.errors import BAD_CONFIG, UNEXPECTED, exit_code
 
     class Special(ConfigError):
         pass
@@ -142,10 +142,10 @@ def test_errors_are_config_errors() -> None:
 
 def test_a_signal_whose_exit_was_lost_still_ends_the_command_before_ranks_start() -> None:
     """SystemExit from a handler is lost where it interrupts code that catches everything."""
-    with cli._leaving_at_signals() as leave_if_asked:
-        leave_if_asked()
+    with exit_at_signals() as exit_if_asked:
+        exit_if_asked()
         with suppress(SystemExit):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
-            leave_if_asked()
+            exit_if_asked()
     assert ended.value.code == 75

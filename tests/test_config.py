@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.config.rules import Rule
 from clae_dist.recipe import (
     FIELDS,
     build,
     flatten,
     from_yaml,
     parse_overrides,
+    recipe_names,
     resolve,
     shapes_result,
     to_yaml,
@@ -140,8 +142,24 @@ def test_an_override_that_cannot_be_used(override: str, message: str) -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read \(No such file or directory\); name a recipe"):
+    with pytest.raises(ConfigError, match=r"'nothing\.yaml', which is neither a file nor the name of a recipe; use the path"):
         resolve("nothing.yaml")
+
+
+def test_a_recipe_of_the_package_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any folder; a file of that name takes precedence."""
+    monkeypatch.chdir(tmp_path)
+    assert {"quickstart", "cifar10/clae", "imagenet/simclr"} <= set(recipe_names())
+    for name in recipe_names():
+        assert resolve(name)[0].name
+    assert resolve("quickstart")[1]["batch.global_size"].endswith("recipes/quickstart.yaml:13")
+    (tmp_path / "quickstart").mkdir()
+    assert resolve("quickstart")[0].name == "quickstart"
+    (tmp_path / "quickstart").rmdir()
+    write(tmp_path, "seed: 5\n", "quickstart")
+    assert resolve("quickstart")[0] == Config(seed=5)
+    with pytest.raises(ConfigError, match=r"'cifar10/claa\.yaml', .*\(did you mean cifar10/clae\?\); .* one of cifar10/clae, "):
+        resolve("cifar10/claa.yaml")
 
 
 # ---- types ----
@@ -160,25 +178,25 @@ def test_numbers_as_papers_write_them(text: str, value: float, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=one", r"seed is 'one' \(command line\); it wants a whole number"),
-        ("seed=1.5", r"seed is 1\.5 .* it wants a whole number"),
-        ("seed=true", r"seed is True .* it wants a whole number"),
-        ("seed=", r"seed is '' .* it wants a whole number"),
-        ("attack.epsilon=big", r"attack\.epsilon is 'big' .* it wants a number"),
-        ("attack.epsilon=1/0", r"attack\.epsilon is '1/0' .* it wants a number"),
-        ("attack.epsilon=a/b", r"it wants a number"),
-        ("attack.epsilon=.nan", r"it wants a finite number"),
-        ("attack.epsilon=.inf", r"it wants a finite number"),
-        ("attack.epsilon=true", r"it wants a finite number"),
-        ("attack.epsilon=[1]", r"it wants a finite number"),
-        ("attack.clip=1", r"attack\.clip is 1 .* it wants true or false"),
-        ("attack.clip=maybe", r"it wants true or false"),
+        ("seed=one", r"seed is 'one' \(command line\); expected an integer"),
+        ("seed=1.5", r"seed is 1\.5 .* expected an integer"),
+        ("seed=true", r"seed is True .* expected an integer"),
+        ("seed=", r"seed is '' .* expected an integer"),
+        ("attack.epsilon=big", r"attack\.epsilon is 'big' .* expected a number"),
+        ("attack.epsilon=1/0", r"attack\.epsilon is '1/0' .* expected a number"),
+        ("attack.epsilon=a/b", r"expected a number"),
+        ("attack.epsilon=.nan", r"expected a finite number"),
+        ("attack.epsilon=.inf", r"expected a finite number"),
+        ("attack.epsilon=true", r"expected a finite number"),
+        ("attack.epsilon=[1]", r"expected a finite number"),
+        ("attack.clip=1", r"attack\.clip is 1 .* expected true or false"),
+        ("attack.clip=maybe", r"expected true or false"),
         ("attack.anchor=sam", r"attack\.anchor is 'sam' .* one of same, other \(did you mean same\?\)"),
         ("optim.name=adam", r"optim\.name is 'adam' .* one of adamw, sgd, lars \(did you mean adamw\?\)"),
         ("optim.name=[adamw]", r"optim\.name is \['adamw'\] .* one of adamw, sgd, lars"),
         ("model.mean=[0.5, 0.5]", r"model\.mean is \[0\.5, 0\.5\] .* a list of 3 numbers, such as \[0\.5, 0\.5, 0\.5\]"),
         ("model.mean=0.5", r"a list of 3 numbers"),
-        ("model.mean=[0.5, x, 0.5]", r"model\.mean\[1\] is 'x' .* it wants a number"),
+        ("model.mean=[0.5, x, 0.5]", r"model\.mean\[1\] is 'x' .* expected a number"),
     ],
 )
 def test_a_value_of_the_wrong_type(override: str, message: str) -> None:
@@ -242,8 +260,40 @@ def test_a_value_out_of_range_names_its_key_and_where_it_was_written(override: s
         resolve(recipe)
 
 
+def test_every_setting_has_help_and_a_default_within_its_bounds() -> None:
+    for key, (field, _) in FIELDS.items():
+        if key.partition(".")[0] in ("attack", "objective", "method"):
+            continue
+        rule = field.metadata["rule"]
+        assert len(rule.help) > 5, key
+        assert rule.help[0].isupper() or "." in rule.help or ":" in rule.help, key
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Rule("", ge=0), "0 or more"),
+        (Rule("", ge=0, zero="automatic"), "0 (automatic) or more"),
+        (Rule("", ge=2), "at least 2"),
+        (Rule("", gt=0), "positive"),
+        (Rule("", ge=0, le=1), "0 to 1"),
+        (Rule("", ge=0, lt=1), "0 or more and below 1"),
+        (Rule("", gt=0, le=1), "above 0 and at most 1"),
+        (Rule("", lt=2), "below 2"),
+        (Rule(""), ""),
+    ],
+)
+def test_bounds_in_words(rule: Rule, words: str) -> None:
+    assert rule.bounds() == words
+
+
+def test_nan_is_outside_any_bounds() -> None:
+    """A comparison that is written the wrong way round lets NaN through."""
+    assert not any(Rule("", **{name: 1.0}).allows(float("nan")) for name in ("ge", "gt", "le", "lt"))
+
+
 def test_values_that_do_not_go_together() -> None:
-    with pytest.raises(ConfigError, match=r"data\.streams is 7, which does not divide batch\.global_size 256; 8 would do"):
+    with pytest.raises(ConfigError, match=r"data\.streams is 7, which does not divide batch\.global_size 256; try 8"):
         overridden("data.streams=7")
     with pytest.raises(ConfigError, match=r"optim\.warmup_epochs is 10, but train\.epochs is 5; warm up for less"):
         overridden("train.epochs=5")
@@ -255,11 +305,11 @@ def test_values_that_do_not_go_together() -> None:
 
 def test_rows_per_rank() -> None:
     assert [overridden("batch.global_size=256").rows_per_rank(world) for world in (1, 2, 4, 8)] == [256, 128, 64, 32]
-    with pytest.raises(ConfigError, match=r"batch\.global_size is 1000, but 48 ranks need equal rows; 960 or 1008 would do"):
+    with pytest.raises(ConfigError, match=r"batch\.global_size is 1000, but 48 ranks need equal rows; try 960 or 1008"):
         overridden("batch.global_size=1000").rows_per_rank(48)
-    with pytest.raises(ConfigError, match=r"batch\.global_size is 4, but 8 ranks need equal rows; 8 would do"):
+    with pytest.raises(ConfigError, match=r"batch\.global_size is 4, but 8 ranks need equal rows; try 8"):
         overridden("batch.global_size=4").rows_per_rank(8)
-    with pytest.raises(ConfigError, match=r"data\.streams is 4, which 8 ranks cannot share equally; data\.streams=8 would do"):
+    with pytest.raises(ConfigError, match=r"data\.streams is 4, which 8 ranks cannot share equally; try data\.streams=8"):
         overridden("batch.global_size=16", "data.streams=4").rows_per_rank(8)
 
 
@@ -271,7 +321,7 @@ def test_the_way_out_for_streams_is_one(world_size: int) -> None:
         try:
             assert config.rows_per_rank(world_size) == 24 // world_size
         except ConfigError as error:
-            proposed = str(error).split("data.streams=")[1].split(" ")[0]
+            proposed = str(error).split("data.streams=")[1].rstrip(".")
             assert overridden("batch.global_size=24", f"data.streams={proposed}").rows_per_rank(world_size)
 
 
@@ -343,10 +393,10 @@ def test_a_mapping_is_one_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.mixture=0.5", r"data\.mixture is 0\.5 \(command line\); it wants a mapping, such as \{/data/more: 0\.25\}"),
-        ("data.mixture={a: many}", r"data\.mixture\[a\] is 'many' \(command line\); it wants a number"),
-        ("data.mixture={a: 1.5}", r"data\.mixture is \[1\.5\]; each share is above 0 and below 1\. \[command line\]"),
-        ("data.mixture={a: 0.5, b: 0.5}", r"the shares leave 0 for data\.shards: they must leave some"),
+        ("data.mixture=0.5", r"data\.mixture is 0\.5 \(command line\); expected a mapping, such as \{/data/more: 0\.25\}"),
+        ("data.mixture={a: many}", r"data\.mixture\[a\] is 'many' \(command line\); expected a number"),
+        ("data.mixture={a: 1.5}", r"data\.mixture is \[1\.5\]; use a number above 0 and below 1; .* \[command line\]"),
+        ("data.mixture={a: 0.5, b: 0.5}", r"the shares leave 0 for data\.shards; use shares below 1 in total"),
     ],
 )
 def test_what_is_no_mixture(override: str, message: str) -> None:

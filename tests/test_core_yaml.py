@@ -62,13 +62,13 @@ def test_the_same_in_a_recipe_and_on_the_command_line(tmp_path: Path, key: str, 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("batch.global_size=1_000", r"batch\.global_size is '1_000' .* it wants a whole number"),
-        ("guard.hang_s=12:30:00", r"guard\.hang_s is '12:30:00' .* it wants a number, such as 0\.25, 1e-3 or 8/255"),
-        ("attack.epsilon=1_0", r"attack\.epsilon is '1_0' .* it wants a number"),  # Python's float() takes it for 10
-        ("attack.epsilon=1_0/255", r"it wants a number"),
-        ("attack.epsilon=infinity", r"it wants a number"),
-        ("attack.clip=yes", r"attack\.clip is 'yes' .* it wants true or false"),
-        ("attack.clip=off", r"attack\.clip is 'off' .* it wants true or false"),
+        ("batch.global_size=1_000", r"batch\.global_size is '1_000' .* expected an integer"),
+        ("guard.hang_s=12:30:00", r"guard\.hang_s is '12:30:00' .* expected a number, such as 0\.25, 1e-3 or 8/255"),
+        ("attack.epsilon=1_0", r"attack\.epsilon is '1_0' .* expected a number"),  # Python's float() takes it for 10
+        ("attack.epsilon=1_0/255", r"expected a number"),
+        ("attack.epsilon=infinity", r"expected a number"),
+        ("attack.clip=yes", r"attack\.clip is 'yes' .* expected true or false"),
+        ("attack.clip=off", r"attack\.clip is 'off' .* expected true or false"),
         ("attack.epsilon=!!binary aGk=", r"is not valid YAML"),
     ],
 )

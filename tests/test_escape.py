@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 
 from clae_dist.cli import main as clae
 from clae_dist.data.manifest import content_digest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.escape import in_html, in_json, shown, shown_lines
+from clae_dist.escape import in_json, shown, shown_lines
 from clae_dist.evaluation.pictures import draw_neighbours
+from clae_dist.page import render
 from data_prep.__main__ import main as data_prep
-from tests.test_architecture import OURS
+from tests.test_architecture import OURS, ROOT
 
 EVIL = "\x1b[2J\x1b]0;title\x07\r\nclae: all is well\x9b31m\u202egnp.\u2066\u2028\ud800$\\frac$<b>"
 SAFE = r"\x1b[2J\x1b]0;title\x07\r\nclae: all is well\x9b31m\u202egnp.\u2066\u2028\ud800$\frac$<b>"
@@ -28,8 +31,6 @@ def test_what_controls_is_written_out_and_nothing_else_is_changed() -> None:
     assert shown("Käse 日本 👩‍🚀 عربي हिन्दी") == "Käse 日本 👩‍🚀 عربي हिन्दी"
     assert shown(Path("/a b/c")) == "/a b/c"
     assert shown_lines("one\x1b\ntwo") == "one\\x1b\ntwo"
-    assert in_html(EVIL) == SAFE.replace("<b>", "&lt;b&gt;")
-    assert in_html('"', quote=True) == "&quot;"
 
 
 def test_json_stays_json() -> None:
@@ -109,8 +110,22 @@ def test_class_names_in_pictures_are_no_formulas() -> None:
         assert draw_neighbours([query], images, [images.expand(2, 3, 8, 8)], ["$\\frac$", "\x1b\n$x_$"])
 
 
-def test_pages_escape_by_this_module_alone() -> None:
-    """html.escape leaves control characters as they are."""
+def test_pages_escape_markup_and_control_characters() -> None:
+    values = {"findings": [], "near_bits": 3, "num_listed": 0, "list_file": "", "profiles": [], "pairs": {}, "unreadable": []}
+    images = [{"source": '"><b>', "words": [EVIL, "b"]}]
+    page = render("data_prep", "audit.html", title=EVIL, odd={'"': images}, **values)
+    assert f"<h1>{SAFE.replace('<b>', '&lt;b&gt;')}</h1>" in page
+    assert '<img alt="" src="&#34;&gt;&lt;b&gt;">' in page
+    assert "&lt;b&gt;<br>b</figcaption>" in page
+    is_harmless(page)
+    with pytest.raises(UndefinedError):
+        render("data_prep", "audit.html")
+
+
+def test_no_template_and_no_module_marks_text_as_markup() -> None:
+    """Marked text is escaped neither by Jinja2 nor by escape.shown."""
+    for path in [*ROOT.glob("clae_dist/templates/*"), *ROOT.glob("data_prep/templates/*")]:
+        assert not re.search(r"\|\s*safe|autoescape|<script", path.read_text()), path
     for name, tree in OURS.items():
-        words = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.ImportFrom))}
-        assert name == "clae_dist/escape.py" or not words & {"html.escape", "from html import escape"}, name
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"Markup", "html.escape"}, name

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from clae_dist import lease
-from clae_dist.lease import LOST, hold, refuse_if_held
+from clae_dist.errors import FAILED
+from clae_dist.lease import hold, refuse_if_held
 
 ROOT = Path(__file__).parents[1]
 HOLDS = """
@@ -124,7 +125,7 @@ def test_a_holder_that_slept_too_long_ends_and_says_who_has_it(tmp_path: Path) -
         other.send_signal(signal.SIGSTOP)
         with mine(path):
             other.send_signal(signal.SIGCONT)
-            assert other.wait(10) == LOST
+            assert other.wait(10) == FAILED
             assert other.stderr is not None
             said = other.stderr.read()
             assert f"{path} expired" in said

@@ -61,8 +61,8 @@ def test_the_whole_job_on_a_small_budget(images: Path, tmp_path: Path) -> None:
     assert summary["images_per_s"] > 0
     assert summary["wall_s"] > 0
     assert np.isfinite(summary["loss"])
-    for key in ("knn_before", "knn_after", "linear_before", "linear_after"):
-        assert 0 < summary[key] <= 100
+    for protocol in ("knn", "linear"):
+        assert all(0 < accuracy <= 100 for accuracy in summary["results"][protocol]["accuracy"].values())
 
     assert "ray: 2 worker(s)" in said
     assert "on the global batch's negatives" in said
@@ -88,7 +88,7 @@ print(json.dumps({r.info.run_name: [r.info.status, sorted(r.data.metrics), r.dat
     assert set(runs) == {"run"}
     status, metrics, batch, artifacts, digest = runs["run"]
     assert status == "FINISHED"
-    assert {"train/loss", "evaluation/knn_after", "attack/wrong_sign_share"} <= set(metrics)
+    assert {"train/loss", "evaluation/knn_accuracy_after", "attack/wrong_sign_share"} <= set(metrics)
     assert int(batch) > 0
     assert {"report", "config.yaml"} <= set(artifacts)
     assert digest == summary["manifest_digest"]
@@ -105,11 +105,12 @@ def test_the_quickstart_teaches_the_encoder_something(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     quickstart("--run-dir", str(run_dir), "train.epochs=0.28")  # as many images on every machine
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["knn_after"] - summary["knn_before"] >= 10
-    assert summary["linear_after"] > summary["linear_before"]
+    knn, linear = (summary["results"][protocol]["accuracy"] for protocol in ("knn", "linear"))
+    assert knn["after"] - knn["before"] >= 10
+    assert linear["after"] > linear["before"]
     again = quickstart("--run-dir", str(run_dir))  # which keeps the length that the run has
     assert "this run is finished already" in again
-    assert json.loads((run_dir / "summary.json").read_text())["knn_after"] == summary["knn_after"]
+    assert json.loads((run_dir / "summary.json").read_text())["results"] == summary["results"]
 
 
 @pytest.mark.long
@@ -121,4 +122,4 @@ def test_simclr_beside_the_quickstart(tmp_path: Path) -> None:
     said = quickstart("--run-dir", str(run_dir), "--compare", "simclr", "--minutes", "2")
     summary, simclr = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, run_dir / "simclr"))
     assert simclr["images_seen"] == pytest.approx(summary["images_seen"] * 11 / 6, rel=0.01)
-    assert f"{simclr['knn_after']:.1f} %" in said.rsplit("== Report", 1)[1]
+    assert f"{simclr['results']['knn']['accuracy']['after']:.1f} %" in said.rsplit("== Report", 1)[1]

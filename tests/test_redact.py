@@ -12,10 +12,10 @@ import pytest
 
 from clae_dist.cli import main
 from clae_dist.config import Config, Data, Tracking
+from clae_dist.config.sharing import shareable
 from clae_dist.launchers.rank import Console
 from clae_dist.recipe import to_yaml
 from clae_dist.redact import redact, redact_list, redact_text, redact_word, uri_without_secrets, without_secrets
-from clae_dist.runs.claim import shareable
 
 ROOT = Path(__file__).parents[1]
 URLS = [  # S3CR3T must go, keepme stays where it is

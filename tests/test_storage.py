@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from clae_dist.errors import STORAGE, exit_code
 from clae_dist.files import write_together
-from clae_dist.launchers.rank import STORAGE, exit_code
 from clae_dist.storage import StorageError, storage_error, writing
 from tests.failing_disks import prepare_folder
 
@@ -58,7 +58,7 @@ def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
 def test_one_rule_decides_what_is_storage(number: int) -> None:
     error = OSError(number, os.strerror(number))
-    assert exit_code(error) == STORAGE
+    assert exit_code(storage_error(error) or error) == STORAGE
     assert str(storage_error(error)).startswith("a temporary file or the output cannot be written: ")
     with pytest.raises(StorageError) as caught, writing("/some/file"):
         raise error

@@ -25,8 +25,9 @@ from clae_dist.bench.peers import Loss
 from clae_dist.bench.wire import CountTraffic, Network, fit
 from clae_dist.contrast.gather import Contrast
 from clae_dist.devices import Request, local_device
+from clae_dist.errors import OK, UNEXPECTED
 from clae_dist.launchers.local import spawn
-from clae_dist.launchers.rank import OK, UNEXPECTED, Ending
+from clae_dist.launchers.rank import Ending
 from clae_dist.world import World, connect
 
 

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, frozen, validated where it is written. recipe.py makes a Config of YAML and overrides."""
+"""All settings of a run: typed, frozen, with help and bounds. recipe.py builds a Config from YAML and overrides."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clae_dist.config.images import Augment, Batch, Data
-from clae_dist.config.method import Attack, MethodSettings, Model, Objective, Optim
-from clae_dist.config.rules import ConfigError, no_effect, require
+from clae_dist.config.method import Attack, MethodSettings, Objective
+from clae_dist.config.model import Model, Optim
+from clae_dist.config.rules import Section, setting
 from clae_dist.config.running import Checkpointing, Evaluation, Guard, Launch, Parallel, Tracking, Train
+from clae_dist.errors import ConfigError
 
 __all__ = [
     "Attack",
@@ -40,12 +42,12 @@ def _default_method() -> MethodSettings:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run."""
+class Config(Section):
+    """All settings of a run."""
 
-    name: str = "run"
-    run_dir: str = no_effect("")  # empty: runs/<name>
-    seed: int = 0
+    name: str = setting("run", help="Name of the run and of its folder.")
+    run_dir: str = setting("", no_effect=True, help="Folder of the run. Empty: runs/NAME.")
+    seed: int = setting(0, ge=0, lt=2**63, help="Seed of weights, order of samples and augmentations.")
     data: Data = Data()
     augment: Augment = Augment()
     batch: Batch = Batch()
@@ -63,17 +65,13 @@ class Config:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        require(
-            self.name.strip(" .") != "" and "/" not in self.name,
-            "name",
-            self.name,
-            "use a plain word; it names the run's folder.",
-        )
-        require(0 <= self.seed < 2**63, "seed", self.seed, "use 0 up to 2^63 - 1.")
+        super().__post_init__()
+        plain = self.name.strip(" .") != "" and "/" not in self.name
+        self.require(plain, "name", "use a plain word; it names the run's folder.")
         streams, size = self.data.streams, self.batch.global_size
         if streams and size % streams:
             near = _nearest_divisor(size, streams)
-            raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; {near} would do.")
+            raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; try {near}.")
         self.method.check(self.attack)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ConfigError(
@@ -96,15 +94,15 @@ class Config:
         if size % world_size:
             below, above = size // world_size * world_size, -(-size // world_size) * world_size
             choice = f"{above}" if below < 2 else f"{below} or {above}"
-            raise ConfigError(f"batch.global_size is {size}, but {world_size} ranks need equal rows; {choice} would do.")
+            raise ConfigError(f"batch.global_size is {size}, but {world_size} ranks need equal rows; try {choice}.")
         if streams % world_size:
             wanted = streams * world_size // math.gcd(streams, world_size)
-            way_out = f"data.streams={wanted} would do" if size % wanted == 0 else "use another number of ranks"
+            way_out = f"try data.streams={wanted}" if size % wanted == 0 else "use another number of ranks"
             raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
         rows, micro = size // world_size, self.batch.micro_size
         if micro and rows % micro:
             near = _nearest_divisor(rows, micro)
-            raise ConfigError(f"batch.micro_size is {micro}, which does not divide the {rows} rows of a rank; {near} would do.")
+            raise ConfigError(f"batch.micro_size is {micro}, which does not divide the {rows} rows of a rank; try {near}.")
         self.method.check_rows(rows, micro)
         return rows
 

@@ -1,93 +1,129 @@
-"""Settings of the images: which, in which order, how they are augmented, how many at a time."""
+"""Settings of the images: which set, in which order, how they are augmented, and how many per step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from clae_dist.config.rules import NO_EFFECT, no_effect, require
+from clae_dist.config.rules import Section, require, setting
 
 
 @dataclass(frozen=True)
-class Data:
-    """Which shards, and in which order they are read."""
+class Data(Section, prefix="data"):
+    """The training set and the order in which it is read."""
 
-    # The folder that data_prep wrote, here or at http(s)://, s3://, gs://; or plain shards, several by "::":
-    # x-{000000..000099}.tar, pipe:COMMAND. What is in it is checked by its digest instead.
-    shards: str = no_effect("")
-    # Further sets, and the share of every global batch that comes from each; data.shards has the rest, and is evaluated on.
-    mixture: dict[str, float] = field(default_factory=dict, metadata=NO_EFFECT)
-    train_split: str = "train"
-    test_split: str = "test"
-    image_size: int = 224  # pixels a side of each view
-    streams: int = 0  # canonical streams; a multiple of every world size the run should work on; 0 chooses
-    shuffle_shards: int = 8  # shards whose samples are shuffled together
-    workers: int = no_effect(-1)  # loader processes a rank; -1 chooses from the cores of this machine
-    verify: Literal["sha256", "size"] = no_effect("sha256")  # how shards of this machine are checked when a run starts
-    cache: str = no_effect("")  # folder on this machine; shards from elsewhere lie in shards/ there; empty: the user's
-    cache_bytes: int = no_effect(0)  # what it may hold, the least recently used goes first; 0: what the disk has, less 1 GiB
-    prefetch_shards: int = no_effect(8)  # from elsewhere that a rank fetches ahead of need; 0: none
-    timeout_s: float = no_effect(30.0)  # without a byte, after which a connection is cut and tried again
-    retries: int = no_effect(8)  # of a fetch that gets no further, with growing pauses (a minute in all)
-    # Images that cannot be decoded, for which others stand in, before a run ends: a share of all (below 1), or a number.
-    max_bad: float = no_effect(0.001)
-    # Files of a sample that come along with its image, as bytes (Batch.metadata): [json, txt]. They cost a look at the tar.
-    metadata: tuple[str, ...] = no_effect(())
+    shards: str = setting(
+        "",
+        no_effect=True,  # its content is checked by its digest instead
+        help="Folder or URL (http(s), s3, gs) of a set written by data_prep, or plain WebDataset shards, several joined by "
+        "'::': x-{000000..000099}.tar, pipe:COMMAND.",
+    )
+    mixture: dict[str, float] = setting(
+        {},
+        gt=0,
+        lt=1,
+        no_effect=True,
+        hint="each is a set's share of every global batch",
+        help="Further sets and the share of every global batch drawn from each. data.shards supplies the rest and is the set "
+        "that is evaluated on.",
+    )
+    train_split: str = setting("train", help="Split to train on.")
+    test_split: str = setting("test", help="Split to evaluate on.")
+    image_size: int = setting(224, ge=8, help="Side of each view in pixels.")
+    streams: int = setting(
+        0,
+        ge=0,
+        zero="automatic",
+        hint="it divides batch.global_size",
+        help="Canonical sample streams. Must be a multiple of every world size the run may resume with.",
+    )
+    shuffle_shards: int = setting(8, ge=1, help="Number of shards whose samples are shuffled together.")
+    workers: int = setting(
+        -1,
+        ge=-1,
+        no_effect=True,
+        hint="-1 is automatic, 0 loads in the training process",
+        help="Loader processes per rank. -1: chosen from this machine's cores; 0: load in the training process.",
+    )
+    verify: Literal["sha256", "size"] = setting(
+        "sha256", no_effect=True, help="How shards on this machine are checked when a run starts."
+    )
+    cache: str = setting(
+        "", no_effect=True, help="Folder on this machine where remote shards are cached, in shards/. Empty: the user's cache."
+    )
+    cache_bytes: int = setting(
+        0,
+        ge=0,
+        zero="all free space but 1 GiB",
+        no_effect=True,
+        help="Size limit of the cache; the least recently used shards are evicted first.",
+    )
+    prefetch_shards: int = setting(
+        8, ge=0, zero="none", no_effect=True, help="Remote shards that a rank fetches ahead of need."
+    )
+    timeout_s: float = setting(
+        30.0, gt=0, no_effect=True, hint="30 is usual", help="Seconds without a byte before a fetch is cut off and retried."
+    )
+    retries: int = setting(
+        8, ge=0, zero="none", no_effect=True, help="Retries of a fetch without progress, with backoff (a minute in total)."
+    )
+    max_bad: float = setting(
+        0.001,
+        ge=0,
+        zero="none",
+        no_effect=True,
+        hint="below 1 it is a share, from 1 a number of images",
+        help="Undecodable images tolerated before the run stops: a share of all images (below 1) or a number. Each is replaced "
+        "by the next readable one.",
+    )
+    metadata: tuple[str, ...] = setting(
+        (),
+        no_effect=True,
+        help="Extensions of further files of a sample to load as bytes with its image (Batch.metadata), such as [json, txt]. "
+        "Costs a read of the tar index.",
+    )
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 8, "data.image_size", self.image_size, "use at least 8 pixels.")
-        require(self.streams >= 0, "data.streams", self.streams, "use 0 (automatic) or a divisor of batch.global_size.")
-        require(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "use at least 1.")
+        super().__post_init__()
         shares = list(self.mixture.values())  # without the names, which may be URLs with secrets
-        require(all(0 < share < 1 for share in shares), "data.mixture", shares, "each share is above 0 and below 1.")
         rest = 1 - sum(shares)
-        require(rest > 1e-9, "data.mixture", shares, f"the shares leave {rest:g} for data.shards: they must leave some.")
-        require(self.max_bad >= 0, "data.max_bad", self.max_bad, "use 0 (none), a share below 1 or a number of images.")
-        require(self.workers >= -1, "data.workers", self.workers, "use -1 (automatic), 0 (in the training process) or more.")
-        for key in ("cache_bytes", "prefetch_shards", "retries"):
-            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "use 0 or more.")
-        require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "use a positive number of seconds, 30 as a rule.")
+        require(rest > 1e-9, "data.mixture", shares, f"the shares leave {rest:g} for data.shards; use shares below 1 in total.")
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Section, prefix="augment"):
     """SimCLR's augmentation (Chen et al. 2020, appendix A). Probabilities are per view."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.8
-    contrast: float = 0.8
-    saturation: float = 0.8
-    hue: float = 0.2
-    grey: float = 0.2
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    crop_scale: tuple[float, float] = setting(
+        (0.2, 1.0), gt=0, le=1, help="Range of the crop's area as a share of the image's area."
+    )
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), gt=0, help="Range of the crop's width / height.")
+    flip: float = setting(0.5, ge=0, le=1, help="Probability of a horizontal flip.")
+    jitter: float = setting(0.8, ge=0, le=1, help="Probability of colour jitter.")
+    brightness: float = setting(0.8, ge=0, zero="none", help="Strength of the brightness jitter.")
+    contrast: float = setting(0.8, ge=0, zero="none", help="Strength of the contrast jitter.")
+    saturation: float = setting(0.8, ge=0, zero="none", help="Strength of the saturation jitter.")
+    hue: float = setting(0.2, ge=0, le=0.5, zero="none", help="Largest hue shift, as a fraction of the colour circle.")
+    grey: float = setting(0.2, ge=0, le=1, help="Probability of conversion to greyscale.")
+    blur: float = setting(0.0, ge=0, le=1, help="Probability of Gaussian blur.")
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), gt=0, help="Range of the blur's standard deviation in pixels.")
 
     def __post_init__(self) -> None:
-        for key in ("flip", "jitter", "grey", "blur"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, f"augment.{key}", value, "a probability lies between 0 and 1.")
-        for key in ("brightness", "contrast", "saturation"):
-            require(getattr(self, key) >= 0, f"augment.{key}", getattr(self, key), "a strength is 0 or more.")
-        require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "hue shifts lie between 0 and 0.5 of the circle.")
-        low, high = self.crop_scale
-        require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "use 0 < low <= high <= 1.")
-        low, high = self.crop_ratio
-        require(0 < low <= high, "augment.crop_ratio", self.crop_ratio, "use 0 < low <= high.")
-        low, high = self.blur_sigma
-        require(0 < low <= high, "augment.blur_sigma", self.blur_sigma, "use 0 < low <= high, in pixels.")
+        super().__post_init__()
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            self.require(low <= high, name, "the first number is the lower one; use low <= high.")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The batch of one step over all ranks; what a rank holds is derived from it."""
+class Batch(Section, prefix="batch"):
+    """The global batch of one step; the share of a rank is derived from it."""
 
-    global_size: int = 256
-    # Images that a rank encodes at a time, with all negatives kept (GradCache, Gao et al. 2021); 0: its whole share.
-    micro_size: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.global_size >= 2, "batch.global_size", self.global_size, "a contrast needs at least 2 images.")
-        require(self.micro_size >= 0, "batch.micro_size", self.micro_size, "use 0 (a rank's whole share) or a divisor of it.")
+    global_size: int = setting(256, ge=2, help="Images of one step over all ranks; also the number of negatives.")
+    micro_size: int = setting(
+        0,
+        ge=0,
+        zero="all at once",
+        hint="it divides the rows of a rank",
+        help="Images that a rank encodes at a time, with all negatives kept (GradCache, Gao et al. 2021).",
+    )

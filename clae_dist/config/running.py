@@ -1,150 +1,219 @@
-"""Settings of a run's execution: how long, on what, what is kept, watched and measured."""
+"""Settings of a run's execution: length, precision, checkpoints, backend, launcher, tracking and evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from clae_dist.config.rules import ConfigError, no_effect, require
+from clae_dist.config.rules import Section, setting
+from clae_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Train:
-    """How long, how precise, and how often things happen on the way."""
+class Train(Section, prefix="train"):
+    """Length and precision of training, and how often metrics are computed."""
 
-    epochs: float = 100.0
-    precision: Literal["auto", "float64", "float32", "bfloat16"] = "auto"  # bfloat16: autocast, the loss stays float32
-    log_every: int = no_effect(10)  # steps between lines of metrics
-    diagnose_every: int = no_effect(50)  # steps between measurements of the attack and of the embedding space
-    knn_every: float = no_effect(10.0)  # epochs between kNN evaluations; 0: never
-    threads: int = no_effect(0)  # of torch on the CPU; 0 shares this machine's cores among its ranks
-    compile: bool = no_effect(False)  # torch.compile of the encoder's blocks
-    activation_checkpointing: bool = no_effect(False)  # blocks are computed again in the backward pass: less memory, more time
-    ema_decay: float = 0.0  # of the average of the weights that is then evaluated and exported, 0.999 as a rule; 0: none
+    epochs: float = setting(100.0, gt=0, hint="fractions are allowed", help="Epochs to train; may be fractional.")
+    precision: Literal["auto", "float64", "float32", "bfloat16"] = setting(
+        "auto",
+        help="Precision of the encoder. bfloat16: autocast, the loss stays float32. auto: bfloat16 on GPUs that support it, "
+        "otherwise float32.",
+    )
+    log_every: int = setting(10, ge=1, no_effect=True, help="Steps between metric lines.")
+    diagnose_every: int = setting(
+        50, ge=1, no_effect=True, help="Steps between measurements of the attack and of the embedding space."
+    )
+    knn_every: float = setting(10.0, ge=0, zero="never", no_effect=True, help="Epochs between kNN evaluations.")
+    threads: int = setting(
+        0, ge=0, zero="automatic", no_effect=True, help="CPU threads of torch per rank. 0: an equal share of the cores."
+    )
+    compile: bool = setting(False, no_effect=True, help="Compile the encoder's blocks with torch.compile.")
+    activation_checkpointing: bool = setting(
+        False, no_effect=True, help="Recompute blocks in the backward pass: less memory, more time."
+    )
+    ema_decay: float = setting(
+        0.0,
+        ge=0,
+        lt=1,
+        zero="no average",
+        help="Decay of the weight average that is evaluated and exported instead of the last weights; 0.999 is usual.",
+    )
 
     def __post_init__(self) -> None:
-        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "use 0 (no average) up to, not including, 1.")
+        super().__post_init__()
         if self.compile and self.activation_checkpointing:
             raise ConfigError(
-                "train.compile is true beside train.activation_checkpointing, whose second forward must know the route of the "
-                "first, which compiled blocks do not; use one of them."
-            )
-        require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number; fractions are fine.")
-        for key in ("log_every", "diagnose_every"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "use at least 1.")
-        require(self.knn_every >= 0, "train.knn_every", self.knn_every, "use 0 (never) or more.")
-        require(self.threads >= 0, "train.threads", self.threads, "use 0 (automatic) or more.")
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """When a run saves, beside its end, and which checkpoints stay. By steps or by minutes, whichever comes first."""
-
-    every_steps: int = no_effect(500)  # 0: never
-    every_minutes: float = no_effect(0.0)  # since the last one; 0: never
-    keep: int = no_effect(3)  # the newest
-    keep_every_hours: float = no_effect(0.0)  # one of every so many hours stays for good; 0: none
-
-    def __post_init__(self) -> None:
-        for key in ("every_steps", "every_minutes"):
-            require(getattr(self, key) >= 0, f"checkpoint.{key}", getattr(self, key), "use 0 (never) or more.")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "use at least 1.")
-        require(self.keep_every_hours >= 0, "checkpoint.keep_every_hours", self.keep_every_hours, "use 0 (none) or more.")
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """What wraps the encoder. Nothing here changes what is computed: a run may go on under another backend."""
-
-    backend: Literal["ddp", "fsdp2", "deepspeed"] = no_effect("ddp")
-    reshard_after_forward: bool = no_effect(True)  # fsdp2: whole parameters are freed between forward and backward
-    shard_size: int = no_effect(0)  # fsdp2: ranks that share one copy of the parameters; 0: all; fewer: hybrid, 2-D mesh
-    zero_stage: int = no_effect(1)  # deepspeed: what is shared; 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too
-
-    def __post_init__(self) -> None:
-        require(self.shard_size >= 0, "parallel.shard_size", self.shard_size, "use 0 (all ranks) or a divisor of their number.")
-        require(0 <= self.zero_stage <= 3, "parallel.zero_stage", self.zero_stage, "use 0, 1, 2 or 3.")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who starts the ranks."""
-
-    launcher: Literal["ray", "torchrun", "local"] = no_effect("local")
-    workers: int = no_effect(0)  # ranks; 0: one a GPU, or one without GPUs
-    device: Literal["auto", "cpu", "cuda"] = no_effect("auto")  # auto: a GPU for every rank, the CPU where no rank sees a GPU
-    min_workers: int = no_effect(0)  # Ray: goes on with as few when hosts are lost, up to launch.workers again; 0: not elastic
-    look_every_s: float = no_effect(30.0)  # Ray: seconds between looks for hosts that came back or will be taken away
-    max_failures: int = no_effect(3)  # Ray and local: how often a run is started again after a lost or hung rank
-
-    def __post_init__(self) -> None:
-        require(self.workers >= 0, "launch.workers", self.workers, "use 0 (automatic) or more.")
-        require(self.max_failures >= 0, "launch.max_failures", self.max_failures, "use 0 or more.")
-        require(self.look_every_s > 0, "launch.look_every_s", self.look_every_s, "use a positive number of seconds.")
-        if self.min_workers:
-            require(
-                0 < self.min_workers <= self.workers,
-                "launch.min_workers",
-                self.min_workers,
-                f"use 0 (not elastic), or 1 to launch.workers, which is {self.workers}.",
+                "train.compile is true together with train.activation_checkpointing, whose second forward must know the "
+                "route of the first, which compiled blocks do not; use one of them."
             )
 
 
 @dataclass(frozen=True)
-class Guard:
-    """What a run does when something goes wrong."""
+class Checkpointing(Section, prefix="checkpoint"):
+    """When checkpoints are saved, besides at the end, and which are kept. By steps or minutes, whichever comes first."""
 
-    # Seconds without progress of any kind after which ranks say which of them hangs, and leave, to be started again; four
-    # times as many while they start, evaluate or save; 0: wait for ever.
-    hang_s: float = no_effect(300.0)
-    stop_within_s: float = no_effect(60.0)  # after a signal, for the step and its checkpoint; then ranks leave without one
-    max_skipped: int = no_effect(0)  # steps of a run that may be left out because loss or gradient are not finite
+    every_steps: int = setting(500, ge=0, zero="never", no_effect=True, help="Steps between checkpoints.")
+    every_minutes: float = setting(0.0, ge=0, zero="never", no_effect=True, help="Minutes between checkpoints.")
+    keep: int = setting(3, ge=1, no_effect=True, help="Number of newest checkpoints to keep.")
+    keep_every_hours: float = setting(
+        0.0, ge=0, zero="none", no_effect=True, help="Additionally keep one checkpoint for every so many hours, permanently."
+    )
+
+
+@dataclass(frozen=True)
+class Parallel(Section, prefix="parallel"):
+    """The backend that wraps the encoder. It does not change results: a run may resume under another backend."""
+
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = setting(
+        "ddp", no_effect=True, help="ddp: replicated parameters; fsdp2: sharded parameters; deepspeed: ZeRO."
+    )
+    reshard_after_forward: bool = setting(
+        True,
+        no_effect=True,
+        used_by="parallel.backend=fsdp2",
+        help="Free unsharded parameters between forward and backward: less memory, more communication.",
+    )
+    shard_size: int = setting(
+        0,
+        ge=0,
+        zero="all ranks",
+        hint="it divides the number of ranks",
+        no_effect=True,
+        used_by="parallel.backend=fsdp2",
+        help="Ranks that share one copy of the parameters; fewer than all: hybrid sharding on a 2-D mesh.",
+    )
+    zero_stage: int = setting(
+        1,
+        ge=0,
+        le=3,
+        no_effect=True,
+        used_by="parallel.backend=deepspeed",
+        help="State that is sharded: 0 nothing, 1 optimiser state, 2 also gradients, 3 also parameters.",
+    )
+
+
+@dataclass(frozen=True)
+class Launch(Section, prefix="launch"):
+    """The launcher, which starts the ranks."""
+
+    launcher: Literal["ray", "torchrun", "local"] = setting(
+        "local", no_effect=True, help="local: processes on this machine; ray: Ray Train; torchrun: started by torchrun."
+    )
+    workers: int = setting(
+        0,
+        ge=0,
+        zero="automatic",
+        no_effect=True,
+        used_by="launch.launcher=ray or local",
+        help="Number of ranks. 0: one per GPU, or one without GPUs.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", no_effect=True, help="auto: a GPU for every rank, or the CPU if no rank sees a GPU."
+    )
+    min_workers: int = setting(
+        0,
+        ge=0,
+        zero="not elastic",
+        no_effect=True,
+        used_by="launch.launcher=ray",
+        help="Elastic training: continue with as few ranks as this when hosts are lost, and grow back to launch.workers.",
+    )
+    look_every_s: float = setting(
+        30.0,
+        gt=0,
+        no_effect=True,
+        used_by="launch.launcher=ray",
+        help="Seconds between checks for hosts that returned or will be taken away.",
+    )
+    max_failures: int = setting(
+        3,
+        ge=0,
+        zero="none",
+        no_effect=True,
+        used_by="launch.launcher=ray or local",
+        help="Number of restarts after a lost or hung rank.",
+    )
 
     def __post_init__(self) -> None:
-        require(self.hang_s >= 0, "guard.hang_s", self.hang_s, "use 0 (wait for ever) or a number of seconds, 300 as a rule.")
-        require(self.max_skipped >= 0, "guard.max_skipped", self.max_skipped, "use 0 (stop at the first) or more.")
-        require(self.stop_within_s > 0, "guard.stop_within_s", self.stop_within_s, "use a positive number of seconds.")
+        super().__post_init__()
+        self.require(
+            self.min_workers == 0 or self.min_workers <= self.workers,
+            "min_workers",
+            f"use 0 (not elastic), or 1 to launch.workers, which is {self.workers}.",
+        )
+
+
+@dataclass(frozen=True)
+class Guard(Section, prefix="guard"):
+    """Reactions to hangs, stop requests and non-finite values."""
+
+    hang_s: float = setting(
+        300.0,
+        ge=0,
+        zero="no limit",
+        hint="300 is usual",
+        no_effect=True,
+        help="If a rank makes no progress for this many seconds, the attempt is aborted and restarted from the newest "
+        "checkpoint. Four times as long while ranks start, evaluate or save.",
+    )
+    stop_within_s: float = setting(
+        60.0,
+        gt=0,
+        no_effect=True,
+        help="Seconds after a stop signal for the current step and its checkpoint; then ranks exit without a checkpoint.",
+    )
+    max_skipped: int = setting(
+        0,
+        ge=0,
+        zero="stop at the first",
+        no_effect=True,
+        help="Steps of a run that may be skipped because the loss or the gradient is non-finite.",
+    )
 
     def limit_s(self, patient: bool = False) -> float:
-        """Seconds without progress that are too many; 0: there is no limit. `patient`: where much may take long."""
+        """Seconds without progress that count as a hang; 0: no limit. `patient`: for phases that may take long."""
         return self.hang_s * (4 if patient else 1)
 
     @property
     def timeout_s(self) -> float:
-        """Of collectives: later than any limit, so that the watch, which names the rank, comes first; without one, a week."""
+        """Timeout of collectives: longer than any limit, so that the watchdog, which names the rank, acts first."""
         return max(600.0, 2 * self.limit_s(patient=True)) if self.hang_s else 7 * 86400.0
 
 
 @dataclass(frozen=True)
-class Tracking:
-    """Where metrics go beside the console and the run folder's metrics.jsonl."""
+class Tracking(Section, prefix="tracking"):
+    """Experiment tracking, besides the console and the run folder's metrics.jsonl."""
 
-    name: Literal["mlflow", "none"] = no_effect("mlflow")
-    uri: str = no_effect("")  # empty: MLFLOW_TRACKING_URI, or mlflow.db beside the run folder
-    experiment: str = no_effect("clae-dist")
+    name: Literal["mlflow", "none"] = setting("mlflow", no_effect=True, help="Experiment tracker.")
+    uri: str = setting(
+        "",
+        no_effect=True,
+        used_by="tracking.name=mlflow",
+        help="Tracking server or database. Empty: MLFLOW_TRACKING_URI, or mlflow.db beside the run folder.",
+    )
+    experiment: str = setting("clae-dist", no_effect=True, used_by="tracking.name=mlflow", help="Name of the experiment.")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Section, prefix="evaluation"):
     """kNN and linear probe on frozen features of the clean route."""
 
-    knn_k: int = 200
-    knn_temperature: float = 0.1
-    train_images: int = 0  # kNN bank and probe's training set of `clae evaluate`; 0: the whole train split
-    knn_bank: int = no_effect(10_000)  # while training: train images of the kNN bank; `clae evaluate` takes all
-    knn_queries: int = no_effect(2_000)  # while training: test images; `clae evaluate` takes all
-    linear_iterations: int = 100  # of L-BFGS
-    linear_penalty: float = 0.0  # L2; 0: the best of a small grid on a tenth of the train split held out
-    batch_size: int = no_effect(500)
-
-    def __post_init__(self) -> None:
-        for key in ("knn_k", "knn_bank", "knn_queries", "linear_iterations", "batch_size"):
-            require(getattr(self, key) >= 1, f"evaluation.{key}", getattr(self, key), "use at least 1.")
-        require(self.train_images >= 0, "evaluation.train_images", self.train_images, "use 0 (all) or more.")
-        require(self.knn_temperature > 0, "evaluation.knn_temperature", self.knn_temperature, "use a positive number.")
-        require(
-            self.linear_penalty >= 0,
-            "evaluation.linear_penalty",
-            self.linear_penalty,
-            "use 0 (search) or more.",
-        )
+    knn_k: int = setting(200, ge=1, help="Neighbours of the kNN classifier.")
+    knn_temperature: float = setting(0.1, gt=0, help="Temperature of the neighbours' votes.")
+    train_images: int = setting(
+        0, ge=0, zero="all", help="Training images of the kNN bank and the linear probe of `clae evaluate`."
+    )
+    knn_bank: int = setting(
+        10_000, ge=1, no_effect=True, help="Training images of the kNN bank during training; `clae evaluate` uses all."
+    )
+    knn_queries: int = setting(
+        2_000, ge=1, no_effect=True, help="Test images of kNN during training; `clae evaluate` uses all."
+    )
+    linear_iterations: int = setting(100, ge=1, help="L-BFGS iterations of the linear probe.")
+    linear_penalty: float = setting(
+        0.0,
+        ge=0,
+        zero="search",
+        help="L2 penalty of the linear probe. 0: the best of a small grid on a held-out tenth of the train split.",
+    )
+    batch_size: int = setting(500, ge=1, no_effect=True, help="Images per forward pass of the evaluation.")

@@ -21,6 +21,7 @@ import numpy as np
 
 from clae_dist import __version__
 from clae_dist.data.hints import no_manifest
+from clae_dist.errors import DataError
 from clae_dist.files import file_sha256, write_atomically
 from clae_dist.reading import ReadError, expect, is_text, open_regular, parse_object, read_bytes
 
@@ -30,10 +31,6 @@ MAX_BYTES = 64 << 20  # of a manifest; a hundred thousand shards have 30 MB
 _HEADER_BYTES = 512  # of a file in a tar, before its own
 _MAX_HEADER_BYTES = 4096  # of an index, in the format .npy
 _PREPARE_AGAIN = "prepare the set again with `python -m data_prep prepare` into a new folder"
-
-
-class DataError(ValueError):
-    """What is wrong with the data a user named. The message holds the fact, the value and the way out."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,10 @@ def open_shards(
 def entries_of(text: str) -> list[str]:
     """A folder, or shards. Raises ConfigError for nothing, for a list that is none, and for a mixture of the two."""
     if not text:
-        raise ConfigError("data.shards is ''; name the folder that `python -m data_prep prepare IMAGES SHARDS` wrote.")
+        raise ConfigError(
+            "data.shards is ''; name a folder of shards, such as data.shards=shards after `python -m data_prep demo shards` "
+            "(the quickstart's images) or `python -m data_prep prepare IMAGES shards` (yours)."
+        )
     if HIDDEN in text:
         raise ConfigError(
             f"data.shards is {text!r}: what followed the question mark was a secret, which a run does not write down; name the "

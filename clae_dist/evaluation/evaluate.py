@@ -1,10 +1,10 @@
-"""`clae evaluate`: what pretraining has added to the untrained encoder."""
+"""`clae evaluate`: the encoder before and after pretraining under every evaluation protocol."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +19,52 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
 from clae_dist.devices import local_device
 from clae_dist.evaluation.features import Features, extract_each
-from clae_dist.evaluation.interval import interval_text, wilson_interval
-from clae_dist.evaluation.knn import knn_accuracy, nearest, usable_k
-from clae_dist.evaluation.linear import linear_probe
+from clae_dist.evaluation.interval import interval_text
+from clae_dist.evaluation.knn import nearest
+from clae_dist.evaluation.protocol import FORMAT, WHEN, Subject, headlines
+from clae_dist.evaluation.protocols import PROTOCOLS
 from clae_dist.evaluation.scored import scored
 from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
+from clae_dist.progress import Progress
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, open_run
 
-NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # of the report's page of nearest neighbours
+NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # in the report
 
 Say = Callable[[str], None]
 
 
-class _Progress:
-    """Says how far a pass over `total` images is, every few seconds."""
-
-    def __init__(self, say: Say, what: str, total: int, every_s: float = 5.0) -> None:
-        self._say, self._what, self._total, self._every_s = say, what, total, every_s
-        self._started = self._said = time.perf_counter()
-        self._done = 0
-
-    def __call__(self, num_images: int) -> None:
-        self._done += num_images
-        now = time.perf_counter()
-        if now - self._said < self._every_s and self._done < self._total:
-            return
-        self._said = now
-        rate = self._done / max(now - self._started, 1e-9)
-        to_do = self._total - self._done
-        left = f"{to_do / rate:.0f} s left" if to_do else f"in {now - self._started:.1f} s"
-        self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
-
-
 def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
-    """kNN and linear-probe accuracy before and after pretraining; writes and returns evaluation.json.
+    """Run every protocol on the encoder before and after pretraining; write and return evaluation.json.
 
-    "Before" is the encoder as `build_model` initialises it from the run's seed, "after" the newest checkpoint's; both see
-    the same decoded pixels in the same pass, with the same settings. All of the train split, or a choice of
-    evaluation.train_images that is the same for every run, is the bank and the probe's training set; all of the test split
-    is classified. Accuracies are percent, of the images that have a label, and null for sets without labels or of one class;
-    …_interval_percent is the 95 % interval that the number of test images gives. `shards` is where the set is now, if it has
-    moved.
-    Raises ConfigError without a checkpoint, and for settings of the run that `permission` does not cover (runs/trust.py),
-    DataError for unusable shards, and StorageError when the result cannot be written.
+    "Before" is the encoder as `build_model` initialises it from the run's seed, "after" that of the newest checkpoint; both
+    see the same decoded pixels in the same pass, with the same settings. The bank is the train split, or a subset of
+    evaluation.train_images images that is the same for every run; the queries are the whole test split. Images without a
+    label are skipped; "results" is empty for sets without labels or with a single class.
+
+    Args:
+        shards: the location of the images, if they have moved.
+
+    Raises: ConfigError without a checkpoint, and for settings of the run that `permission` does not cover (runs/trust.py),
+        DataError for unusable shards, StorageError if the result cannot be written.
     """
     started = time.perf_counter()
     config = open_run(run_dir, permission).to_read_images(shards)
     _, trained, info = load_model(run_dir)
-    check_writable(run_dir)  # hours later is too late
+    check_writable(run_dir)  # before hours of work
     if not config.data.shards:
         raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
     manifest = open_shards(config.data, say=say)
     device = local_device()
     say(f"evaluating {run_dir} after {info['images_seen']:,} images, on {device.type}; {manifest.name} {manifest.digest[:12]}")
     result: dict[str, Any] = {
-        "knn_before": None,
-        "knn_after": None,
-        "linear_before": None,
-        "linear_after": None,
+        "format": FORMAT,
+        "results": {},
+        "protocols": {},
         "train_images": manifest.num_samples(config.data.train_split),
-        "bank_images": 0,  # of those, the kNN's bank and the probe's training set
+        "bank_images": 0,  # of those, the bank
         "test_images": manifest.num_samples(config.data.test_split) if config.data.test_split in manifest.splits else 0,
         "num_classes": len(manifest.classes),
         "images_seen": info["images_seen"],
@@ -104,20 +87,21 @@ def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
 def _compare(
     config: Config, untrained: PretrainModel, trained: PretrainModel, manifest: Manifest, device: torch.device, say: Say
 ) -> dict[str, Any]:
-    """Accuracies of both encoders and the neighbours in the trained one's features."""
+    """The part of evaluation.json that needs features of both encoders."""
     for model in (untrained, trained):
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    # Small images decode at 10,000 a second and core: next to that, starting processes costs more than they save.
+    # Small images decode at 10,000 per second and core, so starting worker processes would cost more than it saves.
     workers = num_workers(config, 1) if config.data.image_size > 64 else 0
 
-    left_out: dict[str, int] = {}
+    undecodable: dict[str, int] = {}
 
     def features(split: str, limit: int = 0) -> list[Features]:
         images = EvaluationSet(manifest, split, config.data.image_size, limit, workers=workers)
         part = f" ({len(images):,} of {manifest.num_samples(split):,})" if limit else ""
-        progress = _Progress(say, f"features, {split}{part}", len(images))
-        found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress)
+        progress = Progress(len(images), label=f"features, {split}{part}: ", say=say)
+        found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress.add)
+        progress.close()
         for name, one in zip(("untrained", "trained"), found, strict=True):
             if not one.features_NF.isfinite().all():
                 raise ConfigError(
@@ -125,15 +109,15 @@ def _compare(
                     "with optim.clip_norm=1 or a lower optim.learning_rate."
                 )
         if len(found[0]) < len(images):
-            left_out[split] = len(images) - len(found[0])
-            say(f"{left_out[split]} of {len(images):,} images of {split} cannot be decoded and were left out.")
+            undecodable[split] = len(images) - len(found[0])
+            say(f"{undecodable[split]} of {len(images):,} images of {split} cannot be decoded and were skipped.")
         return found
 
     bank_before, bank = features(config.data.train_split, config.evaluation.train_images)
     test_before, test = features(config.data.test_split)
     result: dict[str, Any] = {
         "bank_images": len(bank),
-        "left_out": left_out,
+        "undecodable": undecodable,
         "neighbours": _neighbours(bank, test, config.seed),
     }
     splits = (config.data.train_split, config.data.test_split)
@@ -145,49 +129,34 @@ def _compare(
     if pairs[1].problem:
         say(f"no accuracies: {pairs[1].problem}. Images get labels from class folders: python -m data_prep prepare")
         return result
+    subjects = [Subject(pair.bank, pair.queries, config.evaluation, config.seed, device) for pair in pairs]
     result["num_classes"] = pairs[1].num_classes
-    bank_images = len(pairs[1].bank)
-    requested, k = config.evaluation.knn_k, usable_k(config.evaluation.knn_k, bank_images)
-    if k < requested:
-        say(f"evaluation.knn_k is {requested}, more than a third of the bank of {bank_images} images: kNN takes K = {k}.")
-    result["knn_k"] = k
-    result["knn_temperature"] = config.evaluation.knn_temperature
-    result["linear_iterations"] = config.evaluation.linear_iterations
-    for when, pair in zip(("before", "after"), pairs, strict=True):
-        result.update(_accuracies(config, when, pair.bank, pair.queries, device, say))
+    result["protocols"] = {name: protocol.about(subjects[1]) for name, protocol in PROTOCOLS.items()}
+    result["notes"] = [note for protocol in PROTOCOLS.values() if (note := protocol.note(subjects[1]))]
+    for note in result["notes"]:
+        say(note)
+    result["results"] = _results(subjects, say)
     return result
 
 
-def _accuracies(config: Config, when: str, bank: Features, test: Features, device: torch.device, say: Say) -> dict[str, Any]:
-    settings = config.evaluation
-
-    def interval(percent: float) -> list[float]:
-        return [round(bound, 3) for bound in wilson_interval(percent, len(test))]
-
-    started = time.perf_counter()
-    knn = knn_accuracy(bank, test, usable_k(settings.knn_k, len(bank)), settings.knn_temperature, device)
-    of_knn, wall_s = interval(knn), time.perf_counter() - started
-    say(f"kNN {when} pretraining: {knn:.2f} % (95 % interval {interval_text(of_knn)}; {wall_s:.1f} s)")
-    started = time.perf_counter()
-    probe = linear_probe(bank, test, settings.linear_iterations, settings.linear_penalty, config.seed, device)
-    wall_s = time.perf_counter() - started
-    of_probe = interval(probe.accuracy)
-    more = f"95 % interval {interval_text(of_probe)}; penalty {probe.penalty:g}; {wall_s:.1f} s"
-    say(f"linear probe {when} pretraining: {probe.accuracy:.2f} % ({more})")
-    return {
-        f"knn_{when}": knn,
-        f"knn_{when}_interval_percent": of_knn,
-        f"linear_{when}": probe.accuracy,
-        f"linear_{when}_interval_percent": of_probe,
-        f"linear_penalty_{when}": probe.penalty,
-        f"linear_held_out_{when}": probe.held_out_accuracy,
-    }
+def _results(subjects: Sequence[Subject], say: Say) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics of all protocols: {protocol: {metric: {"before": …, "after": …}}}."""
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for when, subject in zip(WHEN, subjects, strict=True):
+        for name, protocol in PROTOCOLS.items():
+            started = time.perf_counter()
+            for metric, value in protocol.run(subject).items():
+                results.setdefault(name, {}).setdefault(metric, {})[when] = value
+            headline, wall_s = headlines(results, name)[when], time.perf_counter() - started
+            interval = interval_text(headline.interval)
+            say(f"{protocol.title} {when} pretraining: {headline.percent:.2f} % (95 % interval {interval}; {wall_s:.1f} s)")
+    return results
 
 
 def _neighbours(bank: Features, test: Features, seed: int) -> list[dict[str, Any]]:
-    """A few test images and the nearest of the train split: ids and labels. The images are drawn, not picked.
+    """Ids and labels of a few test images and their nearest neighbours in the train split.
 
-    In a seeded order, the first image of each class comes before the second of any.
+    The test images are drawn in a seeded order, the first image of each class before the second of any.
     """
     order = permutation(len(test), seed)
     seen: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies: how far a share of n images may be off by chance."""
+"""Confidence intervals of accuracies: the sampling error of a share of n images."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def wilson_interval(percent: float, num_images: int) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
+def accuracy_metrics(percent: float, num_images: int) -> dict[str, float]:
+    """An accuracy on `num_images` images and its 95 % interval, as metrics of a protocol."""
+    low, high = wilson_interval(percent, num_images)
+    return {"accuracy": percent, "accuracy_low": round(low, 3), "accuracy_high": round(high, 3)}
+
+
 def interval_text(interval: tuple[float, float] | list[float] | None) -> str:
-    """ "40.8 – 42.8", or a dash where there is none (an evaluation of an older version)."""
+    """ "40.8 – 42.8", or a dash without one."""
     return "–" if interval is None else f"{interval[0]:.1f} – {interval[1]:.1f}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 
 from clae_dist.data.manifest import DataError
 from clae_dist.evaluation.features import Features
+from clae_dist.evaluation.interval import accuracy_metrics
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 _QUERIES = 1000  # whose votes are in memory at once
 
@@ -107,3 +110,29 @@ def knn_accuracy(bank: Features, queries: Features, k: int, temperature: float, 
     require_labels("test", queries)
     predicted = classify(bank, queries.features_NF.to(device), k, temperature).cpu()
     return 100 * float((predicted == queries.labels_N).double().mean())
+
+
+class Knn(EvaluationProtocol):
+    """The share of test images whose class the weighted nearest neighbours in the train split give."""
+
+    name, title = "knn", "kNN"
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        k, temperature = usable_k(subject.settings.knn_k, len(subject.bank)), subject.settings.knn_temperature
+        accuracy = knn_accuracy(subject.bank, subject.queries, k, temperature, subject.device)
+        return accuracy_metrics(accuracy, len(subject.queries))
+
+    def settings(self, subject: Subject) -> dict[str, float]:
+        k = usable_k(subject.settings.knn_k, len(subject.bank))
+        return {"k": k, "temperature": subject.settings.knn_temperature, "bank_images": len(subject.bank)}
+
+    def describe(self, settings: Mapping[str, float]) -> str:
+        k, temperature, bank = settings["k"], settings["temperature"], settings["bank_images"]
+        return f"weighted kNN with K = {k:g}, τ = {temperature:g} in a bank of {bank:,.0f} train images"
+
+    def note(self, subject: Subject) -> str:
+        requested, bank_images = subject.settings.knn_k, len(subject.bank)
+        k = usable_k(requested, bank_images)
+        if k == requested:
+            return ""
+        return f"evaluation.knn_k is {requested}, more than a third of the bank of {bank_images:,} images: kNN uses K = {k}."

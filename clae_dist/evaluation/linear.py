@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from clae_dist.evaluation.features import Features
+from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.knn import require_labels
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # from strong to weak: each fit starts where the one before ended
 HELD_OUT = 0.1  # of the train split
@@ -115,3 +119,24 @@ def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: _Head, penalty: float, it
 
     optimiser.step(loss_with_gradients)
     return _Head(scale_F1 * scaled_FC.detach(), bias_C.detach())
+
+
+class LinearProbe(EvaluationProtocol):
+    """The share of test images that a linear classifier on the train split's features gets right."""
+
+    name, title = "linear", "linear probe"
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        iterations, penalty = subject.settings.linear_iterations, subject.settings.linear_penalty
+        probe = linear_probe(subject.bank, subject.queries, iterations, penalty, subject.seed, subject.device)
+        metrics = {**accuracy_metrics(probe.accuracy, len(subject.queries)), "penalty": probe.penalty}
+        if probe.held_out_accuracy is not None and math.isfinite(probe.held_out_accuracy):
+            metrics["held_out_accuracy"] = probe.held_out_accuracy
+        return metrics
+
+    def settings(self, subject: Subject) -> dict[str, float]:
+        return {"iterations": subject.settings.linear_iterations, "penalty": subject.settings.linear_penalty}
+
+    def describe(self, settings: Mapping[str, float]) -> str:
+        chosen = "chosen on a held-out tenth of them" if not settings["penalty"] else f"{settings['penalty']:g}"
+        return f"logistic regression on the same train images with L2 penalty {chosen}"

@@ -12,16 +12,15 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.escape import shown
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.metrics import Metrics, read_metrics
+from clae_dist.evaluation.protocol import WHEN, Headline, headlines
 from clae_dist.evaluation.stored import read_evaluation
 from clae_dist.reading import ReadError, read_text
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import Goodput, account, read_lines
 
-ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
-
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A run, read back. `ignored` says, a sentence each, what of its files is not used."""
 
     run_dir: Path
@@ -42,7 +41,7 @@ class Record:
         return self.config.method.uses_attack
 
 
-def read_record(run_dir: Path) -> Record:
+def read_record(run_dir: Path) -> RunRecord:
     """Raises ConfigError when there is no run in the folder, or its config.yaml or run.json is damaged."""
     folder = RunFolder(run_dir)
     folder.require()
@@ -53,7 +52,7 @@ def read_record(run_dir: Path) -> Record:
         config_text = read_text(folder.config_file)
     except ReadError as error:
         raise ConfigError(f"{folder.config_file} cannot be read ({error}); restore it from a copy.") from None
-    return Record(
+    return RunRecord(
         run_dir=run_dir,
         config=folder.read_config(),
         config_text=config_text,
@@ -65,7 +64,7 @@ def read_record(run_dir: Path) -> Record:
     )
 
 
-def summarise(record: Record) -> dict[str, Any]:
+def summarise(record: RunRecord) -> dict[str, Any]:
     """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
     rates, metrics = record.metrics.rates.y, record.metrics
@@ -77,8 +76,8 @@ def summarise(record: Record) -> dict[str, Any]:
         "images_per_s": statistics.median(rates) if rates else None,
         "loss": metrics.last("loss"),
         "loss_clean": metrics.last("loss_clean"),  # comparable between CLAE and SimCLR, whose loss it is
-        **{key: evaluation.get(key) for key in ACCURACIES},
-        **{f"{key}_interval_percent": evaluation.get(f"{key}_interval_percent") for key in ACCURACIES},
+        "results": evaluation.get("results", {}),
+        "titles": {name: protocol["title"] for name, protocol in evaluation.get("protocols", {}).items()},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
@@ -107,15 +106,28 @@ def number(value: float | None, form: str = ",.0f", unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
-def change(before: float | None, after: float | None) -> str:
+def _result_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Two rows per protocol that any of the runs has results of: headline and 95 % interval."""
+    titles: dict[str, str] = {}
+    for run in runs:
+        titles |= {name: (run.get("titles") or {}).get(name, name) for name in run.get("results") or {}}
+    rows = []
+    for name, title in titles.items():
+        pairs = [headlines(run.get("results") or {}, name) for run in runs]
+        rows.append([f"{shown(title)}, before → after", *(change(pair) for pair in pairs)])
+        rows.append(["  95 % interval", *(_interval_change(pair) for pair in pairs)])
+    return rows
+
+
+def change(pair: Mapping[str, Headline]) -> str:
     """ "31.2 % → 43.0 %", or a dash without an evaluation."""
-    return "–" if before is None or after is None else f"{before:.1f} % → {after:.1f} %"
+    return " → ".join(f"{pair[when].percent:.1f} %" for when in WHEN) if set(pair) == set(WHEN) else "–"
 
 
-def interval_change(summary: Mapping[str, Any], kind: str) -> str:
+def _interval_change(pair: Mapping[str, Headline]) -> str:
     """ "29.3 – 31.1 → 40.8 – 42.8", the 95 % intervals in percent."""
-    before, after = (summary.get(f"{kind}_{when}_interval_percent") for when in ("before", "after"))
-    return "–" if before is None or after is None else f"{interval_text(before)} → {interval_text(after)}"
+    known = set(pair) == set(WHEN) and all(headline.interval for headline in pair.values())
+    return " → ".join(interval_text(pair[when].interval) for when in WHEN) if known else "–"
 
 
 def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -140,10 +152,7 @@ def summary_table(*runs: Mapping[str, Any]) -> str:
         ["training time", *(number(run.get("wall_s"), ",.0f", " s") for run in runs)],
         ["loss", *(number(run.get("loss"), ".3f") for run in runs)],
         ["loss between clean views", *(number(run.get("loss_clean"), ".3f") for run in runs)],
-        ["kNN, before → after", *(change(run.get("knn_before"), run.get("knn_after")) for run in runs)],
-        ["  95 % interval", *(interval_change(run, "knn") for run in runs)],
-        ["linear probe, before → after", *(change(run.get("linear_before"), run.get("linear_after")) for run in runs)],
-        ["  95 % interval", *(interval_change(run, "linear") for run in runs)],
+        *_result_rows(runs),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

@@ -1,12 +1,12 @@
-"""`clae report`: a run in one HTML file, with its pictures beside it, and summary.json."""
+"""`clae report`: one HTML file for a run, with its pictures beside it, and summary.json."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.devices import local_device
-from clae_dist.escape import in_html
-from clae_dist.evaluation import page
-from clae_dist.evaluation.accuracies import accuracy_table
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
+from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
-from clae_dist.evaluation.record import Record, number, read_record, summarise
+from clae_dist.evaluation.protocol import WHEN, headlines
+from clae_dist.evaluation.record import RunRecord, number, read_record, summarise
 from clae_dist.files import check_writable, remove, write_together
+from clae_dist.page import data_uri, render
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import KINDS, MEANING
@@ -35,11 +35,12 @@ from clae_dist.runs.trust import NOTHING, OpenedRun, Permission, open_run
 
 ADVERSARIAL, NEIGHBOURS = "adversarial", "neighbours"
 PICTURES = (*(chart.name for chart in CHARTS), ADVERSARIAL, NEIGHBOURS)
-ATTACK_BATCH = 256  # images that are each other's negatives in the pictures of the attack
-SECTIONS = (
+ATTACK_BATCH = 256  # images in the pictures of the attack, each other's negatives
+ATTACK_CURVES = "The attack"
+CURVES = (
     ("Learning", "", ("loss", "knn", "grad_norm")),
     (
-        "The attack",
+        ATTACK_CURVES,
         "One step against the loss of the whole global batch, bounded by ε.",
         ("attack_loss", "delta", "wrong_sign_share"),
     ),
@@ -52,12 +53,42 @@ SECTIONS = (
 )
 
 
-def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> Path:
-    """Writes summary.json, report/report.html and its PNGs into the run folder; returns the HTML file's path.
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its texts; `name` is its file beside the report, `pixels` marks images rather than a chart."""
 
-    What the run does not have yet (metrics, an evaluation, a checkpoint, its shards) is said in the report.
-    `shards` is where its images are now, if they have moved. Raises ConfigError without a run, and for a folder that cannot be
-    written safely (runs/trust.py); StorageError when the report cannot be written: then the one before is as it was.
+    name: str
+    png: bytes
+    title: str
+    caption: str
+    pixels: bool = False
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """A heading with pictures, or a note in their place."""
+
+    title: str
+    lead: str = ""
+    figures: tuple[Picture, ...] = ()
+    note: str = ""
+
+    @property
+    def charts(self) -> bool:
+        """True if the figures are small charts, side by side."""
+        return not any(figure.pixels for figure in self.figures)
+
+
+def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> Path:
+    """Write summary.json, report/report.html and its PNGs into the run folder; return the path of the HTML file.
+
+    Parts that the run does not have yet (metrics, an evaluation, a checkpoint, its shards) are named in the report.
+
+    Args:
+        shards: the location of the images, if they have moved.
+
+    Raises: ConfigError without a run and for an untrusted run folder that leads elsewhere (runs/trust.py), StorageError if
+        the report cannot be written; an earlier report is then unchanged.
     """
     started = time.perf_counter()
     opened = open_run(run_dir, permission)
@@ -65,51 +96,53 @@ def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
     for problem in record.ignored:
         say(problem)
     summary = summarise(record)
-    folder = RunFolder(run_dir).report
-    for path in (run_dir, folder):
+    folder = RunFolder(run_dir)
+    for path in (run_dir, folder.report):
         check_writable(path)
-    album = _Album(folder)
     manifest = _manifest(opened, shards, say)
-    body = [_title(record, summary, manifest), _results(record, summary)]
-    body += [part for name, lead, names in SECTIONS for part in _curves(record, name, lead, names, album)]
-    body += _attack_page(record, manifest, album, say)
-    body += _neighbour_page(record, manifest, album)
-    body += _goodput(record)
-    body += _settings(record, summary)
-    path = RunFolder(run_dir).report_page
-    html = page.page(f"{record.config.name} · {summary['method']}", body).encode()
+    sections = [*_curves(record), _attack(record, manifest, say), _neighbours(record, manifest)]
+    pictures = {folder.report / f"{figure.name}.png": figure.png for section in sections for figure in section.figures}
+    html = render("clae_dist", "run.html", **_values(record, summary, manifest, sections)).encode()
     summary_json = (json.dumps(summary, indent=2) + "\n").encode()
-    write_together({**album.pictures, path: html, RunFolder(run_dir).summary_file: summary_json})
-    remove({folder / f"{name}.png" for name in PICTURES} - album.pictures.keys())
+    path = folder.report_page
+    write_together({**pictures, path: html, folder.summary_file: summary_json})
+    remove({folder.report / f"{name}.png" for name in PICTURES} - pictures.keys())
     say(f"report: {path}, {path.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s; summary.json beside it")
     return path
 
 
-class _Album:
-    """Pictures, to be kept as files beside the report: `pictures` holds their bytes by path."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.pictures: dict[Path, bytes] = {}
-
-    def keep(self, name: str, png: bytes) -> bytes:
-        self.pictures[self._folder / f"{name}.png"] = png
-        return png
+def _values(
+    record: RunRecord, summary: dict[str, Any], manifest: Manifest | None, sections: list[ReportSection]
+) -> dict[str, Any]:
+    """The values in templates/run.html."""
+    return {
+        "title": f"{record.config.name} · {summary['method']}",
+        "name": record.config.name,
+        "method": summary["method"],
+        "facts": _facts(record, summary, manifest),
+        "sections": sections,
+        "goodput": _goodput(record),
+        "versions": _versions(record, summary),
+        "settings": list(_settings(record.config_text)),
+        "data_uri": data_uri,
+        "interval_text": interval_text,
+        **_results(record, summary),
+    }
 
 
 def _manifest(opened: OpenedRun, shards: str, say: Say) -> Manifest | None:
     try:
         data = opened.to_read_images(shards).data
-        data = replace(data, retries=min(1, data.retries))  # pictures are not worth minutes
+        data = replace(data, retries=min(1, data.retries))  # do not wait minutes for pictures
         if data.shards and is_tar(entry := entries_of(data.shards)[0]) and scheme(entry):
-            raise DataError("the shards have no manifest and lie elsewhere, so that all of them would be fetched.")
+            raise DataError("the shards have no manifest and are remote, so all of them would be downloaded.")
         return open_shards(data) if data.shards else None
     except (DataError, ConfigError) as error:
         say(f"no pictures of images in the report: {error}")
         return None
 
 
-def _title(record: Record, summary: dict[str, Any], manifest: Manifest | None) -> str:
+def _facts(record: RunRecord, summary: dict[str, Any], manifest: Manifest | None) -> str:
     parts = [
         record.config.model.encoder,
         f"{manifest.name}, {manifest.num_samples(record.config.data.train_split):,} images" if manifest else "",
@@ -117,137 +150,156 @@ def _title(record: Record, summary: dict[str, Any], manifest: Manifest | None) -
         f"{record.config.train.epochs:g} epoch{'' if record.config.train.epochs == 1 else 's'}",
         f"batch {record.config.batch.global_size}" + (f" on {summary['world_size']} ranks" if summary["world_size"] else ""),
     ]
-    method = in_html(summary["method"])
-    line = in_html(" · ".join(part for part in parts if part))
-    return f'<h1>{in_html(record.config.name)}<span class="tag {method}">{method}</span></h1>\n<p class="soft">{line}</p>'
+    return " · ".join(part for part in parts if part)
 
 
-def _results(record: Record, summary: dict[str, Any]) -> str:
+def _results(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
+    """Cards, the table of results and the notes below it."""
     evaluation = record.evaluation or {}
-    cards = [
-        page.comparison_card("kNN", summary["knn_before"], summary["knn_after"]),
-        page.comparison_card("Linear probe", summary["linear_before"], summary["linear_after"]),
-        page.card(
-            "Images per second", number(summary["images_per_s"]), f"{number(summary['wall_s'], ',.0f', ' s')} of training"
-        ),
-        page.card("Images seen", number(summary["images_seen"]), f"loss {number(summary['loss'], '.3f')} at the end"),
+    about, results = evaluation.get("protocols", {}), evaluation.get("results", {})
+    protocols = [
+        {"title": about[name]["title"], "description": about[name]["description"], "pair": pair}
+        for name in results
+        if name in about and set(pair := headlines(results, name)) == set(WHEN)
     ]
-    parts = ['<div class="cards">\n' + "\n".join(cards) + "\n</div>"]
+    speed, wall_s = number(summary["images_per_s"]), number(summary["wall_s"], ",.0f", " s")
+    loss = number(summary["loss"], ".3f")
+    return {
+        "protocols": protocols,
+        "chance": number(100 / evaluation["num_classes"], ".2f", " %") if protocols else "",
+        "tested": _tested(evaluation) if protocols else "",
+        "cards": [
+            {"title": "Images per second", "value": speed, "below": f"{wall_s} of training"},
+            {"title": "Images seen", "value": number(summary["images_seen"]), "below": f"loss {loss} at the end"},
+        ],
+        "notes": list(_notes(record, summary, bool(protocols))),
+    }
+
+
+def _tested(evaluation: dict[str, Any]) -> str:
+    """The test images of the accuracies, in words."""
+    unlabelled = list((evaluation.get("unlabelled") or {}).values())  # of train, of test
+    if any(unlabelled):
+        return f"{evaluation['test_images'] - sum(unlabelled[1:]):,} test images with a label"
+    return f"all {evaluation['test_images']:,} test images"
+
+
+def _notes(record: RunRecord, summary: dict[str, Any], has_results: bool) -> Iterator[str]:
+    evaluation = record.evaluation or {}
     if record.metrics.images_seen is None:
-        parts.append(page.note("This run has logged no metrics yet, so there are no curves."))
+        yield "This run has logged no metrics yet, so there are no curves."
     if record.evaluation is None:
-        parts.append(page.note(f"This run has not been evaluated yet: clae evaluate {record.run_dir} does it."))
-    elif summary["knn_after"] is None:
+        yield f"This run has not been evaluated yet: run clae evaluate {record.run_dir}."
+    elif not has_results:
         reason = evaluation.get("no_accuracies") or "the set has no labels or no test split"
-        parts.append(page.note(f"There are no accuracies: {in_html(reason)}."))
+        yield f"There are no accuracies: {reason}."
     else:
-        parts += accuracy_table(evaluation, record.config.evaluation.knn_k)
+        yield from evaluation.get("notes", [])
         if record.metrics.images_seen is not None and evaluation["images_seen"] != summary["images_seen"]:
-            later = f"{summary['images_seen']:,} images"
-            parts.append(page.note(f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {later}."))
-    return "\n".join(parts)
+            yield f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {summary['images_seen']:,} images."
 
 
-def _curves(record: Record, name: str, lead: str, names: Iterable[str], album: _Album) -> list[str]:
-    chosen = [chart for wanted in names for chart in CHARTS if chart.name == wanted]
-    drawn = [(chart, png) for chart in chosen if (png := draw_chart(record, chart)) is not None]
-    if record.metrics.images_seen is None or (not drawn and not record.attacked and name == "The attack"):
-        return []
-    figures = [page.picture(album.keep(chart.name, png), chart.title, chart.note) for chart, png in drawn]
-    return [page.heading(name, lead), page.charts(figures), *_absent(record, chosen)]
+def _curves(record: RunRecord) -> Iterator[ReportSection]:
+    """Sections of charts. The attack's is missing for a run that has none and has logged none of its keys."""
+    if record.metrics.images_seen is None:
+        return
+    for title, lead, names in CURVES:
+        charts = [chart for name in names for chart in CHARTS if chart.name == name]
+        figures = [
+            Picture(chart.name, png, chart.title, chart.note)
+            for chart in charts
+            if (png := draw_chart(record, chart)) is not None
+        ]
+        if figures or record.attacked or title != ATTACK_CURVES:
+            yield ReportSection(title, lead, tuple(figures), _absent(record, charts))
 
 
-def _absent(record: Record, chosen: list[Chart]) -> list[str]:
-    missing = missing_keys(record, chosen)
+def _absent(record: RunRecord, charts: list[Chart]) -> str:
+    missing = missing_keys(record, charts)
     if not missing:
-        return []
+        return ""
     alone = record.identity.get("world_size") == 1 and any("Wrong attack signs" in title for title in missing)
-    reason = " (one rank alone has no other rank’s negatives to miss)" if alone else ""
-    return [page.note(f"Not logged by this run: {', '.join(missing)}{reason}.")]
+    reason = " (a single rank has no other rank’s negatives to miss)" if alone else ""
+    return f"Not logged by this run: {', '.join(missing)}{reason}."
 
 
-def _attack_page(record: Record, manifest: Manifest | None, album: _Album, say: Say) -> list[str]:
-    title = page.heading("Clean, perturbation, adversarial")
+def _attack(record: RunRecord, manifest: Manifest | None, say: Say) -> ReportSection:
+    title = "Clean, perturbation, adversarial"
     if manifest is None:
-        return [title, page.note("The shards of this run are not where config.yaml says, so no images can be shown.")]
+        return ReportSection(title, note="The shards of this run are not where config.yaml says, so no images can be shown.")
     try:
         config, model, info = load_model(record.run_dir)
     except ConfigError as error:
-        return [title, page.note(f"There is no trained model to attack: {error}")]
+        return ReportSection(title, note=f"There is no trained model to attack: {error}")
     images = EvaluationSet(manifest, config.data.train_split, config.data.image_size, ATTACK_BATCH, config.seed)
     batch, *_ = images.images(images.ids)
     attacked = attack_images(config, model.to(local_device()), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
-    png = album.keep(ADVERSARIAL, draw_triples(attacked))
-    return [title, page.picture(png, *_attack_caption(attacked, info), css="pixels")]
+    figure = Picture(ADVERSARIAL, draw_triples(attacked), *_attack_caption(attacked, info), pixels=True)
+    return ReportSection(title, figures=(figure,))
 
 
 def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]:
     attack = attacked.attack
     epsilon = f"{attack.epsilon * 255:.3g}/255" if attack.unit == "pixel" else f"{attack.epsilon:g} in normalised units"
-    mine = "the default attack, because this run has none" if attacked.borrowed else "the run’s own attack"
+    used = "the default attack, because this run has none" if attacked.borrowed else "the run’s own attack"
     title = f"Loss {attacked.loss_before:.3f} → {attacked.loss_after:.3f} with ε = {epsilon}"
     others = "; the attacked view is the mirrored image" if attacked.mirrored else ""
     return title, (
-        f"After {info['images_seen']:,} images, {mine}, on {len(attacked.clean)} unaugmented train images that are each "
+        f"After {info['images_seen']:,} images, {used}, on {len(attacked.clean)} unaugmented train images that are each "
         f"other’s negatives{others}. The middle row is the change, amplified {amplification(attacked)} times around grey."
     )
 
 
-def _neighbour_page(record: Record, manifest: Manifest | None, album: _Album) -> list[str]:
-    title = page.heading("Nearest neighbours of test images")
-    found = (record.evaluation or {}).get("neighbours")
-    if not found:
-        return [title, page.note("They come with an evaluation on a test split, which this run does not have yet.")]
-    if manifest is None or manifest.digest != (record.evaluation or {})["manifest_digest"]:
-        return [title, page.note("The images that were evaluated are not where config.yaml says, so they cannot be shown.")]
+def _neighbours(record: RunRecord, manifest: Manifest | None) -> ReportSection:
+    title, evaluation = "Nearest neighbours of test images", record.evaluation or {}
+    queries = evaluation.get("neighbours")
+    if not queries:
+        return ReportSection(title, note="They come with an evaluation on a test split, which this run does not have yet.")
+    if manifest is None or manifest.digest != evaluation["manifest_digest"]:
+        return ReportSection(title, note="The evaluated images are not where config.yaml says, so they cannot be shown.")
     data = record.config.data
     train, test = (EvaluationSet(manifest, split, data.image_size) for split in (data.train_split, data.test_split))
-    query_images, *_ = test.images([query["id"] for query in found])
-    neighbour_images = [train.images(query["neighbour_ids"])[0] for query in found]
-    right, shown = share_right(found)
-    png = album.keep(NEIGHBOURS, draw_neighbours(found, query_images, neighbour_images, manifest.classes))
-    verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "this set has no classes"
+    query_images, *_ = test.images([query["id"] for query in queries])
+    neighbour_images = [train.images(query["neighbour_ids"])[0] for query in queries]
+    right, shown = share_right(queries)
+    png = draw_neighbours(queries, query_images, neighbour_images, manifest.classes)
+    verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "This set has no classes"
     caption = (
-        "Left: test images, drawn by the run’s seed, one a class before a second of any. Right: the nearest of the kNN’s bank "
-        "by cosine, nearest first; green frames have the same class."
+        "Left: test images, drawn by the run’s seed, the first of each class before a second of any. Right: the nearest of the "
+        "kNN’s bank by cosine, nearest first; a green frame marks the same class."
     )
-    return [title, page.picture(png, verdict[0].upper() + verdict[1:], caption, css="pixels")]
+    return ReportSection(title, figures=(Picture(NEIGHBOURS, png, verdict, caption, pixels=True),))
 
 
-def _goodput(record: Record) -> list[str]:
+def _goodput(record: RunRecord) -> dict[str, Any] | None:
     if record.goodput is None:
-        return []
-    found = record.goodput
-    lead = (
-        f"Of {number(found.wall_s, ',.0f', ' s')} since the first start, over {found.starts} start{'s' * (found.starts > 1)}."
-    )
-    rows = [[kind, number(found.shares[kind], ".1f", " %"), MEANING[kind]] for kind in KINDS]
-    return [
-        page.heading("Where the time went", lead),
-        page.table(rows, ["", "share of the wall time", "what it is"], numbers=False),
-    ]
+        return None
+    starts, shares = record.goodput.starts, record.goodput.shares
+    return {
+        "lead": f"Of {record.goodput.wall_s:,.0f} s since the first start, over {starts} start{'s' * (starts > 1)}.",
+        "rows": [(kind, number(shares[kind], ".1f", " %"), MEANING[kind]) for kind in KINDS],
+    }
 
 
-def _settings(record: Record, summary: dict[str, Any]) -> list[str]:
-    identity = record.identity
-    versions = {
+def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
+    identity, bad_samples = record.identity, summary["bad_samples"]
+    replaced = f"{bad_samples}, replaced by others of their shards; see bad-samples.jsonl"
+    return {
         "run folder": record.run_dir,
         "trained with clae-dist": identity.get("package_version", "–"),
         "git revision": identity.get("git_revision") or "–",
         "manifest digest": summary["manifest_digest"] or "–",
-        "images that could not be decoded": (
-            f"{summary['bad_samples']}; others of their shards stood in, bad-samples.jsonl names them"
-            if summary["bad_samples"]
-            else "none"
-        ),
+        "undecodable images": replaced if bad_samples else "none",
         "backend": "{} over {}, {} ranks".format(*(identity.get(key, "–") for key in ("backend", "collectives", "world_size"))),
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
         "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-    return [
-        page.heading("Versions"),
-        page.definitions(versions),
-        page.heading("Configuration", "Resolved: every value and where it comes from. What is not a default stands out."),
-        page.configuration(record.config_text),
-    ]
+
+
+def _settings(config_text: str) -> Iterator[tuple[str, str, str]]:
+    """Key, value and origin of each line of a resolved config.yaml; the value of a section is empty."""
+    for line in config_text.splitlines():
+        setting, _, origin = line.partition("  # ")
+        key, _, value = setting.partition(":")
+        yield key.strip(), value.strip(), origin.strip()

@@ -1,4 +1,4 @@
-"""Results of a run that are read back, checked where they are read: evaluation.json, summary.json."""
+"""Checked readers of evaluation.json and summary.json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.config import ConfigError
+from clae_dist.evaluation.protocol import FORMAT, WHEN
 from clae_dist.reading import (
     Check,
     MissingError,
@@ -20,17 +21,24 @@ from clae_dist.reading import (
 )
 from clae_dist.runs.folder import RunFolder
 
-_ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
-_INTERVALS = tuple(f"{key}_interval_percent" for key in _ACCURACIES)
-_MOST_NEIGHBOURS = 64
+_MAX_NEIGHBOURS = 64
 
 
-def _is_percent(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 100
+def _is_mapping_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
-def _is_interval(value: Any) -> bool:
-    return is_list_of(_is_percent)(value) and len(value) == 2
+def _is_before_and_after(value: Any) -> bool:
+    return _is_mapping_of(is_number)(value) and len(value) > 0 and set(value) <= set(WHEN)
+
+
+def _is_protocol(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_mapping_of(is_number)(value.get("settings")):
+        return False
+    return is_text(value.get("title")) and is_text(value.get("description"))
+
+
+_is_results = _is_mapping_of(_is_mapping_of(_is_before_and_after))
 
 
 def _is_label(value: Any) -> bool:
@@ -42,54 +50,52 @@ def _is_query(value: Any) -> bool:
         return False
     ids: Any = value.get("neighbour_ids")
     labels: Any = value.get("neighbour_labels")
-    return is_list_of(is_count)(ids) and is_list_of(_is_label)(labels) and 0 < len(ids) == len(labels) <= _MOST_NEIGHBOURS
+    return is_list_of(is_count)(ids) and is_list_of(_is_label)(labels) and 0 < len(ids) == len(labels) <= _MAX_NEIGHBOURS
 
 
 _EVALUATION: dict[str, Check] = {
     **dict.fromkeys(("images_seen", "num_classes", "train_images", "bank_images", "test_images"), is_count),
-    **dict.fromkeys(_ACCURACIES, or_none(_is_percent)),
+    "results": _is_results,
+    "protocols": _is_mapping_of(_is_protocol),
     "manifest_digest": is_text,
-    "neighbours": lambda value: is_list_of(_is_query)(value) and len(value) <= _MOST_NEIGHBOURS,
+    "neighbours": lambda value: is_list_of(_is_query)(value) and len(value) <= _MAX_NEIGHBOURS,
 }
 _OPTIONAL: dict[str, Check] = {
     "wall_s": or_none(is_number),
     "step": is_count,
-    "left_out": lambda value: isinstance(value, dict),
-    "unlabelled": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
+    "undecodable": _is_mapping_of(is_count),
+    "unlabelled": _is_mapping_of(is_count),
     "no_accuracies": is_text,
-    **dict.fromkeys(_INTERVALS, or_none(_is_interval)),
+    "notes": is_list_of(is_text),
 }
-_WITH_ACCURACIES: dict[str, Check] = {
-    **dict.fromkeys(_ACCURACIES, _is_percent),
-    "num_classes": lambda value: is_count(value) and value > 0,
-    "knn_k": is_count,
-    "knn_temperature": is_number,
-}
+_WITH_RESULTS: dict[str, Check] = {"num_classes": lambda value: is_count(value) and value > 0}
 _SUMMARY: dict[str, Check] = {
     **dict.fromkeys(("method", "name", "report", "checkpoints"), or_none(is_text)),
     "images_seen": or_none(is_count),
     **dict.fromkeys(("images_per_s", "wall_s", "loss", "loss_clean"), or_none(is_number)),
-    **dict.fromkeys(_ACCURACIES, or_none(_is_percent)),
-    **dict.fromkeys(_INTERVALS, or_none(_is_interval)),
+    "results": _is_results,
+    "titles": _is_mapping_of(is_text),
 }
 
 
 def read_evaluation(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """An evaluation.json, None without one or with a damaged one; and why it is ignored, "" where it is not."""
+    """The content of an evaluation.json, None if it is missing or damaged; and the reason for ignoring it, or ""."""
     try:
         content = read_object(path)
+        if content.get("format", 1) != FORMAT:
+            raise ReadError(f"format {str(content.get('format', 1))[:20]}, this version reads {FORMAT}")
         expect(content, _EVALUATION, _OPTIONAL)
-        if content["knn_after"] is not None:
-            expect(content, _WITH_ACCURACIES)
+        if content["results"]:
+            expect(content, _WITH_RESULTS)
     except MissingError:
         return None, ""
     except ReadError as error:
-        return None, f"{path} is damaged ({error}) and ignored; `clae evaluate {path.parent}` writes it again."
+        return None, f"{path} cannot be used ({error}) and is ignored; `clae evaluate {path.parent}` writes it again."
     return content, ""
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json of a run. Raises ConfigError when it has no report yet, or a damaged one."""
+    """The content of summary.json. Raises ConfigError if there is none yet or it is damaged."""
     try:
         content = read_object(RunFolder(run_dir).summary_file)
         expect(content, {}, _SUMMARY)

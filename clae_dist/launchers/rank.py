@@ -1,4 +1,4 @@
-"""What every rank does, whoever started it: join the world, train, and say how it ended."""
+"""The work of a rank under every launcher: join the world, train, report the ending."""
 
 from __future__ import annotations
 
@@ -8,42 +8,17 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from clae_dist.config import Config, ConfigError
-from clae_dist.data.manifest import DataError
+from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
+from clae_dist.errors import OK, STOPPED, STORAGE, UNEXPECTED, ClaeError, ConfigError, restarts
 from clae_dist.escape import shown_lines
-from clae_dist.exit_codes import BAD_CONFIG as BAD_CONFIG
-from clae_dist.exit_codes import BAD_DATA as BAD_DATA
-from clae_dist.exit_codes import FAILED as FAILED
-from clae_dist.exit_codes import HUNG as HUNG
-from clae_dist.exit_codes import OK as OK
-from clae_dist.exit_codes import STOPPED as STOPPED
-from clae_dist.exit_codes import STORAGE as STORAGE
-from clae_dist.exit_codes import UNEXPECTED as UNEXPECTED
-from clae_dist.exit_codes import starts_again
 from clae_dist.launchers.environment import check_interface
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
-from clae_dist.runs.checkpoint import CheckpointError
-from clae_dist.runs.checkpoint.index import DamagedError
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import storage_error
-from clae_dist.training.run import train
-from clae_dist.world import RankError, World, connect
-
-USER_ERRORS: dict[type[Exception], int] = {
-    ConfigError: BAD_CONFIG,
-    DataError: BAD_DATA,
-    RankError: FAILED,
-    CheckpointError: STORAGE,
-}
-
-
-def exit_code(error: BaseException) -> int:
-    """The exit code that belongs to an error; UNEXPECTED for those that are not the user's to mend."""
-    if storage_error(error) or isinstance(error, DamagedError):
-        return STORAGE
-    return next((code for kind, code in USER_ERRORS.items() if isinstance(error, kind)), UNEXPECTED)
+from clae_dist.training.train import train
+from clae_dist.world import World, connect
 
 
 @dataclass(frozen=True)
@@ -52,7 +27,7 @@ class Ending:
 
     code: int
     message: str  # one readable line; "" when all is well
-    again: bool = False  # whether another start may go better (exit_codes.py)
+    again: bool = False  # a restart may succeed (errors.py)
 
 
 class Console:
@@ -105,7 +80,7 @@ class RankBroke(RuntimeError):
 
     def ending(self) -> Ending:
         """For launchers that hear from their ranks."""
-        return Ending(self.code, str(self), again=starts_again(self.exit_code))
+        return Ending(self.code, str(self), again=restarts(self.exit_code))
 
 
 def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
@@ -120,7 +95,7 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
         with connect(config.guard.timeout_s, config.launch.device) as world:
             return _train(config, origins, debug, world, Console(config, also))
     except ConfigError as error:  # of all ranks, before they communicate
-        return Ending(exit_code(error), str(error))
+        return Ending(error.exit_code, str(error))
     except Exception as error:
         storage = storage_error(error)  # on the rank that writes, in the middle of anything
         reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
@@ -137,10 +112,12 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
 def _train(config: Config, origins: dict[str, str], debug: bool, world: World, stream: Console) -> Ending:
     try:
         outcome = train(config, origins, world, stream)  # type: ignore[arg-type]
-    except tuple(USER_ERRORS) as error:
+    except ClaeError as error:
+        if not error.on_all_ranks:
+            raise
         if debug and world.is_main:
             print(shown_lines(traceback.format_exc()), end="", file=sys.stderr)
-        return Ending(exit_code(error), str(error))
+        return Ending(error.exit_code, str(error))
     finally:
         stream.end()
     return Ending(STOPPED if outcome.status == "stopped" else OK, "")

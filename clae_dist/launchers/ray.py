@@ -15,9 +15,10 @@ from types import FrameType
 from typing import Any
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.errors import FAILED, OK, STOPPED
 from clae_dist.escape import shown
 from clae_dist.launchers.local import default_workers
-from clae_dist.launchers.rank import FAILED, OK, STOPPED, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Setting, build, flatten

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from clae_dist.errors import OK, UNEXPECTED, ClaeError
 from clae_dist.escape import shown
 from clae_dist.launchers.local import spawn
-from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
+from clae_dist.launchers.rank import Ending
 from clae_dist.runs.trust import NOTHING, Permission
 from clae_dist.training.replay import num_ranks, read_step, replay
 from clae_dist.world import connect
@@ -27,6 +28,6 @@ def _rank(folder: Path, shards: str, permission: Permission) -> Ending:
         with connect() as world:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
             found = replay(*read_step(folder, shards, permission), folder, world)
-    except tuple(USER_ERRORS) as error:
-        return Ending(exit_code(error), shown(f"clae: {error}"))
+    except ClaeError as error:
+        return Ending(error.exit_code, shown(f"clae: {error}"))
     return Ending(OK if found.reproduced else UNEXPECTED, found.text)

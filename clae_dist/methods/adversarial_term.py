@@ -7,7 +7,7 @@ from math import gcd
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from clae_dist.config import Attack, ConfigError, MethodSettings
-from clae_dist.config.rules import require
+from clae_dist.config.rules import setting
 
 if TYPE_CHECKING:
     from clae_dist.contrast.interface import Step
@@ -19,16 +19,12 @@ class AdversarialTerm(MethodSettings):
 
     uses_attack: ClassVar[bool] = True
 
-    alpha: float = 1.0  # weight of the adversarial term
-    start_epoch: float = 0.0  # there is no adversarial term, and no attack, before
-    every: int = 1  # only every so many steps have an adversarial term
-    fraction: float = 1.0  # share of the batch that has an adversarial view; these images are contrasted among themselves
-
-    def __post_init__(self) -> None:
-        require(self.alpha >= 0, "method.alpha", self.alpha, "use 0 or more.")
-        require(self.start_epoch >= 0, "method.start_epoch", self.start_epoch, "use 0 or more.")
-        require(self.every >= 1, "method.every", self.every, "use at least 1 (every step).")
-        require(0 < self.fraction <= 1, "method.fraction", self.fraction, "use a share above 0 and at most 1.")
+    alpha: float = setting(1.0, ge=0, help="Weight of the adversarial term.")
+    start_epoch: float = setting(0.0, ge=0, help="Epochs before the first adversarial term.")
+    every: int = setting(1, ge=1, hint="1 is every step", help="Only every so many steps have an adversarial term.")
+    fraction: float = setting(
+        1.0, gt=0, le=1, help="Share of the batch with an adversarial view; these images are contrasted among themselves."
+    )
 
     def present(self, s: Step) -> bool:
         """True if this step has an adversarial term."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from clae_dist.config import ConfigError
+from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, Terms
 from clae_dist.methods.adversarial_term import AdversarialTerm
 
@@ -23,11 +24,15 @@ class ClaeSettings(AdversarialTerm):
     """The keys `method.*` of CLAE."""
 
     title: ClassVar[str] = "CLAE"
-    name: str = "clae"
-    anchor: Literal["same", "other"] = "same"  # the attacked view: x, the anchor's own view, or y, the other one
-    # exact: the paper's gradient at the lowest cost. original: the same, with the anchor's forward and the weight gradients
-    # that the paper's code computes and discards.
-    cost: Literal["exact", "original"] = "exact"
+    name: str = setting("clae", help="Pretraining method.")
+    anchor: Literal["same", "other"] = setting(
+        "same", help="View that is attacked: the anchor's own (same), or the other view of its image (other)."
+    )
+    cost: Literal["exact", "original"] = setting(
+        "exact",
+        help="exact: the paper's gradient at the lowest cost. original: the same, with the anchor's forward and the weight "
+        "gradients that the paper's code computes and discards.",
+    )
 
     def describe_attack(self) -> str:
         return f", anchor {self.anchor}, cost {self.cost}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from clae_dist.config import MethodSettings
+from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, Terms
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class SimClrSettings(MethodSettings):
     """SimCLR has no settings of its own."""
 
     title: ClassVar[str] = "SimCLR"
-    name: str = "simclr"
+    name: str = setting("simclr", help="Pretraining method.")
 
 
 class SimClr(Method):

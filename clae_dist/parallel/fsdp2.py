@@ -207,7 +207,7 @@ def _mesh(world: World, shard_size: int) -> DeviceMesh | None:
     if world.size % size:
         near = max(d for d in range(1, world.size + 1) if world.size % d == 0 and d <= size)
         raise ConfigError(
-            f"parallel.shard_size is {shard_size}, which does not divide the {world.size} ranks; {near} would do, or 0 (all)."
+            f"parallel.shard_size is {shard_size}, which does not divide the {world.size} ranks; try {near}, or 0 (all)."
         )
     if world.group is None:
         return None

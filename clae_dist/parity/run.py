@@ -12,21 +12,14 @@ from typing import Any
 import torch
 
 from clae_dist.config import Config, ConfigError, Parallel
+from clae_dist.errors import OK, UNEXPECTED, ClaeError
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
-from clae_dist.launchers.rank import OK, UNEXPECTED, USER_ERRORS, Ending, exit_code
+from clae_dist.launchers.rank import Ending
 from clae_dist.parity.compare import compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
 from clae_dist.world import World, connect
 
-# Without a recipe. Longer steps would make more of rounding than there is to see.
-DEMO = [
-    "model.encoder=small_resnet",
-    "data.image_size=32",
-    "optim.name=sgd",
-    "optim.learning_rate=0.03",
-    "optim.warmup_epochs=0",
-]
 FAILED = UNEXPECTED  # the exit code of a comparison that found a difference
 
 
@@ -83,8 +76,8 @@ def _rank(config: Config, steps: int, as_json: bool) -> Ending:
         with connect(device=config.launch.device) as world, _without_tf32():
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
             return _compare(config, world, steps, as_json)
-    except tuple(USER_ERRORS) as error:
-        return Ending(exit_code(error), f"clae: {error}")
+    except ClaeError as error:
+        return Ending(error.exit_code, f"clae: {error}")
 
 
 def _compare(config: Config, world: World, steps: int, as_json: bool) -> Ending:

@@ -10,17 +10,16 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
+from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
 from clae_dist.files import write_together
 from clae_dist.lease import WAIT_S, hold, refuse_if_held
 from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
-from clae_dist.redact import redact_text, uri_without_secrets, without_secrets
 from clae_dist.runs.folder import Identity, RunFolder
 from clae_dist.storage import storage_error, writing
 from clae_dist.world import World
@@ -44,25 +43,6 @@ def git_revision() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return revision + ("+changes" if dirty else "")
-
-
-def shareable(config: Config) -> Config:
-    """The configuration without secrets in URLs, as it is written to files and trackers that other people read."""
-    mixture = {without_secrets(name): share for name, share in config.data.mixture.items()}
-    kept: Config = _redacted(config)
-    return replace(
-        kept,
-        data=replace(kept.data, shards=without_secrets(config.data.shards), mixture=mixture),
-        tracking=replace(kept.tracking, uri=uri_without_secrets(config.tracking.uri)),
-    )
-
-
-def _redacted(section: Any) -> Any:
-    """A section and its subsections with every string redacted: a URL may be in any of them."""
-    values = {one.name: getattr(section, one.name) for one in fields(section)}
-    texts = {name: redact_text(value) for name, value in values.items() if isinstance(value, str)}
-    sections = {name: _redacted(value) for name, value in values.items() if is_dataclass(value)}
-    return replace(section, **texts, **sections)
 
 
 def make_folder(folder: Path) -> None:

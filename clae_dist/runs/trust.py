@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import redact_list, uri_without_secrets
 from clae_dist.files import write_atomically
 from clae_dist.reading import ReadError, read_object
 from clae_dist.recipe import from_yaml
-from clae_dist.runs.claim import shareable
 from clae_dist.runs.folder import FILES, FOLDERS, PREFIXES, RunFolder
 from clae_dist.world import state_home
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from clae_dist.config import Config
+from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.urls import expand, scheme, without_secrets
-from clae_dist.runs.claim import shareable
 
 MAX_DIGEST = 36  # characters that MLflow keeps
 

@@ -1,4 +1,4 @@
-"""Names of metrics on a tracking page, which groups them by the word before a slash: train/loss, evaluation/knn_after."""
+"""Names of metrics on a tracking page, which groups them by the word before a slash: train/loss, evaluation/knn_accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ _GROUPS = {
     "attack": "delta_linf delta_l2 attack_loss_before attack_loss_after wrong_sign_share cos_positive_adversarial "
     "cos_negative_mean_adversarial cos_negative_hardest_adversarial",
     "embedding": "cos_positive cos_negative_mean cos_negative_hardest alignment uniformity",
-    "evaluation": "knn_accuracy knn_accuracy_low knn_accuracy_high knn_before knn_after linear_before linear_after",
+    "evaluation": "knn_accuracy knn_accuracy_low knn_accuracy_high",
     "speed": "images_per_s data_wait_share attack_share checkpoint_blocked_s",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "
     "goodput_lost_share goodput_idle_share",
@@ -23,11 +23,12 @@ optimiser steps). Shares and accuracies are percent.
 | `train/` | losses of the global batch, gradient norm, learning rate |
 | `attack/` | of the adversarial view: size of δ, loss before and after, cosines |
 | `embedding/` | cosines, alignment and uniformity of the clean views |
-| `evaluation/` | kNN while training; kNN and linear probe before and after |
+| `evaluation/` | kNN during training; every protocol before and after |
 | `speed/`, `goodput/` | images/s, waits, where the wall time went |
 """
 
 
 def grouped(name: str) -> str:
-    """The name of a metric of metrics.jsonl on a tracking page; one that is in no group is in `train/`."""
-    return f"{_GROUP_OF.get(name, 'train')}/{name}"
+    """The name of a metric on a tracking page; results before and after pretraining are in `evaluation/`."""
+    default = "evaluation" if name.endswith(("_before", "_after")) else "train"
+    return f"{_GROUP_OF.get(name, default)}/{name}"

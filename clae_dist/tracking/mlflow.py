@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from clae_dist.config import Config, ConfigError
+from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import uri_without_secrets
 from clae_dist.recipe import flatten
-from clae_dist.runs.claim import shareable
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.background import Refused, brief
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
-from clae_dist.tracking.tracker import Row, Say, Status
+from clae_dist.tracking.tracker import MetricsRow, Say, Status
 
 Item = TypeVar("Item")
 RUN_KEY_TAG = "clae.run_key"
@@ -148,7 +148,7 @@ class MlflowStore:
         if self._training:
             self._start_monitor(resume=bool(found))
 
-    def log_rows(self, rows: list[Row]) -> None:
+    def log_rows(self, rows: list[MetricsRow]) -> None:
         from mlflow.entities import Metric
 
         metrics = [

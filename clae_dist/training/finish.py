@@ -10,8 +10,9 @@ from typing import Any
 
 from clae_dist import escape
 from clae_dist.config import ConfigError
+from clae_dist.deploy.export import CONFIG, export_encoder
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.export import export_encoder
+from clae_dist.evaluation.protocol import flat_metrics
 from clae_dist.evaluation.record import summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
@@ -24,14 +25,11 @@ Say = Callable[[str], None]
 
 
 def evaluate(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
-    """evaluate_run(), its accuracies also in MLflow. `shards` is where the images are now, if not where config.yaml says."""
+    """Run evaluate_run() under the evaluation lease and send its results to MLflow too."""
     with only_evaluation(run_dir, say):
         result = evaluate_run(run_dir, say, shards, permission)
-    accuracies = {
-        key: result[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after") if result[key] is not None
-    }
     with _tracker(run_dir, result["images_seen"], say, permission) as tracker:
-        tracker.log(accuracies, result["images_seen"])
+        tracker.log(flat_metrics(result["results"]), result["images_seen"])
     return result
 
 
@@ -61,10 +59,13 @@ def report(
 def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say, permission: Permission = NOTHING) -> Path:
     """export_encoder(), the encoder also in MLflow, as a logged model."""
     folder = export_encoder(run_dir, destination, permission)
-    identity, seen = RunFolder(run_dir).read_identity(), json.loads((folder / "config.json").read_text())["images_seen"]
-    with _tracker(run_dir, seen, say, permission) as tracker:
+    identity, description = RunFolder(run_dir).read_identity(), json.loads((folder / CONFIG).read_text())
+    with _tracker(run_dir, description["images_seen"], say, permission) as tracker:
         tracker.log_model(folder, identity.manifest_digest)
     say(f"wrote {folder}; its README.md shows how to load it")
+    problem = description["timm_problem"]
+    loads = f'timm.create_model("local-dir:{folder}", pretrained=True) loads it'
+    say(f"not in timm's own layout: {problem}" if problem else loads)
     return folder
 
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from clae_dist.exit_codes import HUNG as HUNG
-from clae_dist.exit_codes import STOPPED as STOPPED
 from clae_dist.runs.folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
-from clae_dist.exit_codes import UNEXPECTED
+from clae_dist.errors import UNEXPECTED
 from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World, abandon
 

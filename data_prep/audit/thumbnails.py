@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import mmap
 import tarfile
@@ -59,8 +58,8 @@ class Images:
         except tarfile.HeaderError:
             return ""
 
-    def data_uri(self, at: int) -> str:
-        """The image as a page holds it: a small JPEG."""
+    def thumbnail(self, at: int) -> bytes:
+        """The image as a small JPEG."""
         from clae_dist.data.decode import decode_rgb
 
         entry = self._audit.table[at]
@@ -71,4 +70,4 @@ class Images:
             image.thumbnail((_SIDE, _SIDE))
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+        return stream.getvalue()

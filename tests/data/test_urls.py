@@ -7,9 +7,9 @@ import os
 import pytest
 
 from clae_dist.config import Config, ConfigError, Data
+from clae_dist.config.sharing import shareable
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import absolute, join, redact, redact_list, redact_text, scheme, uri_without_secrets, without_secrets
-from clae_dist.runs.claim import shareable
 
 
 def test_lists_are_written_as_in_webdataset() -> None:
@@ -22,7 +22,7 @@ def test_lists_are_written_as_in_webdataset() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "data.shards is ''; name the folder"),
+        ("", "data.shards is ''; name a folder"),
         ("a.tar::folder", "lists 'folder' among 2 entries"),
         ("{a.tar,b.tar.gz}", "lists 'b.tar.gz' among 2 entries"),
         ("x-{0..2.tar", "whose braces cannot be expanded"),

@@ -105,7 +105,7 @@ def test_interrupted_it_leaves_cleanly_and_says_how_to_go_on(
     target = "group" if signal_number == signal.SIGINT else "alone"
     ended = command(signal_number.value, 4, target, *arguments(source, folder, workers), script=struck)
     assert ended.returncode == 130
-    assert ended.stderr.splitlines()[-1] == "data_prep: interrupted; run the same command again to go on where it was."
+    assert ended.stderr.splitlines()[-1] == "data_prep: interrupted; the same command resumes."
     assert "Traceback" not in ended.stderr
     assert not list(folder.glob(".tmp-*"))
     assert leftovers(folder) == [".parts"]  # the records of finished shards

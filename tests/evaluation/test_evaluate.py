@@ -33,9 +33,9 @@ def test_before_and_after_are_the_initial_and_the_trained_encoder(make_run: Make
     for when, model in (("before", build_model(config)), ("after", load_model(run)[1])):
         model.to(memory_format=torch.channels_last)  # as evaluation does; the other layout rounds differently
         train, test = (extract(model, EvaluationSet(manifest, split, 16), "cpu", 500) for split in ("train", "test"))
-        assert found[f"knn_{when}"] == knn_accuracy(train, test, 20, config.evaluation.knn_temperature)
-        assert found[f"linear_{when}"] == linear_probe(train, test, seed=config.seed).accuracy
-    assert found["knn_before"] > 80  # three plain colours
+        assert found["results"]["knn"]["accuracy"][when] == knn_accuracy(train, test, 20, config.evaluation.knn_temperature)
+        assert found["results"]["linear"]["accuracy"][when] == linear_probe(train, test, seed=config.seed).accuracy
+    assert found["results"]["knn"]["accuracy"]["before"] > 80  # three plain colours
     assert (found["train_images"], found["bank_images"], found["test_images"], found["images_seen"]) == (150, 150, 30, 224)
     assert found["manifest_digest"] == manifest.digest
     assert json.loads((run / "evaluation.json").read_text()) == found
@@ -59,8 +59,8 @@ def test_a_part_of_the_train_split_as_bank(make_run: MakeRun) -> None:
     model = load_model(run)[1].to(memory_format=torch.channels_last)  # as evaluation does
     bank, test = (extract(model, EvaluationSet(manifest, split, 16, 60), "cpu", 500) for split in ("train", "test"))
     assert (len(bank), len(test)) == (60, 30)
-    assert found["knn_after"] == knn_accuracy(bank, test, 20, config.evaluation.knn_temperature)
-    assert found["linear_after"] == linear_probe(bank, test, seed=config.seed).accuracy
+    assert found["results"]["knn"]["accuracy"]["after"] == knn_accuracy(bank, test, 20, config.evaluation.knn_temperature)
+    assert found["results"]["linear"]["accuracy"]["after"] == linear_probe(bank, test, seed=config.seed).accuracy
     assert (found["train_images"], found["bank_images"], found["test_images"]) == (150, 60, 30)
     assert {id_ for query in found["neighbours"] for id_ in query["neighbour_ids"]} <= set(bank.ids_N.tolist())
     assert any("features, train (60 of 150): 60 of 60 images" in line for line in said)
@@ -80,7 +80,7 @@ def test_without_labels_or_test_split_there_are_no_accuracies(
 ) -> None:
     said: list[str] = []
     found = evaluate_run(make_run(data=shards(labelled=False, test=test_split)), said.append)
-    assert [found[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after")] == [None] * 4
+    assert found["results"] == {}
     assert bool(found["neighbours"]) == test_split
     assert any("no accuracies" in line for line in said)
 
@@ -97,8 +97,8 @@ def test_images_without_a_label_are_in_no_accuracy(make_run: MakeRun, shards: Ca
     parts = [extract(model, EvaluationSet(manifest, split, 16), "cpu", 500) for split in ("train", "test")]
     bank, test = (Features(*(column[part.labels_N >= 0] for column in vars(part).values())) for part in parts)
     assert (len(bank), len(test)) == (135, 27)
-    assert found["knn_after"] == knn_accuracy(bank, test, 20, config.evaluation.knn_temperature)
-    assert found["linear_after"] == linear_probe(bank, test, seed=config.seed).accuracy
+    assert found["results"]["knn"]["accuracy"]["after"] == knn_accuracy(bank, test, 20, config.evaluation.knn_temperature)
+    assert found["results"]["linear"]["accuracy"]["after"] == linear_probe(bank, test, seed=config.seed).accuracy
     assert found["unlabelled"] == {"train": 15, "test": 3}
     assert "images of train without a label, skipped in the accuracies: 15 of 150" in said
 
@@ -107,7 +107,7 @@ def test_a_set_of_one_class_has_no_accuracies(make_run: MakeRun, shards: Callabl
     """100 % without a word."""
     said: list[str] = []
     found = evaluate_run(make_run(data=shards(label_of=lambda number: 1 if number % 2 else -1)), said.append)
-    assert [found[key] for key in ("knn_before", "knn_after", "linear_before", "linear_after")] == [None] * 4
+    assert found["results"] == {}
     assert found["no_accuracies"].startswith("all labelled images of train are of one class")
     assert any(line.startswith("no accuracies: all labelled images of train are of one class") for line in said)
 
@@ -117,7 +117,7 @@ def test_labels_with_gaps_are_the_classes_that_there_are(make_run: MakeRun, shar
     classes = tuple(map(str, range(1000)))
     gaps = shards(label_of=lambda number: (7, 123, 999)[number % 3], classes=classes)
     found, plain = (evaluate_run(make_run(data=folder, run_dir=folder / "run"), _quiet) for folder in (gaps, shards()))
-    for key in ("knn_before", "knn_after", "linear_before", "linear_after", "num_classes"):
+    for key in ("results", "num_classes"):
         assert found[key] == plain[key], key
 
 
@@ -133,7 +133,7 @@ def test_shards_that_are_gone_are_named(make_run: MakeRun, tmp_path: Path) -> No
 
 def test_runs_in_double_precision_too(make_run: MakeRun) -> None:
     found = evaluate_run(make_run("train.precision=float64", "attack.name=none"), _quiet)
-    assert torch.tensor(found["knn_after"]).isfinite()
+    assert torch.tensor(found["results"]["knn"]["accuracy"]["after"]).isfinite()
 
 
 def _quiet(_: str) -> None: ...

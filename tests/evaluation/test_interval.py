@@ -12,11 +12,11 @@ import pytest
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.interval import interval_text, wilson_interval
 from clae_dist.evaluation.knn import usable_k
+from clae_dist.evaluation.protocol import flat_metrics, headlines
 from clae_dist.evaluation.record import read_record, summarise, summary_table
 from clae_dist.evaluation.report import write_report
 
 MakeRun = Callable[..., Path]
-ACCURACIES = ("knn_before", "knn_after", "linear_before", "linear_after")
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,11 @@ class Tables(HTMLParser):
 def test_every_accuracy_has_its_interval_wherever_it_is_said(make_run: MakeRun) -> None:
     run, said = make_run("evaluation.knn_k=200"), list[str]()
     found = evaluate_run(run, said.append)
-    assert found["knn_k"] == 50
-    assert "evaluation.knn_k is 200, more than a third of the bank of 150 images: kNN takes K = 50." in said
-    for key in ACCURACIES:
-        assert found[f"{key}_interval_percent"] == pytest.approx(wilson_interval(found[key], 30), abs=1e-3)
+    assert found["protocols"]["knn"]["settings"]["k"] == 50
+    assert "evaluation.knn_k is 200, more than a third of the bank of 150 images: kNN uses K = 50." in said
+    for kind in ("knn", "linear"):
+        for headline in headlines(found["results"], kind).values():
+            assert headline.interval == pytest.approx(wilson_interval(headline.percent, 30), abs=1e-3)
     spoken = [line for line in said if "pretraining: " in line]
     assert len(spoken) == 4
     assert all("95 % interval" in line for line in spoken)
@@ -88,22 +89,36 @@ def test_every_accuracy_has_its_interval_wherever_it_is_said(make_run: MakeRun) 
     rows = {row[0]: row[1:] for row in Tables(report).rows}
     for row, when in (("untrained encoder", "before"), ("after pretraining", "after")):
         for cell, kind in zip(rows[row], ("knn", "linear"), strict=True):
-            interval = interval_text(found[f"{kind}_{when}_interval_percent"])
-            assert cell == f"{found[f'{kind}_{when}']:.2f} %\n{interval}"
+            headline = headlines(found["results"], kind)[when]
+            assert cell == f"{headline.percent:.2f} %\n{interval_text(headline.interval)}"
             assert max(map(len, cell.splitlines())) <= 12  # two such columns fit into 390 pixels
-    assert "kNN takes K = 50, a third of it" in report
+    assert "kNN uses K = 50." in report
     summary = json.loads((run / "summary.json").read_text())
     table = summary_table(summary)
     for kind in ("knn", "linear"):
-        before, after = (interval_text(summary[f"{kind}_{when}_interval_percent"]) for when in ("before", "after"))
+        before, after = (interval_text(headline.interval) for headline in headlines(summary["results"], kind).values())
         assert f"{before} → {after}" in table
 
 
-def test_an_evaluation_of_an_older_version_has_no_intervals(make_run: MakeRun) -> None:
+def test_a_protocol_that_this_version_does_not_know_is_shown_too(make_run: MakeRun) -> None:
+    """Tables and report loop over evaluation.json; its accuracy has no interval here, and one value is no percentage."""
     run = make_run()
     found = evaluate_run(run, lambda _: None)
-    old = {key: value for key, value in found.items() if "interval" not in key}
-    (run / "evaluation.json").write_text(json.dumps(old))
-    assert "95 % interval" in summary_table(summarise(read_record(run)))
-    rows = {row[0]: row[1:] for row in Tables(write_report(run, lambda _: None).read_text()).rows}
-    assert rows["after pretraining"][0] == f"{found['knn_after']:.2f} %\n–"
+    found["protocols"]["new"] = {"title": "<new>", "description": "a probe & more", "settings": {}}
+    found["results"]["new"] = {"accuracy": {"before": 12.5, "after": 25.0}, "layers": {"before": 300.0, "after": 400.0}}
+    (run / "evaluation.json").write_text(json.dumps(found))
+    assert "<new>, before → after" in summary_table(summarise(read_record(run)))
+    page = write_report(run, lambda _: None).read_text()
+    rows = {row[0]: row[1:] for row in Tables(page).rows}
+    assert rows["after pretraining"][2] == "25.00 %\n–"
+    assert "; a probe &amp; more." in page
+    assert flat_metrics(found["results"])["new_layers_after"] == 400
+
+
+def test_an_evaluation_of_an_older_version_has_a_way_out(make_run: MakeRun) -> None:
+    run = make_run()
+    (run / "evaluation.json").write_text(json.dumps({"images_seen": 224, "knn_before": 12.5, "knn_after": 25.0}))
+    record = read_record(run)
+    assert record.evaluation is None
+    assert "(format 1, this version reads 2)" in record.ignored[0]
+    assert f"`clae evaluate {run}` writes it again" in record.ignored[0]

@@ -87,7 +87,7 @@ def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], Non
         "all 30 test images",
         "in a bank of 150 train images",
         "ddp over gloo",
-        "Linear probe",
+        "linear probe",
         "untrained encoder",
         "command line",
         "manifest digest",
@@ -117,8 +117,8 @@ def test_what_is_missing_is_said(make_run: MakeRun) -> None:
     for text in ("no metrics yet", "has not been evaluated yet", "holds no checkpoint yet", "come with an evaluation"):
         assert text in page.text, text
     summary = json.loads((run / "summary.json").read_text())
-    expected = dict.fromkeys(("images_seen", "images_per_s", "loss", "knn_before", "knn_after", "linear_after", "wall_s"))
-    assert expected.items() <= summary.items()
+    expected = dict.fromkeys(("images_seen", "images_per_s", "loss", "wall_s"))
+    assert {**expected, "results": {}}.items() <= summary.items()
     assert "–" in summary_table(summary)
 
 
@@ -143,12 +143,12 @@ def test_what_is_damaged_is_ignored_and_said(make_run: MakeRun, write_metrics: C
         '{"event": "start", "at": 1}\n{"event": "resume", "at": 2, "step": 0, "spent": {"starting": 1}}\n'
         '{"event": "mark", "at": 3, "step": 2, "spent": {"sleeping": 1}}\n{"event": "mark", "at": "3", "step": 2}\n'
     )
-    (run / "evaluation.json").write_text('{"images_seen": 224, "knn_after": 12.5}')
+    (run / "evaluation.json").write_text('{"format": 2, "images_seen": 224}')
     said: list[str] = []
     page = Page(write_report(run, said.append))
     assert f"{run}/metrics.jsonl: 5 lines that are cut off or damaged are ignored." in said
     assert any("goodput.jsonl: 2 lines that are cut off or damaged are ignored" in line for line in said)
-    assert any("evaluation.json is damaged (num_classes is missing) and ignored; `clae evaluate" in line for line in said)
+    assert any("(num_classes is missing) and is ignored; `clae evaluate" in line for line in said)
     assert "has not been evaluated yet" in page.text
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["images_seen"], summary["loss"]) == (256, 7)
@@ -266,10 +266,11 @@ def test_the_table_puts_two_runs_side_by_side() -> None:
         "images_seen": 512000,
         "images_per_s": 312.4,
         "loss": 4.5678,
-        "knn_before": 31.23,
-        "knn_after": 43.21,
-        "linear_before": 38.0,
-        "linear_after": 55.55,
+        "results": {
+            "knn": {"accuracy": {"before": 31.23, "after": 43.21}},
+            "linear": {"accuracy": {"before": 38.0, "after": 55.55}},
+        },
+        "titles": {"knn": "kNN", "linear": "linear probe"},
         "wall_s": 100.2,
         "report": "runs/a/report/report.html",
         "checkpoints": "runs/a/checkpoints",
@@ -285,7 +286,7 @@ def test_the_table_puts_two_runs_side_by_side() -> None:
         "runs/a/checkpoints",
     ):
         assert text in alone, text
-    both = summary_table(clae, {**clae, "method": "SimCLR", "knn_after": None, "report": "runs/b/report/report.html"})
+    both = summary_table(clae, {**clae, "method": "SimCLR", "results": {}, "report": "runs/b/report/report.html"})
     header, *_ = both.splitlines()
     assert header.split() == ["CLAE", "SimCLR"]
     assert "runs/b/report/report.html" in both

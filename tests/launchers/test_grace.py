@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
+from clae_dist.errors import FAILED
 from clae_dist.launchers import local
-from clae_dist.launchers.rank import FAILED, Ending
+from clae_dist.launchers.rank import Ending
 
 
 def _waits_for_the_one_that_is_killed() -> Ending:

@@ -20,7 +20,7 @@ import torch
 
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.launchers.rank import FAILED, OK, STOPPED
+from clae_dist.errors import FAILED, OK, STOPPED
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import account, read_lines

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from ray.train.torch import config as ray_config
 
 from clae_dist.config import ConfigError
+from clae_dist.errors import OK
 from clae_dist.launchers import ray_local
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.loopback import loopback_store, use_loopback
-from clae_dist.launchers.rank import OK, Ending
+from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.world import connect
 

@@ -11,8 +11,9 @@ import pytest
 
 from clae_dist.config import Batch, Config, Launch
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import BAD_DATA, FAILED, OK
 from clae_dist.launchers import local, start
-from clae_dist.launchers.rank import BAD_DATA, FAILED, OK, Ending
+from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import _StopFile
 from clae_dist.runs.folder import STOP_FILE
 from tests.small_run import small_run

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from clae_dist.cli import main as clae
 from clae_dist.config import Checkpointing, Config, Evaluation, Launch, Parallel, Train
+from clae_dist.errors import OK
 from clae_dist.launchers.local import spawn
-from clae_dist.launchers.rank import OK, Ending, RankBroke, run_rank
+from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.runs.checkpoint.write import delete_folder
 from clae_dist.runs.folder import RunFolder
 from tests.null_gpu import program

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.launchers.rank import BAD_CONFIG, OK
+from clae_dist.errors import BAD_CONFIG, OK
 from clae_dist.runs.folder import RunFolder, step_of
 from tests.null_gpu.build import NoNullGpuError, NullGpu, build
 

@@ -172,7 +172,7 @@ def test_a_rank_holds_its_part(ranks: RankPool, shard_size: int, share: float) -
 
 def test_a_shard_size_that_does_not_divide_is_refused() -> None:
     world = replace(World.single("cpu"), size=6)
-    with pytest.raises(ConfigError, match=r"^parallel.shard_size is 4, which does not divide the 6 ranks; 3 would do, or 0"):
+    with pytest.raises(ConfigError, match=r"^parallel.shard_size is 4, which does not divide the 6 ranks; try 3, or 0"):
         Setup(parallel=Parallel(backend="fsdp2", shard_size=4)).backend(world)
 
 

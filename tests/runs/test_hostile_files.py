@@ -104,7 +104,7 @@ def _of(text: str) -> Callable[[Path], Path]:
         (_of("data: " + "[" * 50_000), "nested more than 10 deep"),
         (_of("data:\n" + "".join(" " * n + "- \n" for n in range(300))), "nested more than 10 deep"),
         (_of("train: {epochs: " + "9" * 400 + "}"), "train.epochs is 999"),
-        (_of("batch: {global_size: " + "9" * 400 + "}"), "a whole number of 64 bits"),
+        (_of("batch: {global_size: " + "9" * 400 + "}"), "a 64-bit integer"),
         (_of("extends: ../../../../../../../dev/zero"), "not a plain file"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clae_dist.config import Config
-from clae_dist.exit_codes import UNEXPECTED
+from clae_dist.errors import UNEXPECTED
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.world import World
 from tests.small_run import small_run

@@ -22,7 +22,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
-from clae_dist.training import run as training
+from clae_dist.training import train as training
 from clae_dist.training.saving import Saving
 from clae_dist.world import RankError, World
 from tests.parallel.expected_steps import largest_difference
@@ -538,7 +538,7 @@ def test_a_batch_that_ranks_cannot_share(ranks: RankPool, shards: Manifest, tmp_
     config = replace(recipe(shards, tmp_path / "run"), batch=Batch(global_size=32))
     assert ranks.run(3, outcome, config)[0] == (
         "ConfigError",
-        "batch.global_size is 32, but 3 ranks need equal rows; 30 or 33 would do.",
+        "batch.global_size is 32, but 3 ranks need equal rows; try 30 or 33.",
     )
 
 

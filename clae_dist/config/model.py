@@ -1,0 +1,72 @@
+"""Settings of the model and of the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clae_dist.config.rules import Section, setting
+
+
+@dataclass(frozen=True)
+class Model(Section, prefix="model"):
+    """Encoder, projector and normalisation layers."""
+
+    encoder: str = setting("torchvision/resnet50", help="small_resnet, timm/NAME or torchvision/NAME.")
+    stem: Literal["auto", "imagenet", "cifar"] = setting(
+        "auto", help="First layers of a ResNet. cifar: a 3x3 convolution without max-pool; auto: cifar up to 64 pixels."
+    )
+    initial_weights: Literal["library", "torch"] = setting(
+        "library",
+        help="Initialisation. library: as timm, torchvision and small_resnet do it; torch: torch's defaults for every "
+        "convolution and linear layer.",
+    )
+    projector_hidden: int = setting(0, ge=0, zero="encoder's width", help="Width of the projector's hidden layer.")
+    projector_dim: int = setting(128, ge=2, help="Dimension of the embeddings that are contrasted.")
+    norm: Literal["global", "local"] = setting(
+        "global", help="Batch statistics of norm layers: over all ranks (global) or each rank's own (local)."
+    )
+    drop_rate: float = setting(
+        0.0,
+        ge=0,
+        lt=1,
+        zero="timm's default",
+        used_by="model.encoder=timm/…",
+        help="Dropout while training. 0: timm's default for this encoder, usually none.",
+    )
+    drop_path_rate: float = setting(
+        0.0,
+        ge=0,
+        lt=1,
+        zero="timm's default",
+        used_by="model.encoder=timm/…",
+        help="Stochastic depth while training (Huang et al. 2016). 0: timm's default for this encoder.",
+    )
+    adversarial_norm_momentum: float = setting(
+        0.1, gt=0, le=1, help="Momentum of the running statistics of the adversarial route."
+    )
+    mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406), help="Mean of each colour channel; pixels in [0, 1] are normalised inside the model."
+    )
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), gt=0, help="Standard deviation of each colour channel.")
+
+
+@dataclass(frozen=True)
+class Optim(Section, prefix="optim"):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd", "lars"] = setting("lars", help="Optimiser.")
+    learning_rate: float = setting(0.3, gt=0, help="Peak learning rate at batch.global_size = optim.reference_batch.")
+    scaling: Literal["linear", "sqrt", "none"] = setting(
+        "linear", help="Scaling of the learning rate with batch.global_size / optim.reference_batch."
+    )
+    reference_batch: int = setting(256, ge=1, help="Global batch size to which optim.learning_rate refers.")
+    momentum: float = setting(0.9, ge=0, lt=1, used_by="optim.name=sgd or lars", help="Momentum.")
+    weight_decay: float = setting(1e-6, ge=0, help="Weight decay.")
+    decay: Literal["weights", "all"] = setting(
+        "weights",
+        help="Parameters that are decayed. weights: all but biases and norm layers, which LARS then does not adapt either.",
+    )
+    schedule: Literal["cosine", "constant"] = setting("cosine", help="Learning-rate schedule after warmup.")
+    warmup_epochs: float = setting(10.0, ge=0, help="Epochs of linear warmup.")
+    clip_norm: float = setting(0.0, ge=0, zero="no clipping", help="Maximum norm of the gradient over all parameters.")
