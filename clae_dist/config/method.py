@@ -57,7 +57,7 @@ class MethodSettings(Section, prefix="method"):
 
 @dataclass(frozen=True)
 class Attack(Section, prefix="attack"):
-    """How an image is perturbed (Ho & Vasconcelos 2020, section 3). The method decides which images are, and against which loss."""
+    """How an image is perturbed (Ho & Vasconcelos 2020, section 3). The method decides which images, and against which loss."""
 
     name: Literal["fgsm", "pgd"] = setting("fgsm", help="One step along the gradient (fgsm) or several (pgd).")
     norm: Literal["linf", "l2"] = setting("linf", help="Norm of the perturbation.")

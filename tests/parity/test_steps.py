@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.contrast import step as contrast_step
+from clae_dist.contrast import interface
+from clae_dist.methods.clae import Clae
 from clae_dist.parity import observe as observing
 from clae_dist.parity.compare import compare_steps, difference, table
 from clae_dist.parity.observe import Observation, Start, Tensors, observe, reference
@@ -34,7 +35,7 @@ def runs(starts_from_reference: bool) -> tuple[list[Observation], list[Observati
 
 def with_flipped_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As another order of summation does it: training's δ is turned round in the pixels with the smallest gradients."""
-    step, perturb = observing.pretrain_step, contrast_step.perturb
+    step, perturb = observing.pretrain_step, interface.perturb
 
     def flipping(start: torch.Tensor, gradient_of: Any, *arguments: Any, **settings: Any) -> Any:
         def flipped_gradient(images: torch.Tensor) -> Any:
@@ -45,7 +46,7 @@ def with_flipped_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def step_with_flips(*arguments: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(contrast_step, "perturb", flipping)
+            patch.setattr(interface, "perturb", flipping)
             return step(*arguments)
 
     monkeypatch.setattr(observing, "pretrain_step", step_with_flips)
@@ -87,7 +88,7 @@ def test_a_wrong_attack_is_not_hidden() -> None:
     """Only pixels whose sign rounding decides are taken from the reference."""
     (one,), (start,) = reference(alone(FLOAT32), HERE, 1, "float32")
     assert 0 < start.undecided.double().mean() < 0.1
-    wrong = replace(FLOAT32, attack=replace(FLOAT32.attack, anchor="other"))
+    wrong = replace(FLOAT32, method=Clae.Settings(anchor="other"))
     many, single = observe(wrong, HERE, 1, [start]), observe(alone(FLOAT32), HERE, 1, [start])
     found = compare_steps(FLOAT32, 1, "float32", many, single, [one])
     assert found.delta_sign_agreement < 1
