@@ -103,7 +103,7 @@ def test_an_override_with_an_equals_sign_in_its_value() -> None:
             "batch:\n  global_sise: 4\n",
             r"batch\.global_sise \(.*recipe\.yaml:2\) is not a known key; did you mean batch\.global_size\?",
         ),
-        ("optim:\n  alpha: 1\n", r"optim\.alpha .* is not a known key; did you mean attack\.alpha\?"),
+        ("optim:\n  alpha: 1\n", r"optim\.alpha .* is not a known key; did you mean method\.alpha\?"),
         ("epsilon: 0.1\n", r"epsilon .* is not a known key; did you mean attack\.epsilon\?"),
         ("zzzqqq: 1\n", r"zzzqqq .* is not a known key; `clae config CONFIG` lists the known ones"),
         ("attack: 3\n", r"attack \(.*:1\) is a section; set one of its keys: attack\.name, attack\.norm"),

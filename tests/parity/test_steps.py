@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.contrast import interface
+from clae_dist.contrast.adversary import Ball
 from clae_dist.methods.clae import Clae
 from clae_dist.parity import observe as observing
 from clae_dist.parity.compare import compare_steps, difference, table
@@ -35,21 +35,13 @@ def runs(starts_from_reference: bool) -> tuple[list[Observation], list[Observati
 
 def with_flipped_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As another order of summation does it: training's δ is turned round in the pixels with the smallest gradients."""
-    step, perturb = observing.pretrain_step, interface.perturb
+    right = Ball.step
 
-    def flipping(start: torch.Tensor, gradient_of: Any, *arguments: Any, **settings: Any) -> Any:
-        def flipped_gradient(images: torch.Tensor) -> Any:
-            loss, gradient = gradient_of(images)
-            return loss, torch.where(gradient.abs() < 0.5 * NOISE * gradient.abs().max(), -gradient, gradient)
+    def flipping(ball: Ball, x: torch.Tensor, at: torch.Tensor, gradient: torch.Tensor, length: Any) -> torch.Tensor:
+        flipped = torch.where(gradient.abs() < 0.5 * NOISE * gradient.abs().max(), -gradient, gradient)
+        return right(ball, x, at, flipped, length)
 
-        return perturb(start, flipped_gradient, *arguments, **settings)
-
-    def step_with_flips(*arguments: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(interface, "perturb", flipping)
-            return step(*arguments)
-
-    monkeypatch.setattr(observing, "pretrain_step", step_with_flips)
+    monkeypatch.setattr(Ball, "step", flipping)
 
 
 def test_signs_that_rounding_flips_pass_where_every_step_starts_at_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
