@@ -18,11 +18,13 @@ NAMES = (
     "evaluate",
     "report",
     "export",
+    "embed",
     "checkpoints",
     "replay",
     "parity",
     "bench",
     "doctor",
+    "completion",
 )
 
 
