@@ -10,7 +10,9 @@ import ctypes
 import os
 import signal
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 1  # exit code of a process whose parent had died before
@@ -29,11 +31,50 @@ def end_with_parent(parent: int) -> None:
         os._exit(ORPHANED)
 
 
+def begin_forked_process() -> None:
+    """Tie a child of a fork server to the process that asked for it, in whatever way that one dies.
+
+    Its death kills the server (fork_server.py), whose death kills the child. multiprocessing would have the child use the same
+    server for processes of its own; those have to end with the child, so it gets another server when it needs one. Signals
+    that the server keeps pending are delivered from here on.
+    """
+    from multiprocessing import forkserver, parent_process
+
+    from clae_dist.fork_server import PID  # imported by the server; imported here it would tie this process to its parent
+
+    end_with_parent(PID)
+    owner = parent_process()
+    if owner is not None and not owner.is_alive():  # it died before its server had asked the kernel
+        os._exit(ORPHANED)
+    server: Any = forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+    server.__init__()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+
+
 def main(arguments: list[str]) -> NoReturn:
     """Replace this process by a command that ends with its parent. `arguments`: the parent's process id, then the command."""
     parent, *command = arguments
     end_with_parent(int(parent))
     os.execvp(command[0], command)
+
+
+@contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Inside, new processes do not import the program that started this one: a script without `if __name__ == "__main__"`
+    would run again in each of them."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 if __name__ == "__main__":

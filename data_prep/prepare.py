@@ -9,11 +9,11 @@ from pathlib import Path
 
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest, write_manifest
 from clae_dist.files import make_folders
+from clae_dist.progress import Progress
 from data_prep.image import pixels_text
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import SetPlan, make_plan
 from data_prep.pool import run_tasks
-from data_prep.progress import Progress
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.sources.entry import Layout, Listing, Source
 from data_prep.workspace import QUARANTINE, Workspace, open_workspace
 from data_prep.write import ShardResult, ShardTask, write_shard
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def prepare(
-    source: Source, folder: Path, settings: Settings, *, max_bad: float = 0.01, num_workers: int = 1, say: Say = print
+    source: Source, folder: Path, settings: PrepareSettings, *, max_bad: float = 0.01, num_workers: int = 1, say: Say = print
 ) -> Manifest:
     """Checks every image of `source` and writes the shards, their indexes and the manifest into `folder`.
 
@@ -52,13 +52,13 @@ def prepare(
 
 
 def _list(source: Source, workspace: Workspace) -> Listing | Layout:
-    """What the source holds, with progress where that takes long (large or compressed tars)."""
+    """The images of the source; shows progress, since large or compressed tars take long."""
     size = sum(path.stat().st_size for path in source.paths if path.is_file())
-    progress = Progress(size, name="MB", unit=1e6)
+    progress = Progress(size, name="MB", scale=1e6)
     try:
         return source.listing(workspace.scratch, progress.add)
     finally:
-        progress.close_if_seen()
+        progress.close(only_if_printed=True)
 
 
 def _refuse_overlap(source: Source, folder: Path) -> None:
@@ -77,7 +77,7 @@ def _already_complete(workspace: Workspace, say: Say) -> Manifest:
     return manifest
 
 
-def _describe(plan: Plan, settings: Settings) -> list[str]:
+def _describe(plan: SetPlan, settings: PrepareSettings) -> list[str]:
     lines = [f"{settings.name}: {plan.num_images} images, {len(plan.classes)} classes, {len(plan.shards)} shards."]
     if plan.splits_from == "drawn":
         lines.append(f"Splits: a test split of {settings.test_share:.0%} of every class is drawn with seed {settings.seed}.")
@@ -90,7 +90,7 @@ def _describe(plan: Plan, settings: Settings) -> list[str]:
 
 
 def _write_shards(
-    plan: Plan, workspace: Workspace, settings: Settings, max_bad: float, num_workers: int, say: Say
+    plan: SetPlan, workspace: Workspace, settings: PrepareSettings, max_bad: float, num_workers: int, say: Say
 ) -> list[ShardResult]:
     """All results, in the order of the plan. Raises DataError when too many images are bad."""
     results = workspace.finished()
@@ -101,7 +101,7 @@ def _write_shards(
         ShardTask(shard, workspace.temporary(shard.name), workspace.temporary(shard.name + ".index.npy"), settings)
         for shard in remaining
     ]
-    progress = Progress(plan.num_images, plan.num_images - sum(len(shard.samples) for shard in remaining))
+    progress = Progress(plan.num_images, done=plan.num_images - sum(len(shard.samples) for shard in remaining))
     try:
         _check_bad(plan, workspace, results, max_bad)
         with closing(run_tasks(write_shard, tasks, num_workers, progress.add)) as finished:  # closing it ends the workers
@@ -114,18 +114,20 @@ def _write_shards(
     return [results[shard.name] for shard in plan.shards]
 
 
-def _check_bad(plan: Plan, workspace: Workspace, results: dict[str, ShardResult], max_bad: float) -> None:
+def _check_bad(plan: SetPlan, workspace: Workspace, results: dict[str, ShardResult], max_bad: float) -> None:
     bad = [image for result in results.values() for image in result.bad]
     if len(bad) > max_bad * plan.num_images:
         workspace.write_quarantine(bad)
         path, reason = min(bad)
         raise DataError(
             f"{len(bad)} of {plan.num_images} images are bad, more than --max-bad {max_bad:.3g} allows, such as {path} "
-            f"({reason}); {workspace.folder / QUARANTINE} lists them. Mend or remove them, or allow more and go on."
+            f"({reason}); {workspace.folder / QUARANTINE} lists them. Fix or remove them, or allow more."
         )
 
 
-def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, pixels: str, results: list[ShardResult]) -> Manifest:
+def _write_manifest(
+    plan: SetPlan, workspace: Workspace, settings: PrepareSettings, pixels: str, results: list[ShardResult]
+) -> Manifest:
     splits = {
         split: tuple(
             result.shard for shard, result in zip(plan.shards, results, strict=True) if shard.split == split and result.shard
@@ -152,7 +154,7 @@ def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, pixels
     )
 
 
-def _report(plan: Plan, manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
+def _report(plan: SetPlan, manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
     bad = sorted(image for result in results for image in result.bad)
     if bad:
         say(f"{len(bad)} images were set aside; {manifest.folder / QUARANTINE} lists them:")

@@ -41,7 +41,7 @@ tracking: {name: none}
 """
 PARTS = {
     "noticed": "the launcher sees that a rank is gone, and ends the others",
-    "processes": "Python, torch and the process group of new ranks",
+    "processes": "new ranks, forked, and their process group",
     "opened": "shards, model and the newest checkpoint",
     "first_step": "the first batch and step after it",
     "repeated": "the steps since the checkpoint again, and one more",
@@ -49,19 +49,19 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class RestartBench:
     workers: int = 2
     kills: int = 5
 
 
-QUICK = Settings(kills=1)
+QUICK = RestartBench(kills=1)
 
 
 class RunEndedError(RuntimeError):
     """The run that was to be killed ended by itself."""
 
 
-def bench(settings: Settings, say: Say) -> Outcome:
+def bench(settings: RestartBench, say: Say) -> Outcome:
     """A row a part, and one for all of them. Raises RunEndedError."""
     with tempfile.TemporaryDirectory(prefix="clae-restart-") as name:
         folder = Path(name)
@@ -150,6 +150,5 @@ class _Victim:
 
     def _ranks(self) -> list[psutil.Process]:
         """Their processes, the oldest first."""
-        children = psutil.Process(self._process.pid).children()
-        ranks = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        ranks = [rank for server in psutil.Process(self._process.pid).children() for rank in server.children()]
         return sorted(ranks, key=lambda process: process.create_time())

@@ -28,7 +28,7 @@ from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
-from clae_dist.lifetime import ORPHANED, end_with_parent
+from clae_dist.lifetime import begin_forked_process
 from clae_dist.world import World
 
 Item = TypeVar("Item")
@@ -103,7 +103,7 @@ def num_workers(config: Config, local_size: int) -> int:
 def forkserver() -> BaseContext:
     """A forked child of a process with gloo's and torch's threads may deadlock; the server has none, and imports torch once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clae_dist.data.fork_server", "clae_dist.data.preload"])
+    context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.data.preload"])
     return context
 
 
@@ -113,14 +113,9 @@ def start_loader_process(worker: int = 0) -> None:
     A rank's death kills its server, whose death kills the child. Torch's own watch does not see it: a child's parent is the
     server, and the server lives as long as its children hold its pipe.
     """
-    from clae_dist.data.fork_server import PID  # here it is imported already; a rank must not import it
-
     leave_signals_to_the_rank()
     transport.report_lost_batches()
-    end_with_parent(PID)
-    rank = multiprocessing.parent_process()
-    if rank is not None and not rank.is_alive():  # it died before its server had asked the kernel
-        os._exit(ORPHANED)
+    begin_forked_process()
 
 
 def leave_signals_to_the_rank() -> None:

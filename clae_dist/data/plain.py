@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -27,12 +26,12 @@ from clae_dist.data.remote import MAX_OPEN, Fetching
 from clae_dist.data.tar_index import Dropped, TarIndex, begins_as_tar, index_tar
 from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
+from clae_dist.progress import Progress
 from clae_dist.reading import Check, ReadError, expect, is_count, is_text, open_regular, parse_object, read_bytes
 from clae_dist.world import World
 
 Say = Callable[[str], None]
 _CONNECTIONS = 4
-_SAY_EVERY_S = 10.0
 _ROUND = 16  # shards of a rank
 _RECORD, _INDEX = ".labels.json", ".labels.npy"  # in the cache; an older version's .json and .npy knew no names
 _ONE_FOR_ALL = "empty data.cache on every node, and see that all of them read the same shards"
@@ -43,7 +42,7 @@ _LOST = (
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardRecord:
     """What indexing a plain shard has found."""
 
     shard: Shard  # sha256 "" for one of this machine: its bytes are not read
@@ -91,7 +90,7 @@ class PlainShards:
             raise DataError(f"{shard.name} is another one here than where it was indexed; {_ONE_FOR_ALL}.")
         return _with_places(file, self.classes)
 
-    def other_copy(self, records: dict[str, Record]) -> str:
+    def other_copy(self, records: dict[str, ShardRecord]) -> str:
         """Of which shard this machine's cache holds another version than was indexed, "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
@@ -105,7 +104,7 @@ class PlainShards:
                 )
         return ""
 
-    def record(self, name: str, stop: threading.Event) -> Record:
+    def record(self, name: str, stop: threading.Event) -> ShardRecord:
         """The index's summary, from the cache or made now. Raises DataError for what is no whole tar of images."""
 
         def fill(part: IO[bytes]) -> None:
@@ -120,7 +119,7 @@ class PlainShards:
         with self.fetching.cache.open(entry, 0, fill) as file:
             return _record_from_json(file.read())
 
-    def _make_record(self, name: str, stop: threading.Event) -> Record:
+    def _make_record(self, name: str, stop: threading.Event) -> ShardRecord:
         with self._tar(name, None, stop) as file:
             index = index_tar(file, name)
             size = file.seek(0, 2)
@@ -133,7 +132,7 @@ class PlainShards:
 
         self.fetching.cache.open(f"{self._key(name)}{_INDEX}", 0, write).close()
         shard = Shard(name, len(index.rows), size, sha256, hashlib.sha256(stored).hexdigest())
-        return Record(shard, tuple(index.label_names.values()), int((index.rows[:, 2] < 0).sum()), index.dropped)
+        return ShardRecord(shard, tuple(index.label_names.values()), int((index.rows[:, 2] < 0).sum()), index.dropped)
 
     def _tar(self, name: str, shard: Shard | None, stop: threading.Event | None) -> IO[bytes]:
         source = self.sources[name]
@@ -183,7 +182,7 @@ def _with_places(file: IO[bytes], classes: tuple[str, ...]) -> IO[bytes]:
     return stream
 
 
-def _record_as_json(record: Record) -> bytes:
+def _record_as_json(record: ShardRecord) -> bytes:
     dropped = {"counts": record.dropped.counts, "examples": record.dropped.examples}
     content = {"shard": asdict(record.shard), "labels": record.labels, "unlabelled": record.unlabelled, "dropped": dropped}
     return json.dumps(content).encode()
@@ -204,7 +203,7 @@ _FIELDS: dict[str, Check] = {
 }
 
 
-def _record_from_json(data: bytes) -> Record:
+def _record_from_json(data: bytes) -> ShardRecord:
     """Raises ReadError."""
     content, dropped = parse_object(data, surrogates=True), Dropped()
     expect(content, _FIELDS)
@@ -212,7 +211,7 @@ def _record_from_json(data: bytes) -> Record:
     try:
         for reason, count in content["dropped"]["counts"].items():
             dropped.add(reason, content["dropped"]["examples"][reason], count)
-        return Record(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
+        return ShardRecord(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
     except (KeyError, TypeError, AttributeError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
 
@@ -238,17 +237,12 @@ def open_plain(
         fetching.cache.remove_leftovers()
     now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
-    mine: dict[str, Record] = {}
-    started, said, first = time.monotonic(), 0.0, 0
+    mine: dict[str, ShardRecord] = {}
+    indexing = Progress(len(names), name="shards", label="data: indexing, ", say=say)
 
     def waiting() -> None:
-        nonlocal said
         progress()
-        passed = time.monotonic() - started
-        if passed > said + _SAY_EVERY_S:
-            said = passed
-            left = f", {passed * (len(names) / first - 1):.0f} s left" if first else f", {passed:.0f} s so far"
-            say(f"data: {first:,} of {len(names):,} shards indexed{left}")
+        indexing.add(0)
 
     # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
     size = _ROUND * world.size
@@ -262,7 +256,7 @@ def open_plain(
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
-        waiting()
+        indexing.add(min(size, len(names) - first))
     labels = {label for record in mine.values() for label in record.labels}
     mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same ones
     parts = world.gather_objects((mine, labels))
@@ -274,7 +268,7 @@ def open_plain(
     return _manifest(files, found, classes_of(set().union(*(labels for _, labels in parts))))
 
 
-def _report(records: list[Record]) -> list[str]:
+def _report(records: list[ShardRecord]) -> list[str]:
     """Return lines about unused parts of the shards, and about unlabelled images where others have a label."""
     dropped = Dropped()
     for record in records:
@@ -286,11 +280,11 @@ def _report(records: list[Record]) -> list[str]:
     return lines
 
 
-def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, Record]]:
+def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, ShardRecord]]:
     return list(_index(files, names))
 
 
-def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]:
+def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, ShardRecord]]:
     """Names and records in the order of completion."""
     stop = threading.Event()
     with ThreadPoolExecutor(_CONNECTIONS) as threads:
@@ -305,7 +299,7 @@ def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _manifest(files: PlainShards, records: list[Record], classes: tuple[str, ...]) -> Manifest:
+def _manifest(files: PlainShards, records: list[ShardRecord], classes: tuple[str, ...]) -> Manifest:
     shards = tuple(record.shard for record in records)
     facts = {"plain shards": [(s.name, s.bytes, s.samples, s.index_sha256) for s in shards]}
     stem = re.sub(r"\{.*?\}|\.tar$", "", files.where.rsplit("/", 1)[-1]).strip("-_. ")

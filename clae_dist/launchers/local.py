@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.reduction import DupFd
 from types import FrameType
 from typing import Any
 
@@ -23,7 +25,7 @@ from clae_dist.escape import say
 from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
-from clae_dist.lifetime import end_with_parent
+from clae_dist.lifetime import begin_forked_process
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
@@ -36,7 +38,7 @@ _ADVICE = "The same command goes on from the newest checkpoint."
 
 @dataclass(frozen=True)
 class _Rank:
-    process: SpawnProcess
+    process: ForkServerProcess
     ending: Connection  # what run_rank returned comes through it
 
 
@@ -77,23 +79,24 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
     """
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = loopback_store()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ranks: list[_Rank] = []
     asked = context.Value("i", 0, lock=False)
     request = _Request(ranks, asked)
     # Ranks ignore the terminal's Ctrl-C: one request is handed on, by this process, once.
     before = {number: signal.signal(number, request.on_signal) for number in STOP_SIGNALS}
     try:
+        _start_fork_server(context)
         for rank in range(workers):
             ours, theirs = context.Pipe(duplex=False)
+            spot = _Spot(rank, workers, store.port, dict(os.environ))
             process = context.Process(
-                target=_rank_main,
-                args=(rank, workers, store.port, os.getpid(), theirs, asked, work, arguments),
-                name=f"rank-{rank}",
+                target=_rank_main, args=(spot, [DupFd(1), DupFd(2)], theirs, asked, work, arguments), name=f"rank-{rank}"
             )
             process.start()
             theirs.close()
             ranks.append(_Rank(process, ours))
+        request.hand_on()  # one that came before they had started
         return _watch(ranks, request, advice, stop_within_s)
     finally:
         for process in (rank.process for rank in ranks):
@@ -102,6 +105,20 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
             process.join()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _start_fork_server(context: ForkServerContext) -> None:
+    """Start the process that ranks are forked from, unless it runs already.
+
+    Signals to a whole terminal or job stay pending there: only the ranks act on them, once they have started.
+    """
+    context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.launchers.preload"])
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Request:
@@ -117,8 +134,12 @@ class _Request:
             raise KeyboardInterrupt
         self.name, self._asked_at = signal.Signals(number).name, time.monotonic()
         self._number.value = number  # ranks name what the user sent, not what is handed on
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        """Send SIGTERM to the ranks that have started, if there is a request."""
         for process in (rank.process for rank in self._ranks):
-            if process.pid and process.is_alive():
+            if self.name and process.pid and process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
 
     def left_s(self, within_s: float) -> float:
@@ -171,29 +192,45 @@ def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str
     return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=restarts(code))
 
 
+@dataclass(frozen=True)
+class _Spot:
+    """Where a rank belongs, and the launcher's environment (the fork server's may be older)."""
+
+    rank: int
+    size: int
+    port: int
+    environment: Mapping[str, str]
+
+    def set_environment(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        use_loopback()
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.size),
+            LOCAL_RANK=str(self.rank),
+            LOCAL_WORLD_SIZE=str(self.size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(self.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        )
+
+
 def _rank_main(
-    rank: int,
-    size: int,
-    port: int,
-    parent: int,
+    spot: _Spot,
+    streams: Sequence[Any],
     ending: Connection,
     asked: Any,
     work: Callable[..., Ending],
     arguments: tuple[Any, ...],
 ) -> None:
     guard.handed_on = lambda: int(asked.value)
-    end_with_parent(parent)
-    use_loopback()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    begin_forked_process()
+    for target, stream in enumerate(streams, start=1):
+        os.dup2(stream.detach(), target)
+    spot.set_environment()
     ending.send(_ending(work, *arguments))
     leave(OK)
 

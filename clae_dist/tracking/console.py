@@ -1,4 +1,4 @@
-"""ConsoleTracker: a run as aligned lines of text, of at most 100 characters as a rule; `read_line` reads them back."""
+"""Console output of a run as aligned lines of text, usually at most 100 characters; `read_line` parses them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
-from clae_dist.tracking.tracker import Status
+from clae_dist.progress import duration
+from clae_dist.tracking.tracker import Tracker
 
-STARTING = "starting: "  # begins a line about what goes on before the first step
-WAITING = 5  # percent of the time for data, above which a line says so
+STARTING = "starting: "  # prefix of lines about the time before the first step
+WAITING = 5  # percent of the time waiting for data, above which a line shows it
 _LINE = re.compile(
     r"step +(?P<step>\d+)/(?P<total>\d+)(  epoch +[\d.]+)?  "
     r"((?P<loss>loss [^ ]+( \([^)]*\))?)(  +(?P<speed>[\d,]+ images/s))?.*?(  (?P<left>left [\w :]+))?|(?P<note>kNN .*))$"
@@ -20,8 +20,8 @@ _LINE = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
-    """How far a run is, as a line says it; texts are "" where the line has none."""
+class StepLine:
+    """The content of a line of ConsoleTracker; texts are "" if the line has none."""
 
     step: int
     total: int
@@ -31,17 +31,17 @@ class Place:
     note: str  # a kNN accuracy
 
 
-def read_line(line: str) -> Place | None:
-    """The content of a line that ConsoleTracker wrote; None for any other line."""
-    found = _LINE.fullmatch(line)
-    if found is None:
+def read_line(line: str) -> StepLine | None:
+    """Parse a line that ConsoleTracker wrote; None for any other line."""
+    match = _LINE.fullmatch(line)
+    if match is None:
         return None
-    texts = {name: found[name] or "" for name in ("loss", "speed", "left", "note")}
-    return Place(int(found["step"]), int(found["total"]), **texts)
+    texts = {name: match[name] or "" for name in ("loss", "speed", "left", "note")}
+    return StepLine(int(match["step"]), int(match["total"]), **texts)
 
 
-class ConsoleTracker:
-    """Writes a line for metrics that hold a loss, and one for a kNN accuracy.
+class ConsoleTracker(Tracker):
+    """Prints a line for metrics with a loss, and one for a kNN accuracy.
 
     step  120/1560  epoch  2.31  loss 5.123 (clean 5.012, attacked 5.235)     512 images/s  left 11:59
 
@@ -57,15 +57,6 @@ class ConsoleTracker:
         for parts in (self._training(metrics, images_seen), _evaluation(metrics)):
             if parts:
                 self._write("  ".join([*self._place(metrics), *parts]))
-
-    def log_artifacts(self, path: Path, name: str) -> None:
-        pass
-
-    def log_model(self, export_folder: Path, digest: str) -> None:
-        pass
-
-    def close(self, status: Status) -> None:
-        pass
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -101,14 +92,3 @@ def _evaluation(metrics: Mapping[str, float]) -> list[str]:
     ends = [metrics[key] for key in ("knn_accuracy_low", "knn_accuracy_high") if key in metrics]
     interval = f" (95 % interval {ends[0]:.1f} – {ends[1]:.1f})" if len(ends) == 2 else ""
     return [f"kNN accuracy {metrics['knn_accuracy']:.2f} %{interval}"]
-
-
-def duration(seconds: float) -> str:
-    """3:07, 2:03:07 or 4 d 02:03:07."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if not hours:
-        return f"{minutes}:{rest:02d}"
-    if hours < 24:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}:{rest:02d}"

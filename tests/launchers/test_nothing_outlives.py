@@ -76,9 +76,14 @@ def until(process: subprocess.Popen[str], words: str) -> None:
 
 
 def ranks_of(mark: dict[str, str]) -> list[psutil.Process]:
-    """Those that have a fork server below them."""
-    servers = [other for other in processes.marked(mark) if "forkserver" in " ".join(other.cmdline())]
-    return sorted({server.parent() for server in servers if "forkserver" not in " ".join(server.parent().cmdline())}, key=id)
+    """Ranks, each of which has started the fork server of its loader processes."""
+    of_loaders = [other for other in processes.marked(mark) if _is_for_loaders(other)]  # servers, and loaders forked from them
+    parents = [process.parent() for process in of_loaders]
+    return sorted({parent for parent in parents if not _is_for_loaders(parent)}, key=id)
+
+
+def _is_for_loaders(process: psutil.Process) -> bool:
+    return "clae_dist.data.preload" in " ".join(process.cmdline())
 
 
 CLAE = [sys.executable, "-m", "clae_dist", "train", "--launcher"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import json
+import multiprocessing.forkserver
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from clae_dist.errors import FAILED, OK
 from clae_dist.launchers.local import spawn
@@ -48,3 +53,39 @@ def test_a_rank_that_has_finished_is_not_aborted_by_the_end_of_python(tmp_path: 
 def test_a_killed_rank_is_named_with_what_the_caller_advises() -> None:
     assert spawn(2, _is_killed) == Ending(FAILED, "rank 1 of 2 was killed by SIGKILL.", again=True)
     assert spawn(2, _is_killed, advice="Do this.") == Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. Do this.", again=True)
+
+
+def _describes_itself() -> Ending:
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    facts: list[object] = [os.environ.get("SET_LATER"), os.getppid(), server._forkserver_pid, server._forkserver_address]
+    facts.append(len(os.listdir("/proc/self/task")))
+    print("a line of a rank", flush=True)
+    return Ending(OK, json.dumps(facts))
+
+
+def test_a_rank_has_the_environment_and_the_output_of_its_launcher_and_no_fork_server_yet(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The server of a first launch may be older than what the process has set since."""
+    monkeypatch.delenv("SET_LATER", raising=False)
+    unset, parent, *_ = json.loads(spawn(1, _describes_itself).message)
+    monkeypatch.setenv("SET_LATER", "yes")
+    capfd.readouterr()
+    later, again, *own_server, threads = json.loads(spawn(1, _describes_itself).message)
+    assert (unset, later) == (None, "yes")
+    assert parent == again  # one server, which has imported torch once
+    assert own_server == [None, None]
+    assert threads <= 2
+    assert capfd.readouterr().out == "a line of a rank\n"
+
+
+def _signals_the_server() -> Ending:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getppid(), number)
+    time.sleep(0.3)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return Ending(OK, f"{sorted(blocked)} {signal.getsignal(signal.SIGTERM) == signal.SIG_DFL}")
+
+
+def test_a_signal_to_the_whole_job_ends_no_fork_server() -> None:
+    assert spawn(1, _signals_the_server) == Ending(OK, "[] True")
