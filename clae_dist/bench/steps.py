@@ -15,7 +15,6 @@ from clae_dist.bench.measure import assert_equal
 from clae_dist.config import Batch, Config, Data, MethodSettings, Model, Optim, Train
 from clae_dist.contrast.interface import Moment, evenly_spaced
 from clae_dist.contrast.look import look
-from clae_dist.contrast.objectives import Rows
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.methods.adversarial_term import AdversarialTerm
 from clae_dist.methods.clae import Clae
@@ -23,6 +22,7 @@ from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.methods.simclr import SimClr
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.norms import add_routes
+from clae_dist.objectives.form import Rows
 from clae_dist.parallel import make_backend
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining

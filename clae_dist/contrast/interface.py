@@ -15,10 +15,10 @@ import torch
 
 from clae_dist.config import Attack
 from clae_dist.contrast.adversary import Ball, LossAndGradient, Perturbation, perturb
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.method import Method
-from clae_dist.contrast.objectives import Rows
+from clae_dist.objectives.form import Rows
 from clae_dist.world import World
 
 GradientOf = Callable[[torch.Tensor], LossAndGradient]

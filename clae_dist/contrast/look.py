@@ -12,7 +12,7 @@ import torch
 
 from clae_dist.contrast.encoding import Route
 from clae_dist.contrast.interface import Attacked, Attacking, Moment, Step
-from clae_dist.contrast.objectives import Rows
+from clae_dist.objectives.form import Rows
 
 
 @dataclass(frozen=True)

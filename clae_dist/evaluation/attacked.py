@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.interface import Attacking
 from clae_dist.contrast.look import look
 from clae_dist.methods import make_method
@@ -67,7 +67,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         world=world,
         method=method,
         attack=Attack() if borrowed else config.attack,
-        contrast=Contrast(config.objective.name, config.objective.temperature, world),
+        contrast=Contrast(config.objective, world),
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
         noise=lambda _: torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device),
