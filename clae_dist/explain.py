@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from clae_dist.config.rules import Rule
 from clae_dist.errors import ConfigError
-from clae_dist.recipe import FIELDS, dumped
+from clae_dist.keys import FIELDS
+from clae_dist.recipe import dumped
 from clae_dist.redact import redact_word
 
 _NAMES = {int: "integer", float: "number", str: "string", bool: "true or false"}

@@ -11,7 +11,7 @@ import pytest
 from clae_dist.cli import make_parser
 from clae_dist.config import Config
 from clae_dist.doctor.software import PACKAGES
-from clae_dist.recipe import flatten
+from clae_dist.keys import flatten
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
