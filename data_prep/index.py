@@ -16,11 +16,11 @@ from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifes
 from clae_dist.data.tar_index import Dropped, index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
 from clae_dist.files import make_folders, remove, write_atomically
+from clae_dist.progress import Progress
 from clae_dist.storage import writing
 from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
 from data_prep.named_labels import label_classes, place_index
 from data_prep.pool import run_tasks
-from data_prep.progress import Progress
 from data_prep.sources.entry import is_hidden
 from data_prep.split_names import files_by_split
 from data_prep.workspace import QUARANTINE, open_workspace
@@ -160,7 +160,7 @@ def _check_all(tasks: list[IndexTask], max_bad: float, num_workers: int, folder:
     if results:
         say(f"{len(results)} of {len(tasks)} shards were checked before and are kept.")
     total = sum(counts.values())
-    progress = Progress(total, sum(counts[name] for name in results))
+    progress = Progress(total, done=sum(counts[name] for name in results))
     remaining = [task for task in tasks if task.tar.name not in results]
     with closing(run_tasks(index_shard, remaining, num_workers, progress.add)) as done:
         for result in done:

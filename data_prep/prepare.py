@@ -9,10 +9,10 @@ from pathlib import Path
 
 from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest, write_manifest
 from clae_dist.files import make_folders
+from clae_dist.progress import Progress
 from data_prep.image import pixels_text
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_tasks
-from data_prep.progress import Progress
 from data_prep.settings import Settings
 from data_prep.sources.entry import Layout, Listing, Source
 from data_prep.workspace import QUARANTINE, Workspace, open_workspace
@@ -52,13 +52,13 @@ def prepare(
 
 
 def _list(source: Source, workspace: Workspace) -> Listing | Layout:
-    """What the source holds, with progress where that takes long (large or compressed tars)."""
+    """The images of the source; shows progress, since large or compressed tars take long."""
     size = sum(path.stat().st_size for path in source.paths if path.is_file())
-    progress = Progress(size, name="MB", unit=1e6)
+    progress = Progress(size, name="MB", scale=1e6)
     try:
         return source.listing(workspace.scratch, progress.add)
     finally:
-        progress.close_if_seen()
+        progress.close(only_if_printed=True)
 
 
 def _refuse_overlap(source: Source, folder: Path) -> None:
@@ -101,7 +101,7 @@ def _write_shards(
         ShardTask(shard, workspace.temporary(shard.name), workspace.temporary(shard.name + ".index.npy"), settings)
         for shard in remaining
     ]
-    progress = Progress(plan.num_images, plan.num_images - sum(len(shard.samples) for shard in remaining))
+    progress = Progress(plan.num_images, done=plan.num_images - sum(len(shard.samples) for shard in remaining))
     try:
         _check_bad(plan, workspace, results, max_bad)
         with closing(run_tasks(write_shard, tasks, num_workers, progress.add)) as finished:  # closing it ends the workers
@@ -121,7 +121,7 @@ def _check_bad(plan: Plan, workspace: Workspace, results: dict[str, ShardResult]
         path, reason = min(bad)
         raise DataError(
             f"{len(bad)} of {plan.num_images} images are bad, more than --max-bad {max_bad:.3g} allows, such as {path} "
-            f"({reason}); {workspace.folder / QUARANTINE} lists them. Mend or remove them, or allow more and go on."
+            f"({reason}); {workspace.folder / QUARANTINE} lists them. Fix or remove them, or allow more."
         )
 
 

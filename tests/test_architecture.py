@@ -18,7 +18,7 @@ VENDORS = {
     "deepspeed": ["clae_dist/parallel/deepspeed.py"],
     "webdataset": ["clae_dist/data/", "clae_dist/bench/data_peers.py", "data_prep/"],
 }
-ENVIRONMENT = ["clae_dist/world.py", "clae_dist/launchers/", "clae_dist/cli.py", "data_prep/__main__.py"]
+ENVIRONMENT = ["clae_dist/world.py", "clae_dist/launchers/", "clae_dist/cli.py", "clae_dist/commands/", "data_prep/__main__.py"]
 ENVIRONMENT += ["clae_dist/parallel/deepspeed_extensions.py"]  # where a vendor puts what it compiles
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clae_dist import cli
 from clae_dist.cli import main
+from clae_dist.commands.train import exit_at_signals
 from clae_dist.config import ConfigError
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.recipe import from_yaml
@@ -142,10 +142,10 @@ def test_errors_are_config_errors() -> None:
 
 def test_a_signal_whose_exit_was_lost_still_ends_the_command_before_ranks_start() -> None:
     """SystemExit from a handler is lost where it interrupts code that catches everything."""
-    with cli._leaving_at_signals() as leave_if_asked:
-        leave_if_asked()
+    with exit_at_signals() as exit_if_asked:
+        exit_if_asked()
         with suppress(SystemExit):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
-            leave_if_asked()
+            exit_if_asked()
     assert ended.value.code == 75

@@ -49,7 +49,7 @@ def test_an_option_beside_the_setting_that_it_stands_for(
     capsys: pytest.CaptureFixture[str], words: list[str], option: str
 ) -> None:
     assert main(words) == 2
-    assert f"{option} are one setting, and both are given" in capsys.readouterr().err
+    assert f"{option} are the same setting, and both are given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

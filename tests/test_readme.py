@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.arguments import parser
+from clae_dist.cli import make_parser
 from clae_dist.config import Config
 from clae_dist.doctor.software import PACKAGES
 from clae_dist.recipe import flatten
@@ -74,7 +74,7 @@ def test_settings_that_readme_names_exist() -> None:
 
 
 def test_commands_that_readme_names_exist() -> None:
-    actions = [action for action in parser()._actions if action.choices and action.dest == "command"]
+    actions = [action for action in make_parser()._actions if action.choices and action.dest == "command"]
     named = set(re.findall(r"(?:`|^|&& |-m )clae(?:_dist)? ([a-z-]+)\b", README, re.MULTILINE))
     assert len(named) > 8
     assert named <= set(actions[0].choices or ())

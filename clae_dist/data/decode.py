@@ -116,9 +116,13 @@ def decode_rgb(data: bytes | memoryview) -> torch.Tensor:
 
 
 def _pillow_rgb(data: bytes | memoryview) -> torch.Tensor:
+    return pixels_of(_open(data))
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """uint8 (3, H, W), RGB, of a PIL image, by the rules of `decode_rgb`. Raises DecodeError with the reason."""
     import torch
 
-    image = _open(data)
     pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
     return _turn(pixels, _orientation(image))
 
@@ -149,7 +153,7 @@ def _formats() -> list[str]:
     return [name for name in _EXTENSIONS if name in Image.OPEN]
 
 
-def _rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
     """The pixels, decoded in full, as 8-bit RGB. Raises DecodeError."""
     try:
         return to_rgb(image)

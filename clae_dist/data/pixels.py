@@ -24,16 +24,18 @@ class UnreadablePixelsError(ValueError):
     """Pixels that cannot be made 8-bit RGB; the message is the reason."""
 
 
-def to_rgb(image: ImageFile.ImageFile) -> Image.Image:
-    """The pixels, decoded in full, as 8-bit RGB, transparency laid on white.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The pixels of an image in a file or in memory, decoded in full, as 8-bit RGB, transparency laid on white.
 
     Raises UnreadablePixelsError, and what Pillow's decoders raise.
     """
-    if image.format == "TIFF":
-        _refuse_tiff(image)
-    if image.format == "JPEG2000" and not image.mode.startswith("I"):
-        _refuse_deep_colour(image)
-    stored = image.tile[0][3] if image.tile else ""  # how the file has them; a loaded image does not know
+    stored: object = ""
+    if isinstance(image, ImageFile.ImageFile):  # of an image in memory, the depth in its file is not known
+        if image.format == "TIFF":
+            _refuse_tiff(image)
+        if image.format == "JPEG2000" and not image.mode.startswith("I") and image.fp is not None:
+            _refuse_deep_colour(image)
+        stored = image.tile[0][3] if image.tile else ""  # a loaded image does not know
     image.load()
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # PPM's and older PNGs' are 16 bits

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -27,12 +26,12 @@ from clae_dist.data.remote import MAX_OPEN, Fetching
 from clae_dist.data.tar_index import Dropped, TarIndex, begins_as_tar, index_tar
 from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
+from clae_dist.progress import Progress
 from clae_dist.reading import Check, ReadError, expect, is_count, is_text, open_regular, parse_object, read_bytes
 from clae_dist.world import World
 
 Say = Callable[[str], None]
 _CONNECTIONS = 4
-_SAY_EVERY_S = 10.0
 _ROUND = 16  # shards of a rank
 _RECORD, _INDEX = ".labels.json", ".labels.npy"  # in the cache; an older version's .json and .npy knew no names
 _ONE_FOR_ALL = "empty data.cache on every node, and see that all of them read the same shards"
@@ -239,16 +238,11 @@ def open_plain(
     now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, Record] = {}
-    started, said, first = time.monotonic(), 0.0, 0
+    indexing = Progress(len(names), name="shards", label="data: indexing, ", say=say)
 
     def waiting() -> None:
-        nonlocal said
         progress()
-        passed = time.monotonic() - started
-        if passed > said + _SAY_EVERY_S:
-            said = passed
-            left = f", {passed * (len(names) / first - 1):.0f} s left" if first else f", {passed:.0f} s so far"
-            say(f"data: {first:,} of {len(names):,} shards indexed{left}")
+        indexing.add(0)
 
     # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
     size = _ROUND * world.size
@@ -262,7 +256,7 @@ def open_plain(
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
-        waiting()
+        indexing.add(min(size, len(names) - first))
     labels = {label for record in mine.values() for label in record.labels}
     mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same ones
     parts = world.gather_objects((mine, labels))

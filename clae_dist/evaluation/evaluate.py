@@ -26,6 +26,7 @@ from clae_dist.evaluation.protocols import PROTOCOLS
 from clae_dist.evaluation.scored import scored
 from clae_dist.files import check_writable, write_atomically
 from clae_dist.models import PretrainModel, build_model
+from clae_dist.progress import Progress
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, open_run
@@ -33,26 +34,6 @@ from clae_dist.runs.trust import NOTHING, Permission, open_run
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # in the report
 
 Say = Callable[[str], None]
-
-
-class _Progress:
-    """Says how far a pass over `total` images is, every few seconds."""
-
-    def __init__(self, say: Say, what: str, total: int, every_s: float = 5.0) -> None:
-        self._say, self._what, self._total, self._every_s = say, what, total, every_s
-        self._started = self._said = time.perf_counter()
-        self._done = 0
-
-    def __call__(self, num_images: int) -> None:
-        self._done += num_images
-        now = time.perf_counter()
-        if now - self._said < self._every_s and self._done < self._total:
-            return
-        self._said = now
-        rate = self._done / max(now - self._started, 1e-9)
-        to_do = self._total - self._done
-        left = f"{to_do / rate:.0f} s left" if to_do else f"in {now - self._started:.1f} s"
-        self._say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
 
 
 def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
@@ -118,8 +99,9 @@ def _compare(
     def features(split: str, limit: int = 0) -> list[Features]:
         images = EvaluationSet(manifest, split, config.data.image_size, limit, workers=workers)
         part = f" ({len(images):,} of {manifest.num_samples(split):,})" if limit else ""
-        progress = _Progress(say, f"features, {split}{part}", len(images))
-        found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress)
+        progress = Progress(len(images), label=f"features, {split}{part}: ", say=say)
+        found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress.add)
+        progress.close()
         for name, one in zip(("untrained", "trained"), found, strict=True):
             if not one.features_NF.isfinite().all():
                 raise ConfigError(

@@ -20,14 +20,6 @@ from clae_dist.parity.compare import compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
 from clae_dist.world import World, connect
 
-# Without a recipe. Longer steps would make more of rounding than there is to see.
-DEMO = [
-    "model.encoder=small_resnet",
-    "data.image_size=32",
-    "optim.name=sgd",
-    "optim.learning_rate=0.03",
-    "optim.warmup_epochs=0",
-]
 FAILED = UNEXPECTED  # the exit code of a comparison that found a difference
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from clae_dist.progress import duration
 from clae_dist.tracking.tracker import Status
 
 STARTING = "starting: "  # begins a line about what goes on before the first step
@@ -101,14 +102,3 @@ def _evaluation(metrics: Mapping[str, float]) -> list[str]:
     ends = [metrics[key] for key in ("knn_accuracy_low", "knn_accuracy_high") if key in metrics]
     interval = f" (95 % interval {ends[0]:.1f} – {ends[1]:.1f})" if len(ends) == 2 else ""
     return [f"kNN accuracy {metrics['knn_accuracy']:.2f} %{interval}"]
-
-
-def duration(seconds: float) -> str:
-    """3:07, 2:03:07 or 4 d 02:03:07."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if not hours:
-        return f"{minutes}:{rest:02d}"
-    if hours < 24:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}:{rest:02d}"

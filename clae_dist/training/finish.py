@@ -10,8 +10,8 @@ from typing import Any
 
 from clae_dist import escape
 from clae_dist.config import ConfigError
+from clae_dist.deploy.export import CONFIG, export_encoder
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.export import export_encoder
 from clae_dist.evaluation.protocol import flat_metrics
 from clae_dist.evaluation.record import summary_table
 from clae_dist.evaluation.report import write_report
@@ -59,10 +59,13 @@ def report(
 def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say, permission: Permission = NOTHING) -> Path:
     """export_encoder(), the encoder also in MLflow, as a logged model."""
     folder = export_encoder(run_dir, destination, permission)
-    identity, seen = RunFolder(run_dir).read_identity(), json.loads((folder / "config.json").read_text())["images_seen"]
-    with _tracker(run_dir, seen, say, permission) as tracker:
+    identity, description = RunFolder(run_dir).read_identity(), json.loads((folder / CONFIG).read_text())
+    with _tracker(run_dir, description["images_seen"], say, permission) as tracker:
         tracker.log_model(folder, identity.manifest_digest)
     say(f"wrote {folder}; its README.md shows how to load it")
+    problem = description["timm_problem"]
+    loads = f'timm.create_model("local-dir:{folder}", pretrained=True) loads it'
+    say(f"not in timm's own layout: {problem}" if problem else loads)
     return folder
 
 

@@ -16,8 +16,8 @@ from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.data.loader import Batch, load
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.transfer import Transfer
+from clae_dist.deploy.export import export_encoder
 from clae_dist.escape import shown
-from clae_dist.evaluation.export import export_encoder
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from clae_dist.data.manifest import DataError, Manifest, load_manifest
+from clae_dist.progress import Progress
 from data_prep.audit.hashing import MAX_NEAR_BITS
 from data_prep.audit.overlap import KINDS, Groups, NearSamples, Pair, group_by, join_near
 from data_prep.audit.profile import profile
 from data_prep.audit.scan import Part, scan
-from data_prep.progress import Progress
 
 _GROUPS_TRIED, _LOOKED_AT = 2000, 64  # groups, and members of each, among which a pair to show is looked for
 

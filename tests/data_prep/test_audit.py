@@ -14,13 +14,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from clae_dist.data.manifest import write_manifest
+from clae_dist.progress import Progress
 from data_prep.__main__ import main
 from data_prep.audit.find import Audit, audit
 from data_prep.audit.report import write_report
 from data_prep.audit.scan import stored_mode
 from data_prep.audit.summary import as_json, describe
 from data_prep.audit.thumbnails import Images
-from data_prep.progress import Progress
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -5,16 +5,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from clae_dist.config import ConfigError
-from clae_dist.evaluation.export import config_digest, export_encoder
+from clae_dist.deploy.export import config_digest, export_encoder
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.training import finish
 
 MakeRun = Callable[..., Path]
 
@@ -102,6 +105,61 @@ def test_the_digest_of_the_configuration_ignores_where_things_lie(make_run: Make
         for name, settings in (("a", []), ("b", ["data.workers=3", "run_dir=elsewhere"]), ("c", ["objective.temperature=0.2"]))
     )
     assert config_digest(one) == config_digest(moved) != config_digest(other)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size"),
+    [("timm/resnet18", 72), ("timm/vit_tiny_patch16_224", 32), ("timm/convnext_atto", 64), ("torchvision/resnet18", 72)],
+)
+def test_timm_loads_the_export(make_run: MakeRun, tmp_path: Path, encoder: str, size: int) -> None:
+    """With timm alone, from its local-dir: scheme. torchvision's ResNets have the same weights under the same names."""
+    run = make_run(f"model.encoder={encoder}", f"data.image_size={size}")
+    export = export_encoder(run, tmp_path / "a folder, with=signs")
+    model = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
+    settings = timm.data.resolve_model_data_config(model)
+    assert list(settings["input_size"]) == [3, size, size]
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load_model(run)[1].features(images, route="clean")
+        features = model((images - mean) / std)
+    assert features.shape == expected.shape
+    assert (features - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size", "problem"),
+    [
+        ("small_resnet", 16, "its 3x3 stem for small images is not that of timm's resnet18"),
+        ("timm/resnet18", 32, "its 3x3 stem for small images is not that of timm's resnet18"),
+        ("torchvision/shufflenet_v2_x0_5", 72, "timm has no model 'shufflenet_v2_x0_5'"),
+        ("torchvision/efficientnet_b0", 72, "timm's model of that name is another one"),
+    ],
+)
+def test_an_export_that_timm_cannot_load_has_the_reason(make_run: MakeRun, encoder: str, size: int, problem: str) -> None:
+    run = make_run(f"model.encoder={encoder}", f"data.image_size={size}")
+    said: list[str] = []
+    export = finish.export(run, say=said.append)
+    assert problem in json.loads((export / "config.json").read_text())["timm_problem"]
+    assert said[-1].startswith(f"not in timm's own layout: {problem}")
+    assert not (export / "model.safetensors").exists()
+    with pytest.raises((RuntimeError, TypeError)):
+        timm.create_model(f"local-dir:{export}", pretrained=True)
+
+
+def test_a_model_with_other_features_is_not_in_timms_layout(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and shapes of weights may fit a model that computes something else, here with another activation."""
+    create = timm.create_model
+
+    def other(name: str, **arguments: Any) -> torch.nn.Module:
+        model = create(name, **arguments)
+        if name.startswith("local-dir:"):
+            model.act1 = torch.nn.GELU()
+        return model
+
+    monkeypatch.setattr(timm, "create_model", other)
+    export = export_encoder(make_run("model.encoder=timm/resnet18", "data.image_size=72"))
+    assert "the features of timm's model differ by" in json.loads((export / "config.json").read_text())["timm_problem"]
 
 
 def test_replaces_an_older_export_and_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:

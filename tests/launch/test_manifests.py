@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clae_dist.arguments import parser
+from clae_dist.cli import make_parser
 from clae_dist.recipe import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_the_pods_and_the_volume_are_what_kubernetes_takes(documents: list[dict[
 def test_the_entrypoint_is_a_command_of_this_package(documents: list[dict[str, Any]]) -> None:
     words = shlex.split(documents[1]["spec"]["entrypoint"])
     command = words[words.index("clae_dist") + 1 :]
-    arguments, rest = parser().parse_known_args(command)
+    arguments, rest = make_parser().parse_known_args(command)
     assert arguments.launcher == "ray"
     config, _ = resolve(str(ROOT / "configs" / "imagenet" / "clae.yaml"), [*arguments.overrides, *rest, "launch.launcher=ray"])
     workers = documents[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]

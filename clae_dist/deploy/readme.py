@@ -14,6 +14,10 @@ _STEM = """
 stem = config["stem"]  # for small images: 3x3, no max-pool
 encoder.conv1 = torch.nn.Conv2d(3, stem["out_channels"], 3, stem["stride"], padding=1, bias=False)
 encoder.maxpool = torch.nn.Identity()"""
+_LOCAL_DIR = """
+timm loads this folder by itself as well: `timm.create_model("local-dir:FOLDER", pretrained=True)` takes images that are
+normalised with `mean` and `std`, as the transforms of `timm.data` for it do.
+"""
 _LOAD = """import json
 from pathlib import Path
 
@@ -37,7 +41,7 @@ def features(images):
 
 
 def readme(description: Mapping[str, Any]) -> str:
-    """The text for an export that `description` (config.json) describes."""
+    """The text of README.md for an export that `description` (config.json) describes."""
     build = _BUILD[description["library"]]
     reading = 'folder = Path(".")  # of this README\nconfig = json.loads((folder / "config.json").read_text())'
     lines = f"{reading}\n{build}"
@@ -54,6 +58,6 @@ and {description["library"]}:
 
 ```python
 {code}```
-
+{"" if description["timm_problem"] else _LOCAL_DIR}
 Train further from here as with any {description["library"]} model; its batch-norm statistics are those of the clean images.
 """

@@ -16,10 +16,11 @@ from torch import nn
 
 from clae_dist import __version__
 from clae_dist.config import Config, ConfigError
-from clae_dist.evaluation.export_readme import readme
-from clae_dist.evaluation.record import read_record
+from clae_dist.deploy.plain import exported_names, plain_encoder
+from clae_dist.deploy.readme import readme
+from clae_dist.deploy.timm_layout import TIMM_WEIGHTS, difference, timm_settings, unsupported
 from clae_dist.files import check_writable
-from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, build_encoder, library_arguments
+from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, library_arguments
 from clae_dist.models.norms import single_route_state
 from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
@@ -32,11 +33,12 @@ WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
 
 
 def export_encoder(run_dir: Path, destination: Path | None = None, permission: Permission = NOTHING) -> Path:
-    """Writes the newest checkpoint's encoder into `destination` (RUN/export) and returns that folder.
+    """Write the encoder of the newest checkpoint into the folder `destination` (default: RUN/export), and return the folder.
 
-    encoder.safetensors holds the clean route under the key names of the plain timm or torchvision model, config.json what
-    builds that model and what its input is, README.md the lines that load it. The folder appears whole or not at all; an
-    older export there is replaced.
+    encoder.safetensors holds the clean route under the names that timm or torchvision give its weights, config.json what builds
+    the model and its input, README.md the lines that load it. Where timm has the same model, the folder also has timm's own
+    layout; elsewhere `timm_problem` in config.json is the reason. The folder appears complete or not at all; an older export is
+    replaced.
     Raises ConfigError without a checkpoint, for a destination that holds something else, and for a folder that cannot be
     read or written safely (runs/trust.py); StorageError when the destination cannot be written.
     """
@@ -46,24 +48,46 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
     destination = destination or RunFolder(run_dir).export
     if destination.exists() and not _replaceable(destination):
         raise ConfigError(f"the destination is {str(destination)!r}, which holds other files; name a new folder.")
-    state = _exported_state(config, model.encoder)
-    description = _describe(config, info, read_record(run_dir).identity, model.feature_dim)
+    weights = {key: value.float() for key, value in single_route_state(model.encoder.state_dict()).items()}
+    network, _ = plain_encoder(config.model, config.data.image_size, weights)
+    description = _describe(config, info, _manifest_digest(run_dir), network, model.feature_dim)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
     try:
         with writing(destination):
-            partial.mkdir(parents=True)
-            (partial / WEIGHTS).write_bytes(save(state, metadata))
-            (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-            (partial / README).write_text(readme(description))
+            _write(partial, description, network)
             _replace_folder(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return destination
 
 
+def _write(folder: Path, description: dict[str, Any], network: nn.Module) -> None:
+    """Write all files of an export into `folder`, with timm's layout if timm loads the same encoder from it."""
+    metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(save(_exported_state(description["encoder"], network), metadata))
+    problem = unsupported(description)
+    if not problem:
+        (folder / CONFIG).write_text(json.dumps(description | timm_settings(description)))
+        _link(folder / WEIGHTS, folder / TIMM_WEIGHTS)
+        problem = difference(folder, network, description["input_size"][1])
+        if problem:
+            (folder / TIMM_WEIGHTS).unlink()
+    description |= {"timm_problem": problem} | ({} if problem else timm_settings(description))
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    (folder / README).write_text(readme(description))
+
+
+def _link(path: Path, other: Path) -> None:
+    """Make `other` the same file, or a copy on a file system without hard links."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG, README}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, TIMM_WEIGHTS, CONFIG, README}
 
 
 def _replace_folder(partial: Path, destination: Path) -> None:
@@ -86,32 +110,22 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _exported_state(config: Config, encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """The clean route under plain names; checked against a freshly built plain encoder."""
-    state = single_route_state(encoder.state_dict())
-    plain, _ = build_encoder(config.model, config.data.image_size)
-    plain.load_state_dict(state, strict=True)
-    if config.model.encoder == "small_resnet":
-        state = {_timm_name(key): value for key, value in state.items()}
-    return {
-        key: value.detach().to(torch.float32 if value.is_floating_point() else value.dtype).clone().contiguous()
-        for key, value in state.items()
-    }
+def _exported_state(encoder: str, network: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the plain encoder under the names that timm or torchvision give them."""
+    state = network.state_dict()
+    return {exported: state[name].detach().clone().contiguous() for name, exported in exported_names(encoder, state).items()}
 
 
-def _timm_name(key: str) -> str:
-    """A name of SmallResNet's state as timm's ResNet calls it."""
-    parts = key.split(".")
-    if parts[0] == "blocks":
-        parts[:2] = [f"layer{int(parts[1]) + 1}", "0"]
-        return ".".join("downsample" if part == "shortcut" else part for part in parts)
-    return ".".join([{"stem": "conv1", "bn": "bn1"}[parts[0]], *parts[1:]])
+def _manifest_digest(run_dir: Path) -> str:
+    folder = RunFolder(run_dir)
+    return folder.read_identity().manifest_digest if folder.identity_file.exists() else ""
 
 
-def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, Any], feature_dim: int) -> dict[str, Any]:
-    """What config.json holds."""
+def _describe(
+    config: Config, info: Mapping[str, Any], manifest_digest: str, plain: nn.Module, feature_dim: int
+) -> dict[str, Any]:
+    """The content of config.json for the encoder `plain`."""
     size = config.data.image_size
-    plain, _ = build_encoder(config.model, size)
     family, _, name = config.model.encoder.partition("/")
     library, architecture, arguments = (
         ("timm", "resnet18", _small_resnet_arguments())
@@ -133,7 +147,7 @@ def _describe(config: Config, info: Mapping[str, Any], identity: Mapping[str, An
         "method": "CLAE" if config.attack.name != "none" else "SimCLR",
         "images_seen": info["images_seen"],
         "step": info["step"],
-        "manifest_digest": identity.get("manifest_digest", ""),
+        "manifest_digest": manifest_digest,
         "config_digest": config_digest(config),
         "package_version": __version__,
     }

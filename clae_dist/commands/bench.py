@@ -1,0 +1,66 @@
+"""`clae bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from clae_dist.errors import ConfigError
+from clae_dist.options import Parser
+
+SUMMARY = "measure loss, gather, step, data, checkpoints or restarts on this machine"
+DESCRIPTION = """\
+Measures this machine. All contenders are first checked to compute the same (loss and gradients against float64; steps bit for
+bit), then timed in turns, so that a disturbance of the machine affects all of them. `pip install -e '.[bench]'` adds lightly's
+and open_clip's losses.
+
+  contrast   one rank's loss, forward and backward: 512 rows (both views) against 8,192 and 1,024 against 32,768, then 512
+             against up to a million. Floor: four matrix products, rows x all rows x width, timed in turns with the rest.
+  gather     the loss on 2 and 4 processes (under torchrun: on its ranks, your network): collectives, and the bytes that a
+             rank sends by ring algorithms. Floor: its collectives alone, by latency alpha_s and beta_s_per_byte as measured.
+  step       training steps (forward, attack, backward, optimiser) of plain SimCLR and of each CLAE method. Floor: the time
+             of plain SimCLR times the forward and backward units that the step needs.
+  data       from shards to views, by stage and in total, with processes and with threads, beside Pillow's and torchvision's
+             SimCLR pipeline and plain WebDataset; how many cores a GPU needs. Floor: a JPEG's entropy decoding alone.
+  checkpoint how long a save of 1 GB of state blocks training, beside torch.save and torch's async_save, and how long until
+             it is committed. Floor: a copy of the same bytes. Written to the system's temporary folder.
+  restart    from kill -9 of one of two ranks to the next new training step, by parts.
+
+Each row: case; what ("name: description"); median_s; spread (interquartile range over median); ratio_to: {name: this median
+over that of another row of the case}; floor_s; added_bytes (peak memory of one call above the level before) or wire_bytes, and
+bytes_ratio_to, the same of these; more: further figures, of which cpu_s, seconds of all cores in the best repeat, is the least
+affected by other processes. OMP_NUM_THREADS sets torch's threads. Progress is printed to stderr.
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "bench", choices=("contrast", "step", "gather", "data", "checkpoint", "restart"), help="what to measure"
+    )
+    parser.add_argument(
+        "shards", metavar="SHARDS", nargs="?", default="", help="data: a set as in data.shards (default: synthetic images)"
+    )
+    parser.add_argument("--split", default="", help="data: split of the set (default: train)")
+    parser.add_argument(
+        "--images-per-s", type=float, default=0.0, metavar="RATE", help="data: print the cores needed by a GPU of this rate"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: versions, machine, notes, rows")
+    parser.add_argument("--quick", action="store_true", help="only small sizes and few repeats: about a minute")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    data_options = {"SHARDS": arguments.shards, "--images-per-s": arguments.images_per_s, "--split": arguments.split}
+    for option, value in data_options.items():
+        if value and arguments.bench != "data":
+            raise ConfigError(
+                f"{option} is {value}, which `clae bench {arguments.bench}` does not use; only `clae bench data` does."
+            )
+    from clae_dist.bench import run_bench
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    more = {}
+    if arguments.bench == "data":
+        more = {"shards": arguments.shards, "rate": arguments.images_per_s, "split": arguments.split or "train"}
+    return run_bench(arguments.bench, arguments.quick, arguments.json, print, progress, **more)

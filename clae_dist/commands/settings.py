@@ -1,0 +1,82 @@
+"""Settings of a command: the recipe, the command line and the environment, and how far they are trusted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError
+from clae_dist.recipe import resolve
+from clae_dist.redact import uri_without_secrets
+
+if TYPE_CHECKING:
+    from clae_dist.runs.trust import Permission
+
+_CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_AUTH")
+
+
+def resolved(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """The settings of recipe, command line and environment; the command line takes precedence over `defaults`."""
+    config, origins = resolve(arguments.config, arguments.overrides, defaults)
+    store = _tracking_server()
+    if store and not config.tracking.uri:
+        config = replace(config, tracking=replace(config.tracking, uri=store))
+        origins["tracking.uri"] = "MLFLOW_TRACKING_URI"
+    return config, origins
+
+
+def set_option(arguments: argparse.Namespace, option: str, key: str) -> None:
+    """Turn an option that stands for a setting into an override. Raises ConfigError if both are given."""
+    value = getattr(arguments, option)
+    if value is None:
+        return
+    if any(text.startswith(f"{key}=") for text in arguments.overrides):
+        raise ConfigError(f"--{option} and {key}= are the same setting, and both are given; keep one of them.")
+    arguments.overrides.append(f"{key}={value}")
+
+
+def permission(arguments: argparse.Namespace) -> Permission:
+    """The user's permission to act on settings of a run folder."""
+    from clae_dist.runs.trust import Permission
+
+    return Permission(arguments.trust, _tracking_server())
+
+
+def check_trust(arguments: argparse.Namespace, config: Config, origins: dict[str, str]) -> Config:
+    """Return the settings that may be acted on by a command that only checks a recipe.
+
+    A run folder's config.yaml is data there, as for every command that opens a run, except for values on the command line.
+    """
+    from clae_dist.runs.folder import RunFolder
+
+    path = Path(arguments.config)
+    file_name = RunFolder(path.parent).config_file.name
+    if arguments.trust or file_name not in (path.name, path.resolve().name):
+        return config
+    from clae_dist.runs.trust import check_settings
+
+    named = {key for key, origin in origins.items() if origin == "command line"}
+    return check_settings(path, config, named, _tracking_server())
+
+
+def check_credentials(config: Config, origins: dict[str, str]) -> None:
+    """Raise ConfigError if MLflow's client would send the environment's credentials to a server that only a recipe names."""
+    store, uri, origin = _tracking_server(), config.tracking.uri, origins["tracking.uri"]
+    credentials = [name for name in _CREDENTIALS if os.environ.get(name)]
+    named_by_user = origin in ("command line", "MLFLOW_TRACKING_URI") or not uri.startswith(("http:", "https:"))
+    shown, of_environment = uri_without_secrets(uri), uri_without_secrets(store)
+    if store and credentials and not named_by_user and shown != of_environment and config.tracking.name != "none":
+        raise ConfigError(
+            f"tracking.uri is {shown!r} ({origin}), but {credentials[0]} in the environment is for MLFLOW_TRACKING_URI, "
+            f"{of_environment!r}, and would be sent; unset one of them, or name the server on the command line "
+            f"(tracking.uri={shown})."
+        )
+
+
+def _tracking_server() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", "")

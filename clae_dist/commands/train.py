@@ -1,0 +1,82 @@
+"""`clae train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from clae_dist.commands.arguments import add_config, add_launcher, add_trust
+from clae_dist.commands.settings import check_credentials, resolved, set_option
+from clae_dist.errors import STOPPED
+from clae_dist.escape import say
+from clae_dist.options import Parser
+from clae_dist.redact import redact_text
+
+SUMMARY = "pretrain an encoder, or resume an interrupted run from its newest checkpoint"
+
+
+def add_arguments(parser: Parser) -> None:
+    add_config(parser)
+    add_launcher(parser, "ray", "torchrun", "local")
+    parser.add_argument("--quiet", action="store_true", help="print only errors and the end; RUN/console.log has all lines")
+    add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from clae_dist.launchers.output import lasting_output
+
+    with lasting_output(), exit_at_signals() as exit_if_asked:  # until a launcher listens
+        set_option(arguments, "launcher", "launch.launcher")
+        config, origins = resolved(arguments)
+        check_credentials(config, origins)
+        from clae_dist.launchers import claim, start
+
+        if arguments.quiet:
+            from clae_dist.launchers.terminal import QUIET
+
+            os.environ[QUIET] = "1"  # inherited by the ranks
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(config, arguments.trust)):
+            text = f"clae: the run could not be recorded as yours ({problem}): opening it later may need --trust."
+            say(text, file=sys.stderr)
+        ending = start(config, origins, arguments.debug, exit_if_asked)
+        if ending.message:
+            say(redact_text(f"clae: {ending.message}"), file=sys.stderr)
+        elif ending.code == 0 and os.environ.get("RANK", "0") == "0":
+            say(f"saved in {config.folder}", flush=True)
+        return ending.code
+
+
+@contextmanager
+def exit_at_signals() -> Iterator[Callable[[], None]]:
+    """Inside, SIGTERM and SIGUSR1 exit with the code that asks a scheduler to start the command again.
+
+    Yields a function that exits, too, if a signal has come: the SystemExit that a signal handler raises is lost if it
+    interrupts code that catches everything, or a callback.
+    """
+    received: list[int] = []
+
+    def exit_if_asked() -> None:
+        if received:
+            sys.exit(STOPPED)
+
+    def handle(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        print(f"clae: {signal.Signals(number).name} before training began; the same command starts it.", file=sys.stderr)
+        sys.exit(STOPPED)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = [one for one in (signal.SIGTERM, signal.SIGUSR1) if main_thread and signal.getsignal(one) is signal.SIG_DFL]
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield exit_if_asked
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
