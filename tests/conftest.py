@@ -5,21 +5,38 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests import budget
 from tests.ranks import RankPool
 
 _HERE = Path(__file__).parent
-_LAST = ["test_main_job.py", "launchers", "hosts", "chaos"]  # whole runs, in this order after all else
+_WHOLE_RUNS = ["test_main_job.py", "launchers", "hosts", "chaos"]
 _BEGIN = time.monotonic()
+_SPEED = pytest.StashKey[float]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group tests for pytest-xdist and order them.
+
+    A file is a group (its fixtures are made once), and all whole runs are one: they start several processes each, and their
+    timeouts are not meant for two at a time. Slow tests have groups of their own after everything else. With two workers one
+    begins with the whole runs; a single process takes them last, in the order of _WHOLE_RUNS.
+    """
+    distributed = hasattr(config, "workerinput")
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        slow = item.get_closest_marker("slow") is not None
         name = item.path.relative_to(_HERE).parts[0]
-        return _LAST.index(name) if name in _LAST else -1
+        whole = _WHOLE_RUNS.index(name) if name in _WHOLE_RUNS else -1
+        if distributed:
+            group = "whole runs" if whole >= 0 else item.path.relative_to(_HERE).as_posix()
+            item.add_marker(pytest.mark.xdist_group(f"{group}, slow" if slow else group))
+            return slow, whole if whole >= 0 else len(_WHOLE_RUNS)
+        return slow, whole
 
     items.sort(key=place)
 
@@ -30,6 +47,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = float(os.environ.get("CLAE_TEST_MINUTES") or "inf")
     if item.get_closest_marker("slow") and time.monotonic() - _BEGIN > 60 * minutes:
         pytest.skip(f"slow, and CLAE_TEST_MINUTES={minutes:g} are over")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[_SPEED] = budget.measure_speed()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in budget.table(terminalreporter.stats, config.stash[_SPEED]):
+        terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """CI fails when the default part of a whole suite takes half as long again as its budget."""
+    config = session.config
+    if hasattr(config, "workerinput") or os.environ.get("CI") != "true":
+        return
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    whole = config.args == config.getini("testpaths") and not config.option.keyword
+    if reporter is not None and whole and budget.is_exceeded(reporter.stats, config.stash[_SPEED]):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session", autouse=True)

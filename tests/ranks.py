@@ -1,12 +1,14 @@
 """A pool of gloo processes that lives for the whole test session; each test hands it a function.
 
-Importing torch costs seconds a process, so ranks are started once. `run(4, function, *arguments)` calls
-function(world, *arguments) on four ranks and returns their results in the order of ranks.
+`run(4, function, *arguments)` calls function(world, *arguments) on four ranks and returns their results in the order of ranks.
+Ranks are forked from one process that has imported torch: the pool is there in the time of one import, and again after a
+failure.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clae_dist.lifetime import end_with_parent
 from clae_dist.world import World
 
 MAX_RANKS = 4
@@ -28,29 +31,28 @@ class RankPool:
 
     def __init__(self, num_ranks: int = MAX_RANKS) -> None:
         self._num_ranks = num_ranks
-        self._ranks: list[tuple[Any, Any]] = []
+        self._ranks: list[Any] = []  # a pipe each
 
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
-        for rank in range(self._num_ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self._num_ranks, self._store.port, theirs, sys.path), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+        pairs = [context.Pipe() for _ in range(self._num_ranks)]
+        theirs = [pair[1] for pair in pairs]
+        self._server = context.Process(target=_fork_ranks, args=(theirs, self._store.port, sys.path), daemon=True)
+        self._server.start()
+        for pipe in theirs:
+            pipe.close()
+        self._ranks = [pair[0] for pair in pairs]
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results of function(world, *arguments), one a rank. Raises AssertionError with the ranks' tracebacks."""
         if not self._ranks:
             self._start()
         chosen = self._ranks[:world_size]
-        for _, pipe in chosen:
+        for pipe in chosen:
             pipe.send_bytes(pickle.dumps((world_size, function, arguments)))
         results, failures = [], []
-        for rank, (_, pipe) in enumerate(chosen):
+        for rank, pipe in enumerate(chosen):
             if not pipe.poll(_TIMEOUT_S):
                 failures.append(f"rank {rank} gave no answer in {_TIMEOUT_S:.0f} s")
                 break
@@ -62,16 +64,35 @@ class RankPool:
         return results
 
     def close(self) -> None:
-        for process, pipe in self._ranks:
+        if self._ranks:
+            self._server.kill()  # the ranks end with it
+            self._server.join()
+        for pipe in self._ranks:
             pipe.close()
-            process.kill()
-            process.join()
         self._ranks = []
 
 
-def _serve(rank: int, num_ranks: int, port: int, pipe: Any, path: list[str]) -> None:
+def _fork_ranks(pipes: list[Any], port: int, path: list[str]) -> None:
     sys.path[:] = path
+    import clae_dist.launchers.preload  # noqa: F401
+
+    server = os.getpid()
+    end_with_parent(os.getppid())
     torch.set_num_threads(1)
+    for rank in range(len(pipes)):
+        if os.fork() == 0:
+            end_with_parent(server)
+            for other in pipes[:rank] + pipes[rank + 1 :]:
+                other.close()
+            _serve(rank, len(pipes), port, pipes[rank])
+            os._exit(0)
+    for pipe in pipes:
+        pipe.close()
+    for _ in pipes:
+        os.wait()
+
+
+def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=240))
     groups = {size: dist.new_group(range(size)) for size in range(1, num_ranks + 1)}
