@@ -20,12 +20,12 @@ from data_prep.arguments import parse
 
 def _prepare(args: argparse.Namespace) -> int:
     from data_prep.prepare import prepare
-    from data_prep.settings import Settings
+    from data_prep.settings import PrepareSettings
     from data_prep.sources import open_source
     from data_prep.sources.entry import origin_of
 
     source = open_source(args.sources, args.image_column, args.label_column)
-    settings = Settings(
+    settings = PrepareSettings(
         name=args.name or source.name,
         source=args.origin or origin_of(source),
         licence=args.licence,

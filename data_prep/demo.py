@@ -14,7 +14,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.files import make_folders
 from clae_dist.storage import writing
 from data_prep.prepare import Say, prepare
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.sources import open_source
 from data_prep.sources.entry import Source, origin_of
 from data_prep.sources.folder import FolderSource
@@ -35,7 +35,7 @@ def prepare_demo(
     return prepare(source, folder, settings, max_bad=max_bad, num_workers=num_workers, say=say)
 
 
-def choose(data: Path | None, cache: Path, say: Say) -> tuple[Source, Settings]:
+def choose(data: Path | None, cache: Path, say: Say) -> tuple[Source, PrepareSettings]:
     """The images and what to say about them in the manifest. Raises DataError for a path that does not exist."""
     if data is not None:
         source = _named(data)
@@ -52,11 +52,11 @@ def choose(data: Path | None, cache: Path, say: Say) -> tuple[Source, Settings]:
         say(f"CIFAR-10 could not be downloaded ({error}).")
         say("Images: scikit-learn's handwritten digits instead, 1,797 grey images of 8x8 pixels enlarged to 32x32.")
         say("They are a stand-in to see everything run, too few and too simple to judge a method; --data PATH takes your own.")
-        return FolderSource(_digits(cache)), Settings(
+        return FolderSource(_digits(cache)), PrepareSettings(
             "digits", "scikit-learn, load_digits, enlarged to 32x32", _DIGITS_LICENCE, test_share=0.2
         )
     say(f"Images: CIFAR-10, downloaded with torchvision into {folder}.")
-    return FolderSource(folder), Settings("cifar10", "CIFAR-10 through torchvision, as PNG", _CIFAR_LICENCE)
+    return FolderSource(folder), PrepareSettings("cifar10", "CIFAR-10 through torchvision, as PNG", _CIFAR_LICENCE)
 
 
 def _named(path: Path) -> Source:
@@ -66,9 +66,13 @@ def _named(path: Path) -> Source:
     return open_source([path, other] if both else [path])
 
 
-def _settings(source: Source) -> Settings:
+def _settings(source: Source) -> PrepareSettings:
     origin = origin_of(source)
-    return Settings(source.name, origin, _CIFAR_LICENCE) if source.name == "cifar10" else Settings(source.name, origin)
+    return (
+        PrepareSettings(source.name, origin, _CIFAR_LICENCE)
+        if source.name == "cifar10"
+        else PrepareSettings(source.name, origin)
+    )
 
 
 def _downloaded_cifar(cache: Path, say: Say) -> Path:

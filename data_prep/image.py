@@ -7,12 +7,12 @@ import io
 from PIL import Image
 
 from clae_dist.data.decode import DecodeError, inspect, upright_rgb
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 
 MAX_ENCODED_BYTES = 1_000_000_000  # an archive's directory can promise more than memory holds
 
 
-def checked(data: bytes, settings: Settings) -> tuple[bytes, str]:
+def checked(data: bytes, settings: PrepareSettings) -> tuple[bytes, str]:
     """The bytes to be written and their extension. Raises DecodeError with the reason why an image is set aside."""
     if settings.resize_short:
         image = upright_rgb(data, settings.max_pixels)
@@ -25,7 +25,7 @@ def checked(data: bytes, settings: Settings) -> tuple[bytes, str]:
     return data, found.extension
 
 
-def pixels_text(pixels: str, settings: Settings) -> str:
+def pixels_text(pixels: str, settings: PrepareSettings) -> str:
     """What the manifest says of the pixels, `pixels` being what the source gives."""
     if not settings.resize_short:
         return pixels
@@ -38,7 +38,7 @@ def _check_side(size: tuple[int, int], min_side: int) -> None:
         raise DecodeError(f"{width}x{height} has a side below --min-side {min_side}")
 
 
-def _smaller_jpeg(image: Image.Image, settings: Settings) -> bytes:
+def _smaller_jpeg(image: Image.Image, settings: PrepareSettings) -> bytes:
     """Never enlarged. Bicubic with support over all pixels that a new one covers (antialiased); no metadata is kept."""
     width, height = image.size
     scale = settings.resize_short / min(width, height)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from clae_dist.data.manifest import DataError
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.sources.entry import Entry, Layout, Listing
 from data_prep.spelling import merge_spellings, one_spelling_each
 from data_prep.split_folders import class_root, find_splits, refuse_splits_inside, tops_of
@@ -38,7 +38,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SetPlan:
     """What will be written, and what a user should know about it."""
 
     classes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Plan:
         return sum(len(shard.samples) for shard in self.shards)
 
 
-def make_plan(found: Listing | Layout, settings: Settings, where: str) -> Plan:
+def make_plan(found: Listing | Layout, settings: PrepareSettings, where: str) -> SetPlan:
     """Classes, splits and shards of what `where` holds. Raises DataError for layouts that cannot be meant."""
     layout = _arrange(found, where) if isinstance(found, Listing) else one_spelling_each(found)
     for name in layout.classes:
@@ -66,7 +66,7 @@ def make_plan(found: Listing | Layout, settings: Settings, where: str) -> Plan:
     if splits_from == "drawn":
         samples = _draw_test_split(samples["train"], settings)
     shards = [shard for split in sorted(samples, reverse=True) for shard in _cut(split, samples[split], settings)]
-    return Plan(layout.classes, tuple(shards), splits_from, layout.notes)
+    return SetPlan(layout.classes, tuple(shards), splits_from, layout.notes)
 
 
 def _arrange(listing: Listing, where: str) -> Layout:
@@ -206,12 +206,12 @@ def _safe_key(path: str) -> str:
     return re.sub(r"^(__+|/+)+", "", key) or "_"  # readers skip names such as __meta__/…
 
 
-def _rank(salt: str, settings: Settings, key: str) -> bytes:
+def _rank(salt: str, settings: PrepareSettings, key: str) -> bytes:
     """A number drawn by (seed, key): sorting by it is a permutation that no library's generator can change."""
     return hashlib.blake2b(f"{settings.seed}/{salt}/{key}".encode(errors="surrogateescape"), digest_size=16).digest()
 
 
-def _draw_test_split(samples: list[Sample], settings: Settings) -> dict[str, list[Sample]]:
+def _draw_test_split(samples: list[Sample], settings: PrepareSettings) -> dict[str, list[Sample]]:
     """The same share of every class, at least one image of each class that has two, never all of them."""
     by_label: defaultdict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -225,14 +225,14 @@ def _draw_test_split(samples: list[Sample], settings: Settings) -> dict[str, lis
     return {"train": train, "test": test} if test else {"train": train}
 
 
-def _place(split: str, settings: Settings, sample: Sample) -> tuple[bytes, int, bytes]:
+def _place(split: str, settings: PrepareSettings, sample: Sample) -> tuple[bytes, int, bytes]:
     """Where a sample comes in a split's permutation; what is best read together stays together, in drawn order."""
     run, part = sample.entry.run
     drawn = _rank(split, settings, sample.key)
     return (_rank(split, settings, run), part, drawn) if run else (drawn, 0, b"")
 
 
-def _cut(split: str, samples: list[Sample], settings: Settings) -> list[ShardPlan]:
+def _cut(split: str, samples: list[Sample], settings: PrepareSettings) -> list[ShardPlan]:
     """Shards of (almost) equal counts within both limits, in a seeded permutation of the samples."""
     samples = sorted(samples, key=lambda sample: _place(split, settings, sample))
     sizes = [2048 + -(-sample.entry.size // 512) * 512 for sample in samples]  # two headers and the label's block, rounded up

@@ -11,9 +11,9 @@ from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manif
 from clae_dist.files import make_folders
 from clae_dist.progress import Progress
 from data_prep.image import pixels_text
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import SetPlan, make_plan
 from data_prep.pool import run_tasks
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.sources.entry import Layout, Listing, Source
 from data_prep.workspace import QUARANTINE, Workspace, open_workspace
 from data_prep.write import ShardResult, ShardTask, write_shard
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def prepare(
-    source: Source, folder: Path, settings: Settings, *, max_bad: float = 0.01, num_workers: int = 1, say: Say = print
+    source: Source, folder: Path, settings: PrepareSettings, *, max_bad: float = 0.01, num_workers: int = 1, say: Say = print
 ) -> Manifest:
     """Checks every image of `source` and writes the shards, their indexes and the manifest into `folder`.
 
@@ -77,7 +77,7 @@ def _already_complete(workspace: Workspace, say: Say) -> Manifest:
     return manifest
 
 
-def _describe(plan: Plan, settings: Settings) -> list[str]:
+def _describe(plan: SetPlan, settings: PrepareSettings) -> list[str]:
     lines = [f"{settings.name}: {plan.num_images} images, {len(plan.classes)} classes, {len(plan.shards)} shards."]
     if plan.splits_from == "drawn":
         lines.append(f"Splits: a test split of {settings.test_share:.0%} of every class is drawn with seed {settings.seed}.")
@@ -90,7 +90,7 @@ def _describe(plan: Plan, settings: Settings) -> list[str]:
 
 
 def _write_shards(
-    plan: Plan, workspace: Workspace, settings: Settings, max_bad: float, num_workers: int, say: Say
+    plan: SetPlan, workspace: Workspace, settings: PrepareSettings, max_bad: float, num_workers: int, say: Say
 ) -> list[ShardResult]:
     """All results, in the order of the plan. Raises DataError when too many images are bad."""
     results = workspace.finished()
@@ -114,7 +114,7 @@ def _write_shards(
     return [results[shard.name] for shard in plan.shards]
 
 
-def _check_bad(plan: Plan, workspace: Workspace, results: dict[str, ShardResult], max_bad: float) -> None:
+def _check_bad(plan: SetPlan, workspace: Workspace, results: dict[str, ShardResult], max_bad: float) -> None:
     bad = [image for result in results.values() for image in result.bad]
     if len(bad) > max_bad * plan.num_images:
         workspace.write_quarantine(bad)
@@ -125,7 +125,9 @@ def _check_bad(plan: Plan, workspace: Workspace, results: dict[str, ShardResult]
         )
 
 
-def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, pixels: str, results: list[ShardResult]) -> Manifest:
+def _write_manifest(
+    plan: SetPlan, workspace: Workspace, settings: PrepareSettings, pixels: str, results: list[ShardResult]
+) -> Manifest:
     splits = {
         split: tuple(
             result.shard for shard, result in zip(plan.shards, results, strict=True) if shard.split == split and result.shard
@@ -152,7 +154,7 @@ def _write_manifest(plan: Plan, workspace: Workspace, settings: Settings, pixels
     )
 
 
-def _report(plan: Plan, manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
+def _report(plan: SetPlan, manifest: Manifest, results: list[ShardResult], seconds: float, say: Say) -> None:
     bad = sorted(image for result in results for image in result.bad)
     if bad:
         say(f"{len(bad)} images were set aside; {manifest.folder / QUARANTINE} lists them:")

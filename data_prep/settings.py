@@ -11,7 +11,7 @@ from clae_dist.data.manifest import DataError
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrepareSettings:
     """Validated at construction; raises DataError. Another value of any of these is another set of shards."""
 
     name: str

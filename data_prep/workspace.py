@@ -20,7 +20,7 @@ from clae_dist.files import make_folders, sync_folder, write_atomically
 from clae_dist.lease import hold
 from clae_dist.reading import ReadError, expect, is_count, is_list_of, is_text, read_object
 from clae_dist.storage import writing
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.write import ShardResult
 
 QUARANTINE = "quarantine.jsonl"
@@ -60,7 +60,7 @@ class Workspace:
             return False
         try:
             plan = read_object(path, surrogates=True)
-            known = Settings(**plan["settings"]).as_json()  # what an older version did not ask is at its default
+            known = PrepareSettings(**plan["settings"]).as_json()  # what an older version did not ask is at its default
             known_fingerprint = plan["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete {self.folder} or name a new folder.") from None

@@ -21,7 +21,7 @@ from clae_dist.files import file_sha256, write_atomically
 from clae_dist.storage import writing
 from data_prep.image import MAX_ENCODED_BYTES, checked
 from data_prep.plan import ShardPlan
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.sources.entry import Entry, OpenFile, UnreadableError
 
 REPORT_EVERY_S = 0.25
@@ -34,7 +34,7 @@ class ShardTask:
     plan: ShardPlan
     tar: Path
     index: Path
-    settings: Settings
+    settings: PrepareSettings
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
     """Images in are images kept and images set aside, or the archive is refused; nothing is written but the set."""
     from clae_dist.data.manifest import DataError
     from data_prep.prepare import prepare
-    from data_prep.settings import Settings
+    from data_prep.settings import PrepareSettings
     from data_prep.sources import open_source
     from data_prep.verify import verify
 
@@ -87,7 +87,7 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
     for way, share in ((damage_header, 0.5), (mutate, 0.3), (compress, 0.3), (mutate, 0.3)):
         data = way(rng, data) if rng.random() < share else data
     path.write_bytes(data)
-    settings = Settings("set", "fuzz", test_share=0, max_pixels=10**6)
+    settings = PrepareSettings("set", "fuzz", test_share=0, max_pixels=10**6)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress
             manifest = prepare(open_source((path,)), target, settings, max_bad=1, num_workers=0, say=lambda _: None)

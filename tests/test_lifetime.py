@@ -26,7 +26,7 @@ if __name__ == "__main__":
         pass
 """
 PIPE = """
-from clae_dist.data.streams import open_stream
+from clae_dist.data.byte_streams import open_stream
 stream = open_stream("pipe:echo started; sleep 1000 | sleep 1001", 0, "", 600)
 print(stream.read().decode(), end="", flush=True)
 stream.read()

@@ -15,7 +15,7 @@ OURS = {
     for package in ("clae_dist", "data_prep")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-SHELL = {"clae_dist/data/streams.py"}  # the opener of pipe:COMMAND, which the user writes
+SHELL = {"clae_dist/data/byte_streams.py"}  # the opener of pipe:COMMAND, which the user writes
 UNPICKLERS = {
     "pickle.load",
     "pickle.loads",

@@ -13,7 +13,7 @@ from clae_dist.devices import local_device
 def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **of_data: Any) -> int:
     """Measures, and says a table or JSON. Returns 0. Raises UnequalError when what is compared does not compute the same.
 
-    `of_data`: `shards`, and fields of chunk.Settings (`rate`, `split`), for the bench "data".
+    `of_data`: `shards`, and fields of chunk.DataBench (`rate`, `split`), for the bench "data".
     """
     device = local_device()
     if name == "contrast":
@@ -22,16 +22,16 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **
         full = step.CUDA if device.type == "cuda" else step.CPU
         outcome = step.bench(step.QUICK if quick else full, device, progress)
     elif name == "checkpoint":
-        outcome = checkpoint.bench(checkpoint.QUICK if quick else checkpoint.Settings(), device, progress)
+        outcome = checkpoint.bench(checkpoint.QUICK if quick else checkpoint.CheckpointBench(), device, progress)
     elif name == "restart":
         from clae_dist.bench import restart  # with psutil, of the extra `bench`
 
-        outcome = restart.bench(restart.QUICK if quick else restart.Settings(), progress)
+        outcome = restart.bench(restart.QUICK if quick else restart.RestartBench(), progress)
     elif name == "data":
         from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
 
         shards = of_data.pop("shards", "")
-        outcome = data.bench(replace(chunk.QUICK if quick else chunk.Settings(), **of_data), shards, device, progress)
+        outcome = data.bench(replace(chunk.QUICK if quick else chunk.DataBench(), **of_data), shards, device, progress)
     else:
         on_main = gather.bench(gather.QUICK if quick else gather.Settings(), progress)
         if on_main is None:  # a rank that torchrun started, other than the first

@@ -28,7 +28,7 @@ BARS = {"copy": 1.5, "torch_save": 0.1}  # what ours should take at most, of eac
 
 
 @dataclass(frozen=True)
-class Settings:
+class CheckpointBench:
     """Weights and AdamW's two moments of an encoder: 1.06 GB of ViT-B/16's."""
 
     encoder: str = "timm/vit_base_patch16_224"
@@ -36,10 +36,10 @@ class Settings:
     repeats: int = 5
 
 
-QUICK = Settings("timm/vit_small_patch16_224", 224, 3)  # 0.27 GB
+QUICK = CheckpointBench("timm/vit_small_patch16_224", 224, 3)  # 0.27 GB
 
 
-def bench(settings: Settings, device: torch.device, say: Say) -> Outcome:
+def bench(settings: CheckpointBench, device: torch.device, say: Say) -> Outcome:
     """Rows of one case. Raises UnequalError when what is loaded back is not, bit for bit, what was saved."""
     with tempfile.TemporaryDirectory(prefix="clae-checkpoint-") as folder:
         say(f"making the state of {settings.encoder}, writing to {folder}")
@@ -49,7 +49,7 @@ def bench(settings: Settings, device: torch.device, say: Say) -> Outcome:
         return contest.outcome(settings)
 
 
-def _trained(settings: Settings, device: torch.device) -> Backend:
+def _trained(settings: CheckpointBench, device: torch.device) -> Backend:
     """A backend after one step of the optimiser, on made-up gradients."""
     config = Config(
         model=Model(encoder=settings.encoder),
@@ -135,7 +135,7 @@ class _Contest:
         assert not self._writer.problem, self._writer.problem
         return time.perf_counter() - start
 
-    def outcome(self, settings: Settings) -> Outcome:
+    def outcome(self, settings: CheckpointBench) -> Outcome:
         committed_s = statistics.median(self.committed_s() for _ in range(max(1, settings.repeats // 2)))
         found = load_checkpoint(self._folder, lambda text: None)
         assert found is not None

@@ -21,7 +21,7 @@ from clae_dist.doctor.machine import usable_cores
 
 
 @dataclass(frozen=True)
-class Settings:
+class DataBench:
     image_size: int = 224
     chunk: int = 64  # images that a stage is timed on, and of a loader's batch
     repeats: int = 7
@@ -32,7 +32,7 @@ class Settings:
     split: str = "train"
 
 
-QUICK = Settings(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2, rounds=2)
+QUICK = DataBench(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2, rounds=2)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Chunk:
     boxes: np.ndarray  # (2, n, 4)
 
     @staticmethod
-    def of(manifest: Manifest, settings: Settings) -> Chunk:
+    def of(manifest: Manifest, settings: DataBench) -> Chunk:
         count = min(settings.chunk, manifest.num_samples(settings.split))
         data = Data(shards=str(manifest.folder), train_split=settings.split, image_size=settings.image_size)
         config = Config(data=data, batch=Batch(global_size=count))

@@ -19,7 +19,7 @@ import torch
 from torchvision.transforms import v2
 
 from clae_dist.bench import data_peers as peers
-from clae_dist.bench.chunk import Chunk, Settings
+from clae_dist.bench.chunk import Chunk, DataBench
 from clae_dist.bench.loaders import measure_loaders
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, cpu_figure, time_in_turns, with_ratios
 from clae_dist.bench.outcome import Outcome
@@ -35,7 +35,7 @@ _APART = 0.05  # of the range of a pixel: four times what two such draws of ours
 _LEVELS = 3  # of 255: two decoders and two antialiased resizers round differently
 
 
-def bench(settings: Settings, shards: str, device: torch.device, say: Say) -> Outcome:
+def bench(settings: DataBench, shards: str, device: torch.device, say: Say) -> Outcome:
     """Of a split of `shards`, as data.shards names sets ("": made-up images of 500 x 500 pixels).
 
     Raises ConfigError, DataError and UnequalError.
@@ -69,7 +69,7 @@ def _one_thread() -> Iterator[None]:
 Runs = dict[str, tuple[str, Callable[[], Any]]]
 
 
-def _measure(case: str, runs: Runs, count: int, settings: Settings, device: torch.device, floor: str = "") -> list[Row]:
+def _measure(case: str, runs: Runs, count: int, settings: DataBench, device: torch.device, floor: str = "") -> list[Row]:
     """Seconds an image; `floor` is the name of the run that nothing can beat."""
     times = time_in_turns({name: run for name, (_, run) in runs.items()}, device, settings.repeats)
     each = {name: Times(*([value / count for value in kind] for kind in (t.wall, t.cpu))) for name, t in times.items()}
@@ -90,7 +90,7 @@ def _measure(case: str, runs: Runs, count: int, settings: Settings, device: torc
     )
 
 
-def _crops(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
+def _crops(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
     say("JPEG to two crops: equal?")
     size = settings.image_size
     found, wanted = chunk.crops(), peers.pil_crops(chunk.jpegs, chunk.boxes, size)
@@ -112,7 +112,7 @@ def _crops(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> 
     return _measure("an image: JPEG to two crops, one core", runs, len(chunk.jpegs), settings, device, "huffman")
 
 
-def _stages(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
+def _stages(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
     say("stages: time")
     count, size = len(chunk.jpegs), settings.image_size
     places = [chunk.reader.place(sample) for sample in range(count)]
@@ -141,7 +141,7 @@ def _stages(chunk: Chunk, settings: Settings, device: torch.device, say: Say) ->
     return _measure("an image: each stage, one core", runs, count, settings, device)
 
 
-def _augmentations(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
+def _augmentations(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
     """What follows the crop, beside others', whose draws are not ours: as distributions they have to be the same."""
     say("augmentation: equal as distributions?")
     size, strong = settings.image_size, replace(Augment(), blur=0.5)
@@ -175,7 +175,7 @@ def _facts(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([images.mean(), images.std(), within, saturation]).cpu()
 
 
-def _batches(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
+def _batches(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
     say("JPEG to a batch: time")
     data = TwoViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
     v1, v2 = (peers.PilPairs(chunk.jpegs, settings.image_size, of) for of in ("v1", "v2"))
@@ -187,7 +187,7 @@ def _batches(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -
     return _measure("an image: JPEG to host-ready batch, one core", runs, len(chunk.jpegs), settings, device)
 
 
-def _samples(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -> list[Row]:
+def _samples(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
     """Through the first shard, one sample held at a time."""
     say("shard to samples: equal?")
     reader, first = chunk.reader, chunk.manifest.shards(settings.split)[0]
@@ -220,7 +220,7 @@ def _samples(chunk: Chunk, settings: Settings, device: torch.device, say: Say) -
         return _measure("an image: shard to encoded samples, one core", runs, first.samples, settings, device)
 
 
-def _advice(rows: Sequence[Row], settings: Settings) -> Iterator[str]:
+def _advice(rows: Sequence[Row], settings: DataBench) -> Iterator[str]:
     """How many cores a GPU needs."""
     ours = next(row for row in rows if row.case.startswith("an image: JPEG to host-ready") and row.name == "ours")
     a_core = 1 / ours.median_s

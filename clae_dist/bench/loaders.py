@@ -17,15 +17,15 @@ import psutil  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
 
 from clae_dist.bench import data_peers as peers
-from clae_dist.bench.chunk import Chunk, Settings
+from clae_dist.bench.chunk import Chunk, DataBench
 from clae_dist.bench.measure import Row, Say, Times, with_ratios
 from clae_dist.data.loader import TwoViews, forkserver, load, make_order, start_loader_process
 from clae_dist.world import World
 
-Make = Callable[[Chunk, Settings, int], Iterator[Any]]
+Make = Callable[[Chunk, DataBench, int], Iterator[Any]]
 
 
-def measure_loaders(chunk: Chunk, settings: Settings, say: Say) -> list[Row]:
+def measure_loaders(chunk: Chunk, settings: DataBench, say: Say) -> list[Row]:
     """Ours with each number of processes, ours with threads, and the usual pipeline, in turns: seconds an image, all cores."""
     most = max(settings.workers)
     loaders: dict[str, tuple[str, Make, int]] = {
@@ -59,7 +59,7 @@ def _row(what: str, found: list[_Seen]) -> Row:
     return Row("an image: the whole loader, all cores", what, times.median_s, times.spread, {}, more=more)
 
 
-def _watch(batches: Iterator[Any], workers: int, chunk: Chunk, settings: Settings) -> _Seen:
+def _watch(batches: Iterator[Any], workers: int, chunk: Chunk, settings: DataBench) -> _Seen:
     process = psutil.Process()
     for _ in islice(batches, max(1, workers)):  # from here on every worker is at the start of a batch
         pass
@@ -84,23 +84,23 @@ def _cpu_s(process: psutil.Process) -> float:
     return sum(one.user + one.system for one in times)
 
 
-def _ours(chunk: Chunk, settings: Settings, workers: int) -> Iterator[Any]:
+def _ours(chunk: Chunk, settings: DataBench, workers: int) -> Iterator[Any]:
     config = replace(chunk.config, data=replace(chunk.config.data, workers=workers))
     return load(chunk.manifest, config, World.single("cpu"), 0, _steps(settings, workers))
 
 
-def _steps(settings: Settings, workers: int) -> int:
+def _steps(settings: DataBench, workers: int) -> int:
     """More than are timed: workers that are done with all would be gone."""
     return (2 + settings.batches) * max(1, workers)
 
 
-def _threads(chunk: Chunk, settings: Settings, count: int) -> Iterator[Any]:
+def _threads(chunk: Chunk, settings: DataBench, count: int) -> Iterator[Any]:
     data = TwoViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
     with ThreadPoolExecutor(max(1, count)) as pool:
         yield from pool.map(data.__getitem__, range(_steps(settings, count)))
 
 
-def _usual(chunk: Chunk, settings: Settings, workers: int) -> Iterator[Any]:
+def _usual(chunk: Chunk, settings: DataBench, workers: int) -> Iterator[Any]:
     jpegs = chunk.jpegs * _steps(settings, workers)
     return iter(
         DataLoader(

@@ -49,19 +49,19 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class RestartBench:
     workers: int = 2
     kills: int = 5
 
 
-QUICK = Settings(kills=1)
+QUICK = RestartBench(kills=1)
 
 
 class RunEndedError(RuntimeError):
     """The run that was to be killed ended by itself."""
 
 
-def bench(settings: Settings, say: Say) -> Outcome:
+def bench(settings: RestartBench, say: Say) -> Outcome:
     """A row a part, and one for all of them. Raises RunEndedError."""
     with tempfile.TemporaryDirectory(prefix="clae-restart-") as name:
         folder = Path(name)

@@ -38,7 +38,7 @@ _NOTES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepBench:
     kinds: Sequence[Kind]
     repeats: int = 7
     check_batch: int = 4  # images of the comparison in float64
@@ -49,10 +49,10 @@ _NARROW, _WIDE = (
     ("ViT-tiny, 4 blocks", "four_blocks/vit_tiny_patch16_224"),
     ("ViT-S, 4 blocks", "four_blocks/vit_small_patch16_224"),
 )
-CPU = Settings((Kind("ResNet-18", "torchvision/resnet18", 32, 32), Kind(*_NARROW, 32, 64), Kind(*_WIDE, 32, 32)), repeats=5)
-QUICK = Settings((Kind("small residual network", "small_resnet", 32, 16), Kind(*_NARROW, 16, 8)), repeats=3)
+CPU = StepBench((Kind("ResNet-18", "torchvision/resnet18", 32, 32), Kind(*_NARROW, 32, 64), Kind(*_WIDE, 32, 32)), repeats=5)
+QUICK = StepBench((Kind("small residual network", "small_resnet", 32, 16), Kind(*_NARROW, 16, 8)), repeats=3)
 _AT_224 = (("ResNet-50", "torchvision/resnet50", 256), ("ViT-S/16", "timm/vit_small_patch16_224", 256))
-CUDA = Settings(
+CUDA = StepBench(
     (
         Kind("ResNet-18", "torchvision/resnet18", 32, 512, "bfloat16"),
         Kind(*_NARROW, 32, 512, "bfloat16"),
@@ -61,7 +61,7 @@ CUDA = Settings(
 )
 
 
-def bench(settings: Settings, device: torch.device, say: Say) -> Outcome:
+def bench(settings: StepBench, device: torch.device, say: Say) -> Outcome:
     """Raises UnequalError when a step computes something else than what it is said to."""
     rows: list[Row] = []
     for kind in settings.kinds:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import IO
 from urllib.error import HTTPError, URLError
 
+from clae_dist.data.byte_streams import open_stream
 from clae_dist.data.manifest import DataError
-from clae_dist.data.streams import open_stream
 from clae_dist.data.urls import redact, redact_text
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0

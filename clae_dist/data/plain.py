@@ -42,7 +42,7 @@ _LOST = (
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardRecord:
     """What indexing a plain shard has found."""
 
     shard: Shard  # sha256 "" for one of this machine: its bytes are not read
@@ -90,7 +90,7 @@ class PlainShards:
             raise DataError(f"{shard.name} is another one here than where it was indexed; {_ONE_FOR_ALL}.")
         return _with_places(file, self.classes)
 
-    def other_copy(self, records: dict[str, Record]) -> str:
+    def other_copy(self, records: dict[str, ShardRecord]) -> str:
         """Of which shard this machine's cache holds another version than was indexed, "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
@@ -104,7 +104,7 @@ class PlainShards:
                 )
         return ""
 
-    def record(self, name: str, stop: threading.Event) -> Record:
+    def record(self, name: str, stop: threading.Event) -> ShardRecord:
         """The index's summary, from the cache or made now. Raises DataError for what is no whole tar of images."""
 
         def fill(part: IO[bytes]) -> None:
@@ -119,7 +119,7 @@ class PlainShards:
         with self.fetching.cache.open(entry, 0, fill) as file:
             return _record_from_json(file.read())
 
-    def _make_record(self, name: str, stop: threading.Event) -> Record:
+    def _make_record(self, name: str, stop: threading.Event) -> ShardRecord:
         with self._tar(name, None, stop) as file:
             index = index_tar(file, name)
             size = file.seek(0, 2)
@@ -132,7 +132,7 @@ class PlainShards:
 
         self.fetching.cache.open(f"{self._key(name)}{_INDEX}", 0, write).close()
         shard = Shard(name, len(index.rows), size, sha256, hashlib.sha256(stored).hexdigest())
-        return Record(shard, tuple(index.label_names.values()), int((index.rows[:, 2] < 0).sum()), index.dropped)
+        return ShardRecord(shard, tuple(index.label_names.values()), int((index.rows[:, 2] < 0).sum()), index.dropped)
 
     def _tar(self, name: str, shard: Shard | None, stop: threading.Event | None) -> IO[bytes]:
         source = self.sources[name]
@@ -182,7 +182,7 @@ def _with_places(file: IO[bytes], classes: tuple[str, ...]) -> IO[bytes]:
     return stream
 
 
-def _record_as_json(record: Record) -> bytes:
+def _record_as_json(record: ShardRecord) -> bytes:
     dropped = {"counts": record.dropped.counts, "examples": record.dropped.examples}
     content = {"shard": asdict(record.shard), "labels": record.labels, "unlabelled": record.unlabelled, "dropped": dropped}
     return json.dumps(content).encode()
@@ -203,7 +203,7 @@ _FIELDS: dict[str, Check] = {
 }
 
 
-def _record_from_json(data: bytes) -> Record:
+def _record_from_json(data: bytes) -> ShardRecord:
     """Raises ReadError."""
     content, dropped = parse_object(data, surrogates=True), Dropped()
     expect(content, _FIELDS)
@@ -211,7 +211,7 @@ def _record_from_json(data: bytes) -> Record:
     try:
         for reason, count in content["dropped"]["counts"].items():
             dropped.add(reason, content["dropped"]["examples"][reason], count)
-        return Record(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
+        return ShardRecord(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
     except (KeyError, TypeError, AttributeError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
 
@@ -237,7 +237,7 @@ def open_plain(
         fetching.cache.remove_leftovers()
     now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
-    mine: dict[str, Record] = {}
+    mine: dict[str, ShardRecord] = {}
     indexing = Progress(len(names), name="shards", label="data: indexing, ", say=say)
 
     def waiting() -> None:
@@ -268,7 +268,7 @@ def open_plain(
     return _manifest(files, found, classes_of(set().union(*(labels for _, labels in parts))))
 
 
-def _report(records: list[Record]) -> list[str]:
+def _report(records: list[ShardRecord]) -> list[str]:
     """Return lines about unused parts of the shards, and about unlabelled images where others have a label."""
     dropped = Dropped()
     for record in records:
@@ -280,11 +280,11 @@ def _report(records: list[Record]) -> list[str]:
     return lines
 
 
-def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, Record]]:
+def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, ShardRecord]]:
     return list(_index(files, names))
 
 
-def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]:
+def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, ShardRecord]]:
     """Names and records in the order of completion."""
     stop = threading.Event()
     with ThreadPoolExecutor(_CONNECTIONS) as threads:
@@ -299,7 +299,7 @@ def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, Record]]
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _manifest(files: PlainShards, records: list[Record], classes: tuple[str, ...]) -> Manifest:
+def _manifest(files: PlainShards, records: list[ShardRecord], classes: tuple[str, ...]) -> Manifest:
     shards = tuple(record.shard for record in records)
     facts = {"plain shards": [(s.name, s.bytes, s.samples, s.index_sha256) for s in shards]}
     stem = re.sub(r"\{.*?\}|\.tar$", "", files.where.rsplit("/", 1)[-1]).strip("-_. ")

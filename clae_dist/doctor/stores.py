@@ -131,7 +131,7 @@ def shards(config: Config | None) -> Iterator[Finding]:
 
 def _plain_shards(entries: list[str]) -> Iterator[Finding]:
     """Whether the first of plain shards can be had; none is indexed, which would fetch them all."""
-    from clae_dist.data.streams import open_stream
+    from clae_dist.data.byte_streams import open_stream
     from clae_dist.data.urls import local_path, redact, redact_text, scheme
 
     first, what = entries[0], f"{len(entries)} plain shards"

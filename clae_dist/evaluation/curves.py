@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from clae_dist.evaluation.protocol import headlines
-from clae_dist.evaluation.record import Record
+from clae_dist.evaluation.record import RunRecord
 
 CLEAN, ADVERSARIAL, THIRD, FOURTH = "#3b82b8", "#d9653b", "#4e9f75", "#9a7fc0"
 INK = "#7d858f"  # of axes and text: readable on white and on near-black
@@ -20,7 +20,7 @@ RIGHT, WRONG = "#4e9f75", "#d9653b"
 
 
 @dataclass(frozen=True)
-class Curve:
+class ChartLine:
     key: str
     label: str
     colour: str
@@ -34,7 +34,7 @@ class Chart:
     name: str
     title: str
     note: str
-    curves: tuple[Curve, ...]
+    curves: tuple[ChartLine, ...]
     log_scale: bool = False
     from_zero: bool = False
 
@@ -44,83 +44,83 @@ CHARTS = (
         "loss",
         "Loss",
         "Contrast between clean views, and between the clean and the adversarial view.",
-        (Curve("loss_clean", "clean", CLEAN), Curve("loss_adversarial", "adversarial", ADVERSARIAL)),
+        (ChartLine("loss_clean", "clean", CLEAN), ChartLine("loss_adversarial", "adversarial", ADVERSARIAL)),
     ),
     Chart(
         "knn",
         "kNN accuracy, %",
         "While training: a part of the train split as bank, a part of the test split as queries.",
-        (Curve("knn_accuracy", "kNN", THIRD, "o-"),),
+        (ChartLine("knn_accuracy", "kNN", THIRD, "o-"),),
     ),
     Chart(
         "learning_rate",
         "Learning rate",
         "Warm-up, then the schedule.",
-        (Curve("learning_rate", "learning rate", CLEAN),),
+        (ChartLine("learning_rate", "learning rate", CLEAN),),
         from_zero=True,
     ),
     Chart(
         "attack_loss",
         "Loss before and after the attack",
         "Of the global batch along the adversarial route: the gap is what the attack gains.",
-        (Curve("attack_loss_before", "before", CLEAN), Curve("attack_loss_after", "after", ADVERSARIAL)),
+        (ChartLine("attack_loss_before", "before", CLEAN), ChartLine("attack_loss_after", "after", ADVERSARIAL)),
     ),
     Chart(
         "cos_positive",
         "Cosine of positives",
         "Of two clean views of an image, and of a view and the adversarial image.",
-        (Curve("cos_positive", "clean", CLEAN), Curve("cos_positive_adversarial", "adversarial", ADVERSARIAL)),
+        (ChartLine("cos_positive", "clean", CLEAN), ChartLine("cos_positive_adversarial", "adversarial", ADVERSARIAL)),
     ),
     Chart(
         "cos_negative",
         "Cosine of negatives",
         "Mean (solid) and hardest of the global batch (dashed).",
         (
-            Curve("cos_negative_mean", "mean, clean", CLEAN),
-            Curve("cos_negative_mean_adversarial", "mean, adversarial", ADVERSARIAL),
-            Curve("cos_negative_hardest", "hardest, clean", CLEAN, "--"),
-            Curve("cos_negative_hardest_adversarial", "hardest, adversarial", ADVERSARIAL, "--"),
+            ChartLine("cos_negative_mean", "mean, clean", CLEAN),
+            ChartLine("cos_negative_mean_adversarial", "mean, adversarial", ADVERSARIAL),
+            ChartLine("cos_negative_hardest", "hardest, clean", CLEAN, "--"),
+            ChartLine("cos_negative_hardest_adversarial", "hardest, adversarial", ADVERSARIAL, "--"),
         ),
     ),
     Chart(
         "delta",
         "Size of the perturbation δ",
         "Mean over images: L2 norm in pixel values of [0, 1], L∞ in 255ths of them.",
-        (Curve("delta_linf", "L∞ · 255", ADVERSARIAL), Curve("delta_l2", "L2", CLEAN)),
+        (ChartLine("delta_linf", "L∞ · 255", ADVERSARIAL), ChartLine("delta_l2", "L2", CLEAN)),
         from_zero=True,
     ),
     Chart(
         "wrong_sign_share",
         "Wrong attack signs, %",
         "Share of pixel signs that one rank's own negatives alone would have got wrong.",
-        (Curve("wrong_sign_share", "wrong signs", FOURTH),),
+        (ChartLine("wrong_sign_share", "wrong signs", FOURTH),),
         from_zero=True,
     ),
     Chart(
         "alignment",
         "Alignment and uniformity",
         "Mean ‖a − b‖² of positives; log mean exp(−2‖a − b‖²) of negatives. Lower is better for both.",
-        (Curve("alignment", "alignment", CLEAN), Curve("uniformity", "uniformity", THIRD)),
+        (ChartLine("alignment", "alignment", CLEAN), ChartLine("uniformity", "uniformity", THIRD)),
     ),
     Chart(
         "grad_norm",
         "Gradient norm",
         "Over all parameters, before clipping.",
-        (Curve("grad_norm", "gradient norm", CLEAN),),
+        (ChartLine("grad_norm", "gradient norm", CLEAN),),
         from_zero=True,
     ),
-    Chart("speed", "Images per second", "All ranks together.", (Curve("images_per_s", "images/s", CLEAN),), from_zero=True),
+    Chart("speed", "Images per second", "All ranks together.", (ChartLine("images_per_s", "images/s", CLEAN),), from_zero=True),
     Chart(
         "shares",
         "Where the time goes, %",
         "Share of a step spent waiting for data and attacking.",
-        (Curve("attack_share", "attack", ADVERSARIAL), Curve("data_wait_share", "waiting for data", CLEAN)),
+        (ChartLine("attack_share", "attack", ADVERSARIAL), ChartLine("data_wait_share", "waiting for data", CLEAN)),
         from_zero=True,
     ),
 )
 
 
-def draw_chart(record: Record, chart: Chart) -> bytes | None:
+def draw_chart(record: RunRecord, chart: Chart) -> bytes | None:
     """The chart as PNG bytes, or None where the run has logged none of its keys."""
     series = [(curve, *record.series(curve.key)) for curve in chart.curves]
     series = [(curve, x, y) for curve, x, y in series if x]
@@ -143,7 +143,7 @@ def draw_chart(record: Record, chart: Chart) -> bytes | None:
     return png(figure)
 
 
-def _mark_evaluation(axes: Axes, record: Record) -> None:
+def _mark_evaluation(axes: Axes, record: RunRecord) -> None:
     """The full evaluation's value beside those on parts of the splits."""
     evaluation = record.evaluation or {}
     if after := headlines(evaluation.get("results", {}), "knn").get("after"):
@@ -194,6 +194,6 @@ def png(figure: Figure, dpi: int = 170) -> bytes:
     return buffer.getvalue()
 
 
-def missing_keys(record: Record, charts: Sequence[Chart] = CHARTS) -> list[str]:
+def missing_keys(record: RunRecord, charts: Sequence[Chart] = CHARTS) -> list[str]:
     """Titles of the charts that this run has no values for."""
     return [chart.title for chart in charts if not any(record.series(curve.key)[0] for curve in chart.curves)]

@@ -20,7 +20,7 @@ from clae_dist.runs.goodput import Goodput, account, read_lines
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A run, read back. `ignored` says, a sentence each, what of its files is not used."""
 
     run_dir: Path
@@ -41,7 +41,7 @@ class Record:
         return self.config.attack.name != "none"
 
 
-def read_record(run_dir: Path) -> Record:
+def read_record(run_dir: Path) -> RunRecord:
     """Raises ConfigError when there is no run in the folder, or its config.yaml or run.json is damaged."""
     folder = RunFolder(run_dir)
     folder.require()
@@ -52,7 +52,7 @@ def read_record(run_dir: Path) -> Record:
         config_text = read_text(folder.config_file)
     except ReadError as error:
         raise ConfigError(f"{folder.config_file} cannot be read ({error}); restore it from a copy.") from None
-    return Record(
+    return RunRecord(
         run_dir=run_dir,
         config=folder.read_config(),
         config_text=config_text,
@@ -64,7 +64,7 @@ def read_record(run_dir: Path) -> Record:
     )
 
 
-def summarise(record: Record) -> dict[str, Any]:
+def summarise(record: RunRecord) -> dict[str, Any]:
     """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
     rates, metrics = record.metrics.rates.y, record.metrics

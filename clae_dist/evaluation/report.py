@@ -25,7 +25,7 @@ from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
 from clae_dist.evaluation.protocol import WHEN, headlines
-from clae_dist.evaluation.record import Record, number, read_record, summarise
+from clae_dist.evaluation.record import RunRecord, number, read_record, summarise
 from clae_dist.files import check_writable, remove, write_together
 from clae_dist.page import data_uri, render
 from clae_dist.runs.checkpoint import load_model
@@ -65,7 +65,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A heading with pictures, or a note in their place."""
 
     title: str
@@ -111,7 +111,9 @@ def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
     return path
 
 
-def _values(record: Record, summary: dict[str, Any], manifest: Manifest | None, sections: list[Section]) -> dict[str, Any]:
+def _values(
+    record: RunRecord, summary: dict[str, Any], manifest: Manifest | None, sections: list[ReportSection]
+) -> dict[str, Any]:
     """The values in templates/run.html."""
     return {
         "title": f"{record.config.name} · {summary['method']}",
@@ -140,7 +142,7 @@ def _manifest(opened: OpenedRun, shards: str, say: Say) -> Manifest | None:
         return None
 
 
-def _facts(record: Record, summary: dict[str, Any], manifest: Manifest | None) -> str:
+def _facts(record: RunRecord, summary: dict[str, Any], manifest: Manifest | None) -> str:
     parts = [
         record.config.model.encoder,
         f"{manifest.name}, {manifest.num_samples(record.config.data.train_split):,} images" if manifest else "",
@@ -151,7 +153,7 @@ def _facts(record: Record, summary: dict[str, Any], manifest: Manifest | None) -
     return " · ".join(part for part in parts if part)
 
 
-def _results(record: Record, summary: dict[str, Any]) -> dict[str, Any]:
+def _results(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
     """Cards, the table of results and the notes below it."""
     evaluation = record.evaluation or {}
     about, results = evaluation.get("protocols", {}), evaluation.get("results", {})
@@ -182,7 +184,7 @@ def _tested(evaluation: dict[str, Any]) -> str:
     return f"all {evaluation['test_images']:,} test images"
 
 
-def _notes(record: Record, summary: dict[str, Any], has_results: bool) -> Iterator[str]:
+def _notes(record: RunRecord, summary: dict[str, Any], has_results: bool) -> Iterator[str]:
     evaluation = record.evaluation or {}
     if record.metrics.images_seen is None:
         yield "This run has logged no metrics yet, so there are no curves."
@@ -197,7 +199,7 @@ def _notes(record: Record, summary: dict[str, Any], has_results: bool) -> Iterat
             yield f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {summary['images_seen']:,} images."
 
 
-def _curves(record: Record) -> Iterator[Section]:
+def _curves(record: RunRecord) -> Iterator[ReportSection]:
     """Sections of charts. The attack's is missing for a run that has none and has logged none of its keys."""
     if record.metrics.images_seen is None:
         return
@@ -209,10 +211,10 @@ def _curves(record: Record) -> Iterator[Section]:
             if (png := draw_chart(record, chart)) is not None
         ]
         if figures or record.attacked or title != ATTACK_CURVES:
-            yield Section(title, lead, tuple(figures), _absent(record, charts))
+            yield ReportSection(title, lead, tuple(figures), _absent(record, charts))
 
 
-def _absent(record: Record, charts: list[Chart]) -> str:
+def _absent(record: RunRecord, charts: list[Chart]) -> str:
     missing = missing_keys(record, charts)
     if not missing:
         return ""
@@ -221,20 +223,20 @@ def _absent(record: Record, charts: list[Chart]) -> str:
     return f"Not logged by this run: {', '.join(missing)}{reason}."
 
 
-def _attack(record: Record, manifest: Manifest | None, say: Say) -> Section:
+def _attack(record: RunRecord, manifest: Manifest | None, say: Say) -> ReportSection:
     title = "Clean, perturbation, adversarial"
     if manifest is None:
-        return Section(title, note="The shards of this run are not where config.yaml says, so no images can be shown.")
+        return ReportSection(title, note="The shards of this run are not where config.yaml says, so no images can be shown.")
     try:
         config, model, info = load_model(record.run_dir)
     except ConfigError as error:
-        return Section(title, note=f"There is no trained model to attack: {error}")
+        return ReportSection(title, note=f"There is no trained model to attack: {error}")
     images = EvaluationSet(manifest, config.data.train_split, config.data.image_size, ATTACK_BATCH, config.seed)
     batch, *_ = images.images(images.ids)
     attacked = attack_images(config, model.to(local_device()), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
     figure = Picture(ADVERSARIAL, draw_triples(attacked), *_attack_caption(attacked, info), pixels=True)
-    return Section(title, figures=(figure,))
+    return ReportSection(title, figures=(figure,))
 
 
 def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]:
@@ -249,13 +251,13 @@ def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]
     )
 
 
-def _neighbours(record: Record, manifest: Manifest | None) -> Section:
+def _neighbours(record: RunRecord, manifest: Manifest | None) -> ReportSection:
     title, evaluation = "Nearest neighbours of test images", record.evaluation or {}
     queries = evaluation.get("neighbours")
     if not queries:
-        return Section(title, note="They come with an evaluation on a test split, which this run does not have yet.")
+        return ReportSection(title, note="They come with an evaluation on a test split, which this run does not have yet.")
     if manifest is None or manifest.digest != evaluation["manifest_digest"]:
-        return Section(title, note="The evaluated images are not where config.yaml says, so they cannot be shown.")
+        return ReportSection(title, note="The evaluated images are not where config.yaml says, so they cannot be shown.")
     data = record.config.data
     train, test = (EvaluationSet(manifest, split, data.image_size) for split in (data.train_split, data.test_split))
     query_images, *_ = test.images([query["id"] for query in queries])
@@ -267,10 +269,10 @@ def _neighbours(record: Record, manifest: Manifest | None) -> Section:
         "Left: test images, drawn by the run’s seed, the first of each class before a second of any. Right: the nearest of the "
         "kNN’s bank by cosine, nearest first; a green frame marks the same class."
     )
-    return Section(title, figures=(Picture(NEIGHBOURS, png, verdict, caption, pixels=True),))
+    return ReportSection(title, figures=(Picture(NEIGHBOURS, png, verdict, caption, pixels=True),))
 
 
-def _goodput(record: Record) -> dict[str, Any] | None:
+def _goodput(record: RunRecord) -> dict[str, Any] | None:
     if record.goodput is None:
         return None
     starts, shares = record.goodput.starts, record.goodput.shares
@@ -280,7 +282,7 @@ def _goodput(record: Record) -> dict[str, Any] | None:
     }
 
 
-def _versions(record: Record, summary: dict[str, Any]) -> dict[str, Any]:
+def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
     identity, bad_samples = record.identity, summary["bad_samples"]
     replaced = f"{bad_samples}, replaced by others of their shards; see bad-samples.jsonl"
     return {

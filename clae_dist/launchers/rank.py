@@ -17,7 +17,7 @@ from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import storage_error
-from clae_dist.training.run import train
+from clae_dist.training.train import train
 from clae_dist.world import World, connect
 
 

@@ -13,7 +13,7 @@ _SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
-class Route:
+class HostRoute:
     """How this machine reaches a host."""
 
     address: str  # this machine's, as the host sees it
@@ -21,13 +21,13 @@ class Route:
     is_here: bool  # the host is this machine
 
 
-def route_to(host: str) -> Route:
+def route_to(host: str) -> HostRoute:
     """The route that the kernel would take to `host`, a name or an address. Nothing is sent. Raises OSError without one."""
     family, _, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(where)
         address = str(probe.getsockname()[0])
-    return Route(address, _interface_of(address), address == where[0])
+    return HostRoute(address, _interface_of(address), address == where[0])
 
 
 def _interface_of(address: str) -> str:

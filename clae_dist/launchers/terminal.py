@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from clae_dist.tracking.console import STARTING, Place, read_line
+from clae_dist.tracking.console import STARTING, StepLine, read_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -82,7 +82,7 @@ class Terminal:
             text = Text.assemble((f"{head}: ", "bold cyan"), rest) if known else Text(line)
             self._console.print(text, soft_wrap=True)
 
-    def _move(self, place: Place) -> None:
+    def _move(self, place: StepLine) -> None:
         """The bar at a step of the run."""
         progress, task = self._bar()
         if place.loss:

@@ -11,7 +11,7 @@ from clae_dist.config import Config
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.dataset import TrackedSet
-from clae_dist.tracking.files import MetricsFile, Rows
+from clae_dist.tracking.files import MetricsFile, MetricsRows
 from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
 
@@ -78,7 +78,7 @@ def continue_tracking(
         config_file=RunFolder(run_dir).config_file,
         dataset=dataset,
     )
-    rows = Rows(RunFolder(run_dir).metrics_file) if trained else ()
+    rows = MetricsRows(RunFolder(run_dir).metrics_file) if trained else ()
     return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from clae_dist.data.urls import redact_text
-from clae_dist.tracking.files import Rows
-from clae_dist.tracking.tracker import Row, Say, Status
+from clae_dist.tracking.files import MetricsRows
+from clae_dist.tracking.tracker import MetricsRow, Say, Status
 
 ROWS_AT_ONCE = 100
 
@@ -29,7 +29,7 @@ class Store(Protocol):
     def open(self) -> None:
         """Find or make the run; may be called again after it failed."""
 
-    def log_rows(self, rows: list[Row]) -> None: ...
+    def log_rows(self, rows: list[MetricsRow]) -> None: ...
 
     def log_artifacts(self, path: Path, name: str) -> None: ...
 
@@ -56,13 +56,13 @@ class BackgroundTracker:
         say: Say,
         *,
         images_seen: int = 0,
-        rows: Rows | Sequence[Row] = (),
+        rows: MetricsRows | Sequence[MetricsRow] = (),
         capacity: int = 10_000,
         close_timeout_s: float = 30.0,
         retry_s: float = 15.0,
     ) -> None:
         self._store, self._say, self._retry_s, self._close_timeout_s = store, say, retry_s, close_timeout_s
-        self._rows: deque[Row] = deque()
+        self._rows: deque[MetricsRow] = deque()
         self._earlier, self._num_earlier = iter(rows), len(rows)  # of an earlier start, read when they are sent
         self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
         self._taken_rows = 0  # what the thread has taken from the queue and not finished
@@ -79,7 +79,7 @@ class BackgroundTracker:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        row = Row(dict(metrics), images_seen, int(time.time() * 1000))
+        row = MetricsRow(dict(metrics), images_seen, int(time.time() * 1000))
         with self._changed:
             self._last_images_seen = images_seen
             if self._over.is_set() or len(self._rows) >= self._capacity:

@@ -21,7 +21,7 @@ _LINE = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
+class StepLine:
     """How far a run is, as a line says it; texts are "" where the line has none."""
 
     step: int
@@ -32,13 +32,13 @@ class Place:
     note: str  # a kNN accuracy
 
 
-def read_line(line: str) -> Place | None:
+def read_line(line: str) -> StepLine | None:
     """The content of a line that ConsoleTracker wrote; None for any other line."""
     found = _LINE.fullmatch(line)
     if found is None:
         return None
     texts = {name: found[name] or "" for name in ("loss", "speed", "left", "note")}
-    return Place(int(found["step"]), int(found["total"]), **texts)
+    return StepLine(int(found["step"]), int(found["total"]), **texts)
 
 
 class ConsoleTracker:

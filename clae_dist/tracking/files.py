@@ -14,10 +14,10 @@ from pathlib import Path
 from clae_dist.files import write_atomically
 from clae_dist.reading import is_count, parse_line, raw_lines
 from clae_dist.storage import writing
-from clae_dist.tracking.tracker import Row, Say, Status
+from clae_dist.tracking.tracker import MetricsRow, Say, Status
 
 
-class Rows:
+class MetricsRows:
     """The whole lines that such a file has now, as rows with now as their time; read when they are asked for, not kept."""
 
     def __init__(self, path: Path) -> None:
@@ -28,13 +28,13 @@ class Rows:
         """The rows, and the lines that are none."""
         return self._num_lines
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[MetricsRow]:
         for line in islice(raw_lines(self._path), self._num_lines):
             content = parse_line(line)
             seen = _images_seen(line)
             if content is not None and seen is not None:
                 metrics = {key: value for key, value in content.items() if type(value) in (int, float) and key != "images_seen"}
-                yield Row(metrics, seen, self._now_ms)
+                yield MetricsRow(metrics, seen, self._now_ms)
 
 
 class MetricsFile:
@@ -85,9 +85,9 @@ class MetricsFile:
         if self._waiting:
             self._say(f"{self.path} could not be written to the end: its last {len(self._waiting)} lines are missing.")
 
-    def rows(self) -> Rows:
+    def rows(self) -> MetricsRows:
         """What the file holds now."""
-        return Rows(self.path)
+        return MetricsRows(self.path)
 
     def _trim(self, resume_images_seen: int, say: Say) -> None:
         last = resume_images_seen or -1

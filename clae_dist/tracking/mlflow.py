@@ -22,7 +22,7 @@ from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.background import Refused, brief
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
-from clae_dist.tracking.tracker import Row, Say, Status
+from clae_dist.tracking.tracker import MetricsRow, Say, Status
 
 Item = TypeVar("Item")
 RUN_KEY_TAG = "clae.run_key"
@@ -148,7 +148,7 @@ class MlflowStore:
         if self._training:
             self._start_monitor(resume=bool(found))
 
-    def log_rows(self, rows: list[Row]) -> None:
+    def log_rows(self, rows: list[MetricsRow]) -> None:
         from mlflow.entities import Metric
 
         metrics = [

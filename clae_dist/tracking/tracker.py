@@ -12,7 +12,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricsRow:
     """Metrics as they were logged."""
 
     metrics: Mapping[str, float]

@@ -15,7 +15,7 @@ _TEXTS = ("host", "doing", "where", "stack")
 
 
 @dataclass(frozen=True)
-class Place:
+class Phase:
     """What a rank does, in the step after `step` others. A new object whenever that begins: it is compared by identity."""
 
     doing: str

@@ -24,7 +24,7 @@ from clae_dist.config import Config
 from clae_dist.errors import HUNG, STOPPED
 from clae_dist.runs.folder import RunFolder
 from clae_dist.training.guard import StopRequest
-from clae_dist.training.hang_report import Place, Report, read_report, stacks_by_ranks, verdict
+from clae_dist.training.hang_report import Phase, Report, read_report, stacks_by_ranks, verdict
 from clae_dist.world import World, abandon
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Watch:
         self._config, self._world, self._stop = config, world, stop
         self._folder = RunFolder(config.folder).hang
         self._hosts: list[str] = []
-        self._now = Place("starting", 0)
+        self._now = Phase("starting", 0)
         self._main = threading.get_ident()
         self._over = threading.Event()
         hang_s = config.guard.hang_s
@@ -64,7 +64,7 @@ class Watch:
 
     def doing(self, what: str, step: int) -> None:
         """What this rank begins to do, in the step after `step` others; that is progress."""
-        self._now = Place(what, step)
+        self._now = Phase(what, step)
 
     # ---- the thread ----
 
@@ -95,7 +95,7 @@ class Watch:
 
         return time.time() - (_within(GRACE_S, newest) or 0.0) < limit_s / 2
 
-    def _give_up(self, place: Place, quiet_s: float) -> None:
+    def _give_up(self, place: Phase, quiet_s: float) -> None:
         frames = sys._current_frames()
         main = frames.get(self._main)
         report = Report(
@@ -136,7 +136,7 @@ class Watch:
         with RunFolder(self._config.folder).console_file.open("a") as file:
             file.write(text)
 
-    def _leave_unsaved(self, place: Place) -> None:
+    def _leave_unsaved(self, place: Phase) -> None:
         newest = "" if place.doing == ENDING else _within(GRACE_S, lambda: _newest(self._config.folder))
         how = "with everything saved" if place.doing == ENDING else "without saving"
         after = "resumes from there" if newest is None or place.doing == ENDING else f"resumes from {newest}"

@@ -12,7 +12,7 @@ from clae_dist.bench import checkpoint
 from clae_dist.bench.measure import UnequalError
 from clae_dist.runs.checkpoint import Checkpoint
 
-TINY = checkpoint.Settings("small_resnet", 16, repeats=2)
+TINY = checkpoint.CheckpointBench("small_resnet", 16, repeats=2)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # async_save without a process group

@@ -22,7 +22,7 @@ NAMES = ["plain", "original", "exact", "fused", "fused_half"]
 @pytest.mark.slow
 def test_rows_say_units_and_count_flops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Flops do not depend on what else the machine does: they are the units but for the first and last layers."""
-    monkeypatch.setattr(step, "QUICK", step.Settings((RESNET, VIT), repeats=1))
+    monkeypatch.setattr(step, "QUICK", step.StepBench((RESNET, VIT), repeats=1))
     assert cli.main(["bench", "step", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["what"].split(":")[0] for row in rows] == NAMES * 2

@@ -17,7 +17,7 @@ from PIL import Image
 
 from clae_dist.data.manifest import Manifest
 from data_prep.prepare import prepare
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from data_prep.sources import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def run() -> Callable[..., Manifest]:
 
     def prepared(source: Any, destination: Path, **options: Any) -> Manifest:
         how = {key: options.pop(key) for key in ("max_bad", "num_workers", "say") if key in options}
-        settings = Settings(**{"name": "set", "source": "made here", **options})
+        settings = PrepareSettings(**{"name": "set", "source": "made here", **options})
         paths = [source] if isinstance(source, Path) else source
         opened = open_source(paths) if isinstance(paths, list) else source
         return prepare(opened, destination, settings, **{"num_workers": 0, "say": lambda _: None, **how})

@@ -16,13 +16,13 @@ from clae_dist.data.decode import DecodeError, decode_rgb, inspect
 from clae_dist.data.manifest import DataError, Manifest
 from data_prep.__main__ import main
 from data_prep.image import checked
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 
 Run = Callable[..., Manifest]
 
 
-def settings(**changes: Any) -> Settings:
-    return Settings("set", "made here", **{"resize_short": 32, "quality": 90, **changes})
+def settings(**changes: Any) -> PrepareSettings:
+    return PrepareSettings("set", "made here", **{"resize_short": 32, "quality": 90, **changes})
 
 
 def encode(pixels: np.ndarray, format: str = "PNG", **options: Any) -> bytes:

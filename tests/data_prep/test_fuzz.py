@@ -14,7 +14,7 @@ import pytest
 from clae_dist.data.decode import DecodeError, decode_rgb
 from clae_dist.data.manifest import DataError
 from data_prep.image import checked
-from data_prep.settings import Settings
+from data_prep.settings import PrepareSettings
 from tests.data_prep.published import WNIDS, make_imagenet, make_parquet, make_zip
 
 NUM_IMAGES = 9
@@ -38,8 +38,8 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 def test_an_image_that_passes_can_be_decoded(encoded: Any, format: str) -> None:
     """Guards against an image that stops training because the check and the decoder disagree."""
     whole, passed = encoded(0, format), 0
-    settings = Settings("set", "made here", max_pixels=10**6)
-    smaller = Settings("set", "made here", max_pixels=10**6, resize_short=4, quality=90)
+    settings = PrepareSettings("set", "made here", max_pixels=10**6)
+    smaller = PrepareSettings("set", "made here", max_pixels=10**6, resize_short=4, quality=90)
     for seed in range(1000):
         data = mutate(whole, random.Random(f"{format} {seed}"))
         try:

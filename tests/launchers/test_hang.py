@@ -21,7 +21,7 @@ from clae_dist.errors import HUNG, OK
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
 from clae_dist.runs.checkpoint import load_checkpoint
-from clae_dist.training import run as training
+from clae_dist.training import train as training
 from tests.small_run import small_run
 
 HANG_S = 8.0

@@ -61,6 +61,6 @@ def test_what_takes_its_own_size_needs_no_argument_and_draws_the_same_weights() 
 )
 def test_a_size_that_an_encoder_does_not_take(encoder: str, image_size: int, way_out: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"data\.image_size is {image_size}, which model\.encoder {encoder} does not take \(.+\); {way_out}"
+        ConfigError, match=rf"data\.image_size is {image_size}, which model\.encoder {encoder} does not support \(.+\); {way_out}"
     ):
         check_model(config_of(encoder, image_size))

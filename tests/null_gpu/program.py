@@ -21,7 +21,7 @@ from torch.nn.modules import _functions
 
 from clae_dist import world
 from clae_dist.parallel import deepspeed as deepspeed_backend
-from clae_dist.training import run
+from clae_dist.training import train as run
 
 COUNTERS = ("launches", "waits", "all_gathers", "all_reduces", "reduce_scatters", "broadcasts")
 MAX_DEVICES = 16

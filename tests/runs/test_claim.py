@@ -19,7 +19,7 @@ from clae_dist.launchers import start
 from clae_dist.lease import hold
 from clae_dist.runs.folder import EVALUATION_LEASE, STOP_FILE, TRAINING_LEASE
 from clae_dist.training.finish import evaluate
-from clae_dist.training.run import train
+from clae_dist.training.train import train
 from clae_dist.world import World
 from tests.ranks import RankPool
 from tests.small_run import small_run

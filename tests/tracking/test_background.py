@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clae_dist.tracking.background import BackgroundTracker, Refused, Row
+from clae_dist.tracking.background import BackgroundTracker, MetricsRow, Refused
 from clae_dist.tracking.tracker import Status
 
 
@@ -32,7 +32,7 @@ class FakeStore:
     def open(self) -> None:
         self._call("open")
 
-    def log_rows(self, rows: list[Row]) -> None:
+    def log_rows(self, rows: list[MetricsRow]) -> None:
         self._call("rows", [row.images_seen for row in rows])
 
     def log_artifacts(self, path: Path, name: str) -> None:
@@ -72,7 +72,7 @@ def test_everything_arrives_in_order() -> None:
 
 def test_a_row_is_copied_when_it_is_logged() -> None:
     store = FakeStore()
-    rows: list[Row] = []
+    rows: list[MetricsRow] = []
     store.log_rows = rows.extend  # type: ignore[method-assign]
     store.hold.clear()
     tracker = BackgroundTracker(store, print)

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from clae_dist.tracking.console import ConsoleTracker, Place, duration, read_line
+from clae_dist.tracking.console import ConsoleTracker, StepLine, duration, read_line
 
 METRICS = {
     "step": 120,
@@ -49,9 +49,9 @@ def test_what_is_written_is_read_back() -> None:
     console.log({"step": 120.0, "loss": 2.0}, 120 * 256)
     console.log({"step": 120.0, "epoch": 1.0, "knn_accuracy": 43.219}, 120 * 256)
     full, short, knn = (read_line(line) for line in stream.getvalue().splitlines())
-    assert full == Place(120, 1560, "loss 5.123 (clean 5.000, attacked 5.200)", "512 images/s", "left 11:59", "")
-    assert short == Place(120, 1560, "loss 2.000", "", "", "")
-    assert knn == Place(120, 1560, "", "", "", "kNN accuracy 43.22 %")
+    assert full == StepLine(120, 1560, "loss 5.123 (clean 5.000, attacked 5.200)", "512 images/s", "left 11:59", "")
+    assert short == StepLine(120, 1560, "loss 2.000", "", "", "")
+    assert knn == StepLine(120, 1560, "", "", "", "kNN accuracy 43.22 %")
     assert [read_line(line) for line in ("", "step 3", "finished: 4 steps", "length: 60 steps")] == [None] * 4
 
 

@@ -19,7 +19,7 @@ from clae_dist.tracking import TrackedSet, build_trackers, continue_tracking, ne
 from clae_dist.tracking.background import Refused
 from clae_dist.tracking.metric_groups import _GROUP_OF, grouped
 from clae_dist.tracking.mlflow import MlflowStore, refusals
-from clae_dist.tracking.tracker import Row
+from clae_dist.tracking.tracker import MetricsRow
 
 mlflow = pytest.importorskip("mlflow")
 TAGS = {"package_version": "0.1.0", "git_revision": "0123abcd", "manifest_digest": "sha256:feed"}
@@ -165,7 +165,7 @@ def test_a_store_without_artifacts_or_datasets_costs_no_metric(
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", broken)
     shown = {"config_file": folder / "second/config.yaml", "dataset": TrackedSet.of(manifest, config)}
     store = opened(folder, config, run_key, said, **shown)
-    store.log_rows([Row({"loss": 1.0}, 256, 1)])
+    store.log_rows([MetricsRow({"loss": 1.0}, 256, 1)])
     store.close("finished")
     assert [line.split(" did not take ")[1].split(" (")[0] for line in said] == ["config.yaml", "the dataset"]
     assert run_of(client_of(folder), run_key).data.metrics["train/loss"] == 1.0
@@ -185,7 +185,7 @@ def test_more_metrics_than_mlflow_takes_at_once(folder: Path) -> None:
     """100 rows of 15 metrics: a request takes 1,000."""
     run_key, said = new_run_key(), list[str]()
     store = opened(folder, config_of(folder / "many", "/data/set"), run_key, said)
-    store.log_rows([Row({f"m{i}": float(step) for i in range(15)}, step, step) for step in range(1, 101)])
+    store.log_rows([MetricsRow({f"m{i}": float(step) for i in range(15)}, step, step) for step in range(1, 101)])
     store.close("finished")
     client = client_of(folder)
     run = run_of(client, run_key)

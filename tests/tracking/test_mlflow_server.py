@@ -22,7 +22,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.metric_groups import grouped
-from clae_dist.training.run import train
+from clae_dist.training.train import train
 from clae_dist.world import World
 from tests.http_faults import Fault, serve
 from tests.mlflow_server import PASSWORD, Postgres, Proxy, Server, binaries, team_server, wait_for

@@ -19,7 +19,7 @@ from clae_dist.errors import STOPPED
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
 from clae_dist.runs.folder import RunFolder
-from clae_dist.training import run as training
+from clae_dist.training import train as training
 from clae_dist.training.saving import Saving
 from clae_dist.world import World
 from tests.ranks import RankPool

@@ -17,7 +17,7 @@ from clae_dist.config import Batch, Checkpointing, Config, Data, Train
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import load_checkpoint
-from clae_dist.training.run import train
+from clae_dist.training.train import train
 from clae_dist.world import World
 from tests.http_faults import Fault, serve
 from tests.ranks import RankPool

@@ -22,7 +22,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
-from clae_dist.training import run as training
+from clae_dist.training import train as training
 from clae_dist.training.saving import Saving
 from clae_dist.world import RankError, World
 from tests.parallel.expected_steps import largest_difference

@@ -53,7 +53,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Run:
+class Extent:
     """Elements start … start + length of a tensor, laid out in a row, which `file` holds under the tensor's name."""
 
     file: str
@@ -66,7 +66,7 @@ class Run:
 class Tensor:
     shape: tuple[int, ...]
     dtype: str
-    runs: tuple[Run, ...] = ()
+    extents: tuple[Extent, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -102,7 +102,7 @@ class Index:
                 name: {
                     "shape": list(tensor.shape),
                     "dtype": tensor.dtype,
-                    "pieces": [[run.file, run.start, run.length, run.crc32] for run in tensor.runs],
+                    "pieces": [[extent.file, extent.start, extent.length, extent.crc32] for extent in tensor.extents],
                 }
                 for name, tensor in self.tensors.items()
             },
@@ -188,16 +188,16 @@ def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:
     """Raises DamagedError unless the pieces cover the whole tensor, each element once, and can be in their files."""
     shape = tuple(_count(size, f"a size of {name}") for size in entry["shape"])
     _demand(len(shape) <= 16 and entry["dtype"] in DTYPES, f"{name} has an odd shape or dtype")
-    runs = sorted(
-        (Run(str(f), _count(s, name), _count(n, name), _count(c, name)) for f, s, n, c in entry["pieces"]),
-        key=lambda run: (run.start, run.length),
+    extents = sorted(
+        (Extent(str(f), _count(s, name), _count(n, name), _count(c, name)) for f, s, n, c in entry["pieces"]),
+        key=lambda extent: (extent.start, extent.length),
     )
     size, end = DTYPES[entry["dtype"]].itemsize, 0
-    for run in runs:
-        _demand(run.file in files, f"{name} has a piece in {run.file[:60]!r}, which is not one of the files")
-        _demand(run.length * size <= files[run.file].num_bytes, f"{name} has a piece longer than its file {run.file}")
-        kind = "overlap" if run.start < end else "leave out elements"
-        _demand(run.start == end, f"the pieces of {name} {kind} at {min(run.start, end)}")
-        end = run.start + run.length
+    for extent in extents:
+        _demand(extent.file in files, f"{name} has a piece in {extent.file[:60]!r}, which is not one of the files")
+        _demand(extent.length * size <= files[extent.file].num_bytes, f"{name} has a piece longer than its file {extent.file}")
+        kind = "overlap" if extent.start < end else "leave out elements"
+        _demand(extent.start == end, f"the pieces of {name} {kind} at {min(extent.start, end)}")
+        end = extent.start + extent.length
     _demand(end == math.prod(shape), f"the pieces of {name} end at {end} of {math.prod(shape)} elements")
-    return Tensor(shape, entry["dtype"], tuple(runs))
+    return Tensor(shape, entry["dtype"], tuple(extents))

@@ -70,7 +70,7 @@ def share_of(pieces: Sequence[Piece], rank: int) -> list[Piece]:
     return [piece for i, piece in enumerate(pieces) if i in mine]
 
 
-class Section(Mapping[str, torch.Tensor]):
+class StateSection(Mapping[str, torch.Tensor]):
     """Some of the tensors of a mapping, under shorter names; each is read when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: dict[str, str]) -> None:
@@ -104,9 +104,9 @@ def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
             parameter, _, key = rest.rpartition("/")
             optimizer.setdefault(parameter, {})[key] = name
     found: dict[str, Any] = {
-        "model": Section(tensors, model),
-        "optimizer": {parameter: Section(tensors, keys) for parameter, keys in optimizer.items()},
+        "model": StateSection(tensors, model),
+        "optimizer": {parameter: StateSection(tensors, keys) for parameter, keys in optimizer.items()},
     }
     if average:
-        found["average"] = Section(tensors, {**model, **average})
+        found["average"] = StateSection(tensors, {**model, **average})
     return found

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from clae_dist.config import Config, ConfigError
 from clae_dist.escape import say
 from clae_dist.models import PretrainModel, build_model
-from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Run, open_inside, read_index
+from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Extent, open_inside, read_index
 from clae_dist.runs.checkpoint.pieces import sections
 from clae_dist.runs.checkpoint.safetensors_file import bytes_of
 from clae_dist.runs.folder import RunFolder
@@ -64,24 +64,24 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.index.tensors[name]
         dtype = DTYPES[tensor.dtype]
-        if len(tensor.runs) == 1:
-            return self._run(name, tensor.runs[0], dtype).view(tensor.shape)
+        if len(tensor.extents) == 1:
+            return self._read(name, tensor.extents[0], dtype).view(tensor.shape)
         whole = torch.empty(torch.Size(tensor.shape).numel(), dtype=dtype)
-        for run in tensor.runs:
-            whole[run.start : run.start + run.length] = self._run(name, run, dtype)
+        for extent in tensor.extents:
+            whole[extent.start : extent.start + extent.length] = self._read(name, extent, dtype)
         return whole.view(tensor.shape)
 
-    def _run(self, name: str, run: Run, dtype: torch.dtype) -> torch.Tensor:
+    def _read(self, name: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
         """Its elements in a row, in memory that is mapped from the file."""
         try:
-            if run.file not in self._files:
-                os.close(open_inside(self.path, run.file))  # a plain file of this folder
-                self._files[run.file] = safe_open(self.path / run.file, framework="pt")
-            found: torch.Tensor = self._files[run.file].get_tensor(name).reshape(-1)
+            if extent.file not in self._files:
+                os.close(open_inside(self.path, extent.file))  # a plain file of this folder
+                self._files[extent.file] = safe_open(self.path / extent.file, framework="pt")
+            found: torch.Tensor = self._files[extent.file].get_tensor(name).reshape(-1)
         except (SafetensorError, OSError) as error:
-            raise DamagedError(f"{run.file}: {name} cannot be read ({error})") from None
-        if (found.dtype, found.numel()) != (dtype, run.length):
-            raise DamagedError(f"{run.file}: {name} has {found.numel()} of {found.dtype}, not {run.length} of {dtype}")
+            raise DamagedError(f"{extent.file}: {name} cannot be read ({error})") from None
+        if (found.dtype, found.numel()) != (dtype, extent.length):
+            raise DamagedError(f"{extent.file}: {name} has {found.numel()} of {found.dtype}, not {extent.length} of {dtype}")
         return found
 
     def verify(self, share: int = 0, of: int = 1) -> None:
@@ -107,21 +107,21 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def _check_header(self, file: str) -> None:
         """Whether a file holds the tensors that the index says: digests that fit prove only that nothing has changed."""
         for name, tensor in self.index.tensors.items():
-            for run in tensor.runs:
-                if run.file == file:
-                    self._run(name, run, DTYPES[tensor.dtype])
+            for extent in tensor.extents:
+                if extent.file == file:
+                    self._read(name, extent, DTYPES[tensor.dtype])
 
     def _damaged_tensors(self, file: str) -> str:
         """Which tensors of a file are not what was written, in words."""
         damaged = []
         for name, tensor in self.index.tensors.items():
-            for run in tensor.runs:
-                if run.file == file:
+            for extent in tensor.extents:
+                if extent.file == file:
                     try:
-                        found = zlib.crc32(bytes_of(self._run(name, run, DTYPES[tensor.dtype])))
+                        found = zlib.crc32(bytes_of(self._read(name, extent, DTYPES[tensor.dtype])))
                     except DamagedError:
                         return " (nothing in it can be read)"
-                    if found != run.crc32:
+                    if found != extent.crc32:
                         damaged.append(name)
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         return f" (damaged: {damaged[0]}{more})" if damaged else " (its header; the tensors are whole)"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from clae_dist.files import sync_folder, write_atomically
-from clae_dist.runs.checkpoint.index import INDEX, DamagedError, File, Index, Run, Tensor, data_file, parse_index, read_index
+from clae_dist.runs.checkpoint.index import INDEX, DamagedError, Extent, File, Index, Tensor, data_file, parse_index, read_index
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 from clae_dist.runs.folder import RunFolder, step_of
@@ -209,15 +209,15 @@ def _part_of(partial: Path, rank: int) -> Path:
 def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info: dict[str, Any]) -> None:
     """Puts together what the ranks say of their files, and renames the folder."""
     index = Index(step, time.time(), size, backend, info)
-    runs: dict[str, list[Run]] = {}
+    extents: dict[str, list[Extent]] = {}
     for rank in range(size):
         written = json.loads(_part_of(partial, rank).read_text())
         index.files[written["file"]] = File(written["bytes"], written["sha256"])
         for name, (shape, dtype, start, length, crc) in written["tensors"].items():
             index.tensors.setdefault(name, Tensor(tuple(shape), dtype))
-            runs.setdefault(name, []).append(Run(written["file"], start, length, crc))
+            extents.setdefault(name, []).append(Extent(written["file"], start, length, crc))
     for name, tensor in index.tensors.items():
-        index.tensors[name] = Tensor(tensor.shape, tensor.dtype, tuple(sorted(runs[name], key=lambda run: run.start)))
+        index.tensors[name] = Tensor(tensor.shape, tensor.dtype, tuple(sorted(extents[name], key=lambda extent: extent.start)))
     text = index.as_json()
     parse_index(text)  # what could not be read is not to be named a checkpoint
     write_atomically(partial / INDEX, text.encode())

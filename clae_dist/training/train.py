@@ -53,14 +53,14 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run ended: "finished", or "stopped" on request with everything saved."""
 
     status: Status
     step: int
 
 
-def train(config: Config, origins: dict[str, str], world: World, stream: TextIO = sys.stdout) -> Outcome:
+def train(config: Config, origins: dict[str, str], world: World, stream: TextIO = sys.stdout) -> TrainResult:
     """Trains to the end of the configuration, or from where the run folder's newest checkpoint is.
 
     Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
@@ -83,7 +83,7 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
 
 def _train(
     config: Config, origins: dict[str, str], world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch
-) -> Outcome:
+) -> TrainResult:
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
@@ -117,7 +117,7 @@ def _train(
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
             _log_encoder(config, late, sets.train, say)
             late.close("finished")
-        return Outcome("finished", first_step)
+        return TrainResult("finished", first_step)
 
     ledger.resumed(first_step, say)
     tracker: Trackers | NullTracker = NullTracker()
@@ -211,7 +211,7 @@ class _Loop:
         self.saving = Saving(config, world, backend, say)
         self.step = self.saved = self.first_step = 0
 
-    def run(self, first_step: int) -> Outcome:
+    def run(self, first_step: int) -> TrainResult:
         """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop.
 
         Raises DataError on every rank when one cannot read its batch.
@@ -224,7 +224,7 @@ class _Loop:
         finally:
             self.saving.close()
 
-    def _run(self, first_step: int) -> Outcome:
+    def _run(self, first_step: int) -> TrainResult:
         plan, every = self.plan, self.config.train
         self.step = self.saved = self.first_step = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
@@ -255,7 +255,7 @@ class _Loop:
                 self._checkpoint(last=self.step == plan.total)
         self._settle()
         self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images")
-        return Outcome("finished", self.step)
+        return TrainResult("finished", self.step)
 
     def _doing(self, what: Kind) -> None:
         # The first batch and step take as long as loaders, caches and compilers need to start.
@@ -290,7 +290,7 @@ class _Loop:
             batches.look_ahead()
         self._doing("training")
 
-    def _stopped(self) -> Outcome:
+    def _stopped(self) -> TrainResult:
         reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
         self.stop.make(reason)  # on the ranks that were not asked themselves: their time runs, too
         self._checkpoint(last=True)
@@ -299,7 +299,7 @@ class _Loop:
             f"stopped after step {self.step} ({reason}); saved. The same command goes on from there. "
             f"That took {self.stop.waited_s:.1f} s (guard.stop_within_s {self.config.guard.stop_within_s:g})."
         )
-        return Outcome("stopped", self.step)
+        return TrainResult("stopped", self.step)
 
     def _evaluate(self) -> None:
         self._doing("evaluation")

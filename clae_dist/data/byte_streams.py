@@ -34,7 +34,7 @@ _PACKAGES = {
 }
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """Bytes from `start` on. `total` is the whole file's size where the other side says so; `validator` its version."""
 
     start: int
@@ -48,7 +48,7 @@ class Stream(Protocol):
         """Lets go of the connection or command, also in the middle."""
 
 
-def open_stream(url: str, start: int, validator: str, timeout_s: float) -> Stream:
+def open_stream(url: str, start: int, validator: str, timeout_s: float) -> ByteStream:
     """A stream of `url` from byte `start`, or from 0 where that cannot be had or the file is no longer `validator`'s."""
     kind = scheme(url)
     if kind in ("http", "https"):
