@@ -6,9 +6,10 @@ import hashlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from clae_dist.storage import writing
 
@@ -28,24 +29,42 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def write_together(files: Mapping[Path, bytes | Iterable[bytes]]) -> None:
-    """Replaces several files, each by its bytes or by parts of them: none before the bytes of all are on the disk.
+    """Replaces several files, each by its bytes or by parts of them, as `replacing` does. Raises StorageError."""
+    with replacing(*files) as streams:
+        for (path, data), stream in zip(files.items(), streams, strict=True):
+            with writing(path):
+                stream.writelines([data] if isinstance(data, bytes) else data)
 
-    Nobody can guess the names of the temporary files, and an existing file or link of such a name is not opened.
-    Raises StorageError.
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[IO[bytes]]]:
+    """New streams, one per path. At the end, each replaces the file at its path: none before the bytes of all are on the disk.
+
+    After an error inside, every file is as before. Nobody can guess the names of the temporary files, and an existing file or
+    link of such a name is not opened.
+    Raises StorageError; code inside names its path with `writing`.
     """
     guess = f"{os.getpid()}-{secrets.token_hex(4)}"
-    temporaries = {path: path.with_name(f".tmp-{guess}-{path.name}") for path in files}
+    temporaries = [path.with_name(f".tmp-{guess}-{path.name}") for path in paths]
+    streams: list[IO[bytes]] = []
     try:
-        for path, data in files.items():
-            with writing(path), temporaries[path].open("xb") as stream:
-                stream.writelines([data] if isinstance(data, bytes) else data)
+        for path, temporary in zip(paths, temporaries, strict=True):
+            with writing(path):
+                streams.append(temporary.open("xb"))
+        yield streams
+        for path, stream in zip(paths, streams, strict=True):
+            with writing(path):
                 stream.flush()
                 os.fsync(stream.fileno())
-        for path, temporary in temporaries.items():
+                stream.close()
+        for path, temporary in zip(paths, temporaries, strict=True):
             with writing(path):
                 temporary.replace(path)
     finally:
-        for temporary in temporaries.values():
+        for stream in streams:
+            with suppress(OSError):  # of a full disk, which was raised already
+                stream.close()
+        for temporary in temporaries:
             with suppress(OSError):  # on a read-only disk even the absent cannot be removed
                 temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -56,6 +58,23 @@ def main(arguments: list[str]) -> NoReturn:
     parent, *command = arguments
     end_with_parent(int(parent))
     os.execvp(command[0], command)
+
+
+@contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Inside, new processes do not import the program that started this one: a script without `if __name__ == "__main__"`
+    would run again in each of them."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ class Setting:
     origin: str
 
 
-def _check_key(key: str, origin: str) -> None:
+def check_key(key: str, origin: str) -> None:
+    """Raises ConfigError for a key that no recipe has, with the nearest ones."""
     if key in FIELDS:
         return
     inside = [name for name in FIELDS if name.startswith(key + ".")]
@@ -209,7 +210,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
             _check_key_node(key, key_node, origin)
             if isinstance(value_node, yaml.MappingNode) and value_node.value and not _is_mapping(key):
                 if key not in _SECTIONS:
-                    _check_key(f"{key}.{value_node.value[0][0].value}", f"{path}:{value_node.start_mark.line + 1}")
+                    check_key(f"{key}.{value_node.value[0][0].value}", f"{path}:{value_node.start_mark.line + 1}")
                 if key in sections:
                     raise ConfigError(f"{key} is a section twice in {path} ({sections[key]} and {origin}); make it one.")
                 sections[key] = origin
@@ -221,7 +222,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
                 own[key] = Setting(value_node.value, origin)
                 settings.update(read_recipe(path.parent / str(value_node.value), chain))
                 continue
-            _check_key(key, origin)
+            check_key(key, origin)
             try:
                 own[key] = Setting(_value(key, value_node), origin)
             except (yaml.YAMLError, ValueError) as error:
@@ -245,7 +246,7 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
             raise ConfigError(
                 f"{redact_word(text)!r} is not an override; write section.key=value, such as batch.global_size=512."
             )
-        _check_key(key, origin)
+        check_key(key, origin)
         if key in settings:
             times = sum(text.startswith(f"{key}=") for text in overrides)
             hint = f", and a shell makes several arguments of unquoted braces: quote them, '{key}=x-{{000000..000003}}.tar'"

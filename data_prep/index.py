@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from clae_dist.data.image_names import is_hidden
 from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifest, write_manifest
 from clae_dist.data.tar_index import Dropped, index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
@@ -21,7 +22,6 @@ from clae_dist.storage import writing
 from data_prep.index_shard import IndexResult, IndexTask, finished, index_shard
 from data_prep.named_labels import label_classes, place_index
 from data_prep.pool import run_tasks
-from data_prep.sources.entry import is_hidden
 from data_prep.split_names import files_by_split
 from data_prep.workspace import QUARANTINE, open_workspace
 

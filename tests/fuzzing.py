@@ -109,7 +109,7 @@ def archive(rng: np.random.Generator, folder: Path) -> str:
 
 def _num_images(path: Path) -> int:
     """Different names of images in an archive, by tarfile alone."""
-    from data_prep.sources.entry import is_image_name
+    from clae_dist.data.image_names import is_image_name
 
     with tarfile.open(path) as tar:
         members = [member for member in tar if not member.isdir()]

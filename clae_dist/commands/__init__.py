@@ -18,6 +18,7 @@ NAMES = (
     "evaluate",
     "report",
     "export",
+    "embed",
     "checkpoints",
     "replay",
     "parity",

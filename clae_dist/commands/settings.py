@@ -22,11 +22,15 @@ _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRA
 
 def resolved(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """The settings of recipe, command line and environment; the command line takes precedence over `defaults`."""
-    config, origins = resolve(arguments.config, arguments.overrides, defaults)
+    return with_tracking_server(*resolve(arguments.config, arguments.overrides, defaults))
+
+
+def with_tracking_server(config: Config, origins: dict[str, str]) -> tuple[Config, dict[str, str]]:
+    """The settings, with the tracking server of the environment unless they name one."""
     store = _tracking_server()
     if store and not config.tracking.uri:
         config = replace(config, tracking=replace(config.tracking, uri=store))
-        origins["tracking.uri"] = "MLFLOW_TRACKING_URI"
+        origins = {**origins, "tracking.uri": "MLFLOW_TRACKING_URI"}
     return config, origins
 
 

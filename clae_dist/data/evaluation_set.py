@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from clae_dist.data import transport
 from clae_dist.data.draws import permutation
-from clae_dist.data.loader import forkserver, plain_errors, start_loader_process
+from clae_dist.data.loader import Item, forkserver, plain_errors, start_loader_process
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.views import centre_view
+from clae_dist.lifetime import main_module_hidden
 
 _Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -52,19 +53,26 @@ class EvaluationSet:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """`images` of every `step`-th batch from the `start`-th on: ranks share a set with (rank, size)."""
         images: Dataset[_Images] = _Batches(self, batch_size)
-        batch_bytes = batch_size * (3 * self._image_size**2 + 2 * 8)
-        if not transport.fits(transport.needed_bytes(batch_bytes, self._workers)):
-            images = transport.ThroughPipes(images)
-        loader = DataLoader(
-            images,
-            batch_size=None,
-            sampler=range(start * batch_size, len(self.ids), step * batch_size),
-            num_workers=self._workers,
-            prefetch_factor=transport.PREFETCH if self._workers else None,
-            worker_init_fn=start_loader_process,
-            multiprocessing_context=forkserver() if self._workers else None,
-        )
-        yield from plain_errors(iter(loader))
+        firsts = range(start * batch_size, len(self.ids), step * batch_size)
+        yield from read_ahead(images, firsts, batch_size * (3 * self._image_size**2 + 2 * 8), self._workers)
+
+
+def read_ahead(batches: Dataset[Item], indices: Sequence[int], batch_bytes: int, num_workers: int) -> Iterator[Item]:
+    """`batches[index]` for each of the indices, in their order, read ahead by `num_workers` processes (0: by this one)."""
+    if not transport.fits(transport.needed_bytes(batch_bytes, num_workers)):
+        batches = transport.ThroughPipes(batches)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        prefetch_factor=transport.PREFETCH if num_workers else None,
+        worker_init_fn=start_loader_process,
+        multiprocessing_context=forkserver() if num_workers else None,
+    )
+    with main_module_hidden():
+        batches_read = iter(loader)
+    yield from plain_errors(batches_read)
 
 
 class _Batches(Dataset[_Images]):

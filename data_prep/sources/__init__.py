@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from clae_dist.data.image_names import is_hidden
 from clae_dist.data.manifest import DataError
 from data_prep.sources.archive import ArchiveSource
 from data_prep.sources.cifar import CifarSource, is_cifar
-from data_prep.sources.entry import Source, is_hidden
+from data_prep.sources.entry import Source
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.imagenet import ImageNetSource, imagenet_kind
 from data_prep.sources.parquet import ParquetSource, is_parquet

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from clae_dist.data.image_names import is_hidden, is_image_name
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, is_hidden, is_image_name, plain_name, stamp
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, plain_name, stamp
 from data_prep.sources.tar import plain_tar, tar_members
 from data_prep.sources.zip import is_zip, zip_members
 from data_prep.split_folders import tops_of

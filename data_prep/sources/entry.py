@@ -13,18 +13,6 @@ from typing import Any, Protocol
 from clae_dist.data.manifest import DataError
 
 ORIGINAL_BYTES = "original encoded bytes"
-_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
-_IMAGE_SUFFIXES = (*_JPEG, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2")
-
-_SYSTEM_NAMES = frozenset(
-    {
-        *("__macosx", "__pycache__", "lost+found"),
-        *("@eadir", "@tmp", "#recycle", "#snapshot"),  # Synology: thumbnails, deleted files, snapshots
-        *("@recycle", "@recently-snapshot", "@__thumb"),  # QNAP
-        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),  # Windows
-    }
-)
-
 Report = Callable[[int], None]
 
 
@@ -132,12 +120,3 @@ def stamp(paths: tuple[Path, ...], *more: str) -> str:
     """A fingerprint over files' names, sizes and modification times, not over their bytes."""
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return hashlib.sha256(json.dumps([*stamps, *more]).encode()).hexdigest()
-
-
-def is_hidden(name: str) -> bool:
-    """Names that file managers, systems and NAS leave behind (._a.jpg, __MACOSX, @eaDir): they hold no images of the set."""
-    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
-
-
-def is_image_name(name: str) -> bool:
-    return name.lower().endswith(_IMAGE_SUFFIXES) and not is_hidden(name)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from clae_dist.data.image_names import is_hidden, is_image_name
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, is_hidden, is_image_name
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report
 
 
 class FolderSource:

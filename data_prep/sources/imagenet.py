@@ -11,8 +11,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from clae_dist.data.image_names import is_image_name
 from clae_dist.data.manifest import DataError
-from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, is_image_name, stamp
+from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, stamp
 from data_prep.sources.tar import first_member, plain_tar, walk
 
 _Groups = dict[str, list[tuple[str, Entry]]]  # by class

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, cast
 
+from clae_dist.data.image_names import is_image_name
 from clae_dist.data.manifest import DataError
 from clae_dist.storage import writing
-from data_prep.sources.entry import Entry, Report, is_image_name
+from data_prep.sources.entry import Entry, Report
 
 _COMPRESSIONS: tuple[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]], ...] = (  # how the files start, what opens them
     (b"\x1f\x8b", cast("Callable[[IO[bytes]], IO[bytes]]", gzip.open)),

@@ -1,0 +1,161 @@
+"""`clae embed`: features of images as a file, FILE.npy with FILE.ids.json beside it, or FILE.parquet.
+
+# b images of a batch, N images in the file, F width of the features
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from clae_dist import escape
+from clae_dist.config import ConfigError
+from clae_dist.data.images import Images
+from clae_dist.deploy.embedding import Embedded, embedded
+from clae_dist.deploy.encoder import Encoder
+from clae_dist.files import check_writable, replacing
+from clae_dist.progress import Progress
+from clae_dist.storage import writing
+
+FORMAT = "clae-dist embeddings 1"
+_SHOWN = 3  # undecodable images that are named
+
+
+class _File(ABC):
+    """A file of features that grows by batches. `facts` says where the features are from; labels are names of classes."""
+
+    def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
+        self.streams, self.num_features, self.facts = streams, num_features, facts
+
+    @abstractmethod
+    def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class _Npy(_File):
+    """float32 (N, F) as numpy.save writes it; ids and labels as JSON in the second stream."""
+
+    def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
+        super().__init__(streams, num_features, facts)
+        self._ids: list[Any] = []
+        self._labels: list[str | None] = []
+        self._header()
+
+    def _header(self) -> None:
+        """Of fixed length: numpy leaves room for the digits of N, so that it can be written again at the end."""
+        shape = (len(self._ids), self.num_features)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.streams[0], header)
+
+    def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None:
+        self.streams[0].write(np.ascontiguousarray(features_bF, dtype="<f4").tobytes())
+        self._ids += ids
+        self._labels += labels
+
+    def close(self) -> None:
+        self.streams[0].seek(0)
+        self._header()
+        self.streams[1].write((json.dumps({**self.facts, "ids": self._ids, "labels": self._labels}) + "\n").encode())
+
+
+class _Parquet(_File):
+    """A row an image: id, label, embedding (a list of F float32); the facts as JSON in the metadata of the schema."""
+
+    def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        super().__init__(streams, num_features, facts)
+        id_type = pa.string() if facts["ids_are"] == "paths" else pa.int64()
+        columns = [("id", id_type), ("label", pa.string()), ("embedding", pa.list_(pa.float32(), num_features))]
+        self._schema = pa.schema(columns, metadata={"clae-dist": json.dumps(facts)})
+        self._writer = pq.ParquetWriter(streams[0], self._schema)
+
+    def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None:
+        import pyarrow as pa
+
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(features_bF.reshape(-1)), self.num_features)
+        columns = [pa.array(ids, self._schema.field("id").type), pa.array(labels, pa.string()), vectors]
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+_KINDS: dict[str, type[_File]] = {".npy": _Npy, ".parquet": _Parquet}
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError for a file of another kind or one that needs a missing package, StorageError for a full disk, …"""
+    if target.suffix not in _KINDS:
+        raise ConfigError(f"--to is {str(target)!r}; name a file that ends in .npy or .parquet.")
+    if target.is_dir():
+        raise ConfigError(f"--to is {str(target)!r}, which is a folder; name a file in it.")
+    if target.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                f"--to is {str(target)!r}, which needs pyarrow; pip install 'pyarrow>=17', or name a .npy file."
+            ) from None
+    check_writable(target.absolute().parent)
+
+
+def ids_file(target: Path) -> Path:
+    """The file of ids and labels beside FILE.npy."""
+    return target.with_suffix(".ids.json")
+
+
+def write_embeddings(
+    images: Images,
+    encoder: Encoder,
+    target: Path,
+    batch_size: int,
+    num_workers: int = -1,
+    say: Callable[[str], None] | None = None,
+) -> int:
+    """Write the features of all images that can be decoded to `target`, and return how many those are.
+
+    Files appear complete, and together, at the end. `say` prints progress (default: on stderr) and undecodable images
+    (default: on stdout).
+    Raises ConfigError, DataError and StorageError.
+    """
+    check_target(target)
+    paths = [target, ids_file(target)] if target.suffix == ".npy" else [target]
+    ids_are = "paths" if any(isinstance(one, str) for one in images.ids[:1]) else "positions"
+    facts = {"format": FORMAT, "encoder": encoder.source, "num_features": encoder.num_features, "ids_are": ids_are}
+    progress = Progress(len(images), label="embedding: ", say=say)
+    bad: dict[int, str] = {}
+    num_rows = 0
+    with replacing(*paths) as streams:
+        with writing(target):
+            file = _KINDS[target.suffix](streams, encoder.num_features, facts)
+        for batch in embedded(images, encoder, batch_size, num_workers):
+            with writing(target):
+                file.add(batch.features, [images.ids[i] for i in batch.positions.tolist()], _label_names(images, batch))
+            num_rows += len(batch.positions)
+            bad |= batch.bad
+            progress.add(len(batch.positions) + len(batch.bad))
+        with writing(target):
+            file.close()
+    progress.close()
+    if bad:
+        (say or escape.say)(_skipped(bad, len(images)))
+    return num_rows
+
+
+def _skipped(bad: dict[int, str], num_images: int) -> str:
+    named = "; ".join(list(bad.values())[:_SHOWN]) + "; …" * (len(bad) > _SHOWN)
+    are = "are" if len(bad) > 1 else "is"
+    return f"{len(bad):,} of {num_images:,} images cannot be decoded and {are} skipped: {named}"
+
+
+def _label_names(images: Images, batch: Embedded) -> list[str | None]:
+    return [images.classes[label] if label >= 0 else None for label in batch.labels.tolist()]

@@ -1,0 +1,206 @@
+"""Features of folders, lists and shards of images: from Python and by `clae embed`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clae_dist.cli import main
+from clae_dist.config import ConfigError
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.data.images import open_dataset
+from clae_dist.data.manifest import DataError, load_manifest
+from clae_dist.deploy.embedding import embed
+from clae_dist.deploy.encoder import load_encoder
+from clae_dist.deploy.export import export_encoder
+from clae_dist.evaluation.features import extract
+from clae_dist.runs.checkpoint import load_model
+
+MakeRun = Callable[..., Path]
+
+
+def write_images(folder: Path, count: int = 5) -> list[Path]:
+    """PNGs of random sizes in two subfolders, a hidden file and one that is no image."""
+    generator = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        path = folder / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = generator.integers(10, 40, 2)
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        paths.append(path)
+    (folder / ".0.png").write_bytes(b"hidden")
+    (folder / "notes.txt").write_text("no image")
+    return paths
+
+
+def test_shards_have_the_features_of_evaluation(make_run: MakeRun, labelled_shards: Path) -> None:
+    run = make_run()
+    images = EvaluationSet(load_manifest(labelled_shards), "test", 16)
+    expected = extract(load_model(run)[1], images, "cpu", 8)
+    features = embed(labelled_shards, load_encoder(run), split="test", batch_size=8)
+    assert features.dtype == np.float32
+    assert np.array_equal(features, expected.features_NF.numpy())
+    dataset = open_dataset(labelled_shards, "test")
+    assert list(dataset.ids) == expected.ids_N.tolist()
+    assert [label for _, label, _ in dataset] == expected.labels_N.tolist()
+
+
+def test_a_folder_a_list_and_images_in_memory_are_the_same(make_run: MakeRun, tmp_path: Path) -> None:
+    encoder = load_encoder(make_run())
+    paths = sorted(write_images(tmp_path / "images"))
+    with torch.no_grad():
+        expected = torch.cat([encoder(encoder.transform(Image.open(path))[None]) for path in paths]).numpy()
+    folder = open_dataset(tmp_path / "images", transform=encoder.transform)
+    assert list(folder.ids) == ["0/0.png", "0/2.png", "0/4.png", "1/1.png", "1/3.png"]
+    batches = torch.utils.data.DataLoader(folder, batch_size=2)
+    with torch.no_grad():
+        loaded = torch.cat([encoder(images) for images, _, _ in batches]).numpy()
+    in_memory = [Image.open(path) for path in paths]
+    seen: list[int] = []
+    for features in (
+        loaded,
+        embed(folder, encoder, progress=seen.append),
+        embed(str(tmp_path / "images"), encoder, batch_size=2),
+        embed(paths, encoder, batch_size=3, num_workers=2),
+        embed(in_memory, encoder),
+        embed(in_memory, encoder.train()),  # batch statistics are not used
+    ):
+        np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)  # convolutions of batches of other sizes
+    assert seen == [5]
+
+
+def test_an_image_that_cannot_be_decoded(make_run: MakeRun, tmp_path: Path) -> None:
+    encoder = load_encoder(make_run())
+    write_images(tmp_path)
+    expected = embed(tmp_path, encoder)
+    (tmp_path / "0" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    with pytest.raises(DataError, match=r"0/2\.png: .*; remove the image, or use on_undecodable='nan'"):
+        embed(tmp_path, encoder)
+    features = embed(tmp_path, encoder, on_undecodable="nan")
+    assert np.isnan(features[1]).all()
+    np.testing.assert_allclose(np.delete(features, 1, 0), np.delete(expected, 1, 0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(DataError, match=r"0/2\.png cannot be decoded"):
+        open_dataset(tmp_path)[1]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_the_command(
+    make_run: MakeRun, labelled_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    run, target = make_run(), tmp_path / "out" / f"features.{suffix}"
+    assert main(["embed", str(run), str(labelled_shards), "--split", "test", "--to", str(target), "--batch-size", "7"]) == 0
+    said = capsys.readouterr()
+    assert "30 of 30 images" in said.err
+    assert f"wrote {target}: 30 rows of 256 features" in said.out
+    expected = embed(labelled_shards, load_encoder(run), split="test", batch_size=7)
+    features, ids, labels, facts = read(target)
+    assert np.array_equal(features, expected)
+    assert ids == list(range(30))
+    assert labels == ["blue", "green", "red"] * 10
+    assert (facts["format"], facts["encoder"]["step"], facts["ids_are"]) == ("clae-dist embeddings 1", 7, "positions")
+    assert {path.suffix for path in target.parent.iterdir()} == ({".npy", ".json"} if suffix == "npy" else {".parquet"})
+
+
+def read(target: Path) -> tuple[np.ndarray, list[object], list[object], dict[str, object]]:
+    """Features, ids, labels and facts of a file of embeddings."""
+    if target.suffix == ".npy":
+        facts = json.loads(target.with_suffix(".ids.json").read_text())
+        return np.load(target), facts["ids"], facts["labels"], facts
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(target)
+    facts = json.loads(table.schema.metadata[b"clae-dist"])
+    features = np.stack(table["embedding"].to_numpy())
+    return features, table["id"].to_pylist(), table["label"].to_pylist(), facts
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_the_command_skips_and_counts_undecodable_images(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    export = export_encoder(make_run())
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "0" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    target = tmp_path / f"features.{suffix}"
+    assert main(["embed", str(export), str(tmp_path / "images"), "--to", str(target), "--batch-size", "2"]) == 0
+    assert "1 of 5 images cannot be decoded and is skipped" in capsys.readouterr().out
+    features, ids, labels, facts = read(target)
+    assert (features.shape, ids, labels) == ((4, 256), ["0/0.png", "0/4.png", "1/1.png", "1/3.png"], [None] * 4)
+    assert facts["ids_are"] == "paths"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["RUN", "IMAGES", "--to", "x.csv"], 2, "--to is 'x.csv'; name a file that ends in .npy or .parquet."),
+        (["RUN", "nowhere", "--to", "x.npy"], 2, "IMAGES is 'nowhere', which does not exist; name a folder of images, or"),
+        (["nowhere", "IMAGES", "--to", "x.npy"], 2, "RUN_OR_EXPORT is 'nowhere', which holds neither"),
+        (["RUN", "empty", "--to", "x.npy"], 3, "empty holds no images and no manifest.json"),
+        (["RUN", "SHARDS", "--split", "val", "--to", "x.npy"], 3, "has no split 'val'; it has test, train"),
+        (["RUN", "IMAGES", "--to", "x.npy", "--batch-size", "0"], 2, "batch_size is 0; use at least 1"),
+        (["RUN", "IMAGES", "--to", "file/x.npy"], 5, "cannot be written"),
+    ],
+)
+def test_what_the_command_cannot_use(
+    make_run: MakeRun,
+    labelled_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    places = {"RUN": make_run(), "IMAGES": tmp_path / "images", "SHARDS": labelled_shards}
+    write_images(tmp_path / "images", 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["embed", *(str(places.get(one, one)) for one in arguments)]) == code
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_leaves_the_old_file(make_run: MakeRun, tmp_path: Path) -> None:
+    """An interrupt in the middle of a long set: the file of an earlier run of the command, and nothing else."""
+    run = make_run()
+    images = tmp_path / "images"
+    write_images(images, 1)
+    for number in range(3000):
+        os.link(images / "0" / "0.png", images / f"link-{number}.png")
+    target = tmp_path / "to" / "features.npy"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    command = [sys.executable, "-m", "clae_dist", "embed", str(run), str(images), "--to", str(target), "--batch-size", "1"]
+    process = subprocess.Popen([*command, "--workers", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(target.parent.iterdir())) < 3 and time.monotonic() < deadline:  # its temporary files
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, "Ctrl-C" in output) == (130, True), output
+    assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {"features.npy": b"old"}
+
+
+def test_a_data_set_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="on_undecodable is 'skip'; use raise or nan"):
+        embed([], load_encoder(make_run()), on_undecodable="skip")  # type: ignore[arg-type]
+    (tmp_path / "x-000000.tar").touch()
+    with pytest.raises(DataError, match=r"name its shards, such as .*x-000000\.tar"):
+        open_dataset(tmp_path)
+    assert embed([], load_encoder(tmp_path / "run")).shape == (0, 256)
