@@ -31,6 +31,7 @@ def make_parser() -> Parser:
         description="Contrastive learning with adversarial examples (CLAE) on a global batch.",
         epilog=exit_codes_help(),
     )
+    parser.set_defaults(top_parser=parser)
     parser.add_argument("--version", action="version", version=f"clae-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in NAMES:

@@ -297,7 +297,7 @@ def resolve(
     return config, {key: settings[key].origin if key in settings else "default" for key in FIELDS}
 
 
-def _dumped(value: Any) -> str:
+def dumped(value: Any) -> str:
     """A value as YAML on one line, with escapes where PyYAML would not read its own characters back (U+0085)."""
     for allow_unicode in (True, False):
         text = yaml.safe_dump(value, default_flow_style=True, width=2**31, allow_unicode=allow_unicode)
@@ -320,7 +320,7 @@ def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
         if dot and prefix != section:
             lines.append(f"{prefix}:")
             section = prefix
-        text = _dumped(list(value) if isinstance(value, tuple) else value)
+        text = dumped(list(value) if isinstance(value, tuple) else value)
         comment = f"  # {_printable(comments[key])}" if comments and key in comments else ""
         lines.append(f"{'  ' if dot else ''}{name}: {text}{comment}")
     return "\n".join(lines) + "\n"

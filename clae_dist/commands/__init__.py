@@ -24,6 +24,7 @@ NAMES = (
     "parity",
     "bench",
     "doctor",
+    "completion",
 )
 
 
