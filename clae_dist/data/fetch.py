@@ -1,4 +1,4 @@
-"""Fetching a file until it is whole and right: resumed where it was cut, again where it was wrong, with pauses in between."""
+"""Fetch a file until it is complete and correct: resume after a cut, repeat after wrong bytes, with backoff."""
 
 from __future__ import annotations
 
