@@ -13,10 +13,10 @@ import torch
 
 from clae_dist.bench.measure import assert_equal
 from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
-from clae_dist.contrast.objectives import Rows
 from clae_dist.contrast.step import Pretraining, adversarial_view, attacked_rows, pretrain_step
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.norms import add_routes
+from clae_dist.objectives.form import Rows
 from clae_dist.parallel import make_backend
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clae_dist.config.images import Augment, Batch, Data
-from clae_dist.config.method import Attack, Objective
+from clae_dist.config.method import Attack
 from clae_dist.config.model import Model, Optim
+from clae_dist.config.objective import Objective
 from clae_dist.config.rules import Section, setting
 from clae_dist.config.running import Checkpointing, Evaluation, Guard, Launch, Parallel, Tracking, Train
 from clae_dist.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Settings of the method: objective and attack."""
+"""Settings of the attack."""
 
 from __future__ import annotations
 
@@ -7,22 +7,6 @@ from typing import Literal
 
 from clae_dist.config.rules import no_effect, require
 from clae_dist.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The contrastive loss."""
-
-    name: Literal["nt_xent", "instance"] = "nt_xent"
-    temperature: float = 0.5
-    # How ranks share negatives. log_sum_exp: rows, then one number a row; reduce_scatter: rows, and their gradients on the way
-    # back, for any objective. auto: log_sum_exp where the objective has that form.
-    gather: Literal["auto", "log_sum_exp", "reduce_scatter"] = no_effect("auto")
-    chunk: int = no_effect(0)  # columns of the similarity matrix that exist at a time; 0 chooses
-
-    def __post_init__(self) -> None:
-        require(self.chunk >= 0, "objective.chunk", self.chunk, "use 0 (automatic) or more; 2048 is usual.")
-        require(self.temperature > 0, "objective.temperature", self.temperature, "use a positive number, 0.1 to 0.5 as a rule.")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clae_dist.contrast.gather import gather_rows
+from clae_dist.contrast.distributed import gather_rows
 from clae_dist.contrast.step import Pretraining, adversarial_view
 
 _ROWS_AT_A_TIME = 1024

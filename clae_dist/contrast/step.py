@@ -14,9 +14,9 @@ import torch
 
 from clae_dist.config import Attack
 from clae_dist.contrast.adversary import Ball, LossAndGradient, Perturbation, perturb
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Embedding, Encoding, TrainingEncoding
-from clae_dist.contrast.gather import Contrast
-from clae_dist.contrast.objectives import Rows
+from clae_dist.objectives.form import Rows
 from clae_dist.world import RankError, World
 
 

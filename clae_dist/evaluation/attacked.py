@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.step import Attacking, adversarial_view
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
@@ -60,7 +60,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     run = Attacking(
         world=world,
         attack=attack,
-        contrast=Contrast(config.objective.name, config.objective.temperature, world),
+        contrast=Contrast(config.objective, world),
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
     )

@@ -12,7 +12,7 @@ from clae_dist.config import Config
 from clae_dist.contrast.step import StepMetrics
 from clae_dist.data.loader import num_workers
 from clae_dist.runs.goodput import Ledger
-from clae_dist.tracking import NullTracker, Trackers
+from clae_dist.tracking import Tracker
 from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
@@ -31,7 +31,7 @@ class Journal:
         config: Config,
         world: World,
         plan: Plan,
-        tracker: Trackers | NullTracker,
+        tracker: Tracker,
         bad: BadSamples,
         say: Callable[[str], None],
         ledger: Ledger,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from clae_dist.config import Config
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import TrainingEncoding
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.step import Pretraining
 from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
@@ -33,11 +33,10 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     def noise(batch: Batch) -> torch.Tensor:
         return uniform_noise(batch.draws[0], batch.views.shape[2:], world.device).to(dtype)
 
-    settings = config.objective
     return Pretraining(
         world=world,
         attack=config.attack,
-        contrast=Contrast(settings.name, settings.temperature, world, settings.gather, settings.chunk),
+        contrast=Contrast(config.objective, world),
         encoding=TrainingEncoding(backend, config.batch.micro_size),
         pixel_std=backend.model.std,
         shared_norms=routes_are_one_function(backend.model),

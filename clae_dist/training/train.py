@@ -25,11 +25,9 @@ from clae_dist.runs.claim import only_run, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.tracking import (
-    NullTracker,
     Status,
     TrackedSet,
     Tracker,
-    Trackers,
     build_trackers,
     check_tracking,
     continue_tracking,
@@ -120,7 +118,7 @@ def _train(
         return TrainResult("finished", first_step)
 
     ledger.resumed(first_step, say)
-    tracker: Trackers | NullTracker = NullTracker()
+    tracker = Tracker()
     if world.is_main:
         seen = plan.images_seen(first_step)
         tracker = build_trackers(

@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from clae_dist import collectives
-from clae_dist.config import Attack, Batch, Config, ConfigError, Data, Objective, Optim, Train
-from clae_dist.contrast import gather, log_sum_exp
-from clae_dist.contrast.gather import Contrast
-from clae_dist.contrast.objectives import OBJECTIVES
+from clae_dist.config import Attack, Batch, Config, Data, Optim, Train
+from clae_dist.contrast import distributed
 from clae_dist.contrast.step import adversarial_view, attacked_rows, pretrain_step
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
+from clae_dist.objectives import names
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.world import World
 from tests import reference, steps
@@ -81,7 +80,7 @@ def settings(attack: Attack, objective: str = "nt_xent", gather: str = "auto", m
     return Config(
         data=Data(image_size=SIDE),
         batch=Batch(global_size=N, micro_size=micro),
-        objective=Objective(objective, TEMPERATURE, gather=gather, chunk=5),  # type: ignore[arg-type]  # 5 divides nothing
+        objective=reference.settings_of(objective, TEMPERATURE, gather=gather, chunk=5),  # 5 divides nothing
         attack=attack,
         optim=Optim(name="sgd", warmup_epochs=0),
         train=Train(precision="float64"),
@@ -98,7 +97,7 @@ def expected(norm: str, config: Config, world_size: int = 1) -> Found:
     groups = batches_of_statistics(world_size, config.batch.micro_size)
 
     def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return objective(a, b, TEMPERATURE)
+        return objective(a, b, config.objective)
 
     def embed(images: torch.Tensor, route: Any, groups: Any = groups) -> torch.Tensor:
         return embed_by_groups(model, images, route, groups)
@@ -210,15 +209,14 @@ def test_variants_of_the_attack(ranks: RankPool, variant: str, norm: str) -> Non
 
 
 @pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "nt_xent"])  # that one is in all other tests
+@pytest.mark.parametrize("objective", [name for name in names() if name != "nt_xent"])  # that one is in all other tests
 def test_other_objectives(ranks: RankPool, objective: str, gather: str) -> None:
-    if gather == "log_sum_exp" and objective not in log_sum_exp.LOG_SUM_EXP:
-        with pytest.raises(ConfigError, match=f"a form that objective.name '{objective}' does not have"):
-            Contrast(objective, TEMPERATURE, World.single("cpu"), gather)
-        return
-    for attack in (FGSM, VARIANTS["fused"]):
-        config = settings(attack, objective, gather)
-        assert_equal(2, ranks.run(2, run_step, "batch", config), expected("batch", config))
+    fused = settings(VARIANTS["fused"], objective, gather)
+    assert_equal(2, ranks.run(2, run_step, "batch", fused), expected("batch", fused))
+    config = settings(FGSM, objective, gather)
+    one_process = expected("batch", config)
+    for world_size in (1, 2, 3, 4) if gather == "log_sum_exp" else (2,):
+        assert_equal(world_size, ranks.run(world_size, run_step, "batch", config), one_process)
 
 
 @pytest.mark.parametrize("variant", ["fgsm", "fused", "pgd", "other anchor", "half of the batch"])
@@ -326,7 +324,7 @@ def test_gradients_are_reduced_once_a_step(ranks: RankPool, variant: str) -> Non
 # ---- gathers that are wrong on purpose; the forward loss of each is right ----
 
 
-class _AllReduceOwnSlot(gather._GatherRows):
+class _AllReduceOwnSlot(distributed._GatherRows):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = len(grads[0]) // dist.get_world_size(ctx.group)
@@ -335,7 +333,7 @@ class _AllReduceOwnSlot(gather._GatherRows):
         return own, None
 
 
-class _OwnRowsOnly(gather._GatherRows):
+class _OwnRowsOnly(distributed._GatherRows):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = len(grads[0]) // dist.get_world_size(ctx.group)
@@ -343,7 +341,7 @@ class _OwnRowsOnly(gather._GatherRows):
 
 
 _WRONG: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
-    "detached": lambda rows, group: gather._GatherRows.apply(rows, group).detach(),
+    "detached": lambda rows, group: distributed._GatherRows.apply(rows, group).detach(),
     "own rows only": _OwnRowsOnly.apply,
     "all-reduce of own slot": _AllReduceOwnSlot.apply,
 }
@@ -351,23 +349,23 @@ _WRONG: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
 
 @contextmanager
 def wrong_gather(name: str) -> Iterator[None]:
-    right, everyones = gather.gather_rows, log_sum_exp._everyones
-    if name == "own log-sum-exp for everyone's":
-        log_sum_exp._everyones = lambda lse, group: lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+    right, shifts = distributed.gather_rows, distributed._shifts_of_all_ranks
+    if name == "own shifts for everyone's":
+        distributed._shifts_of_all_ranks = lambda shift, group: shift.repeat(dist.get_world_size(group), 1, 1)
     elif name:
-        gather.gather_rows = _WRONG[name]
+        distributed.gather_rows = _WRONG[name]
     try:
         yield
     finally:
-        gather.gather_rows, log_sum_exp._everyones = right, everyones
+        distributed.gather_rows, distributed._shifts_of_all_ranks = right, shifts
 
 
-@pytest.mark.parametrize("wrong", [*_WRONG, "own log-sum-exp for everyone's"])
+@pytest.mark.parametrize("wrong", [*_WRONG, "own shifts for everyone's"])
 def test_a_wrong_gather_is_caught(ranks: RankPool, wrong: str) -> None:
     """Each leaves the forward loss as it is, so that only gradients can tell."""
     config = settings(FGSM, gather="reduce_scatter" if wrong in _WRONG else "log_sum_exp")
     got = differences(4, ranks.run(4, run_step, "group", config, wrong), expected("group", config))
-    # Another's log-sum-exp is close to one's own: that error is smaller, and still a thousand times the bar above.
+    # Another's shift is close to one's own: that error is smaller, and still a thousand times the bar above.
     subtle = wrong not in _WRONG
     assert got["parameter gradients"] > (1e-4 if subtle else 1e-3)
     assert got["input gradient"] > (1e-7 if subtle else 1e-5)

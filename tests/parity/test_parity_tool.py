@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
-from clae_dist.contrast import gather, log_sum_exp
+from clae_dist.contrast import distributed
 from clae_dist.parity.compare import Parity, compare, compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
 from clae_dist.parity.run import alone
@@ -40,15 +40,15 @@ def on_ranks(world: World, config: Config, wrong: str) -> Parity:
     return compare_steps(config, world.size, "float64", many, one, one)
 
 
-def _own(lse: torch.Tensor, group: Any) -> torch.Tensor:
-    return lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+def _own(shift: torch.Tensor, group: Any) -> torch.Tensor:
+    return shift.repeat(dist.get_world_size(group), 1, 1)
 
 
 @contextmanager
 def broken(how: str) -> Iterator[None]:
     changes: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-        "own log-sum-exp for everyone's": (log_sum_exp, "_everyones", _own),
-        "detached": (gather, "gather_rows", lambda rows, group: gather._GatherRows.apply(rows, group).detach()),
+        "own shifts for everyone's": (distributed, "_shifts_of_all_ranks", _own),
+        "detached": (distributed, "gather_rows", lambda rows, group: distributed._GatherRows.apply(rows, group).detach()),
     }
     if not how:
         yield
@@ -93,7 +93,7 @@ def test_attacks_pass(ranks: RankPool, attack: Attack) -> None:
 @pytest.mark.parametrize(
     ("wrong", "way", "cause"),
     [
-        ("own log-sum-exp for everyone's", "log_sum_exp", "rows of other ranks get no gradient, or the wrong one"),
+        ("own shifts for everyone's", "log_sum_exp", "rows of other ranks get no gradient, or the wrong one"),
         ("detached", "reduce_scatter", "rows of other ranks get no gradient, or the wrong one"),
     ],
 )
