@@ -96,7 +96,7 @@ ended() { # ended STEP CODE
   [ -z "$interrupted" ] || set -- "$1" "$2" stopped
   case ${3:-$2} in
     0) return ;;
-    stopped | 75 | 130) printf '\nquickstart: stopped during "%s"; the same command goes on from there.\n' "$1" >&2 ;;
+    stopped | 75 | 130) printf '\nquickstart: stopped during "%s"; the same command resumes from there.\n' "$1" >&2 ;;
     *) printf '\nquickstart: "%s" failed (exit code %s); the reason stands above.\n' "$1" "$2" >&2 ;;
   esac
   exit "$(($2 ? $2 : 130))"

@@ -14,7 +14,7 @@ usage: ./launch/ray-cluster.sh head [options]                        on the firs
   ./launch/ray-cluster.sh submit configs/imagenet/clae.yaml data.shards=/shared/imagenet run_dir=/shared/runs/first \
       launch.workers=32 launch.min_workers=16
 
-submit ends when the run does; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 75), and the same line goes on from there.
+submit ends when the run does; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 75), and the same line resumes from there.
 launch.min_workers=M: the run goes on with as few as M ranks while hosts are missing, with every host that comes back, and leaves
 a host before it is taken away (`ray drain-node`, spot instances). CONFIG, shards and run_dir must be at the same path on all hosts.
 

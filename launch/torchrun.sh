@@ -23,7 +23,7 @@ same path on all.
   --interface NAME     network for the ranks (default: by the route to HOST)
   --dry-run            print what would run on this host, and run nothing
 
-SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and leave, exit code 75; the same line goes on from there.
+SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and leave, exit code 75; the same line resumes from there.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
 exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts, 75.
 TEXT
@@ -144,8 +144,8 @@ if [ "$code" -gt 128 ]; then code=0; wait "$agent" || code=$?; fi # it ended whi
 if [ "$code" -ne 0 ]; then code=4; elif [ -s "$ending" ]; then code=$(cat "$ending"); fi
 case $code in
   0) say "finished" ;;
-  75) say "stopped with everything saved (exit code 75); the same line goes on from there." ;;
-  4) say "ranks failed and were not started again; the reason stands above, and the same line goes on from the newest checkpoint." >&2 ;;
+  75) say "stopped with everything saved (exit code 75); the same line resumes from there." ;;
+  4) say "ranks failed and were not started again; the reason stands above, and the same line resumes from the newest checkpoint." >&2 ;;
   *) say "ended with exit code $code; the reason stands above." >&2 ;;
 esac
 exit "$code"

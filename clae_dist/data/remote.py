@@ -40,8 +40,8 @@ class Fetching:
         return Cache((Path(self.folder) if self.folder else cache_home()) / FOLDER, self.limit_bytes)
 
     def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
-        """What is mapped holds disk space even after the cache has removed it: where the cache cannot hold all shards, those
-        that are mapped may take half as much again."""
+        """A mapped shard occupies disk space even after the cache has removed it. If the cache cannot hold all shards, mapped
+        ones may take half as much again."""
         has = self.cache.room.size()
         if sum(shard_bytes) <= has:
             return MAX_OPEN
