@@ -59,16 +59,10 @@ class Journal:
 
     def add(self, metrics: StepMetrics) -> None:
         """Add a step's losses, without synchronisation."""
-        named = {
-            "loss": metrics.loss,
-            "loss_clean": metrics.clean,
-            "loss_adversarial": metrics.adversarial,
-            "grad_norm": metrics.grad_norm,
-        }
-        for name, value in named.items():
-            if value is not None:
-                total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
-                self._sums[name] = total + value.detach().double(), steps + 1
+        terms = {f"loss_{name}": value for name, value in metrics.terms.items()}
+        for name, value in {"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm}.items():
+            total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
+            self._sums[name] = total + value.detach().double(), steps + 1
 
     def losses(self) -> dict[str, float]:
         """Means over the ranks and over the steps since the last call that have the loss. Collective."""

@@ -41,7 +41,7 @@ class NonFiniteSteps:
     def attempt(
         self, take_step: Callable[[], StepMetrics], batch: Batch, step: int, settings: dict[str, float]
     ) -> StepMetrics | None:
-        """Run take_step(). Returns None if the step was skipped. `settings` (learning rate, alpha) are recorded with it.
+        """Run take_step(). Returns None if the step was skipped. `settings` (the learning rate) are recorded with it.
 
         Raises RankError on every rank if no more steps may be skipped.
         """
@@ -105,5 +105,4 @@ class NonFiniteSteps:
 
 def loss_parts(metrics: StepMetrics) -> dict[str, float]:
     """The parts of a rank's loss, as numbers."""
-    parts = {"loss": metrics.loss, "clean": metrics.clean, "adversarial": metrics.adversarial}
-    return {name: value.item() for name, value in parts.items() if value is not None}
+    return {name: value.item() for name, value in {"loss": metrics.loss, **metrics.terms}.items()}

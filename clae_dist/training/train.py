@@ -332,11 +332,11 @@ class _Loop:
 
     def _train_on(self, run: Pretraining, batch: Batch) -> float:
         """Take one step, or skip it if loss or gradient are non-finite. Returns its metrics and learning rate."""
-        rate, alpha = self.plan.learning_rate(self.step), self.plan.alpha(self.step)
+        rate, moment = self.plan.learning_rate(self.step), self.plan.moment(self.step)
         seed_step(self.config, self.step, self.world.rank)
         self.backend.set_learning_rate(rate)
-        settings = {"learning_rate": rate, "alpha": alpha}
-        metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, alpha), batch, self.step, settings)
+        settings = {"learning_rate": rate}
+        metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, moment), batch, self.step, settings)
         if metrics is not None:
             self.journal.add(metrics)
         self.step += 1
