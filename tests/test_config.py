@@ -423,9 +423,7 @@ def test_keys_that_have_moved_or_that_the_method_does_not_have(override: str, me
 
 
 def test_a_method_has_its_own_keys_alone() -> None:
-    with pytest.raises(
-        ConfigError, match=r"method\.alpha \(command line\) is not a key of method\.name=simclr, which has no keys"
-    ):
+    with pytest.raises(ConfigError, match=r"method\.alpha .* is not a key of method\.name=simclr, which has no keys"):
         resolve(None, ["method.name=simclr", "method.alpha=2"])
     config, origins = resolve(None, ["method.name=clae_fused", "method.every=2"])
     assert dataclasses.asdict(config.method) == {
