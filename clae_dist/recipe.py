@@ -1,7 +1,7 @@
 """From a recipe and the command line to a Config.
 
 A recipe (YAML) holds only what differs from the defaults in config/; `extends: other.yaml` starts from another recipe;
-dotted `key=value` overrides come last. `resolve()` returns the Config and, for every key, where its value comes from.
+dotted `key=value` overrides come last. `resolve()` returns a Recipe: the Config and the origin of every value.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -118,9 +118,16 @@ def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
     return float(value)
 
 
+class Recipe(NamedTuple):
+    """The settings of a run, and the origin of each: "default", "file:line", "command line", …"""
+
+    config: Config
+    origins: Mapping[str, str] = {}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """A value as someone wrote it, and where."""
+    """A value as it was written, and its origin."""
 
     value: Any
     origin: str
@@ -283,10 +290,8 @@ def build(settings: dict[str, Setting]) -> Config:
         raise ConfigError(f"{error}{origin}") from None
 
 
-def resolve(
-    recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()
-) -> tuple[Config, dict[str, str]]:
-    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line").
+def resolve(recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with overrides. Raises ConfigError.
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
@@ -294,7 +299,7 @@ def resolve(
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)
-    return config, {key: settings[key].origin if key in settings else "default" for key in FIELDS}
+    return Recipe(config, {key: settings[key].origin if key in settings else "default" for key in FIELDS})
 
 
 def dumped(value: Any) -> str:
@@ -311,7 +316,7 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
+def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     """The resolved configuration as YAML that `read_recipe` reads back; `comments` are written behind their keys."""
     lines: list[str] = []
     section = ""
