@@ -228,7 +228,7 @@ if [ -n "$compare" ]; then
   # The same compute: an exact CLAE step costs 11 units, a SimCLR step 6 (forward of one view 1, its backward 2).
   more="EPOCHS*11/6"
   [ "$epochs" = EPOCHS ] || more=$(product "$epochs" 1.8333333333)
-  last_of_each "${common[@]}" attack.name=none train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
+  last_of_each "${common[@]}" method.name=simclr train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
   step "Pretraining: SimCLR, the same compute" clae train "$recipe" "${words[@]}"
   step "Evaluation: SimCLR" clae evaluate "$run_dir/simclr"
   step "Report: SimCLR" clae report "$run_dir/simclr"

@@ -23,7 +23,8 @@ from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal,
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
 from clae_dist.bench.wire import CountTraffic, Network, fit
-from clae_dist.contrast.gather import Contrast
+from clae_dist.config import Objective
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device
 from clae_dist.errors import OK, UNEXPECTED
 from clae_dist.launchers.local import spawn
@@ -135,7 +136,7 @@ def _alone(kind: str, num_bytes: float, networks: dict[str, Network], num_ranks:
 def contenders(objective: str, world: World, settings: Settings) -> Iterator[tuple[str, str, Loss]]:
     temperature = settings.temperature
     for way in ("log_sum_exp", "reduce_scatter"):
-        yield way, "ours", _ours(Contrast(objective, temperature, world, way), both=objective == "instance")
+        yield way, "ours", _ours(Contrast(Objective(objective, temperature, gather=way), world), both=objective == "instance")
     if objective == "nt_xent" and settings.with_peers and peers.is_installed("lightly"):
         yield "lightly", "NTXentLoss(gather_distributed=True)", peers.lightly_nt_xent(temperature)
     if objective == "instance" and settings.with_peers and peers.is_installed("open_clip"):

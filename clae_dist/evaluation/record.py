@@ -38,7 +38,7 @@ class RunRecord:
 
     @property
     def attacked(self) -> bool:
-        return self.config.attack.name != "none"
+        return self.config.method.uses_attack
 
 
 def read_record(run_dir: Path) -> RunRecord:

@@ -44,7 +44,7 @@ def dry_run(config: Config, origins: Mapping[str, str], debug: bool) -> Ending:
             run_dir=str(Path(folder) / "run"),
             data=replace(config.data, streams=0, verify="size", mixture={}),
             batch=replace(config.batch, global_size=size, micro_size=_ROWS // 2 if config.batch.micro_size else 0),
-            attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
+            method=config.method.for_few_rows(),
             optim=replace(config.optim, warmup_epochs=0.0),
             train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1),
             launch=replace(config.launch, max_failures=0),

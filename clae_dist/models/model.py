@@ -54,7 +54,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: 
                     module.reset_parameters()
         hidden = config.model.projector_hidden or feature_dim
         model = PretrainModel(encoder, feature_dim, hidden, config.model.projector_dim, config.model.mean, config.model.std)
-    if config.attack.name != "none":
+    if config.method.uses_attack:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
         use_global_statistics(model.encoder, group, on_gpu)

@@ -43,13 +43,18 @@ def tiny(config: Config, origins: Mapping[str, str], world_size: int, rows: int)
     if origins.get("train.precision") != "command line" or precision == "auto":
         precision = "float32" if config.parallel.backend == "deepspeed" else "float64"
     micro = config.batch.micro_size
-    if rows % 2 and (micro or config.attack.fraction < 1):
-        raise ConfigError(f"--rows is {rows}; with batch.micro_size or attack.fraction use an even number.")
+    method = config.method.for_few_rows()
+    try:
+        method.check_rows(rows, max(1, rows // 2) if micro else 0)
+    except ConfigError as error:
+        raise ConfigError(f"--rows is {rows}, which does not suit the method ({error}); use an even number.") from None
+    if rows % 2 and micro:
+        raise ConfigError(f"--rows is {rows}; with batch.micro_size use an even number.")
     return replace(
         config,
         data=replace(config.data, streams=0),
         batch=replace(config.batch, global_size=rows * world_size, micro_size=max(1, rows // 2) if micro else 0),
-        attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
+        method=method,
         optim=replace(config.optim, scaling="none", learning_rate=config.learning_rate()),
         train=replace(config.train, precision=precision),
     )

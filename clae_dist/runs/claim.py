@@ -71,7 +71,11 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
         return None
     old, identity = from_yaml(folder.config_file), folder.read_identity() if has_identity else None
     before, now = flatten(old), flatten(shareable(config))
-    differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
+    differ = [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        if shapes_result(key, config) and before.get(key) != value
+    ]
     if identity and manifest is not None and identity.manifest_digest != manifest.digest:
         old_digest, new_digest = identity.manifest_digest[:12], manifest.digest[:12]
         differ.append(f"the images were {old_digest} and are {new_digest} (digest of the manifest)")

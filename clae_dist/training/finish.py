@@ -19,7 +19,7 @@ from clae_dist.evaluation.stored import read_summary
 from clae_dist.runs.claim import only_evaluation
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run
-from clae_dist.tracking import NullTracker, Tracker, continue_tracking
+from clae_dist.tracking import Tracker, continue_tracking
 
 Say = Callable[[str], None]
 
@@ -74,7 +74,7 @@ def _tracker(run_dir: Path, images_seen: int, say: Say, permission: Permission) 
     config, refusal = open_run(run_dir, permission).to_track()
     if refusal:
         say(refusal)
-        yield NullTracker()
+        yield Tracker()
         return
     identity = RunFolder(run_dir).read_identity()
     tracker = continue_tracking(config, run_dir, identity.run_key, tags=identity.tags, images_seen=images_seen, say=say)

@@ -12,7 +12,7 @@ from clae_dist.config import Config
 from clae_dist.contrast.step import StepMetrics
 from clae_dist.data.loader import num_workers
 from clae_dist.runs.goodput import Ledger
-from clae_dist.tracking import NullTracker, Trackers
+from clae_dist.tracking import Tracker
 from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
@@ -31,7 +31,7 @@ class Journal:
         config: Config,
         world: World,
         plan: Plan,
-        tracker: Trackers | NullTracker,
+        tracker: Tracker,
         bad: BadSamples,
         say: Callable[[str], None],
         ledger: Ledger,
@@ -59,16 +59,10 @@ class Journal:
 
     def add(self, metrics: StepMetrics) -> None:
         """Takes in a step's losses; nothing is waited for."""
-        named = {
-            "loss": metrics.loss,
-            "loss_clean": metrics.clean,
-            "loss_adversarial": metrics.adversarial,
-            "grad_norm": metrics.grad_norm,
-        }
-        for name, value in named.items():
-            if value is not None:
-                total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
-                self._sums[name] = total + value.detach().double(), steps + 1
+        terms = {f"loss_{name}": value for name, value in metrics.terms.items()}
+        for name, value in {"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm}.items():
+            total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
+            self._sums[name] = total + value.detach().double(), steps + 1
 
     def losses(self) -> dict[str, float]:
         """Means over the steps since the last call that have them, and over the ranks: of the global batches. A collective."""

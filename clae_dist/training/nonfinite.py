@@ -41,7 +41,7 @@ class NonFiniteSteps:
     def attempt(
         self, take_step: Callable[[], StepMetrics], batch: Batch, step: int, settings: dict[str, float]
     ) -> StepMetrics | None:
-        """take_step(), or None where it was left out. `settings` (learning rate, alpha) are written down with it.
+        """take_step(), or None where it was left out. `settings` (the learning rate) are written down with it.
 
         Raises RankError on every rank when no more may be left out.
         """
@@ -105,5 +105,4 @@ class NonFiniteSteps:
 
 def loss_parts(metrics: StepMetrics) -> dict[str, float]:
     """The parts of a rank's loss, as numbers."""
-    parts = {"loss": metrics.loss, "clean": metrics.clean, "adversarial": metrics.adversarial}
-    return {name: value.item() for name, value in parts.items() if value is not None}
+    return {name: value.item() for name, value in {"loss": metrics.loss, **metrics.terms}.items()}

@@ -26,11 +26,9 @@ from clae_dist.runs.claim import only_run, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.tracking import (
-    NullTracker,
     Status,
     TrackedSet,
     Tracker,
-    Trackers,
     build_trackers,
     check_tracking,
     continue_tracking,
@@ -121,7 +119,7 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
         return TrainResult("finished", first_step)
 
     ledger.resumed(first_step, say)
-    tracker: Trackers | NullTracker = NullTracker()
+    tracker = Tracker()
     if world.is_main:
         seen = plan.images_seen(first_step)
         tracker = build_trackers(
@@ -333,11 +331,11 @@ class _Loop:
 
     def _train_on(self, run: Pretraining, batch: Batch) -> float:
         """One step, or none where loss or gradient are not finite and the step may be left out; its learning rate."""
-        rate, alpha = self.plan.learning_rate(self.step), self.plan.alpha(self.step)
+        rate, moment = self.plan.learning_rate(self.step), self.plan.moment(self.step)
         seed_step(self.config, self.step, self.world.rank)
         self.backend.set_learning_rate(rate)
-        settings = {"learning_rate": rate, "alpha": alpha}
-        metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, alpha), batch, self.step, settings)
+        settings = {"learning_rate": rate}
+        metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, moment), batch, self.step, settings)
         if metrics is not None:
             self.journal.add(metrics)
         self.step += 1

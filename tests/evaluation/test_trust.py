@@ -20,7 +20,7 @@ from clae_dist.data.urls import expand, scheme
 from clae_dist.recipe import Recipe, from_yaml, read_recipe
 from clae_dist.runs.folder import FILES, FOLDERS
 from clae_dist.runs.trust import Permission, acts, is_remembered, open_run, remember
-from clae_dist.tracking import NullTracker
+from clae_dist.tracking import Tracker
 from clae_dist.training import finish
 from tests.small_run import small_run
 
@@ -146,7 +146,7 @@ def test_no_database_is_made_where_a_strangers_run_says(make_run: MakeRun, tmp_p
     assert not list(tmp_path.rglob("*.db"))
 
 
-class Sent(NullTracker):
+class Sent(Tracker):
     """Stands for MLflow's tracker: which store was told."""
 
     stores: list[str]

@@ -122,7 +122,7 @@ def test_it_runs_what_it_shows_and_a_dry_run_runs_nothing(quickstart: Quickstart
     assert clae["seed"] == simclr["seed"] == "4"
     assert clae["train.epochs"] == "6"
     assert float(simclr["train.epochs"]) == pytest.approx(11)
-    assert simclr["attack.name"] == "none"
+    assert simclr["method.name"] == "simclr"
     folder = str(quickstart.home / "runs" / "quickstart")
     assert quickstart.ran()[-1] == ["clae", "report", folder, "--compare", f"{folder}/simclr"]
 

@@ -364,8 +364,8 @@ def test_the_list(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(R1, -1)(run_dir / "checkpoints" / "step-00000003")
     assert main(["checkpoints", str(run_dir), "--verify", "--json"]) == 1
     newest, oldest = json.loads(capsys.readouterr().out)
-    assert (newest["step"], newest["whole"], newest["images_seen"]) == (60_000, True, 1_920_000)
-    assert (oldest["step"], oldest["whole"]) == (3, False)
+    assert (newest["step"], newest["intact"], newest["images_seen"]) == (60_000, True, 1_920_000)
+    assert (oldest["step"], oldest["intact"]) == (3, False)
     assert "rank-00001.safetensors has sha256" in oldest["problem"]
     flip(INDEX, 40)(run_dir / "checkpoints" / "step-00000003")
     assert main(["checkpoints", str(run_dir)]) == 1

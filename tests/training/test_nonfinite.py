@@ -76,23 +76,23 @@ def broken(world: World, how: str, steps: tuple[int, ...] = (BROKEN,)) -> Iterat
     """Inside, those steps of training are not finite."""
     real, count = training.pretrain_step, -1
 
-    def step(run: Any, batch: Any, alpha: float) -> StepMetrics:
+    def step(run: Any, batch: Any, moment: Any) -> StepMetrics:
         nonlocal count
         count += 1
         if count not in steps:
-            return real(run, batch, alpha)
+            return real(run, batch, moment)
         if how == "left out by hand":
             nothing = torch.tensor(torch.nan)
-            raise NonFinite("by hand", StepMetrics(nothing, nothing, None, nothing))
+            raise NonFinite("by hand", StepMetrics(nothing, {"clean": nothing}, nothing))
         if how == "gradient":
-            return real(replace(run, contrast=_Infinite(run.contrast)), batch, alpha)
+            return real(replace(run, contrast=_Infinite(run.contrast)), batch, moment)
         if how == "weight":
             next(run.encoding.backend.model.encoder.parameters()).data[0] = torch.inf
-            return real(run, batch, alpha)
+            return real(run, batch, moment)
         poison = torch.nan if world.rank == world.size - 1 else 1.0
         x, y = run.augment(batch)
         x[0, 0, 0, 0] *= poison
-        return real(replace(run, augment=lambda batch: (x, y)), batch, alpha)
+        return real(replace(run, augment=lambda batch: (x, y)), batch, moment)
 
     training.pretrain_step = step
     try:

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import Attack, Batch, Checkpointing, Config, ConfigError, Model, Optim, Train
+from clae_dist.config import Batch, Checkpointing, Config, ConfigError, Model, Optim, Train
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.methods.clae import Clae
 from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
@@ -245,14 +246,14 @@ def test_a_finished_run_says_so(ranks: RankPool, undisturbed: Callable[[int], Co
 
 def test_a_delayed_attack_is_plain_simclr_before_it(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     """A step that leaves out one route made DDP's next forward raise."""
-    config = replace(recipe(shards, tmp_path / "run"), attack=Attack(start_epoch=1.0))
+    config = replace(recipe(shards, tmp_path / "run"), method=Clae.Settings(start_epoch=1.0))
     assert ranks.run(2, train_on, config) == ["finished"] * 2
     assert [line["step"] for line in logged(config) if "loss_adversarial" in line] == [5, 6, 7, 8]
 
 
 def test_lines_are_about_attacked_steps(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run", log_every=4, diagnose_every=100, knn_every=0)
-    ranks.run(1, train_on, replace(config, attack=Attack(every=2)))
+    ranks.run(1, train_on, replace(config, method=Clae.Settings(every=2)))
     assert [line["step"] for line in logged(config) if line.get("loss_adversarial", 0) > 0] == [
         1,
         4,
@@ -265,7 +266,7 @@ def test_a_line_has_the_mean_of_the_steps_since_the_last(ranks: RankPool, shards
     every = {}
     for log_every in (1, 4):
         config = recipe(shards, tmp_path / str(log_every), log_every=log_every, diagnose_every=100, knn_every=0, threads=1)
-        ranks.run(1, train_on, replace(config, attack=Attack(every=2)))
+        ranks.run(1, train_on, replace(config, method=Clae.Settings(every=2)))
         every[log_every] = {line["step"]: line for line in logged(config) if "loss" in line}
     assert sorted(every[4]) == [1, 4, 8]  # the first is diagnosed
     for key, steps in (("loss", [5, 6, 7, 8]), ("loss_clean", [5, 6, 7, 8]), ("loss_adversarial", [5, 7])):
@@ -300,10 +301,10 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     if action == "one rank's loss is not finite":
         real = training.pretrain_step
 
-        def step(run: Any, batch: Any, alpha: float) -> Any:
+        def step(run: Any, batch: Any, moment: Any) -> Any:
             poison = torch.nan if world.rank == 1 else 1.0
             views = run.augment(batch)
-            return real(replace(run, augment=lambda batch: (views[0] * poison, views[1])), batch, alpha)
+            return real(replace(run, augment=lambda batch: (views[0] * poison, views[1])), batch, moment)
 
         training.pretrain_step = step
     load = training.load
@@ -321,10 +322,10 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     if action == "one gradient is not finite":
         real, count = training.pretrain_step, 0
 
-        def broken(run: Any, batch: Any, alpha: float) -> Any:
+        def broken(run: Any, batch: Any, moment: Any) -> Any:
             nonlocal count
             count += 1
-            metrics = real(run, batch, alpha)
+            metrics = real(run, batch, moment)
             return replace(metrics, grad_norm=torch.tensor(torch.inf)) if count == 3 else metrics
 
         training.pretrain_step = broken
