@@ -33,7 +33,7 @@ from clae_dist.world import leave
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
 _HUNG_GRACE_S = 5.0  # where they have given up together
 _POLL_S = 1.0
-_ADVICE = "The same command goes on from the newest checkpoint."
+_ADVICE = "The same command resumes from the newest checkpoint."
 
 
 @dataclass(frozen=True)

@@ -211,13 +211,13 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
                 return Ending(
                     STOPPED,
                     f"the ranks were asked to stop and did not leave within {config.guard.stop_within_s:g} s "
-                    "(guard.stop_within_s): they are ended. The same command goes on from the newest checkpoint.",
+                    "(guard.stop_within_s): they are ended. The same command resumes from the newest checkpoint.",
                 )
     shutil.rmtree(RunFolder(folder).ray, ignore_errors=True)
     if "error" in result:
         if debug:
             raise result["error"]
-        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
+        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
     told = _store()._internal_kv_get(name, namespace=_NAMESPACE)
     _store()._internal_kv_del(name, namespace=_NAMESPACE)
     ending = Ending(**json.loads(told))

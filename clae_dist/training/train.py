@@ -1,4 +1,4 @@
-"""The training run: everything between a World and a trained encoder. There is one loop, and it is here."""
+"""The training run, from a World to a trained encoder. The only training loop is here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TrainResult:
 
 
 def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> TrainResult:
-    """Train to the end of the configuration, from the run folder's newest checkpoint if it has one. Collective.
+    """Train to the end of the configuration, from the run folder's newest checkpoint if there is one. Collective.
 
     Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
     CheckpointError, on every rank the same.
@@ -152,7 +152,7 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
 
 
 def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say) -> None:
-    """The encoder as a logged model. The run is over and saved: what goes wrong here is said and does not undo it."""
+    """Log the encoder as a model. The run is complete and saved: a failure here is printed and does not undo it."""
     try:
         tracker.log_model(export_encoder(config.folder), manifest.digest)
     except (ConfigError, OSError) as error:
@@ -160,8 +160,10 @@ def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say)
 
 
 def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say: Say) -> tuple[int, float, dict[str, str], int]:
-    """Loads the newest whole checkpoint, if any; the steps that are done, the seconds that they took, their bad samples,
-    how many of them were left out."""
+    """Load the newest complete checkpoint, if any.
+
+    Returns the number of steps done, their seconds, their bad samples, and the number of skipped steps.
+    """
     world.run_on_main(lambda: remove_leftovers(config.folder))
     checkpoint = load_checkpoint(config.folder, say, world, shapes)
     if checkpoint is None:
@@ -172,7 +174,7 @@ def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say:
 
 
 def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None, str]:
-    """The next batch, or why this rank cannot have it."""
+    """The next batch, or the reason why this rank has none."""
     try:
         batch = next(batches)
     except DataError as error:
@@ -188,7 +190,7 @@ def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None,
 
 
 class _Loop:
-    """The loop over steps, with what happens every so often."""
+    """The loop over steps, with periodic logging, evaluation and checkpoints."""
 
     def __init__(
         self,
@@ -211,9 +213,9 @@ class _Loop:
         self.step = self.saved = self.first_step = 0
 
     def run(self, first_step: int) -> TrainResult:
-        """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop.
+        """Run steps first_step … plan.total - 1, or until all ranks know of a stop request. Collective.
 
-        Raises DataError on every rank when one cannot read its batch.
+        Raises DataError on every rank if one rank cannot read its batch.
         """
         try:
             return self._run(first_step)
@@ -264,7 +266,7 @@ class _Loop:
         self.journal.ledger.switch(what, self.step)
 
     def _batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """This rank's batch of the step; None on every rank when one was asked to stop. A collective."""
+        """This rank's batch of the step; None on every rank after a stop request to any of them. Collective."""
         self._doing("data")
         with self.clock.timed("data"):
             batch, problem = _next(batches, self.config.rows_per_rank(self.world.size), self.world.rank)
@@ -295,7 +297,7 @@ class _Loop:
         self._checkpoint(last=True)
         self._settle()
         self.say(
-            f"stopped after step {self.step} ({reason}); saved. The same command goes on from there. "
+            f"stopped after step {self.step} ({reason}); saved. The same command resumes from there. "
             f"That took {self.stop.waited_s:.1f} s (guard.stop_within_s {self.config.guard.stop_within_s:g})."
         )
         return TrainResult("stopped", self.step)
@@ -306,7 +308,7 @@ class _Loop:
             self.journal.log(self.step, knn_while_training(self.config, self.world, self.backend, self.sets.main, self.say))
 
     def _checkpoint(self, last: bool = False) -> None:
-        """Begins to save; what it holds up is a copy to memory."""
+        """Begin to save; training waits only for a copy to memory."""
         if self.saved == self.step:
             return
         self._doing("checkpoint")
@@ -324,13 +326,13 @@ class _Loop:
         self.journal.log(self.step, {"checkpoint_blocked_s": blocked_s})
 
     def _settle(self) -> None:
-        """Waits for the checkpoint in flight."""
+        """Wait for the checkpoint in progress."""
         self._doing("checkpoint")
         with self.clock.stopped():
             self.saving.settle()
 
     def _train_on(self, run: Pretraining, batch: Batch) -> float:
-        """One step, or none where loss or gradient are not finite and the step may be left out; its learning rate."""
+        """Take one step, or skip it if loss or gradient are non-finite. Returns its metrics and learning rate."""
         rate, moment = self.plan.learning_rate(self.step), self.plan.moment(self.step)
         seed_step(self.config, self.step, self.world.rank)
         self.backend.set_learning_rate(rate)

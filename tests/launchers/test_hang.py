@@ -159,4 +159,4 @@ def test_a_run_that_hangs_again_and_again_ends(shards: Manifest, tmp_path: Path)
     config.folder.mkdir()
     ending = local.launch(Recipe(config), work=always_in_data)
     assert ending.code == HUNG
-    assert "The same command goes on from the newest checkpoint" in ending.message
+    assert "The same command resumes from the newest checkpoint" in ending.message

@@ -19,7 +19,7 @@ from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import STOP_FILE
 from tests.small_run import small_run
 
-LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command goes on from the newest checkpoint.", again=True)
+LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command resumes from the newest checkpoint.", again=True)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
     config.folder.mkdir()
     ending = local.launch(Recipe(config), work=_stuck)
     assert ending.code == STOPPED
-    assert "left with nothing new saved. The same command goes on from the newest checkpoint." in ending.message
+    assert "left with nothing new saved. The same command resumes from the newest checkpoint." in ending.message
     line = (
         "rank 1 was asked to stop (SIGTERM) and is still at training, after step 2, 1 s later (guard.stop_within_s); it leaves"
     )
