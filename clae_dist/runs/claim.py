@@ -21,7 +21,7 @@ from clae_dist.files import write_together
 from clae_dist.keys import flatten, shapes_result
 from clae_dist.lease import WAIT_S, hold, refuse_if_held
 from clae_dist.plugins import source_digests
-from clae_dist.recipe import from_yaml, to_yaml
+from clae_dist.recipe import Recipe, from_yaml, to_yaml
 from clae_dist.runs.folder import Identity, RunFolder
 from clae_dist.storage import storage_error, writing
 from clae_dist.world import World
@@ -96,11 +96,12 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
 _OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
 
 
-def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
+def open_run_folder(recipe: Recipe, manifest: Manifest, world: World, run_key: str) -> Identity:
     """Create the run folder, or check that it belongs to this run; write config.yaml and run.json. Called on one rank.
 
     Raises: ConfigError if the folder belongs to another configuration or other images, StorageError if it cannot be written.
     """
+    config = recipe.config
     folder = RunFolder(config.folder)
     identity = check_run_folder(config, manifest)
     if identity is None:
@@ -124,7 +125,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     }
     write_together(
         {
-            folder.config_file: to_yaml(shareable(config), origins).encode(),
+            folder.config_file: to_yaml(shareable(config), recipe.origins).encode(),
             folder.identity_file: (json.dumps(current, indent=2) + "\n").encode(),
         }
     )
