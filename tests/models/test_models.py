@@ -78,7 +78,7 @@ def test_drop_rates_reach_the_encoder(encoder: str, key: str) -> None:
     [
         ("small_resnet", "drop_rate", r"model.drop_rate is 0.1, but model.encoder is 'small_resnet'; use 0, or .* timm"),
         ("torchvision/resnet18", "drop_path_rate", "model.drop_path_rate is 0.1, but model.encoder is 'torchvision/resnet18'"),
-        ("timm/vgg11", "drop_path_rate", "model.drop_path_rate is 0.1, which timm/vgg11 has no setting for; use 0, or"),
+        ("timm/vgg11", "drop_path_rate", "model.drop_path_rate is 0.1, which timm/vgg11 does not support; use 0, or"),
     ],
 )
 def test_a_drop_rate_without_effect_is_refused(encoder: str, key: str, message: str) -> None:

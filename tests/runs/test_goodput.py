@@ -45,7 +45,7 @@ def checkpoint(ledger: Ledger, time: Time, step: int, seconds: float = 2.0) -> N
 
 
 def killed_and_resumed(folder: Path) -> tuple[Goodput, Time]:
-    """Ten steps, killed five after a checkpoint; after 100 s it goes on from there, to the end."""
+    """Ten steps, killed five after a checkpoint; after 100 s it resumes from there, to the end."""
     time = Time()
     first = start(folder, time, 0)
     steps(first, time, 0, 5)
