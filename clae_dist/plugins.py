@@ -37,11 +37,9 @@ def is_loaded(name: str) -> bool:
 def find_beside(recipe: Path, names: Iterable[str]) -> None:
     """Let plug-ins be imported from files beside `recipe`, by this process and by the ranks that it starts.
 
-    The folder comes last on the import path: it hides no installed module. A run folder is never searched.
+    The folder comes last on the import path: it hides no installed module.
     """
     folder = recipe.resolve().parent
-    if recipe.name == "config.yaml" and (folder / "run.json").exists():
-        return
     for name in filter(is_plugin, names):
         top = name.partition(":")[0].partition(".")[0]
         if not ((folder / f"{top}.py").is_file() or (folder / top).is_dir()) or str(folder) in sys.path:

@@ -249,9 +249,10 @@ def resolve(recipe: str | Path | None, overrides: list[str] | None = None, defau
     """
     path = find_recipe(recipe) if recipe else None
     settings = read_recipe(path) if path else {}
+    is_written_by_hand = len(settings) < len(FIELDS) // 2  # the config.yaml of a run, which may be anybody's, has every key
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
-    if path:
+    if path and is_written_by_hand:
         find_beside(path, [str(settings[key].value) for key in PLUGIN_KEYS if key in settings])
     config = build(settings)
     return Recipe(config, {key: settings[key].origin if key in settings else "default" for key in flatten(config)})
