@@ -1,1 +1,1 @@
-"""What a frozen encoder is worth (kNN, linear probe) and what a run looked like (report)."""
+"""Evaluation of a frozen encoder (kNN, linear probe), and the report of a run."""

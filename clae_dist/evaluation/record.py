@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report; parts that are not there yet are None or empty."""
+"""The content of a run folder, read for the report; missing parts are None or empty."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Scored:
 
 
 def scored(bank: Features, queries: Features, bank_name: str, queries_name: str) -> Scored:
-    """What accuracies of `queries` by `bank` are computed from; the names are the splits'."""
+    """The labelled images from which accuracies of `queries` by `bank` are computed from; the names are the splits'."""
     names = (bank_name, queries_name)
     parts = [_labelled(part) for part in (bank, queries)]
     unlabelled = (len(bank) - len(parts[0]), len(queries) - len(parts[1]))

@@ -51,5 +51,5 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         ending = start(tiny, origins, debug)
     alone = ", without the other sets of data.mixture" if config.data.mixture else ""
     what = f"one step of {size} {images}{alone}"
-    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were left out"
+    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were skipped"
     return replace(ending, message=ending.message if ending.code else message)

@@ -26,7 +26,7 @@ MEANING: dict[Kind, str] = {
     "data": "waiting for batches, on the rank that waited the longest",
     "checkpoint": "waiting for a checkpoint",
     "evaluation": "kNN while training",
-    "lost": "whatever came after the checkpoint from which a later start went on, and was done again",
+    "lost": "work after the checkpoint from which a later start resumed, which was repeated",
     "idle": "between one start and the next: hung, killed, waiting for a place",
 }
 _EVENTS = ("start", "resume", "mark", "end")
@@ -79,7 +79,7 @@ class Ledger:
         self._earlier = Goodput(dict.fromkeys(KINDS, 0.0), 1)  # all starts before this one, and what it made of them
 
     def resumed(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
-        """This start goes on from the checkpoint of `step`; all that came after it was lost."""
+        """Record that this start resumes from the checkpoint of `step`; all work after it was lost."""
         self._step = step
         begin = {"event": "start", "at": self._begun}
         # With nothing of this start in it yet, but knowing what it does again.
@@ -179,7 +179,7 @@ def _is_time(value: Any) -> bool:
 
 
 def account(lines: Sequence[dict[str, Any]]) -> Goodput:
-    """What a run's lines add up to."""
+    """The sums of a run's lines."""
     starts: list[list[dict[str, Any]]] = []
     for line in lines:
         if line["event"] == "start" or not starts:

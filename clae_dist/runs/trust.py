@@ -34,7 +34,7 @@ _MAX_SETTINGS = 20  # that a note holds, the newest
 
 @dataclass(frozen=True)
 class Permission:
-    """What the user allows beyond reading: `trust` is --trust, `store` the tracking server that the environment names."""
+    """The user's permission beyond reading: `trust` is --trust, `store` the tracking server of the environment."""
 
     trust: bool = False
     store: str = ""

@@ -45,11 +45,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the run keeps beside tensors: images_seen, train_s, bad_samples."""
+        """State of the run beside tensors: images_seen, train_s, bad_samples."""
         return self.index.info
 
     def state(self) -> dict[str, Any]:
-        """What Backend.load_state takes."""
+        """The argument of Backend.load_state."""
         return sections(self)
 
     def __iter__(self) -> Iterator[str]:
@@ -105,7 +105,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             self._check_header(name)
 
     def _check_header(self, file: str) -> None:
-        """Whether a file holds the tensors that the index says: digests that fit prove only that nothing has changed."""
+        """Check that a file has the tensors of the index: correct digests prove only that nothing has changed."""
         for name, tensor in self.index.tensors.items():
             for extent in tensor.extents:
                 if extent.file == file:
