@@ -29,11 +29,7 @@ class Scored:
 
 
 def scored(bank: Features, queries: Features, bank_name: str, queries_name: str) -> Scored:
-<<<<<<< HEAD
-    """The labelled images from which accuracies of `queries` by `bank` are computed from; the names are the splits'."""
-=======
     """Select the images for accuracies of `queries` given `bank`; the names are those of the splits."""
->>>>>>> main
     names = (bank_name, queries_name)
     parts = [_labelled(part) for part in (bank, queries)]
     unlabelled = (len(bank) - len(parts[0]), len(queries) - len(parts[1]))

@@ -25,15 +25,9 @@ MEANING: dict[Kind, str] = {
     "starting": "opening shards, building the model, loading a checkpoint, the first batch and step",
     "data": "waiting for batches, on the rank that waited longest",
     "checkpoint": "waiting for a checkpoint",
-<<<<<<< HEAD
-    "evaluation": "kNN while training",
-    "lost": "work after the checkpoint from which a later start resumed, which was repeated",
-    "idle": "between one start and the next: hung, killed, waiting for a place",
-=======
     "evaluation": "kNN during training",
     "lost": "work after the checkpoint from which a later start resumed, which was repeated",
     "idle": "between one start and the next: hung, killed, waiting in a queue",
->>>>>>> main
 }
 _EVENTS = ("start", "resume", "mark", "end")
 _EVERY_S = 30.0  # between lines
@@ -89,11 +83,7 @@ class Ledger:
         )  # all earlier starts, with the steps that this one repeats as lost
 
     def resumed(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
-<<<<<<< HEAD
-        """Record that this start resumes from the checkpoint of `step`; all work after it was lost."""
-=======
         """This start resumes from the checkpoint of `step`; all later work was lost."""
->>>>>>> main
         self._step = step
         begin = {"event": "start", "at": self._begun}
         # Nothing of this start yet, except for the step from which it repeats.
@@ -193,11 +183,7 @@ def _is_time(value: Any) -> bool:
 
 
 def account(lines: Sequence[dict[str, Any]]) -> Goodput:
-<<<<<<< HEAD
-    """The sums of a run's lines."""
-=======
     """The goodput that a run's lines add up to."""
->>>>>>> main
     starts: list[list[dict[str, Any]]] = []
     for line in lines:
         if line["event"] == "start" or not starts:

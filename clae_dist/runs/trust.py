@@ -34,11 +34,7 @@ _MAX_SETTINGS = 20  # that a note holds, the newest
 
 @dataclass(frozen=True)
 class Permission:
-<<<<<<< HEAD
-    """The user's permission beyond reading: `trust` is --trust, `store` the tracking server of the environment."""
-=======
     """Permissions beyond reading: `trust` is --trust, `store` the tracking server named in the environment."""
->>>>>>> main
 
     trust: bool = False
     store: str = ""

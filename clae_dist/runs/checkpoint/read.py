@@ -45,19 +45,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     @property
     def info(self) -> dict[str, Any]:
-<<<<<<< HEAD
-        """State of the run beside tensors: images_seen, train_s, bad_samples."""
-        return self.index.info
-
-    def state(self) -> dict[str, Any]:
-        """The argument of Backend.load_state."""
-=======
         """State other than tensors: images_seen, train_s, bad_samples."""
         return self.index.info
 
     def state(self) -> dict[str, Any]:
         """The state for Backend.load_state."""
->>>>>>> main
         return sections(self)
 
     def __iter__(self) -> Iterator[str]:
@@ -113,11 +105,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             self._check_header(name)
 
     def _check_header(self, file: str) -> None:
-<<<<<<< HEAD
-        """Check that a file has the tensors of the index: correct digests prove only that nothing has changed."""
-=======
         """Check that a file holds the tensors in the index; a correct digest only proves that nothing has changed."""
->>>>>>> main
         for name, tensor in self.index.tensors.items():
             for extent in tensor.extents:
                 if extent.file == file:
