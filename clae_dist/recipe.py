@@ -1,7 +1,7 @@
 """From a recipe and the command line to a Config.
 
 A recipe (YAML) holds only what differs from the defaults in config/; `extends: other.yaml` starts from another recipe;
-dotted `key=value` overrides come last. `resolve()` returns the Config and, for every key, where its value comes from.
+dotted `key=value` overrides come last. `resolve()` returns a Recipe: the Config and the origin of every value.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import dataclasses
 import difflib
 import functools
 import os
-import sys
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import yaml
 
 from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError, MethodSettings
+from clae_dist.config.conversion import convert
 from clae_dist.config.rules import Rule
 from clae_dist.home import expand_home
 from clae_dist.methods import method_class
@@ -87,58 +86,16 @@ def shapes_result(key: str, config: Config | None = None) -> bool:
     return rule is None or not rule.no_effect
 
 
-def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
-    """Convert `value` to the type of `key`. Raises ConfigError with the expected form."""
+class Recipe(NamedTuple):
+    """The settings of a run, and the origin of each: "default", "file:line", "command line", …"""
 
-    def refuse(expected: str) -> typing.NoReturn:
-        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); expected {expected}.")
-
-    kind = typing.get_origin(wanted)
-    if kind is Literal:
-        choices = typing.get_args(wanted)
-        if value is None and "none" in choices:
-            return "none"
-        if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            refuse(f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else ""))
-        return value
-    if kind is tuple:
-        inner = typing.get_args(wanted)
-        if inner[-1] is Ellipsis:
-            if not isinstance(value, (list, tuple)):
-                refuse("a list, such as [json, txt]")
-            return tuple(_coerce(f"{key}[{i}]", item, inner[0], origin) for i, item in enumerate(value))
-        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
-            refuse(f"a list of {len(inner)} numbers, such as [{', '.join(['0.5'] * len(inner))}]")
-        return tuple(_coerce(f"{key}[{i}]", item, inner[i], origin) for i, item in enumerate(value))
-    if kind is dict:
-        if not isinstance(value, dict):
-            refuse("a mapping, such as {/data/more: 0.25}")
-        return {str(name): _coerce(f"{key}[{name}]", item, typing.get_args(wanted)[1], origin) for name, item in value.items()}
-    assert not isinstance(wanted, types.UnionType), f"{key}: no unions in Config"
-    if wanted is bool:
-        return value if isinstance(value, bool) else refuse("true or false")
-    if wanted is str:
-        return "" if value is None else value if isinstance(value, str) else refuse("a string")
-    if wanted is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and abs(value) >= 2**64:
-            refuse("a 64-bit integer")
-        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("an integer")
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
-        if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
-            refuse("a number, such as 0.25, 1e-3 or 8/255")
-        value = float(parts[0]) / float(parts[1])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        refuse("a finite number")
-    return float(value)
+    config: Config
+    origins: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value as someone wrote it, and where."""
+    """A value as it was written, and its origin."""
 
     value: Any
     origin: str
@@ -296,7 +253,7 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
 def _fields_of(settings: dict[str, Setting]) -> Fields:
     """The fields that the settings choose by their method. Raises ConfigError, also for a key that the method does not have."""
     named = settings.get("method.name", Setting(Config().method.name, "default"))
-    name = _coerce("method.name", named.value, str, named.origin)
+    name = convert("method.name", named.value, str, named.origin)
     fields = fields_with(name)
     own = [key for key in fields if key.startswith(_METHOD) and key != "method.name"]
     for key, setting in settings.items():
@@ -320,7 +277,7 @@ def build(settings: dict[str, Setting]) -> Config:
             raise ConfigError(f"attack.name is 'none' ({setting.origin}), which is no longer a value; use method.name=simclr.")
         wanted = fields[key][1]
         written = setting.text if setting.text is not None and wanted in _AS_WRITTEN else setting.value
-        value = expand_home(key, _coerce(key, written, wanted, setting.origin), setting.origin)
+        value = expand_home(key, convert(key, written, wanted, setting.origin), setting.origin)
         section, dot, name = key.rpartition(".")
         (sections.setdefault(section, {}) if dot else top)[name] = value
     try:
@@ -331,10 +288,8 @@ def build(settings: dict[str, Setting]) -> Config:
         raise ConfigError(f"{error}{origin}") from None
 
 
-def resolve(
-    recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()
-) -> tuple[Config, dict[str, str]]:
-    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line").
+def resolve(recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with overrides. Raises ConfigError.
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
@@ -342,7 +297,7 @@ def resolve(
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
     config = build(settings)
-    return config, {key: settings[key].origin if key in settings else "default" for key in flatten(config)}
+    return Recipe(config, {key: settings[key].origin if key in settings else "default" for key in flatten(config)})
 
 
 def dumped(value: Any) -> str:
@@ -359,7 +314,7 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
+def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     """The resolved configuration as YAML that `read_recipe` reads back; `comments` are written behind their keys."""
     lines: list[str] = []
     section = ""

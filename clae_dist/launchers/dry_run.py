@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from clae_dist.launchers import start
 from clae_dist.launchers.checks import check_run
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending
+from clae_dist.recipe import Recipe
 from clae_dist.training.plan import Plan
 
 _ROWS = 4  # a rank
 
 
-def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+def dry_run(config: Config, origins: Mapping[str, str], debug: bool) -> Ending:
     """One step of `config` on its own launcher, encoder and shards, with 4 rows a rank and nothing left behind.
 
     Without data.shards it makes a few images of noise. Raises ConfigError and DataError.
@@ -48,7 +50,7 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             launch=replace(config.launch, max_failures=0),
             tracking=replace(config.tracking, name="none"),
         )
-        ending = start(tiny, origins, debug)
+        ending = start(Recipe(tiny, origins), debug=debug)
     alone = ", without the other sets of data.mixture" if config.data.mixture else ""
     what = f"one step of {size} {images}{alone}"
     message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were left out"

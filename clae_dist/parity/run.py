@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from clae_dist.world import World, connect
 FAILED = UNEXPECTED  # the exit code of a comparison that found a difference
 
 
-def parity(config: Config, origins: dict[str, str], world_size: int, rows: int, steps: int, as_json: bool) -> Ending:
+def parity(config: Config, origins: Mapping[str, str], world_size: int, rows: int, steps: int, as_json: bool) -> Ending:
     """Compares W ranks with one process. The ending's message is the report; code 0 when they agree, 1 when not.
 
     Started by torchrun, W is torchrun's number of ranks and `world_size` is not used. Raises ConfigError.
@@ -37,7 +37,7 @@ def parity(config: Config, origins: dict[str, str], world_size: int, rows: int, 
     return torchrun.say_once(_rank(config, steps, as_json))
 
 
-def tiny(config: Config, origins: dict[str, str], world_size: int, rows: int) -> Config:
+def tiny(config: Config, origins: Mapping[str, str], world_size: int, rows: int) -> Config:
     """The settings with `rows` rows a rank, in float64 (float32 for DeepSpeed) unless the command line names a precision."""
     precision = config.train.precision
     if origins.get("train.precision") != "command line" or precision == "auto":

@@ -19,7 +19,7 @@ from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
 from clae_dist.files import write_together
 from clae_dist.lease import WAIT_S, hold, refuse_if_held
-from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.recipe import Recipe, flatten, from_yaml, shapes_result, to_yaml
 from clae_dist.runs.folder import Identity, RunFolder
 from clae_dist.storage import storage_error, writing
 from clae_dist.world import World
@@ -89,11 +89,12 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
 _OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
 
 
-def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
+def open_run_folder(recipe: Recipe, manifest: Manifest, world: World, run_key: str) -> Identity:
     """Create the run folder, or check that it belongs to this run; write config.yaml and run.json. Called on one rank.
 
     Raises: ConfigError if the folder belongs to another configuration or other images, StorageError if it cannot be written.
     """
+    config = recipe.config
     folder = RunFolder(config.folder)
     identity = check_run_folder(config, manifest)
     if identity is None:
@@ -116,7 +117,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     }
     write_together(
         {
-            folder.config_file: to_yaml(shareable(config), origins).encode(),
+            folder.config_file: to_yaml(shareable(config), recipe.origins).encode(),
             folder.identity_file: (json.dumps(current, indent=2) + "\n").encode(),
         }
     )

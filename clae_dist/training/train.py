@@ -20,6 +20,7 @@ from clae_dist.deploy.export import export_encoder
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
 from clae_dist.runs.claim import only_run, open_run_folder
 from clae_dist.runs.folder import Identity
@@ -58,7 +59,7 @@ class TrainResult:
     step: int
 
 
-def train(config: Config, origins: dict[str, str], world: World, stream: TextIO = sys.stdout) -> TrainResult:
+def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> TrainResult:
     """Train to the end of the configuration, from the run folder's newest checkpoint if there is one. Collective.
 
     Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
@@ -69,6 +70,7 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
         if world.is_main:
             print(shown(text), file=stream, flush=True)
 
+    config = recipe.config
     config.rows_per_rank(world.size)
     with (
         failing_threads_end_the_rank(config, world),
@@ -76,12 +78,11 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
         Watch(config, world, stop) as watch,
         only_run(config.folder, world, say),
     ):
-        return _train(config, origins, world, stream, say, stop, watch)
+        return _train(recipe, world, stream, say, stop, watch)
 
 
-def _train(
-    config: Config, origins: dict[str, str], world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch
-) -> TrainResult:
+def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch) -> TrainResult:
+    config = recipe.config
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
@@ -92,7 +93,7 @@ def _train(
 
     def open_folder() -> Identity:
         check_tracking(config, config.folder)
-        return open_run_folder(config, origins, sets.train, world, new_run_key())
+        return open_run_folder(recipe, sets.train, world, new_run_key())
 
     identity: Identity = world.run_on_main(open_folder)
     say(f"{STARTING}building {config.model.encoder} and its optimiser")

@@ -249,7 +249,7 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
         flip(INDEX, 50)(write_checkpoint(tmp_path, step, tensors()))
     with pytest.raises(
         ConfigError,
-        match="none of the 2 checkpoints can be read; put copies of one back, or give another run_dir",
+        match="none of the 2 checkpoints can be read; restore one from a copy, or give another run_dir",
     ):
         load_checkpoint(tmp_path, lambda text: None)
 

@@ -20,6 +20,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED
 from clae_dist.launchers.replay import replay_step
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import train as training
 from clae_dist.world import RankError, World
@@ -105,7 +106,7 @@ def train(world: World, config: Config, how: str, steps: tuple[int, ...] = (BROK
     said = io.StringIO()
     with broken(world, how, steps):
         try:
-            training.train(config, {}, world, said)
+            training.train(Recipe(config), world, said)
         except RankError as error:
             return f"RankError: {error}"
     return said.getvalue()

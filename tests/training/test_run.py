@@ -20,6 +20,7 @@ from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.methods.clae import Clae
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
@@ -80,7 +81,7 @@ def train_on(world: World, config: Config, lose_at: int = 0, stop_at: int = 0) -
     flags = Saving.flags
     Saving.flags = _after_writing  # type: ignore[method-assign]
     try:
-        return training.train(config, {}, world, io.StringIO()).status
+        return training.train(Recipe(config), world, io.StringIO()).status
     except InterruptedError:
         return "lost"
     finally:
@@ -332,7 +333,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     if action == "the disk is full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a rank's file has more bytes, nothing else has
     try:
-        training.train(config, {}, world, io.StringIO())
+        training.train(Recipe(config), world, io.StringIO())
     except (RankError, CheckpointError, ConfigError, DataError) as error:
         return type(error).__name__, str(error)
     finally:
@@ -431,7 +432,7 @@ def test_slow_storage_holds_up_the_next_save_and_is_said_once(
     monkeypatch.setattr(Writer, "join", waiting)
     config = replace(recipe(shards, tmp_path / "run", knn_every=0), checkpoint=Checkpointing(every_steps=2))
     said = io.StringIO()
-    assert training.train(config, {}, World.single("cpu"), said).status == "finished"
+    assert training.train(Recipe(config), World.single("cpu"), said).status == "finished"
     assert said.getvalue().count("waits for that of step 2 to be written: storage is slower") == 1
     assert said.getvalue().count("waits for") == 1
     assert [int(path.name[-2:]) for path in RunFolder(config.folder).find_checkpoints()] == [8, 6, 4]
@@ -449,7 +450,7 @@ def test_a_run_that_data_ends_keeps_the_checkpoint_it_was_writing(
     monkeypatch.setattr(training, "load", ends)
     config = recipe(shards, tmp_path / "run", knn_every=0)
     with pytest.raises(DataError, match="no more"):
-        training.train(config, {}, World.single("cpu"), io.StringIO())
+        training.train(Recipe(config), World.single("cpu"), io.StringIO())
     assert [path.name for path in RunFolder(config.folder).find_checkpoints()] == ["step-00000003"]
 
 
@@ -548,7 +549,7 @@ def test_a_run_that_waits_for_data_says_once_what_to_change(
 ) -> None:
     monkeypatch.setattr(journal, "MOST_WAIT", -1)
     said = io.StringIO()
-    assert training.train(recipe(shards, tmp_path / "run"), {}, World.single("cpu"), said).step == STEPS
+    assert training.train(Recipe(recipe(shards, tmp_path / "run")), World.single("cpu"), said).step == STEPS
     assert said.getvalue().count("of the time is spent waiting for data") == 1
     assert "data.workers is 0 a rank" in said.getvalue()
 

@@ -161,8 +161,8 @@ def _count(value: Any, what: str) -> int:
 def _parsed(content: dict[str, Any]) -> Index:
     digest = content.pop("sha256")
     _demand(content.get("format") == FORMAT, f"its format is {str(content.get('format'))[:20]}, this package reads {FORMAT}")
-    found = _digest(content)
-    _demand(digest == found, f"its content has sha256 {found[:12]}…, not {str(digest)[:12]}… as written in it")
+    actual = _digest(content)
+    _demand(digest == actual, f"its content has sha256 {actual[:12]}…, not {str(digest)[:12]}… as written in it")
     files = {}
     for name, file in content["files"].items():
         _demand(bool(_FILE.fullmatch(name)), f"file {name[:60]!r} has a name that no rank writes")
