@@ -104,7 +104,8 @@ class Section:
 
     def __init_subclass__(cls, prefix: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)
-        cls.prefix = f"{prefix}." if prefix else ""
+        if prefix:  # otherwise that of the base class
+            cls.prefix = f"{prefix}."
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -119,7 +120,7 @@ class Section:
         require(condition, f"{self.prefix}{name}", getattr(self, name), way_out)
 
 
-# Attack and Objective still use the following.
+# Objective still uses the following.
 NO_EFFECT = {"rule": Rule("", no_effect=True)}
 
 

@@ -1,4 +1,4 @@
-"""The label of one sample, from the bytes of KEY.cls or KEY.json: a number, a name, none, or neither with the reason."""
+"""The label of one sample, from the bytes of KEY.cls or KEY.json: an integer, a name, or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def label_in_text(data: bytes) -> int | str:
 def label_in_json(data: bytes) -> int | str:
     """A label from KEY.json: a number or text by itself, or in an object as `label`, `cls`, …; -1 for none.
 
-    Of several such keys the first with a whole number counts, else the first. Raises OddLabelError.
+    Of several such keys, the first with an integer is used, else the first. Raises OddLabelError.
     """
     try:
         record = json.loads(data)

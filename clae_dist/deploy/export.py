@@ -144,7 +144,7 @@ def _describe(
         "mean": list(config.model.mean),
         "std": list(config.model.std),
         "encoder": config.model.encoder,
-        "method": "CLAE" if config.attack.name != "none" else "SimCLR",
+        "method": config.method.title or config.method.name,
         "images_seen": info["images_seen"],
         "step": info["step"],
         "manifest_digest": manifest_digest,
@@ -155,7 +155,7 @@ def _describe(
 
 def config_digest(config: Config) -> str:
     """sha256 over canonical JSON of every setting that shapes a run's result."""
-    settings = {key: value for key, value in flatten(config).items() if shapes_result(key)}
+    settings = {key: value for key, value in flatten(config).items() if shapes_result(key, config)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
-from clae_dist.recipe import Setting, build, flatten
+from clae_dist.recipe import Recipe, Setting, build, flatten
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
 
@@ -54,7 +54,7 @@ def _rank_main(settings: dict[str, Any]) -> None:
     """On a worker: the launcher's process group is there already."""
     config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
     try:
-        ending = run_rank(config, settings["origins"], settings["debug"], None)
+        ending = run_rank(Recipe(config, settings["origins"]), None, debug=settings["debug"])
     except RankBroke as error:  # without its cause, which Ray would log with whatever secrets it holds
         raise RankBroke(str(error), error.code) from None
     if os.environ.get("RANK") == "0":
@@ -67,12 +67,13 @@ def _store() -> Any:
     return internal_kv
 
 
-def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     """Trains with `launch.workers` Ray Train workers: of the cluster that RAY_ADDRESS names, else of this machine.
 
     On a cluster, with launch.min_workers, with as few as that while hosts are missing. SIGINT, SIGTERM and SIGUSR1 ask the
     workers to save and leave; a second SIGINT or SIGTERM ends at once.
     """
+    config = recipe.config
     sizes = working_sizes(config)
     ray = _import_ray()
     others = f", or as few as {sizes[0]} while hosts are missing" if len(sizes) > 1 else ""
@@ -90,7 +91,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     try:
         with _StopFile(stop_file) as stop:
             while True:
-                ending = _fit(ray, config, origins, sizes, debug, stop)
+                ending = _fit(ray, recipe, sizes, stop, debug=debug)
                 asked = stop_file.read_text() if stop_file.exists() else ""
                 if ending.code != STOPPED or stop.asked or not asked:
                     return ending
@@ -128,12 +129,13 @@ def _quieten(ray: Any) -> None:
     ray._private.worker.print_to_stdstream = lambda *arguments, **settings: None
 
 
-def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, name: str) -> Any:
+def _trainer(ray: Any, recipe: Recipe, sizes: list[int], name: str, *, debug: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from clae_dist.launchers.ray_local import LoopbackTorchConfig
 
+    config = recipe.config
     folder = config.folder.resolve()
     cluster = bool(os.environ.get("RAY_ADDRESS"))
     use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0), sizes[-1], cluster)
@@ -142,7 +144,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
         "train_loop_per_worker": _rank_main,
         "train_loop_config": {
             "config": {**flatten(config), "run_dir": str(folder)},
-            "origins": origins,
+            "origins": dict(recipe.origins),
             "debug": debug,
             "name": name,
         },
@@ -183,11 +185,12 @@ def _use_gpu(config: Config, gpus: float, workers: int, cluster: bool) -> bool:
     return True
 
 
-def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, stop: _StopFile) -> Ending:
+def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: bool) -> Ending:
+    config = recipe.config
     folder = config.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     name = f"ray-{os.getpid()}-{time.time_ns()}"
-    trainer = _trainer(ray, config, origins, sizes, debug, name)
+    trainer = _trainer(ray, recipe, sizes, name, debug=debug)
     result: dict[str, Exception] = {}
 
     def fit() -> None:
@@ -208,13 +211,13 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
                 return Ending(
                     STOPPED,
                     f"the ranks were asked to stop and did not leave within {config.guard.stop_within_s:g} s "
-                    "(guard.stop_within_s): they are ended. The same command goes on from the newest checkpoint.",
+                    "(guard.stop_within_s): they are ended. The same command resumes from the newest checkpoint.",
                 )
     shutil.rmtree(RunFolder(folder).ray, ignore_errors=True)
     if "error" in result:
         if debug:
             raise result["error"]
-        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
+        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
     told = _store()._internal_kv_get(name, namespace=_NAMESPACE)
     _store()._internal_kv_del(name, namespace=_NAMESPACE)
     ending = Ending(**json.loads(told))

@@ -16,7 +16,7 @@ import torch
 from clae_dist.config import Config
 from clae_dist.models import build_model
 from clae_dist.models.norms import has_batch_statistics, random_layers
-from clae_dist.parity.observe import SIGN_NOISE, Observation, Tensors
+from clae_dist.parity.observe import Observation, Tensors, sign_noise
 
 # What rounding may always do: largest absolute difference in float64, relative in the others.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
@@ -150,7 +150,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
     rounding: dict[str, float] = {}
     if dtype != "float64":
         rounding = {name: value.relative for name, value in _differences(single, one, dtype, {}).items()}
-    noise = SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
+    noise = sign_noise(one.input_grad, dtype)
     same = torch.ones(0)  # nothing is attacked
     if one.signs.numel():
         same = (many.signs == one.signs)[one.input_grad.abs() > noise]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clae_dist.config import Config, ConfigError, Data, Parallel
-from clae_dist.contrast.step import NonFinite, pretrain_step
+from clae_dist.contrast.step import Moment, NonFinite, pretrain_step
 from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
 from clae_dist.escape import shown
@@ -48,7 +48,6 @@ def _is_rank(value: Any) -> bool:
 _FIELDS: dict[str, Check] = {
     "step": is_count,
     "world_size": lambda value: is_count(value) and 0 < value <= 1 << 20,
-    "alpha": is_number,
     "learning_rate": is_number,
     "problem": is_text,
     "precision": lambda value: is_text(value) and value in _CLOSE,
@@ -102,6 +101,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])
     run = make_pretraining(config, world, backend, Clock(world.device))
+    moment = Moment(step, max(1, train.num_samples(config.data.train_split) // config.batch.global_size))
     (batch,) = load(train, config, world, step, step + 1)
     reader = ShardReader(train, config.data.train_split)
     mine = [reader.name_of(sample) for sample in batch.ids.tolist()]
@@ -110,7 +110,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     problem = ""
     with _first_not_finite(backend.model) as first:
         try:
-            metrics = pretrain_step(run, batch, wanted["alpha"])
+            metrics = pretrain_step(run, batch, moment)
             if not metrics.grad_norm.isfinite():
                 problem = "the gradient is not finite"
         except NonFinite as error:

@@ -13,6 +13,7 @@ from clae_dist.bench import gather, peers
 from clae_dist.bench.measure import Row, UnequalError
 from clae_dist.bench.wire import Traffic, fit
 from clae_dist.contrast import distributed
+from clae_dist.objectives import names
 from clae_dist.world import World
 from tests.ranks import RankPool
 
@@ -103,6 +104,10 @@ def test_bytes_beside_the_peers(capsys: pytest.CaptureFixture[str], monkeypatch:
     ratios: dict[str, float] = {}
     for row in rows:
         ratios |= row["bytes_ratio_to"] if row["what"].startswith("log_sum_exp") else {}
+    lean = {row["case"].split(":")[0]: row["wire_bytes"] for row in rows if row["what"].startswith("log_sum_exp")}
+    full = [row["wire_bytes"] for row in rows if row["what"].startswith(("open_clip", "reduce_scatter: ours"))]
+    assert len(lean) == len(names())
+    assert all(sent <= 0.52 * min(full) for sent in lean.values())
     bars = {"reduce_scatter": 0.52, "open_clip": 0.52, "lightly": 0.35}
     assert all(ratios[name] <= bar for name, bar in bars.items() if name in ratios)
     assert all(name in ratios for name in peers.PACKAGES if peers.is_installed(name))

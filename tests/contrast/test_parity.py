@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from clae_dist import collectives
-from clae_dist.config import Attack, Batch, Config, Data, Optim, Train
+from clae_dist.config import Batch, Config, Data, Optim, Train
 from clae_dist.contrast import distributed
-from clae_dist.contrast.step import adversarial_view, attacked_rows, pretrain_step
+from clae_dist.contrast.interface import Moment, evenly_spaced
+from clae_dist.contrast.look import look
+from clae_dist.contrast.step import pretrain_step
+from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
 from clae_dist.objectives import names
@@ -72,27 +75,28 @@ def run_step(world: World, norm: str, config: Config, wrong: str = "") -> Found:
             return embed(images, *settings, **more)
 
         run.encoding.embed = watched  # type: ignore[method-assign]
-        metrics = pretrain_step(run, (x, y), ALPHA)
+        metrics = pretrain_step(run, (x, y), Moment())
     return Found(metrics.loss, backend.grads, input_grad, seen[2].detach())
 
 
-def settings(attack: Attack, objective: str = "nt_xent", gather: str = "auto", micro: int = 0) -> Config:
+def settings(variant: steps.Variant, objective: str = "nt_xent", gather: str = "auto", micro: int = 0) -> Config:
     return Config(
         data=Data(image_size=SIDE),
         batch=Batch(global_size=N, micro_size=micro),
         objective=reference.settings_of(objective, TEMPERATURE, gather=gather, chunk=5),  # 5 divides nothing
-        attack=attack,
+        method=variant.method,
+        attack=variant.attack,
         optim=Optim(name="sgd", warmup_epochs=0),
         train=Train(precision="float64"),
     )
 
 
-FGSM = Attack(epsilon=EPSILON)
+FGSM = steps.variant(alpha=ALPHA, epsilon=EPSILON)
 
 
 def expected(norm: str, config: Config, world_size: int = 1) -> Found:
     """The same by one process on the concatenated batch, with the double-loop objective and no backend."""
-    model, attack = small_model(norm, 3).train(), config.attack
+    model, attack = small_model(norm, 3).train(), steps.Variant(config.method, config.attack)
     objective = reference.OBJECTIVES[config.objective.name]
     groups = batches_of_statistics(world_size, config.batch.micro_size)
 
@@ -129,11 +133,11 @@ def embed_by_groups(model: PretrainModel, images: torch.Tensor, route: Any, grou
     return z[torch.argsort(torch.tensor(order))]
 
 
-def attacked_images(attack: Attack, embed: Any, contrast: Any, chosen: list[int], groups: Any) -> torch.Tensor:
+def attacked_images(variant: steps.Variant, embed: Any, contrast: Any, chosen: list[int], groups: Any) -> torch.Tensor:
     """Projected gradient ascent, written from the formulas, on the rows `chosen`."""
-    fused = attack.cost == "fused"
+    fused, attack = variant.fused, variant.attack
     route = "clean" if fused else "adversarial"
-    start = (Y if attack.anchor == "other" else X)[chosen]
+    start = (Y if variant.other_anchor else X)[chosen]
     inside = groups if len(chosen) == N else [list(range(len(chosen)))]
     anchor = embed(X if fused else X[chosen], route, groups if fused else inside).detach()
     at = start
@@ -187,16 +191,16 @@ def test_ranks_compute_the_gradient_of_one_process(ranks: RankPool, gather: str,
 
 
 VARIANTS = {
-    "other anchor": replace(FGSM, anchor="other"),
-    "original cost": replace(FGSM, cost="original"),
-    "fused": replace(FGSM, cost="fused", anchor="other"),
-    "pgd": replace(FGSM, name="pgd", steps=3),
-    "pgd from a random start": replace(FGSM, name="pgd", steps=2, step_size=0.02, random_start=True),
-    "pgd of the other view": replace(FGSM, name="pgd", steps=2, anchor="other"),
-    "l2": replace(FGSM, norm="l2"),
-    "pgd in l2": replace(FGSM, name="pgd", steps=3, norm="l2"),
-    "half of the batch": replace(FGSM, fraction=0.5),
-    "fused on half of the batch": replace(FGSM, cost="fused", anchor="other", fraction=0.5),
+    "other anchor": steps.variant(anchor="other"),
+    "original cost": steps.variant(cost="original"),
+    "fused": steps.variant(ClaeFused.Settings),
+    "pgd": steps.variant(attack_name="pgd", steps=3),
+    "pgd from a random start": steps.variant(attack_name="pgd", steps=2, step_size=0.02, random_start=True),
+    "pgd of the other view": steps.variant(attack_name="pgd", steps=2, anchor="other"),
+    "l2": steps.variant(norm="l2"),
+    "pgd in l2": steps.variant(attack_name="pgd", steps=3, norm="l2"),
+    "half of the batch": steps.variant(fraction=0.5),
+    "fused on half of the batch": steps.variant(ClaeFused.Settings, fraction=0.5),
 }
 
 
@@ -239,7 +243,7 @@ def test_batch_statistics_of_micro_batches_are_those_of_all_ranks(ranks: RankPoo
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_exact_is_original_bit_for_bit(ranks: RankPool, norm: str) -> None:
     exact, original = (
-        ranks.run(2, run_step, norm, settings(replace(FGSM, cost=cost)))  # type: ignore[arg-type]
+        ranks.run(2, run_step, norm, settings(steps.variant(cost=cost)))  # type: ignore[arg-type]
         for cost in ("exact", "original")
     )
     for one, other in zip(exact, original, strict=True):
@@ -250,12 +254,11 @@ def test_exact_is_original_bit_for_bit(ranks: RankPool, norm: str) -> None:
 
 
 def test_which_rows_are_attacked_does_not_depend_on_the_ranks() -> None:
-    attack = replace(FGSM, fraction=0.5)
-    whole = attacked_rows(attack, 12).tolist()
-    assert whole == steps.attacked(attack, 12)
+    whole = evenly_spaced(6, 12).tolist()
+    assert whole == steps.attacked(steps.variant(fraction=0.5), 12)
     for world_size in (2, 3):
         rows = 12 // world_size
-        assert [r * rows + i for r in range(world_size) for i in attacked_rows(attack, rows).tolist()] == whole
+        assert [r * rows + i for r in range(world_size) for i in evenly_spaced(rows // 2, rows).tolist()] == whole
 
 
 def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,11 +267,11 @@ def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.T
     run = steps.pretraining(config, world, backend)
     x, y = steps.share(world, X), steps.share(world, Y)
     with backend.untouched():
-        alone = adversarial_view(run, x, y).images
+        alone = look(run, (x, y), x, y).attacks[0].found.images
     seen: list[torch.Tensor] = []
     embed = backend.embed
     backend.embed = lambda images, route: (seen.append(images.detach()), embed(images, route))[1]  # type: ignore[method-assign]
-    pretrain_step(run, (x, y), ALPHA)
+    pretrain_step(run, (x, y), Moment())
     return alone, seen[2]
 
 
@@ -307,7 +310,7 @@ def count_reductions(world: World, config: Config) -> tuple[int, int]:
 
     collectives.reduce_scatter = counted
     try:
-        pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), ALPHA)
+        pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), Moment())
     finally:
         collectives.reduce_scatter = right
     return reduced, scattered

@@ -28,6 +28,7 @@ from clae_dist.launchers.ray_elastic import WorkingSizes
 from clae_dist.launchers.route import route_to
 from clae_dist.launchers.torchrun import launch as launch_torchrun
 from clae_dist.launchers.versions import differences, versions
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training.guard import listen_for_stop
 from clae_dist.world import told
@@ -60,7 +61,7 @@ def test_min_workers_is_checked_where_it_is_written() -> None:
     with pytest.raises(ConfigError, match="launch.min_workers is 5; use 0"):
         Launch(workers=4, min_workers=5)
     with pytest.raises(ConfigError, match="it is Ray's"):
-        start(Config(launch=Launch(launcher="local", workers=2, min_workers=1)), {})
+        start(Recipe(Config(launch=Launch(launcher="local", workers=2, min_workers=1))))
 
 
 def test_versions_differ_with_both_named() -> None:
@@ -97,7 +98,7 @@ def test_torchrun_is_not_made_to_start_again_what_would_end_the_same(tmp_path: P
 def test_numbers_of_hosts_that_cannot_share_a_batch_end_a_rank_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "CLAE_NODES": "2:3"}.items():
         monkeypatch.setenv(name, value)
-    assert launch_torchrun(Config(batch=Batch(global_size=16)), {}, False) == Ending(BAD_CONFIG, "")  # rank 0 says it
+    assert launch_torchrun(Recipe(Config(batch=Batch(global_size=16)))) == Ending(BAD_CONFIG, "")  # rank 0 says it
 
 
 def test_collectives_wait_longer_than_the_watch() -> None:

@@ -15,12 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
+from clae_dist.config import Batch, Config, Data, Model, Optim, Train
 from clae_dist.contrast import distributed
+from clae_dist.methods.clae_fused import ClaeFused
+from clae_dist.methods.simclr import SimClr
 from clae_dist.parity.compare import Parity, compare, compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
 from clae_dist.parity.run import alone
 from clae_dist.world import World
+from tests import steps
 from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -82,11 +85,15 @@ def test_what_is_right_passes(ranks: RankPool, world_size: int, encoder: str) ->
 
 
 @pytest.mark.parametrize(
-    "attack",
-    [Attack(cost="fused", anchor="other", fraction=0.5), Attack(name="pgd", steps=2, random_start=True), Attack(name="none")],
+    "variant",
+    [
+        steps.variant(ClaeFused.Settings, fraction=0.5),
+        steps.variant(attack_name="pgd", steps=2, random_start=True),
+        steps.variant(SimClr.Settings),
+    ],
 )
-def test_attacks_pass(ranks: RankPool, attack: Attack) -> None:
-    found = ranks.run(2, on_ranks, replace(CONFIG, attack=attack), "")[0]
+def test_methods_pass(ranks: RankPool, variant: steps.Variant) -> None:
+    found = ranks.run(2, on_ranks, replace(CONFIG, method=variant.method, attack=variant.attack), "")[0]
     assert found.passed, found
 
 
