@@ -129,7 +129,7 @@ class NearSamples:
 
     by_parts: dict[tuple[int, int], PairSample]
     conflicts: PairSample
-    complete: bool = True  # False: there are more than MAX_PAIRS, and the rest was left out
+    complete: bool = True  # False: there are more than MAX_PAIRS, and the rest was skipped
 
 
 def join_near(groups: Groups, hashes: np.ndarray, max_bits: int, limit: int) -> NearSamples:
