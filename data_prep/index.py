@@ -1,6 +1,7 @@
 """index(): existing WebDataset shards get a manifest and indices; the shards themselves stay as they are.
 
-What is done is kept in `.parts/` beside the manifest-to-be, one record a shard, until all is: an interrupted run goes on.
+Results are kept in `.parts/` beside the manifest, one file per shard, until all shards are done.
+An interrupted command resumes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MANY = 100  # classes
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What a user says about shards that exist."""
+    """Options for shards that exist."""
 
     name: str = ""
     source: str = ""
@@ -53,7 +54,7 @@ def index(
     """Checks every image of existing shards and writes their indices and a manifest, beside them or into `to`.
 
     `shards` are tars of this machine, folders of them, or lists with braces. In `to` the shards are links. Images that cannot
-    be decoded are left out of the index. Raises DataError for a damaged tar, a label without a class, too many bad images.
+    be decoded are skipped. Raises DataError for a damaged tar, a label without a class, too many bad images.
     """
     tars = _tars(shards)
     folder = to or tars[0].parent
@@ -179,7 +180,7 @@ def _count(tar: Path, dropped: Dropped) -> int:
 
 
 def _say_labels(manifest: Manifest, say: Say) -> None:
-    """How many classes there are, and how many images have none."""
+    """The number of classes, and of images without one."""
     labelled = {split: sum(counts) for split, counts in manifest.class_counts.items()}
     for split, count in labelled.items():
         images = manifest.num_samples(split)

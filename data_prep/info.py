@@ -1,4 +1,4 @@
-"""What a manifest says about its set, for people and for scripts."""
+"""Description of a set from its manifest, for people and for scripts."""
 
 from __future__ import annotations
 

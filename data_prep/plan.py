@@ -39,7 +39,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class SetPlan:
-    """What will be written, and what a user should know about it."""
+    """The shards to write, and notes for the user."""
 
     classes: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
@@ -70,7 +70,7 @@ def make_plan(found: Listing | Layout, settings: PrepareSettings, where: str) ->
 
 
 def _arrange(listing: Listing, where: str) -> Layout:
-    """What the folders mean."""
+    """Interpret the folders as splits and classes."""
     if not listing.entries:
         also = f" (but {len(listing.ignored)} other files, such as {listing.ignored[0]})" if listing.ignored else ""
         raise DataError(f"{where} holds no images{also}. {_WAY_OUT}")

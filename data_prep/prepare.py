@@ -1,4 +1,4 @@
-"""prepare(): a source and settings in, a folder of shards with a manifest out; goes on where it was when it is run again."""
+"""prepare(): write a source as a folder of shards with a manifest; an interrupted command resumes."""
 
 from __future__ import annotations
 

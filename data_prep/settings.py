@@ -1,4 +1,4 @@
-"""What a user asks of a preparation: everything that changes what is written."""
+"""Settings of a preparation: everything that changes the bytes that are written."""
 
 from __future__ import annotations
 

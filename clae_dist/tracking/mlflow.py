@@ -61,7 +61,7 @@ def _sqlite_uri(database: Path) -> str:
 
 
 def page_command(uri: str) -> str:
-    """What a user types to see the runs, on this machine alone as is MLflow's default; the password is theirs to add."""
+    """The command that shows the runs, on this machine only (MLflow's default); a password must be added by the user."""
     shown = uri_without_secrets(uri)
     if urlsplit(uri).scheme in ("http", "https"):
         return shown

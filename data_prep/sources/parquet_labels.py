@@ -65,7 +65,7 @@ def label_of(value: Any, where: str, column: str) -> Label:
 
 
 def class_names(feature: dict[str, Any]) -> tuple[str, ...]:
-    """What a ClassLabel, or a list of one, calls 0, 1, …; () for other columns."""
+    """Class names of a ClassLabel, or of a list of one; () for other columns."""
     inner = feature.get("feature")
     names = (inner if isinstance(inner, dict) else feature).get("names") or ()
     if isinstance(names, dict):

@@ -1,4 +1,4 @@
-"""What is in a tar, and where: names, sizes and offsets, for plain tars, compressed ones and tars inside tars."""
+"""Members of a tar with sizes and offsets, for plain tars, compressed ones and tars inside tars."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: 
 
 
 def _is_end(stream: IO[bytes], behind: int, end: int | None) -> bool:
-    """Whether the last member is followed by a block of zeros and by nothing else."""
+    """True if the last member is followed by a block of zeros and nothing else."""
     stream.seek(behind)
     left = 1 << 62 if end is None else end - behind
     first = chunk = stream.read(max(0, min(512, left)))

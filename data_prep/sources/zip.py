@@ -1,4 +1,4 @@
-"""What is in a zip, and how a worker reads one member at its place: stored or deflated, checked against its CRC."""
+"""Members of a zip, and reading of one member at its offset: stored or deflated, checked against its CRC."""
 
 from __future__ import annotations
 
