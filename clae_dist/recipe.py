@@ -74,7 +74,7 @@ _SECTIONS = {key.rpartition(".")[0] for key in FIELDS} - {""}
 
 
 def _is_mapping(key: str) -> bool:
-    """Whether the value of a key is itself a mapping."""
+    """True if the value of a key is itself a mapping."""
     wanted: Any = FIELDS[key][1] if key in FIELDS else None
     return typing.get_origin(wanted) is dict
 

@@ -1,7 +1,6 @@
 """index(): existing WebDataset shards get a manifest and indices; the shards themselves stay as they are.
 
-Results are kept in `.parts/` beside the manifest, one file per shard, until all shards are done.
-An interrupted command resumes.
+What is done is kept in `.parts/` beside the manifest-to-be, one record a shard, until all is: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MANY = 100  # classes
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """Options for shards that exist."""
+    """Settings of indexing existing shards."""
 
     name: str = ""
     source: str = ""
@@ -180,7 +179,7 @@ def _count(tar: Path, dropped: Dropped) -> int:
 
 
 def _say_labels(manifest: Manifest, say: Say) -> None:
-    """The number of classes, and of images without one."""
+    """How many classes there are, and how many images have none."""
     labelled = {split: sum(counts) for split, counts in manifest.class_counts.items()}
     for split, count in labelled.items():
         images = manifest.num_samples(split)

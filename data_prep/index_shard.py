@@ -52,7 +52,7 @@ class IndexResult:
 
 
 def finished(task: IndexTask) -> IndexResult | None:
-    """The result of an earlier command, if neither the shard nor the settings have changed."""
+    """The result of an earlier run, if neither shard nor settings have changed."""
     try:
         content = read_object(task.record, surrogates=True)
         shard, bad, names = Shard(**content.pop("shard")), content.pop("bad"), content.pop("names", ())

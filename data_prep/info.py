@@ -1,4 +1,4 @@
-"""Description of a set from its manifest, for people and for scripts."""
+"""Print the content of a manifest, for people and for scripts."""
 
 from __future__ import annotations
 

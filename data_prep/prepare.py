@@ -1,4 +1,4 @@
-"""prepare(): write a source as a folder of shards with a manifest; an interrupted command resumes."""
+"""prepare() turns a source into a folder of shards with a manifest; run again after an interruption, it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a preparation: everything that changes the bytes that are written."""
+"""Settings of a preparation: everything that changes the shards."""
 
 from __future__ import annotations
 

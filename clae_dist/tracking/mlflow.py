@@ -61,7 +61,7 @@ def _sqlite_uri(database: Path) -> str:
 
 
 def page_command(uri: str) -> str:
-    """The command that shows the runs, on this machine only (MLflow's default); a password must be added by the user."""
+    """The command that shows the runs, on this machine only, as is MLflow's default; the user adds the password."""
     shown = uri_without_secrets(uri)
     if urlsplit(uri).scheme in ("http", "https"):
         return shown

@@ -1,1 +1,1 @@
-"""Audit of prepared sets: contents, copies, leakage. See `python -m data_prep audit --help`."""
+"""Audit of prepared sets and of the overlap between them: `python -m data_prep audit --help`."""

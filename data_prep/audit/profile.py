@@ -1,4 +1,4 @@
-"""Profile of one part: sizes, modes, classes and oddities."""
+"""Profile of one part: sizes, modes and classes, and oddities among them."""
 
 from __future__ import annotations
 

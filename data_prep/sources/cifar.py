@@ -65,7 +65,7 @@ def is_cifar(path: Path) -> bool:
 
 
 class CifarSource:
-    """One binary archive. Fine labels of CIFAR-100; its coarse ones are ignored."""
+    """One binary archive. Fine labels of CIFAR-100; its coarse ones are skipped."""
 
     pixels = "PNG of raw pixels"
 

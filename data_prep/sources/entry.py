@@ -1,4 +1,4 @@
-"""Common parts of all sources: images as entries, reading of their bytes, and listings."""
+"""Interface of sources: images as entries, access to their bytes, and the listing."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Assignment of images to splits and classes; a label is a position in `classes`."""
+    """Which images belong to which split and class; a label is a position in `classes`."""
 
     classes: tuple[str, ...]
     images: dict[str, dict[str, list[tuple[str, Entry]]]]  # by split and class ("": unlabelled), with what to name them by
@@ -112,7 +112,7 @@ def plain_name(paths: tuple[Path, ...]) -> str:
 
 
 def origin_of(source: Source) -> str:
-    """The default source in the manifest: the names of the files."""
+    """The default for the manifest's origin: the names of the files."""
     return " and ".join(path.resolve().name for path in source.paths)
 
 

@@ -1,4 +1,4 @@
-"""Members of a tar with sizes and offsets, for plain tars, compressed ones and tars inside tars."""
+"""List the members of a tar with sizes and offsets, for plain tars, compressed ones and tars inside tars."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: 
             while (member := tar.next()) is not None:
                 count += 1
                 before, behind = behind, member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-                if behind <= before:  # a negative size: tarfile would read the same members for ever
+                if behind <= before:  # a negative size: tarfile would read the same members forever
                     raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 report(behind - before)
                 yield member

@@ -1,4 +1,4 @@
-"""Members of a zip, and reading of one member at its offset: stored or deflated, checked against its CRC."""
+"""List the members of a zip, and read one of them by its offset: stored or deflated, checked against its CRC."""
 
 from __future__ import annotations
 
