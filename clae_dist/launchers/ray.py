@@ -17,11 +17,12 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.errors import FAILED, OK, STOPPED
 from clae_dist.escape import shown
+from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
-from clae_dist.recipe import Recipe, Setting, build, flatten
+from clae_dist.recipe import Recipe, Setting, build
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
 

@@ -23,6 +23,7 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import redact_list, uri_without_secrets
 from clae_dist.files import write_atomically
+from clae_dist.plugins import AnyPlugin, is_plugin
 from clae_dist.reading import ReadError, read_object
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.folder import FILES, FOLDERS, PREFIXES, RunFolder
@@ -96,11 +97,11 @@ def open_run(run_dir: Path, permission: Permission = NOTHING) -> OpenedRun:
     if not os.path.lexists(path):
         raise folder.missing()
     if permission.trust:
-        return OpenedRun(run_dir, from_yaml(path), True, permission.store)
+        return OpenedRun(run_dir, from_yaml(path, AnyPlugin()), True, permission.store)
     strange = next(strange_entries(run_dir), "")
     if strange and path.is_symlink():
         raise _strange(run_dir, strange)
-    opened = OpenedRun(run_dir, config := from_yaml(path), is_remembered(run_dir, config), permission.store)
+    opened = OpenedRun(run_dir, config := from_yaml(path, _plugins(run_dir)), is_remembered(run_dir, config), permission.store)
     if strange and not opened.trusted:
         raise _strange(run_dir, strange)
     return opened
@@ -125,7 +126,7 @@ def check_settings(path: Path, config: Config, named: set[str], store: str) -> C
     Raises ConfigError where the file, unless it is that of a trusted run, names a command or a server.
     """
     try:
-        if is_remembered(path.resolve().parent, from_yaml(path)):
+        if is_remembered(path.resolve().parent, from_yaml(path, _plugins(path.resolve().parent))):
             return config
     except ConfigError:  # no run's: it extends another, say
         pass
@@ -184,7 +185,8 @@ def remember(config: Config) -> None:
     if not _is_private(note.parent):
         note.parent.chmod(0o700)  # fails where it is another user's
     settings = [*(one for one in _remembered(note) if one != _digest(config)), _digest(config)][-_MAX_SETTINGS:]
-    content = {"run_dir": os.path.realpath(config.folder), "settings": settings}
+    plugins = sorted({*_plugins(config.folder), *filter(is_plugin, (config.method.name, config.objective.name))})
+    content = {"run_dir": os.path.realpath(config.folder), "settings": settings, "plugins": plugins}
     write_atomically(note, (json.dumps(content) + "\n").encode())
 
 
@@ -199,9 +201,15 @@ def _note(run_dir: Path) -> Path:
     return state_home() / "runs" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 
-def _remembered(note: Path) -> list[str]:
+def _plugins(run_dir: Path) -> list[str]:
+    """Methods and objectives from outside that this user's own `clae train` used in this folder."""
+    note = _note(run_dir)
+    return _remembered(note, "plugins") if _is_private(note.parent) else []
+
+
+def _remembered(note: Path, key: str = "settings") -> list[str]:
     try:
-        settings = read_object(note, _MAX_BYTES).get("settings")
+        settings = read_object(note, _MAX_BYTES).get(key)
     except ReadError:  # no note, or a damaged one: nothing is trusted
         return []
     return [one for one in settings if isinstance(one, str)] if isinstance(settings, list) else []

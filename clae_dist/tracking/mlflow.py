@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from clae_dist.config import Config, ConfigError
 from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import uri_without_secrets
-from clae_dist.recipe import flatten
+from clae_dist.keys import flatten
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.background import Refused, brief
 from clae_dist.tracking.dataset import TrackedSet

@@ -215,7 +215,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an odd dtype": (set_tensor("dtype", "object"), "odd shape or dtype"),
     "a piece too few": (set_pieces(lambda runs: runs[:1]), "the pieces of model/linear.weight end at 39 of 77"),
     "a piece twice": (set_pieces(lambda runs: [*runs, runs[0]]), "overlap"),
-    "a hole": (set_pieces(lambda runs: [[runs[0][0], 0, 38, 0], runs[1]]), "leave out elements at 38"),
+    "a hole": (set_pieces(lambda runs: [[runs[0][0], 0, 38, 0], runs[1]]), "skip elements at 38"),
     "a piece of nowhere": (set_pieces(lambda runs: [["rank-00009.safetensors", 0, 77, 0]]), "is not one of the files"),
     "an endless piece": (
         lambda path: rewrite_index(path, lambda c: c["tensors"]["model/linear.weight"].update(ENDLESS)),

@@ -196,7 +196,7 @@ def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:
     for extent in extents:
         _demand(extent.file in files, f"{name} has a piece in {extent.file[:60]!r}, which is not one of the files")
         _demand(extent.length * size <= files[extent.file].num_bytes, f"{name} has a piece longer than its file {extent.file}")
-        kind = "overlap" if extent.start < end else "leave out elements"
+        kind = "overlap" if extent.start < end else "skip elements"
         _demand(extent.start == end, f"the pieces of {name} {kind} at {min(extent.start, end)}")
         end = extent.start + extent.length
     _demand(end == math.prod(shape), f"the pieces of {name} end at {end} of {math.prod(shape)} elements")
