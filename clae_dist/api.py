@@ -67,8 +67,9 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     """
     from clae_dist.commands.settings import check_credentials, with_tracking_server
     from clae_dist.config import Config
+    from clae_dist.keys import flatten
     from clae_dist.launchers import claim, start
-    from clae_dist.recipe import Recipe, flatten
+    from clae_dist.recipe import Recipe
 
     defaults = flatten(Config())
     origins = {key: "default" if value == defaults[key] else "Python" for key, value in flatten(config).items()}

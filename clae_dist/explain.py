@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from clae_dist.config.rules import Rule
 from clae_dist.errors import ConfigError
+from clae_dist.keys import FIELDS, fields_with
 from clae_dist.methods import METHODS
-from clae_dist.recipe import FIELDS, dumped, fields_with
+from clae_dist.recipe import dumped
 from clae_dist.redact import redact_word
 
 _NAMES = {int: "integer", float: "number", str: "string", bool: "true or false"}

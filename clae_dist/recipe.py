@@ -6,12 +6,10 @@ dotted `key=value` overrides come last. `resolve()` returns a Recipe: the Config
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +17,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from clae_dist import core_yaml
-from clae_dist.config import Config, ConfigError, MethodSettings
+from clae_dist.config import Config, ConfigError
 from clae_dist.config.conversion import convert
-from clae_dist.config.rules import Rule
 from clae_dist.home import expand_home
+from clae_dist.keys import FIELDS, MOVED, Fields, fields_with, flatten
 from clae_dist.methods import method_class
+from clae_dist.plugins import PLUGIN_KEYS, find_beside, is_loaded, is_plugin
 from clae_dist.reading import ReadError, read_text
 from clae_dist.redact import redact_word
 
@@ -31,59 +30,14 @@ _MAX_BYTES = 256 << 10  # of a recipe, which has a few kilobytes
 _MOST_EXTENDED = 20
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"data.image_size": 32, …} for a Config or one of its parts, in the order of definition."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{f.name}."))
-        else:
-            flat[prefix + f.name] = value
-    return flat
-
-
-Fields = dict[str, tuple[dataclasses.Field[Any], Any]]
-
-
-@functools.cache
-def fields_with(method: str) -> Fields:
-    """Dotted key -> (field, resolved type) of every setting of a run with that `method.name`. Raises ConfigError."""
-    return _fields(Config, method_class(method).Settings)
-
-
-def _fields(cls: type, method: type[MethodSettings], prefix: str = "") -> Fields:
-    hints = {**typing.get_type_hints(cls), **({} if prefix else {"method": method})}
-    leaves: Fields = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            leaves.update(_fields(hints[f.name], method, f"{prefix}{f.name}."))
-        else:
-            leaves[prefix + f.name] = (f, hints[f.name])
-    return leaves
-
-
-FIELDS = fields_with("clae")  # the default method
 _METHOD = "method."
-# Old keys and what replaced them.
-_MOVED = {
-    **{f"attack.{name}": f"method.{name}" for name in ("alpha", "anchor", "fraction", "every", "start_epoch")},
-    "attack.cost": "method.cost (exact, original), or method.name=clae_fused instead of fused",
-}
 _SECTIONS = {key.rpartition(".")[0] for key in FIELDS} - {""}
 
 
 def _is_mapping(key: str) -> bool:
-    """Whether the value of a key is itself a mapping."""
+    """True if the value of a key is itself a mapping."""
     wanted: Any = FIELDS[key][1] if key in FIELDS else None
     return typing.get_origin(wanted) is dict
-
-
-def shapes_result(key: str, config: Config | None = None) -> bool:
-    """True if another value of this key of `config` can change the result of a run, not only how it is executed."""
-    fields = FIELDS if config is None else fields_with(config.method.name)
-    rule: Rule | None = fields[key][0].metadata.get("rule")
-    return rule is None or not rule.no_effect
 
 
 class Recipe(NamedTuple):
@@ -106,8 +60,8 @@ def check_key(key: str, origin: str) -> None:
     """Raises ConfigError for a key that no recipe has, with the nearest ones."""
     if key in FIELDS or (key.startswith(_METHOD) and key.count(".") == 1):  # `build` knows the method and checks its keys
         return
-    if key in _MOVED:
-        raise ConfigError(f"{key} ({origin}) is no longer a key; use {_MOVED[key]}.")
+    if key in MOVED:
+        raise ConfigError(f"{key} ({origin}) is no longer a key; use {MOVED[key]}.")
     inside = [name for name in FIELDS if name.startswith(key + ".")]
     if inside:
         raise ConfigError(f"{key} ({origin}) is a section; set one of its keys: {', '.join(inside)}.")
@@ -293,9 +247,13 @@ def resolve(recipe: str | Path | None, overrides: list[str] | None = None, defau
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
-    settings = read_recipe(find_recipe(recipe)) if recipe else {}
+    path = find_recipe(recipe) if recipe else None
+    settings = read_recipe(path) if path else {}
+    is_written_by_hand = len(settings) < len(FIELDS) // 2  # the config.yaml of a run, which may be anybody's, has every key
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
+    if path and is_written_by_hand:
+        find_beside(path, [str(settings[key].value) for key in PLUGIN_KEYS if key in settings])
     config = build(settings)
     return Recipe(config, {key: settings[key].origin if key in settings else "default" for key in flatten(config)})
 
@@ -329,6 +287,20 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_yaml(path: Path) -> Config:
-    """The Config that `to_yaml` wrote, which extends nothing. Raises ConfigError."""
-    return build(read_recipe(path, may_extend=False))
+def from_yaml(path: Path, plugins: Container[str] = ()) -> Config:
+    """The Config that `to_yaml` wrote, which extends nothing.
+
+    Args:
+        plugins: names package.module:Class or :function that may be imported, besides those that are already.
+
+    Raises: ConfigError, also for another plug-in: reading a file runs no code that it names.
+    """
+    settings = read_recipe(path, may_extend=False)
+    for key in PLUGIN_KEYS:
+        name = str(settings[key].value) if key in settings else ""
+        if is_plugin(name) and name not in plugins and not is_loaded(name):
+            raise ConfigError(
+                f"{key} is {name!r} in {path}: code that no `clae train` of yours on this machine used in this folder, so it "
+                "is not imported; use --trust if you trust it."
+            )
+    return build(settings)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.config.rules import Rule
-from clae_dist.recipe import (
-    FIELDS,
-    build,
-    flatten,
-    from_yaml,
-    parse_overrides,
-    recipe_names,
-    resolve,
-    shapes_result,
-    to_yaml,
-)
+from clae_dist.keys import FIELDS, flatten, shapes_result
+from clae_dist.recipe import build, from_yaml, parse_overrides, recipe_names, resolve, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -400,3 +393,52 @@ def test_a_mapping_is_one_value(tmp_path: Path) -> None:
 def test_what_is_no_mixture(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         overridden(override)
+
+
+# ---- the keys of methods ----
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attack.alpha=1", r"attack\.alpha \(command line\) is no longer a key; use method\.alpha\."),
+        ("attack.start_epoch=1", r"use method\.start_epoch\."),
+        ("attack.cost=fused", r"attack\.cost .* is no longer a key; use method\.cost .*, or method\.name=clae_fused"),
+        ("attack.name=none", r"attack\.name is 'none' .* use method\.name=simclr\."),
+        ("attack.name=null", r"attack\.name is 'none' .* use method\.name=simclr\."),
+        ("method.alpa=1", r"is not a key of method\.name=clae, .*; did you mean method\.alpha\?"),
+        ("method.name=moco", r"expected one of clae, clae_fused, simclr, or package\.module:Class"),
+        ("method.name=no.such:Thing", r"cannot be imported"),
+        ("method.name=os.path:join", r"is not a subclass of"),
+    ],
+)
+def test_keys_that_have_moved_or_that_the_method_does_not_have(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        overridden(override)
+    assert "\n" not in str(error.value)
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    with pytest.raises(ConfigError, match=message.replace(r"\(command line\)", ".*")):
+        resolve(write(tmp_path, f"{section}:\n  {name}: {value}\n"))
+
+
+def test_a_method_has_its_own_keys_alone() -> None:
+    with pytest.raises(ConfigError, match=r"method\.alpha .* is not a key of method\.name=simclr, which has no keys"):
+        resolve(None, ["method.name=simclr", "method.alpha=2"])
+    config, origins = resolve(None, ["method.name=clae_fused", "method.every=2"])
+    assert dataclasses.asdict(config.method) == {
+        "name": "clae_fused",
+        "alpha": 1.0,
+        "start_epoch": 0.0,
+        "every": 2,
+        "fraction": 1.0,
+    }
+    assert origins["method.every"] == "command line"
+    for refused in ("attack.name=pgd", "attack.random_start=true", "attack.statistics=updated"):
+        with pytest.raises(ConfigError, match="method.name=clae_fused"):
+            resolve(None, ["method.name=clae_fused", refused])
+
+
+def test_reading_settings_imports_no_torch() -> None:
+    code = "import sys, clae_dist.recipe as r; r.resolve(None, ['method.name=clae_fused']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -17,7 +17,8 @@ from clae_dist.config import Config
 from clae_dist.data import manifest
 from clae_dist.errors import EXIT_CODES
 from clae_dist.evaluation import protocol
-from clae_dist.recipe import find_recipe, flatten, resolve
+from clae_dist.keys import flatten
+from clae_dist.recipe import find_recipe, resolve
 from clae_dist.runs.checkpoint import index
 from data_prep import arguments
 from data_prep.audit import summary

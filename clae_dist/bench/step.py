@@ -45,7 +45,7 @@ class StepBench:
     check_batch: int = 4  # images of the comparison in float64
 
 
-# The narrower a ViT, the more weigh its activations, which the units leave out.
+# The narrower a ViT, the more weigh its activations, which the units do not count.
 _NARROW, _WIDE = (
     ("ViT-tiny, 4 blocks", "four_blocks/vit_tiny_patch16_224"),
     ("ViT-S, 4 blocks", "four_blocks/vit_small_patch16_224"),

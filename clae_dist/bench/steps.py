@@ -66,7 +66,7 @@ def views(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretraining:
-    """What a step works with, under the DDP backend's single process."""
+    """Make the parts of a step, under the DDP backend in a single process."""
     config = Config(
         data=Data(image_size=kind.image_size),
         batch=Batch(global_size=kind.batch),

@@ -108,7 +108,7 @@ class Config(Section):
         return rows
 
     def works_on(self, world_size: int) -> bool:
-        """Whether `world_size` ranks can share the global batch."""
+        """True if `world_size` ranks can share the global batch."""
         try:
             self.rows_per_rank(world_size)
         except ConfigError:

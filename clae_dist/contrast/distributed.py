@@ -43,7 +43,7 @@ from clae_dist.config import ConfigError, Objective
 from clae_dist.objectives import Dense, PerAnchor, find
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows
-from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exps, pull
+from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exp_and_mean, log_sum_exps, pull
 
 
 def all_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -142,7 +142,13 @@ class _PerAnchorLoss(torch.autograd.Function):
         blocks, num_negatives = (all_a, all_b) if both else (all_b,), (len(all_a) - 1) * (1 + both)
         chunk = chunk_size(len(a), a.device, settings.chunk)
         anchors = (a, b) if both else (a,)
-        lse_AS = torch.cat([log_sum_exps(z, blocks, settings.temperature, scales, start, chunk) for z in anchors])
+        mean_BD = None
+        if not both and scales == (1.0,) and ctx.needs_input_grad[0]:
+            # Half of the gradient in the same pass: one matrix product less than computing the similarities again.
+            lse_B, mean_BD = log_sum_exp_and_mean(a, all_b, settings.temperature, start, chunk)
+            lse_AS = lse_B[:, None]
+        else:
+            lse_AS = torch.cat([log_sum_exps(z, blocks, settings.temperature, scales, start, chunk) for z in anchors])
         pos_A = ((a * b).sum(1) / settings.temperature).repeat(len(anchors))
         if not any(ctx.needs_input_grad[:2]):
             mean: torch.Tensor = objective.function(pos_A, lse_AS, num_negatives, settings).mean()
@@ -154,13 +160,14 @@ class _PerAnchorLoss(torch.autograd.Function):
             all_shift_NVS = _shifts_of_all_ranks(shift_BVS, group)
         else:
             all_shift_NVS = shift_BVS
-        ctx.save_for_backward(*rows, grad_pos_A.view(len(anchors), -1).sum(0), shift_BVS, all_shift_NVS)
+        own_BD = None if mean_BD is None else mean_BD * (objective.signs[0] * (shift_AS + lse_AS).exp()).detach()
+        ctx.save_for_backward(*rows, grad_pos_A.view(len(anchors), -1).sum(0), shift_BVS, all_shift_NVS, own_BD)
         ctx.settings = objective, scales, start, settings.temperature, chunk
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        *rows, grad_pos_B, shift_BVS, all_shift_NVS = ctx.saved_tensors
+        *rows, grad_pos_B, shift_BVS, all_shift_NVS, own_BD = ctx.saved_tensors
         objective, scales, start, temperature, chunk = ctx.settings
         a, b, all_a, all_b = map(at_least_float32, rows)
         both = objective.columns == "both views"
@@ -177,12 +184,14 @@ class _PerAnchorLoss(torch.autograd.Function):
         if both:
             blocks = [[(all, [*own(v), *of_columns(w)]) for w, all in enumerate((all_a, all_b))] for v in (0, 1)]
         else:
-            blocks = [[(all_b, [*own(0)])], [(all_a, [*of_columns(0)])]]
+            blocks = [[(all_b, [*own(0)])] if own_BD is None else [], [(all_a, [*of_columns(0)])]]
         scale = grads[0] / (temperature * shift_BVS.shape[1] * len(a))
         grads_of_rows: list[torch.Tensor | None] = [None, None]
         for view, (z, positives) in enumerate(((a, b), (b, a))):
             if ctx.needs_input_grad[view]:
                 out = positives * grad_pos_B[:, None]
+                if view == 0 and own_BD is not None:
+                    out += own_BD
                 for columns, parts in blocks[view]:
                     pull(z, columns, temperature, start, chunk, parts, out)
                 grads_of_rows[view] = out.mul_(scale).to(rows[view].dtype)

@@ -54,7 +54,7 @@ class Attacking:
 
 @dataclass(frozen=True)
 class Attacked:
-    """What one attack of a step did. `found` has the loss and the gradient (of this rank's images, unscaled) at its start."""
+    """The result of an attack of a step. `found` has the loss and gradient (of this rank's images, unscaled) at its start."""
 
     start: torch.Tensor
     anchor: torch.Tensor | None  # None where the step needed no forward for the attack

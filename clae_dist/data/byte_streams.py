@@ -179,7 +179,7 @@ class _Fsspec:
             raise TimeoutError from None
         if isinstance(value, OSError):
             raise value
-        if isinstance(value, Exception):  # clients have errors of their own; what may be mended is not for us to know
+        if isinstance(value, Exception):  # clients have errors of their own; a retry may fix any of them
             raise OSError(f"{type(value).__name__}: {value}") from value
         return value
 

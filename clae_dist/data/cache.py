@@ -146,7 +146,7 @@ def _locked(part: Path) -> Iterator[tuple[io.FileIO, float]]:
 
 
 def _is_still(path: Path, file: io.FileIO) -> bool:
-    """Whether the name belongs to the file that we have open."""
+    """True if the name still refers to the open file."""
     try:
         ours, there = os.fstat(file.fileno()), path.stat()
     except FileNotFoundError:

@@ -23,7 +23,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 _LONGEST_WISH_S = 60.0  # of a server's Retry-After
 _START_BYTES = 512
 _MOST_WRONG = 3  # whole files with wrong bytes: what is wrong four times is wrong at its source
-_PASSING = (408, 425, 429)  # of the 4xx, those that another try may mend
+_PASSING = (408, 425, 429)  # of the 4xx, those that a retry may fix
 
 
 @dataclass(frozen=True)

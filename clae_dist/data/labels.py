@@ -44,7 +44,7 @@ def _of_value(value: Any) -> int | str:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise OddLabelError("several labels" if isinstance(value, list) else f"{type(value).__name__} for a label")
     if isinstance(value, float) and not value.is_integer():
-        raise OddLabelError(f"{value} is no whole number")
+        raise OddLabelError(f"{value} is no integer")
     return _of_text(value.strip()) if isinstance(value, str) else _checked(int(value))
 
 
@@ -52,7 +52,7 @@ def _of_text(text: str) -> int | str:
     if re.fullmatch(r"[+-]?[0-9]{1,30}(\.0*)?", text):
         return _checked(int(text.split(".")[0]))
     if re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", text):
-        raise OddLabelError(f"{text[:20]} is no whole number")
+        raise OddLabelError(f"{text[:20]} is no integer")
     if re.fullmatch(r"[+-]?[0-9.]+([\s,;]+[+-]?[0-9.]+)+", text):
         raise OddLabelError(f"several labels: {text[:20]!r}")
     if not text:

@@ -20,9 +20,9 @@ from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.deploy.readme import readme
 from clae_dist.deploy.timm_layout import TIMM_WEIGHTS, difference, timm_settings, unsupported
 from clae_dist.files import check_writable
+from clae_dist.keys import flatten, shapes_result
 from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, library_arguments
 from clae_dist.models.norms import single_route_state
-from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder

@@ -1,4 +1,4 @@
-"""A trained model's own attack on real images, for the report's pictures.
+"""The attack of a trained model on real images, for the pictures of the report.
 
 # n images, S side
 """

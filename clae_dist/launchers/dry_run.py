@@ -53,5 +53,5 @@ def dry_run(config: Config, origins: Mapping[str, str], debug: bool) -> Ending:
         ending = start(Recipe(tiny, origins), debug=debug)
     alone = ", without the other sets of data.mixture" if config.data.mixture else ""
     what = f"one step of {size} {images}{alone}"
-    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were left out"
+    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were skipped"
     return replace(ending, message=ending.message if ending.code else message)

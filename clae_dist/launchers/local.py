@@ -121,7 +121,7 @@ def _start_fork_server(context: ForkServerContext) -> None:
 
 
 class _Request:
-    """What a user or a scheduler asked this process, handed on to the ranks."""
+    """A stop request of a user or a scheduler, passed on to the ranks."""
 
     def __init__(self, ranks: Sequence[_Rank], number: Any) -> None:
         self._ranks, self._number = ranks, number

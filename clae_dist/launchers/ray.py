@@ -17,11 +17,12 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.errors import FAILED, OK, STOPPED
 from clae_dist.escape import shown
+from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
-from clae_dist.recipe import Recipe, Setting, build, flatten
+from clae_dist.recipe import Recipe, Setting, build
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
 
@@ -35,7 +36,7 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own watcher lets ranks go on until a host is taken away; ray_elastic.py has them save and leave before.
+    # Ray's own watcher lets ranks run until a host is taken away; ray_elastic.py has them save and leave before.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     secure_ray()
     try:
@@ -171,7 +172,7 @@ def _trainer(ray: Any, recipe: Recipe, sizes: list[int], name: str, *, debug: bo
 
 
 def _use_gpu(config: Config, gpus: float, workers: int, cluster: bool) -> bool:
-    """Whether each worker is to have one of `gpus`. Raises ConfigError where there are too few for all of them."""
+    """True if each worker gets one of `gpus`. Raises ConfigError if there are too few for all of them."""
     device = config.launch.device
     if device == "cpu" or (device == "auto" and not gpus):
         return False

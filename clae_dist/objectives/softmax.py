@@ -74,6 +74,21 @@ def log_sum_exps(
     return torch.stack([count if total is None else total for total in totals], 1)
 
 
+def log_sum_exp_and_mean(
+    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, excluded: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_sum_exps` at scale 1 and, in the same pass, the softmax-weighted mean of the columns, 0 without any. (K,), (K, D)"""
+    largest = rows_KD.new_full((len(rows_KD), 1), torch.finfo(rows_KD.dtype).min)
+    total, mean = torch.zeros_like(largest), torch.zeros_like(rows_KD)
+    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk):
+        before, largest = largest, torch.maximum(largest, s.amax(1, keepdim=True))
+        fade = (before - largest).exp_()
+        weights = s.sub_(largest).exp_()
+        total.mul_(fade).add_(weights.sum(1, keepdim=True))
+        mean.mul_(fade).addmm_(weights, columns_MD[columns])
+    return total.log().add_(largest)[:, 0], mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny))
+
+
 def _like(s: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     return spare if spare.shape == s.shape else torch.empty_like(s)
 

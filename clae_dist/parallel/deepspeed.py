@@ -154,7 +154,7 @@ class DeepSpeedBackend(Backend):
         self._full_gradient = deepspeed.utils.safe_get_full_grad
         self._zero = ZeroState(self.engine, self.optimizer, self.model, self.world) if self.stage else None
         self._held = False
-        self._has_gradients = False  # of a backward that no step has used or left out
+        self._has_gradients = False  # of a backward that no step has used or skipped
         self._coalescing: ExitStack | None = None  # open from the first backward of a held reduction to the one that reduces
 
     def describe(self) -> str:

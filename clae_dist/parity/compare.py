@@ -38,7 +38,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """What `clae parity --json` prints."""
+    """The result of `clae parity`, printed by --json."""
 
     loss: Difference
     param_grad: Difference
@@ -177,7 +177,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
 
 
 def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], many: Observation, one: Observation) -> str:
-    """What the first of `wrong` usually comes from, the settings that explain it first."""
+    """The usual cause of the first difference in `wrong`; settings that explain it come first."""
     model = build_model(config).encoder
     if config.model.norm == "local" and has_batch_statistics(model):
         return (
@@ -219,7 +219,7 @@ def _flat(tensors: Tensors) -> torch.Tensor:
 
 def _gradient_cause(found: torch.Tensor, wanted: torch.Tensor, world_size: int) -> str:
     if found.shape != wanted.shape:
-        return "other parameters have a gradient: a route of norm layers, or a frozen part, is left out on one side."
+        return "other parameters have a gradient: a route of norm layers, or a frozen part, is unused on one side."
     scale = float(found @ wanted / (wanted @ wanted))
     cosine = float(found @ wanted / (found.norm() * wanted.norm()))
     measured = f"the parameter gradient has {scale:.3g} times the length along the right one, cosine {cosine:.4f}: "

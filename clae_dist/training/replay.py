@@ -1,5 +1,5 @@
-"""`clae replay RUN/nonfinite/step-…`: takes a step that was not finite once more, from what was written down, and says where
-the first number that is not finite comes from."""
+"""`clae replay RUN/nonfinite/step-…`: repeat a recorded step with a non-finite loss or gradient, and name the first module
+with a non-finite output."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _FIELDS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Replay:
-    """What the step gave when it was taken again."""
+    """The result of the repeated step."""
 
     reproduced: bool
     text: str
@@ -121,7 +121,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     named = sorted(name for rank in wanted["ranks"] for name in rank["images"])
     checks = {
         "the images": sorted(images) == named,
-        "a number that is not finite": bool(problem),
+        "a non-finite number": bool(problem),
         "the parts of the loss": all(_same(parts.get(name), value, wanted["precision"]) for name, value in before.items()),
         "the gradients": all(_same(norms.get(name), value, wanted["precision"]) for name, value in _known(wanted, problem)),
     }
@@ -157,7 +157,7 @@ def _same(now: float | None, then: float, precision: str) -> bool:
 
 @contextmanager
 def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Fills a list with the first module whose output is not finite, and what else is not finite there."""
+    """Context that yields a list, filled with the first module whose output is non-finite, and its other non-finite tensors."""
     found: list[str] = []
 
     def look(name: str, kind: str) -> Any:

@@ -184,7 +184,7 @@ def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None,
     if len(batch.ids) != rows:
         return None, (
             f"rank {rank}'s batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make collectives "
-            "wait for ever. The loader (data/loader.py) must give every rank batch.global_size / number of ranks."
+            "wait forever. The loader (data/loader.py) must give every rank batch.global_size / number of ranks."
         )
     return batch, ""
 

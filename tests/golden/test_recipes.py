@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from clae_dist.config import Config
-from clae_dist.recipe import flatten, resolve
+from clae_dist.keys import flatten
+from clae_dist.recipe import resolve
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

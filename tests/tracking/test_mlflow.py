@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from clae_dist.config import Config, Tracking, Train
-from clae_dist.recipe import flatten
+from clae_dist.keys import flatten
 from clae_dist.tracking import Status, Tracker, Trackers, build_trackers, continue_tracking, new_run_key
 from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.mlflow import page_command

@@ -192,4 +192,4 @@ def test_what_the_weights_and_images_do_not_explain_is_not_reproduced(
     ranks.run(2, train, config, "pixel")
     ending = replay_step(config.folder / "nonfinite" / "step-00000003")
     assert ending.code == UNEXPECTED, ending.message
-    assert "not reproduced: a number that is not finite, the parts of the loss" in ending.message
+    assert "not reproduced: a non-finite number, the parts of the loss" in ending.message

@@ -161,8 +161,8 @@ def _count(value: Any, what: str) -> int:
 def _parsed(content: dict[str, Any]) -> Index:
     digest = content.pop("sha256")
     _demand(content.get("format") == FORMAT, f"its format is {str(content.get('format'))[:20]}, this package reads {FORMAT}")
-    found = _digest(content)
-    _demand(digest == found, f"its content has sha256 {found[:12]}…, not {str(digest)[:12]}… as written in it")
+    actual = _digest(content)
+    _demand(digest == actual, f"its content has sha256 {actual[:12]}…, not {str(digest)[:12]}… as written in it")
     files = {}
     for name, file in content["files"].items():
         _demand(bool(_FILE.fullmatch(name)), f"file {name[:60]!r} has a name that no rank writes")
@@ -196,7 +196,7 @@ def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:
     for extent in extents:
         _demand(extent.file in files, f"{name} has a piece in {extent.file[:60]!r}, which is not one of the files")
         _demand(extent.length * size <= files[extent.file].num_bytes, f"{name} has a piece longer than its file {extent.file}")
-        kind = "overlap" if extent.start < end else "leave out elements"
+        kind = "overlap" if extent.start < end else "skip elements"
         _demand(extent.start == end, f"the pieces of {name} {kind} at {min(extent.start, end)}")
         end = extent.start + extent.length
     _demand(end == math.prod(shape), f"the pieces of {name} end at {end} of {math.prod(shape)} elements")

@@ -236,8 +236,8 @@ def delete_old(folder: RunFolder, step: int, keep: int, keep_every_s: float) -> 
 
     Checkpoints after `step` are damaged; the run has skipped them and will write them again.
     """
-    found = [path for path in folder.find_checkpoints() if step_of(path) <= step]
-    for path in outdated([(path, _saved(path) if keep_every_s else None) for path in found], keep, keep_every_s):
+    paths = [path for path in folder.find_checkpoints() if step_of(path) <= step]
+    for path in outdated([(path, _saved(path) if keep_every_s else None) for path in paths], keep, keep_every_s):
         with suppress(OSError):  # the new one is committed; the next save tries to delete again
             delete_folder(path)
 
