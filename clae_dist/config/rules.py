@@ -118,12 +118,3 @@ class Section:
     def require(self, condition: bool, name: str, way_out: str) -> None:
         """Raise ConfigError about the setting `name` of this section unless `condition` holds."""
         require(condition, f"{self.prefix}{name}", getattr(self, name), way_out)
-
-
-# Objective still uses the following.
-NO_EFFECT = {"rule": Rule("", no_effect=True)}
-
-
-def no_effect(default: Any) -> Any:
-    """Return a field that changes how a run is executed or watched, never its result."""
-    return field(default=default, metadata=NO_EFFECT)

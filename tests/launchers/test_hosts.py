@@ -153,20 +153,20 @@ def test_a_run_folder_that_hosts_do_not_share(tmp_path: Path, monkeypatch: pytes
 
     told = {"_internal_kv_get": lambda *_, **__: json.dumps(vars(Ending(OK, ""))), "_internal_kv_del": lambda *_, **__: 1}
     monkeypatch.setattr(ray, "_store", lambda: SimpleNamespace(**told))
-    monkeypatch.setattr(ray, "_trainer", lambda *arguments: RanksElsewhere())
+    monkeypatch.setattr(ray, "_trainer", lambda *arguments, **named: RanksElsewhere())
     with pytest.raises(ConfigError, match="run_dir is .* nothing for this host; name a folder on storage that all hosts share"):
-        ray._fit(None, Config(run_dir=str(tmp_path / "run")), {}, [1], False, ray._StopFile(tmp_path / "STOP"))
+        ray._fit(None, Recipe(Config(run_dir=str(tmp_path / "run"))), [1], ray._StopFile(tmp_path / "STOP"), debug=False)
 
 
 def test_ranks_of_ray_that_do_not_heed_a_request_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that wait for a host, say, have nobody to hear it."""
     never = threading.Event()
-    monkeypatch.setattr(ray, "_trainer", lambda *arguments: SimpleNamespace(fit=never.wait))
+    monkeypatch.setattr(ray, "_trainer", lambda *arguments, **named: SimpleNamespace(fit=never.wait))
     monkeypatch.setattr(ray, "_GRACE_S", 0.1)
     config = Config(run_dir=str(tmp_path), guard=Guard(stop_within_s=0.2))
     with ray._StopFile(tmp_path / STOP_FILE) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        ending = ray._fit(None, config, {}, [1], False, stop)
+        ending = ray._fit(None, Recipe(config), [1], stop, debug=False)
     never.set()
     assert ending.code == STOPPED
     assert "did not leave within 0.2 s (guard.stop_within_s)" in ending.message
