@@ -67,20 +67,21 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     """
     from clae_dist.commands.settings import check_credentials, with_tracking_server
     from clae_dist.config import Config
+    from clae_dist.keys import flatten
     from clae_dist.launchers import claim, start
-    from clae_dist.recipe import flatten
+    from clae_dist.recipe import Recipe
 
     defaults = flatten(Config())
     origins = {key: "default" if value == defaults[key] else "Python" for key, value in flatten(config).items()}
-    config, origins = with_tracking_server(config, origins)
-    check_credentials(config, origins)
+    recipe = with_tracking_server(Recipe(config, origins))
+    check_credentials(recipe)
     with _quiet(quiet), main_module_hidden():
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            claim(config, trust)
-        ending = start(config, origins)
+            claim(recipe.config, trust)
+        ending = start(recipe)
     if ending.code not in (OK, STOPPED):
         raise _ERRORS.get(ending.code, RankError)(ending.message)
-    return TrainResult(config.folder, ending.code == OK)
+    return TrainResult(recipe.config.folder, ending.code == OK)
 
 
 @contextmanager

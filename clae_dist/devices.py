@@ -49,7 +49,7 @@ def local_device(request: Request = "auto") -> torch.device:
 
 
 def look(request: Request, local_rank: int, local_size: int) -> Sight:
-    """What this rank sees."""
+    """The devices that this rank sees."""
     gpus = 0 if request == "cpu" else torch.cuda.device_count()
     sight = Sight(platform.node(), local_rank, local_size, request, gpus)
     if sight.gpu is None:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from clae_dist.config.rules import Rule
 from clae_dist.errors import ConfigError
-from clae_dist.recipe import FIELDS, dumped
+from clae_dist.keys import FIELDS, fields_with
+from clae_dist.methods import METHODS
+from clae_dist.recipe import dumped
 from clae_dist.redact import redact_word
 
 _NAMES = {int: "integer", float: "number", str: "string", bool: "true or false"}
@@ -79,21 +81,34 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def explanations() -> dict[str, Explanation]:
-    """Key → explanation of every setting, in the order of `clae config`."""
-    found = {}
-    for key, (field, hint) in FIELDS.items():
-        rule: Rule = field.metadata.get("rule", Rule(""))
-        found[key] = Explanation(
+    """Key → explanation of every setting of every built-in method, in the order of `clae config`."""
+    fields = dict(FIELDS)
+    methods: dict[str, list[str]] = {}
+    for method in METHODS:
+        for key, typed_field in fields_with(method).items():
+            fields.setdefault(key, typed_field)
+            methods.setdefault(key, []).append(method)
+    order = {section: place for place, section in enumerate(dict.fromkeys(map(_section, FIELDS)))}
+    known = {}
+    for key in sorted(fields, key=lambda key: order[_section(key)]):
+        field, hint = fields[key]
+        rule: Rule = field.metadata["rule"]
+        several = "" if len(methods[key]) == len(METHODS) else f"method.name={' or '.join(methods[key])}"
+        known[key] = Explanation(
             key,
             rule.help,
             _kind(hint),
             rule.bounds(),
             _choices(hint),
             _default(field),
-            rule.used_by,
+            rule.used_by or several,
             not rule.no_effect,
         )
-    return found
+    return known
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def explain(key: str) -> str:

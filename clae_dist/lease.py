@@ -213,7 +213,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> bytes:
-    """What the lease holds; b"" if there is none."""
+    """The content of the lease; b"" without one."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:

@@ -200,7 +200,7 @@ Check = Callable[[Any], bool]
 
 
 def is_count(value: Any) -> bool:
-    """A whole number from 0 on, of 62 bits at most."""
+    """True for a non-negative integer of at most 62 bits."""
     return type(value) is int and 0 <= value < 2**62
 
 

@@ -1,28 +1,28 @@
 """From a recipe and the command line to a Config.
 
 A recipe (YAML) holds only what differs from the defaults in config/; `extends: other.yaml` starts from another recipe;
-dotted `key=value` overrides come last. `resolve()` returns the Config and, for every key, where its value comes from.
+dotted `key=value` overrides come last. `resolve()` returns a Recipe: the Config and the origin of every value.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
-import sys
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import yaml
 
 from clae_dist import core_yaml
 from clae_dist.config import Config, ConfigError
-from clae_dist.config.rules import Rule
+from clae_dist.config.conversion import convert
 from clae_dist.home import expand_home
+from clae_dist.keys import FIELDS, MOVED, Fields, fields_with, flatten
+from clae_dist.methods import method_class
+from clae_dist.plugins import PLUGIN_KEYS, find_beside, is_loaded, is_plugin
 from clae_dist.reading import ReadError, read_text
 from clae_dist.redact import redact_word
 
@@ -30,106 +30,38 @@ _MAX_BYTES = 256 << 10  # of a recipe, which has a few kilobytes
 _MOST_EXTENDED = 20
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"data.image_size": 32, …} for a Config or one of its parts, in the order of definition."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{f.name}."))
-        else:
-            flat[prefix + f.name] = value
-    return flat
-
-
-def _fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Dotted key -> (field, resolved type) of every leaf."""
-    hints = typing.get_type_hints(cls)
-    leaves: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            leaves.update(_fields(hints[f.name], f"{prefix}{f.name}."))
-        else:
-            leaves[prefix + f.name] = (f, hints[f.name])
-    return leaves
-
-
-FIELDS = _fields()
+_METHOD = "method."
 _SECTIONS = {key.rpartition(".")[0] for key in FIELDS} - {""}
 
 
 def _is_mapping(key: str) -> bool:
-    """Whether the value of a key is itself a mapping."""
-    return key in FIELDS and typing.get_origin(FIELDS[key][1]) is dict
+    """True if the value of a key is itself a mapping."""
+    wanted: Any = FIELDS[key][1] if key in FIELDS else None
+    return typing.get_origin(wanted) is dict
 
 
-def shapes_result(key: str) -> bool:
-    """True if another value of this key can change the result of a run, not only how it is executed."""
-    rule: Rule | None = FIELDS[key][0].metadata.get("rule")
-    return rule is None or not rule.no_effect
+class Recipe(NamedTuple):
+    """The settings of a run, and the origin of each: "default", "file:line", "command line", …"""
 
-
-def _coerce(key: str, value: Any, wanted: Any, origin: str) -> Any:
-    """Convert `value` to the type of `key`. Raises ConfigError with the expected form."""
-
-    def refuse(expected: str) -> typing.NoReturn:
-        raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); expected {expected}.")
-
-    kind = typing.get_origin(wanted)
-    if kind is Literal:
-        choices = typing.get_args(wanted)
-        if value is None and "none" in choices:
-            return "none"
-        if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            refuse(f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else ""))
-        return value
-    if kind is tuple:
-        inner = typing.get_args(wanted)
-        if inner[-1] is Ellipsis:
-            if not isinstance(value, (list, tuple)):
-                refuse("a list, such as [json, txt]")
-            return tuple(_coerce(f"{key}[{i}]", item, inner[0], origin) for i, item in enumerate(value))
-        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
-            refuse(f"a list of {len(inner)} numbers, such as [{', '.join(['0.5'] * len(inner))}]")
-        return tuple(_coerce(f"{key}[{i}]", item, inner[i], origin) for i, item in enumerate(value))
-    if kind is dict:
-        if not isinstance(value, dict):
-            refuse("a mapping, such as {/data/more: 0.25}")
-        return {str(name): _coerce(f"{key}[{name}]", item, typing.get_args(wanted)[1], origin) for name, item in value.items()}
-    assert not isinstance(wanted, types.UnionType), f"{key}: no unions in Config"
-    if wanted is bool:
-        return value if isinstance(value, bool) else refuse("true or false")
-    if wanted is str:
-        return "" if value is None else value if isinstance(value, str) else refuse("a string")
-    if wanted is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and abs(value) >= 2**64:
-            refuse("a 64-bit integer")
-        return value if isinstance(value, int) and not isinstance(value, bool) else refuse("an integer")
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.split("/")]  # 4/255, as papers write it
-        if len(parts) != 2 or not all(core_yaml.NUMBER.fullmatch(part) for part in parts) or not float(parts[1]):
-            refuse("a number, such as 0.25, 1e-3 or 8/255")
-        value = float(parts[0]) / float(parts[1])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        refuse("a finite number")
-    return float(value)
+    config: Config
+    origins: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value as someone wrote it, and where."""
+    """A value as it was written, and its origin."""
 
     value: Any
     origin: str
+    text: Any = None  # of a method's key, whose type is known with the method: `value` with scalars as they were written
 
 
 def check_key(key: str, origin: str) -> None:
     """Raises ConfigError for a key that no recipe has, with the nearest ones."""
-    if key in FIELDS:
+    if key in FIELDS or (key.startswith(_METHOD) and key.count(".") == 1):  # `build` knows the method and checks its keys
         return
+    if key in MOVED:
+        raise ConfigError(f"{key} ({origin}) is no longer a key; use {MOVED[key]}.")
     inside = [name for name in FIELDS if name.startswith(key + ".")]
     if inside:
         raise ConfigError(f"{key} ({origin}) is a section; set one of its keys: {', '.join(inside)}.")
@@ -140,9 +72,14 @@ def check_key(key: str, origin: str) -> None:
     raise ConfigError(f"{redact_word(key)} ({origin}) is not a known key; {hint}")
 
 
-def _value(key: str, node: yaml.Node) -> Any:
-    """The value of a YAML node for `key`: texts stay as they were written, where YAML would make 7 of 007 or true of a name."""
-    return core_yaml.written(node) if FIELDS[key][1] in (str, tuple[str, ...]) else core_yaml.construct(node)
+_AS_WRITTEN = (str, tuple[str, ...])
+
+
+def _setting(key: str, node: yaml.Node, origin: str) -> Setting:
+    """A YAML node as a setting: strings stay as they were written, where YAML would make 7 of 007 or true of a name."""
+    if key.startswith(_METHOD) and key != "method.name":
+        return Setting(core_yaml.construct(node), origin, core_yaml.written(node))
+    return Setting(core_yaml.written(node) if FIELDS[key][1] in _AS_WRITTEN else core_yaml.construct(node), origin)
 
 
 def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
@@ -224,7 +161,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
                 continue
             check_key(key, origin)
             try:
-                own[key] = Setting(_value(key, value_node), origin)
+                own[key] = _setting(key, value_node, origin)
             except (yaml.YAMLError, ValueError) as error:
                 raise ConfigError(
                     f"{key} ({origin}) cannot be read ({' '.join(str(error).split())}); write a plain value."
@@ -247,17 +184,18 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
                 f"{redact_word(text)!r} is not an override; write section.key=value, such as batch.global_size=512."
             )
         check_key(key, origin)
+        is_text = key in FIELDS and FIELDS[key][1] is str
         if key in settings:
             times = sum(text.startswith(f"{key}=") for text in overrides)
             hint = f", and a shell makes several arguments of unquoted braces: quote them, '{key}=x-{{000000..000003}}.tar'"
-            raise ConfigError(f"{key} is given {times} times ({origin}); keep one{hint if FIELDS[key][1] is str else ''}.")
-        if FIELDS[key][1] is str:  # a path may hold what YAML would read as a comment or a mapping
+            raise ConfigError(f"{key} is given {times} times ({origin}); keep one{hint if is_text else ''}.")
+        if is_text:  # a path may hold what YAML would read as a comment or a mapping
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             settings[key] = Setting("" if value == "null" else value[1:-1] if quoted else value, origin)
             continue
         try:
             node = core_yaml.compose(value)
-            settings[key] = Setting("" if node is None else _value(key, node), origin)
+            settings[key] = Setting("", origin) if node is None else _setting(key, node, origin)
         except (yaml.YAMLError, ValueError) as error:
             why = getattr(error, "problem", None) or error
             raise ConfigError(
@@ -266,13 +204,34 @@ def parse_overrides(overrides: list[str], origin: str = "command line") -> dict[
     return settings
 
 
+def _fields_of(settings: dict[str, Setting]) -> Fields:
+    """The fields that the settings choose by their method. Raises ConfigError, also for a key that the method does not have."""
+    named = settings.get("method.name", Setting(Config().method.name, "default"))
+    name = convert("method.name", named.value, str, named.origin)
+    fields = fields_with(name)
+    own = [key for key in fields if key.startswith(_METHOD) and key != "method.name"]
+    for key, setting in settings.items():
+        if key not in fields:
+            close = difflib.get_close_matches(key, own, n=1, cutoff=0.7)
+            keys = f"has {', '.join(own)}" if own else "has no keys"
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ConfigError(f"{redact_word(key)} ({setting.origin}) is not a key of method.name={name}, which {keys}{hint}")
+    return fields
+
+
 def build(settings: dict[str, Setting]) -> Config:
     """The Config that the settings make over the defaults. Raises ConfigError."""
-    hints = typing.get_type_hints(Config)
+    fields = _fields_of(settings)
+    method = settings.get("method.name")
+    hints = {**typing.get_type_hints(Config), "method": method_class(method.value if method else "clae").Settings}
     top: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {"method": {"name": method.value}} if method else {}
     for key, setting in settings.items():
-        value = expand_home(key, _coerce(key, setting.value, FIELDS[key][1], setting.origin), setting.origin)
+        if key == "attack.name" and setting.value in (None, "none"):
+            raise ConfigError(f"attack.name is 'none' ({setting.origin}), which is no longer a value; use method.name=simclr.")
+        wanted = fields[key][1]
+        written = setting.text if setting.text is not None and wanted in _AS_WRITTEN else setting.value
+        value = expand_home(key, convert(key, written, wanted, setting.origin), setting.origin)
         section, dot, name = key.rpartition(".")
         (sections.setdefault(section, {}) if dot else top)[name] = value
     try:
@@ -283,18 +242,20 @@ def build(settings: dict[str, Setting]) -> Config:
         raise ConfigError(f"{error}{origin}") from None
 
 
-def resolve(
-    recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()
-) -> tuple[Config, dict[str, str]]:
-    """The Config of a recipe with overrides, and the origin of every value ("default", "file:line", "command line").
+def resolve(recipe: str | Path | None, overrides: list[str] | None = None, defaults: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with overrides. Raises ConfigError.
 
     `defaults` are overrides of the recipe that `overrides` may set again.
     """
-    settings = read_recipe(find_recipe(recipe)) if recipe else {}
+    path = find_recipe(recipe) if recipe else None
+    settings = read_recipe(path) if path else {}
+    is_written_by_hand = len(settings) < len(FIELDS) // 2  # the config.yaml of a run, which may be anybody's, has every key
     settings.update(parse_overrides(list(defaults), "default of this command"))
     settings.update(parse_overrides(overrides or []))
+    if path and is_written_by_hand:
+        find_beside(path, [str(settings[key].value) for key in PLUGIN_KEYS if key in settings])
     config = build(settings)
-    return config, {key: settings[key].origin if key in settings else "default" for key in FIELDS}
+    return Recipe(config, {key: settings[key].origin if key in settings else "default" for key in flatten(config)})
 
 
 def dumped(value: Any) -> str:
@@ -311,7 +272,7 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
+def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     """The resolved configuration as YAML that `read_recipe` reads back; `comments` are written behind their keys."""
     lines: list[str] = []
     section = ""
@@ -326,6 +287,20 @@ def to_yaml(config: Config, comments: dict[str, str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_yaml(path: Path) -> Config:
-    """The Config that `to_yaml` wrote, which extends nothing. Raises ConfigError."""
-    return build(read_recipe(path, may_extend=False))
+def from_yaml(path: Path, plugins: Container[str] = ()) -> Config:
+    """The Config that `to_yaml` wrote, which extends nothing.
+
+    Args:
+        plugins: names package.module:Class or :function that may be imported, besides those that are already.
+
+    Raises: ConfigError, also for another plug-in: reading a file runs no code that it names.
+    """
+    settings = read_recipe(path, may_extend=False)
+    for key in PLUGIN_KEYS:
+        name = str(settings[key].value) if key in settings else ""
+        if is_plugin(name) and name not in plugins and not is_loaded(name):
+            raise ConfigError(
+                f"{key} is {name!r} in {path}: code that no `clae train` of yours on this machine used in this folder, so it "
+                "is not imported; use --trust if you trust it."
+            )
+    return build(settings)

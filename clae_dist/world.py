@@ -45,7 +45,7 @@ class World:
 
     @property
     def collectives(self) -> str:
-        """What carries tensors between the ranks: "nccl", "gloo", or "none" in a single process."""
+        """The library of the collectives on tensors: "nccl", "gloo", or "none" in a single process."""
         return "none" if self.group is None else "nccl" if self.device.type == "cuda" else "gloo"
 
     def subgroup(self, global_ranks: list[int]) -> dist.ProcessGroup:
@@ -187,9 +187,9 @@ def _start_group(backend: str, store: dist.Store, rank: int, size: int, timeout_
 
 
 def told(code: int) -> int:
-    """What a rank exits with. Where launch/torchrun.sh asks for it (CLAE_ENDING), a code that is no reason to start again
-    (errors.py) goes into that file and the rank ends with 0: torchrun starts ranks again whatever their code. Success takes
-    the place of what an earlier start left there: torchrun stops all ranks for a host that comes, and they say 75."""
+    """The exit code of a rank. If launch/torchrun.sh requests it (CLAE_ENDING), a code that is no reason for a restart
+    (errors.py) is written to that file and the rank exits with 0: torchrun restarts ranks whatever their code. Success
+    replaces the code of an earlier start: torchrun stops all ranks when a host joins, and they report 75."""
     path = os.environ.get("CLAE_ENDING", "")
     if not path or restarts(code):
         return code

@@ -1,4 +1,4 @@
-"""What `python -m data_prep` understands: its commands, their options and the help."""
+"""The commands of `python -m data_prep`, their options and help texts."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ list that the file holds). The files' bytes are kept as they are, unless --resiz
 what was done. Every image is decoded once to check it; those that fail (cut short, empty, no image, too many pixels, …) are
 listed with the reason in DST/quarantine.jsonl.
 
-An interrupted run goes on where it was when the same command is run again. The same input and settings give the same bytes.
+An interrupted run resumes when the same command is run again. The same input and settings give the same bytes.
 """
 
 _INDEX = """\
 Writes a manifest and indices for WebDataset shards that exist; the shards stay as they are.
 
 SHARDS are tars of this machine, folders of them, or lists such as x-{000..099}.tar. A sample is KEY.jpg (png, webp, …) with its
-label, a whole number or a name, in KEY.cls or as "label" in KEY.json; without one it has no label. The files of a sample follow
+label, an integer or a name, in KEY.cls or as "label" in KEY.json; without one it has no label. The files of a sample follow
 one another. The classes are the labels that there are. Shards named train, val (dev) or test (eval) are of that split, others
 of train. Every image is decoded once to check it; those that fail are skipped and listed with the reason in quarantine.jsonl.
-An interrupted run goes on where it was when the same command is run again.
+An interrupted run resumes when the same command is run again.
 """
 
 _AUDIT = """\
@@ -222,7 +222,7 @@ def _add_max_pixels(preparing: argparse.ArgumentParser) -> None:
 
 
 def _add_what_is_said(prepare: argparse.ArgumentParser) -> None:
-    """What the manifest says of a set, and how it is read."""
+    """Options that describe the set."""
     _add_origin(prepare, "SRC's name")
     prepare.add_argument(
         "--image-column", default="", metavar="NAME", help="Parquet: of the image bytes (default: image, img, the only one)"
@@ -233,7 +233,7 @@ def _add_what_is_said(prepare: argparse.ArgumentParser) -> None:
 
 
 def _add_what_is_done(prepare: argparse.ArgumentParser) -> None:
-    """What is written, and what is set aside."""
+    """Options that change the shards."""
     add = prepare.add_argument
     add("--test-share", type=_share, default=0.1, metavar="X", help="drawn for the test split (default 0.1; 0: none)")
     add("--seed", type=int, default=0, help="of the order and of the drawn split (default 0)")

@@ -26,7 +26,7 @@ def checked(data: bytes, settings: PrepareSettings) -> tuple[bytes, str]:
 
 
 def pixels_text(pixels: str, settings: PrepareSettings) -> str:
-    """What the manifest says of the pixels, `pixels` being what the source gives."""
+    """The manifest's description of the pixels; `pixels` is that of the source."""
     if not settings.resize_short:
         return pixels
     return f"JPEG of quality {settings.quality}, shorter side at most {settings.resize_short}, from {pixels}"

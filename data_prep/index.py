@@ -32,7 +32,7 @@ _MANY = 100  # classes
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What a user says about shards that exist."""
+    """Settings of indexing existing shards."""
 
     name: str = ""
     source: str = ""
@@ -53,7 +53,7 @@ def index(
     """Checks every image of existing shards and writes their indices and a manifest, beside them or into `to`.
 
     `shards` are tars of this machine, folders of them, or lists with braces. In `to` the shards are links. Images that cannot
-    be decoded are left out of the index. Raises DataError for a damaged tar, a label without a class, too many bad images.
+    be decoded are skipped. Raises DataError for a damaged tar, a label without a class, too many bad images.
     """
     tars = _tars(shards)
     folder = to or tars[0].parent

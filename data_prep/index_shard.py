@@ -43,7 +43,7 @@ class IndexTask:
 
 @dataclass(frozen=True)
 class IndexResult:
-    """What was found in a shard that was as `fingerprint` says."""
+    """The result for a shard with this `fingerprint`."""
 
     shard: Shard
     bad: list[tuple[str, str]]  # (path, reason)
@@ -52,7 +52,7 @@ class IndexResult:
 
 
 def finished(task: IndexTask) -> IndexResult | None:
-    """What an earlier run found, if neither the shard nor the settings have changed."""
+    """The result of an earlier run, if neither shard nor settings have changed."""
     try:
         content = read_object(task.record, surrogates=True)
         shard, bad, names = Shard(**content.pop("shard")), content.pop("bad"), content.pop("names", ())

@@ -1,4 +1,4 @@
-"""What a manifest says about its set, for people and for scripts."""
+"""Print the content of a manifest, for people and for scripts."""
 
 from __future__ import annotations
 

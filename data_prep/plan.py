@@ -39,7 +39,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class SetPlan:
-    """What will be written, and what a user should know about it."""
+    """The shards to write, with notes for the user."""
 
     classes: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
@@ -70,14 +70,14 @@ def make_plan(found: Listing | Layout, settings: PrepareSettings, where: str) ->
 
 
 def _arrange(listing: Listing, where: str) -> Layout:
-    """What the folders mean."""
+    """Derive classes and splits from the folders."""
     if not listing.entries:
         also = f" (but {len(listing.ignored)} other files, such as {listing.ignored[0]})" if listing.ignored else ""
         raise DataError(f"{where} holds no images{also}. {_WAY_OUT}")
     images, given, notes = _by_split(listing, where)
     if listing.ignored:
         notes.append(
-            f"{len(listing.ignored)} files are no images by their names and were left out, such as {listing.ignored[0]}."
+            f"{len(listing.ignored)} files are no images by their names and were skipped, such as {listing.ignored[0]}."
         )
     if listing.skipped:
         notes.append(f"Hidden folders and a system's own, skipped: {len(listing.skipped)}, such as {listing.skipped[0]}.")

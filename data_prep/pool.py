@@ -97,7 +97,7 @@ def _alive(process: Any) -> Iterator[None]:
         process.join()
         raise DataError(
             f"a worker process died (exit code {process.exitcode}; -9 is what a machine short of memory does); "
-            f"run the same command with fewer --workers, it goes on where it was."
+            f"run the same command with fewer --workers: it resumes."
         ) from None
 
 

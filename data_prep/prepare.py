@@ -1,4 +1,4 @@
-"""prepare(): a source and settings in, a folder of shards with a manifest out; goes on where it was when it is run again."""
+"""prepare() turns a source into a folder of shards with a manifest; run again after an interruption, it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user asks of a preparation: everything that changes what is written."""
+"""Settings of a preparation: everything that changes the shards."""
 
 from __future__ import annotations
 

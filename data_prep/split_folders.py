@@ -38,7 +38,7 @@ def find_splits(listing: Listing, where: str) -> tuple[str, dict[str, str]]:
 
 
 def _is_split(tops: set[str], root: str, entries: Sequence[Entry]) -> bool:
-    """Whether a folder alone is a split rather than a class: by its very name, or by a longer name and class folders in it."""
+    """True if a single folder is a split rather than a class, by its name, or by a longer name and class folders in it."""
     (top,) = tops
     return bool(split_of(top)) or all("/" in entry.path[len(root) + len(top) + 1 :] for entry in entries)
 

@@ -78,7 +78,7 @@ class Workspace:
         make_folders(self._parts)
 
     def remove_leftovers(self) -> None:
-        """What an interrupted run may have left: half-written shards and an unpacked archive."""
+        """Remove the leftovers of an interrupted run: incomplete shards and an unpacked archive."""
         for leftover in self.folder.glob(".tmp-*"):
             leftover.unlink()
         for leftover in self._parts.glob(".tmp-*"):

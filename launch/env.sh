@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Creates the environment that quickstart, tests and CI share, when it is missing, and prints its path as the last line:
+# Creates the environment that quickstart, tests and CI share, if it is missing, and prints its path as the last line:
 #
 #   source "$(./launch/env.sh | tail -1)/bin/activate"
 #
 # It lives in ${CLAE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/clae-dist}, keyed by a hash of what pyproject.toml asks for and of
-# the Python version, so that a second checkout reuses it. An install that was interrupted is started over (from pip's
-# own download cache). The `clae` command in it runs the checkout you stand in; elsewhere, the one that ran env.sh last.
+# the Python version, so that a second checkout reuses it. An interrupted install is restarted (from pip's download cache).
+# The `clae` command in it runs the checkout of the current folder; elsewhere, the checkout that ran env.sh last.
 #
-# CLAE_PYTHON names another Python, CLAE_FREE_GB (default 9) what must be free for an install.
+# CLAE_PYTHON names another Python; CLAE_FREE_GB (default 9) is the free space required for an install.
 set -euo pipefail
 
 case ${1:-} in
@@ -42,7 +42,7 @@ print(hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12])
 PY
 )
 cache=${CLAE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/clae-dist}
-mkdir -p "$cache" || fail "$cache cannot be made; name a folder that can be written in CLAE_CACHE."
+mkdir -p "$cache" || fail "$cache cannot be created; set CLAE_CACHE to a writable folder."
 cache=$(cd "$cache" && pwd)
 env=$cache/env-$key
 
@@ -55,7 +55,7 @@ install() {
   rm -rf "$env"
   "$python" -m venv "$env" || fail "$python cannot make virtual environments; on Debian: apt-get install python3-venv."
   "$env/bin/python" -m pip install --quiet --retries 1 --upgrade pip >"$env/upgrade.log" 2>&1 ||
-    say "pip could not upgrade itself; going on with $("$env/bin/python" -m pip --version | cut -d ' ' -f 1-2) (log: $env/upgrade.log)"
+    say "pip could not upgrade itself; continuing with $("$env/bin/python" -m pip --version | cut -d ' ' -f 1-2) (log: $env/upgrade.log)"
   "$env/bin/python" - "$here/pyproject.toml" >"$env/requirements.txt" <<'PY'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]

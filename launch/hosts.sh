@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts for several hosts share; sourced by them, not run.
+# Functions that the scripts for several hosts share. Sourced by them, not run.
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  echo "hosts.sh is what torchrun.sh, ray-cluster.sh and slurm.sbatch share; it does nothing by itself. See their --help."
+  echo "hosts.sh has the functions that torchrun.sh, ray-cluster.sh and slurm.sbatch share; it does nothing by itself. See their --help."
   case ${1:-} in -h | --help) exit 0 ;; *) exit 2 ;; esac
 fi
 
@@ -13,8 +13,8 @@ script=$(basename "$0" .sh)
 say() { printf '%s: %s\n' "$script" "$*"; }
 wrong() { printf '%s: %s\n' "$script" "$*" >&2; exit 2; }
 
-whole() { # whole OPTION VALUE: wrong unless it is a whole number from 1
-  case $2 in "" | *[!0-9]* | 0*) wrong "$1 is '$2'; use a whole number from 1." ;; esac
+whole() { # whole OPTION VALUE: wrong unless VALUE is a positive integer
+  case $2 in "" | *[!0-9]* | 0*) wrong "$1 is '$2'; use an integer from 1." ;; esac
 }
 
 split_address() { # split_address WHAT HOST[:PORT] DEFAULT_PORT: sets host and port; an IPv6 address with a port has brackets
@@ -56,7 +56,7 @@ find_env() { # sets python and the environment of every command; dry: nothing is
   elif [ -n "${dry:-}" ]; then
     env=ENVIRONMENT
   else
-    env=$("$here/launch/env.sh" | tail -1) || wrong "the environment could not be made; the reason stands above."
+    env=$("$here/launch/env.sh" | tail -1) || wrong "the environment could not be created; see the reason above."
   fi
   python=$env/bin/python
   export PATH=$env/bin:$PATH
@@ -69,7 +69,7 @@ find_route() { # find_route HOST [WAY_OUT]: sets address, interface and at_head 
   [ -x "$probe" ] || probe=python3
   if ! found=$("$probe" -m clae_dist.launchers.route "$1"); then
     [ -n "${dry:-}" ] || wrong "${2:+$2: }$found"
-    say "$found A dry run goes without: ADDRESS and INTERFACE are this host's on the way to $1."
+    say "$found A dry run needs none: ADDRESS and INTERFACE are this host's on the way to $1."
     found="ADDRESS INTERFACE no"
   fi
   # shellcheck disable=SC2034 # for the script that sources this one

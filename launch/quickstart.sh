@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a folder of images to an evaluated CLAE encoder: sets up, prepares shards, pretrains, evaluates, reports.
-# After installation about five minutes on two CPU cores. Nothing in it is special: every line it runs is a command of the
-# README, printed before it runs. Interrupted, the same command goes on where it was.
+# About five minutes on two CPU cores after installation. Every command it runs is one that you can run yourself, and is printed
+# first. After an interruption, the same command resumes.
 set -euo pipefail
 
 usage() {
@@ -79,7 +79,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 case $compare in "" | simclr) ;; *) wrong "--compare $compare is not known; use --compare simclr." ;; esac
-case $workers in *[!0-9]* | 0*) wrong "--workers is $workers; use a whole number from 1." ;; esac
+case $workers in *[!0-9]* | 0*) wrong "--workers is $workers; use an integer from 1." ;; esac
 case $minutes in *[!0-9.]* | *.*.* | . | 0 | 0.0) wrong "--minutes is $minutes; use a number above 0, such as 4." ;; esac
 [ -z "$minutes" ] || ! given train.epochs >/dev/null || wrong "--minutes and train.epochs= both say how long; keep one."
 minutes=${minutes:-4}
@@ -96,8 +96,8 @@ ended() { # ended STEP CODE
   [ -z "$interrupted" ] || set -- "$1" "$2" stopped
   case ${3:-$2} in
     0) return ;;
-    stopped | 75 | 130) printf '\nquickstart: stopped during "%s"; the same command goes on from there.\n' "$1" >&2 ;;
-    *) printf '\nquickstart: "%s" failed (exit code %s); the reason stands above.\n' "$1" "$2" >&2 ;;
+    stopped | 75 | 130) printf '\nquickstart: stopped during "%s"; the same command resumes from there.\n' "$1" >&2 ;;
+    *) printf '\nquickstart: "%s" failed (exit code %s); see the reason above.\n' "$1" "$2" >&2 ;;
   esac
   exit "$(($2 ? $2 : 130))"
 }
@@ -149,7 +149,7 @@ measure() { # measure IMAGES: sets epochs to what --minutes is enough for
     echo "epochs: $epochs, as this run began"
     return
   fi
-  per_epoch=$((batch > 0 && images >= batch ? images / batch : 1)) # what does not fill a batch sits an epoch out
+  per_epoch=$((batch > 0 && images >= batch ? images / batch : 1)) # images that do not fill a batch are skipped
   rm -rf "$probe"
   time_steps "$(quotient "$steps" "$per_epoch")"
   rate=$(python -c "$median_rate" "$probe/metrics.jsonl") || ended "Reading $probe/metrics.jsonl" $?
@@ -228,7 +228,7 @@ if [ -n "$compare" ]; then
   # The same compute: an exact CLAE step costs 11 units, a SimCLR step 6 (forward of one view 1, its backward 2).
   more="EPOCHS*11/6"
   [ "$epochs" = EPOCHS ] || more=$(product "$epochs" 1.8333333333)
-  last_of_each "${common[@]}" attack.name=none train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
+  last_of_each "${common[@]}" method.name=simclr train.epochs="$more" name=quickstart-simclr run_dir="$run_dir/simclr"
   step "Pretraining: SimCLR, the same compute" clae train "$recipe" "${words[@]}"
   step "Evaluation: SimCLR" clae evaluate "$run_dir/simclr"
   step "Report: SimCLR" clae report "$run_dir/simclr"

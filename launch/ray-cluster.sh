@@ -14,9 +14,9 @@ usage: ./launch/ray-cluster.sh head [options]                        on the firs
   ./launch/ray-cluster.sh submit configs/imagenet/clae.yaml data.shards=/shared/imagenet run_dir=/shared/runs/first \
       launch.workers=32 launch.min_workers=16
 
-submit ends when the run does; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 75), and the same line goes on from there.
-launch.min_workers=M: the run goes on with as few as M ranks while hosts are missing, with every host that comes back, and leaves
-a host before it is taken away (`ray drain-node`, spot instances). CONFIG, shards and run_dir must be at the same path on all hosts.
+submit ends when the run does; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 75), and the same line resumes the run.
+launch.min_workers=M: the run continues with as few as M ranks while hosts are missing, uses hosts that return, and leaves a
+host before it is taken away (`ray drain-node`, spot instances). CONFIG, shards and run_dir must be at the same path on all hosts.
 
   --port N            head: of the cluster (default 6379; N + 1 and N + 2 are used, too, on every host)
   --address A         head: its address for the others (default: this host's way out)
@@ -177,7 +177,7 @@ start_node() { # start_node WHAT OPTION …: in the background, until `stop`
     stop_node
     # Ray gives its own processes 30 s, whatever the machine is busy with.
     if [ $attempt -eq 3 ] || ! grep -q "timed out during startup" "$temp_dir/ray.log"; then
-      wrong "Ray did not start as $what; the reason stands above. A port in use? --port takes another."
+      wrong "Ray did not start as $what; see the reason above. A port in use? --port takes another."
     fi
     say "Ray was not up within its 30 s; trying again (attempt $((attempt + 1)) of 3)." >&2
   done

@@ -11,19 +11,19 @@ usage: ./launch/torchrun.sh --nodes N|MIN:MAX --head HOST[:PORT] [options] CONFI
 Start the same line on every host, in any order; they meet at HOST, one of them. CONFIG, the shards and run_dir must be at the
 same path on all.
 
-  --nodes N            hosts; with MIN:MAX the run goes on with fewer when some are lost, from the newest checkpoint, and takes
-                       in those that come back. Every number of ranks from MIN to MAX hosts must divide the batch: it is checked
-  --gpus-per-node K    ranks on each host, one a GPU (default: the GPUs that torch sees; 1 without)
+  --nodes N            hosts; with MIN:MAX the run continues with fewer hosts when some are lost, from the newest checkpoint, and
+                       uses hosts that return. Every number of ranks from MIN to MAX hosts must divide the batch: it is checked
+  --gpus-per-node K    ranks on each host, one per GPU (default: the GPUs that torch sees; 1 without GPUs)
   --ranks-per-node K   the same for hosts without GPUs
-  --head HOST[:PORT]   where they meet (default port 29500); left out with --nodes 1
-  --id NAME            of the meeting, when several share a HOST:PORT (default: clae)
-  --node-rank R        static rendezvous: this is host R of N (0 is HOST). No host is replaced, nothing is started again
-  --max-restarts N     how often ranks are started again after a failure (default 3; 0 with --node-rank)
-  --wait-s S           how long hosts wait for each other (default 600)
+  --head HOST[:PORT]   rendezvous (default port 29500); not needed with --nodes 1
+  --id NAME            of the rendezvous, if several share a HOST:PORT (default: clae)
+  --node-rank R        static rendezvous: this is host R of N (0 is HOST). Hosts are not replaced, ranks not restarted
+  --max-restarts N     restarts of the ranks after a failure (default 3; 0 with --node-rank)
+  --wait-s S           seconds that hosts wait for each other (default 600)
   --interface NAME     network for the ranks (default: by the route to HOST)
   --dry-run            print what would run on this host, and run nothing
 
-SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and leave, exit code 75; the same line goes on from there.
+SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and exit with code 75; the same line resumes from there.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
 exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts, 75.
 TEXT
@@ -87,7 +87,7 @@ else
   run+=(--rdzv-backend=c10d --rdzv-endpoint="$(with_port "$host" "$port")" --rdzv-id="$id" --max-restarts="${restarts:-3}"
     --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s")
 fi
-# With the meeting's own store for the ranks, too, a host that joins later waits for ever for what it was told before (torch 2.15).
+# If ranks share the rendezvous's store, a host that joins later waits forever for messages from before (torch 2.15).
 case $nodes in *:*) variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) ;; esac
 run+=(--module clae_dist train "$config" --launcher torchrun ${settings[@]+"${settings[@]}"})
 say "$nodes host(s) of $ranks rank(s) meet at $(with_port "$host" "$port")"
@@ -144,8 +144,8 @@ if [ "$code" -gt 128 ]; then code=0; wait "$agent" || code=$?; fi # it ended whi
 if [ "$code" -ne 0 ]; then code=4; elif [ -s "$ending" ]; then code=$(cat "$ending"); fi
 case $code in
   0) say "finished" ;;
-  75) say "stopped with everything saved (exit code 75); the same line goes on from there." ;;
-  4) say "ranks failed and were not started again; the reason stands above, and the same line goes on from the newest checkpoint." >&2 ;;
-  *) say "ended with exit code $code; the reason stands above." >&2 ;;
+  75) say "stopped with everything saved (exit code 75); the same line resumes from there." ;;
+  4) say "ranks failed and were not started again; see the reason above; the same line resumes from the newest checkpoint." >&2 ;;
+  *) say "ended with exit code $code; see the reason above." >&2 ;;
 esac
 exit "$code"

@@ -1,41 +1,120 @@
-"""The mathematics once more, slow and plain: double loops in float64, written from the formulas of the paper.
+"""References for tests: double loops in float64, written from the formulas of the papers.
 
 # N rows of the global batch, D embedding width. Everything is on one process.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from clae_dist.config import Objective
+from clae_dist.objectives import find
 
-def nt_xent(a_ND: torch.Tensor, b_ND: torch.Tensor, temperature: float) -> torch.Tensor:
-    """1/M Σ_k [ log Σ_{l≠k} exp s(k, l) − s(k, pos k) ] over the M = 2N rows of [a; b]; s(k, l) = z_k · z_l / τ."""
+Loss = Callable[[torch.Tensor, torch.Tensor, Objective], torch.Tensor]
+VALUES = {"tau_plus": 0.07, "beta": 0.8, "margin": 0.15, "mix": 0.3}  # not the defaults
+
+
+def settings_of(name: str, temperature: float, **more: Any) -> Objective:
+    """Settings of an objective in which everything that it uses differs from its default."""
+    return Objective(name, temperature, **{key: VALUES[key] for key in find(name).uses}, **more)
+
+
+def similarities(
+    a_ND: torch.Tensor, b_ND: torch.Tensor, settings: Objective
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """For each of the 2N rows of [a; b]: s of its positive and of its 2N - 2 negatives; s(k, l) = z_k · z_l / temperature."""
     z = torch.cat([a_ND, b_ND])
     num_rows, num_images = len(z), len(a_ND)
-    total = z.new_zeros(())
     for k in range(num_rows):
         positive = (k + num_images) % num_rows
-        others = z.new_zeros(())
-        for other in range(num_rows):
-            if other != k:
-                others = others + torch.exp((z[k] * z[other]).sum() / temperature)
-        total = total + torch.log(others) - (z[k] * z[positive]).sum() / temperature
-    return total / num_rows
+        negatives = [(z[k] * z[other]).sum() / settings.temperature for other in range(num_rows) if other not in (k, positive)]
+        yield (z[k] * z[positive]).sum() / settings.temperature, negatives
 
 
-def instance(a_ND: torch.Tensor, b_ND: torch.Tensor, temperature: float) -> torch.Tensor:
-    """−1/N Σ_i log [ exp(a_i · b_i / τ) / Σ_j exp(a_i · b_j / τ) ]."""
+def mean_over_anchors(loss: Callable[..., torch.Tensor]) -> Loss:
+    """The mean over all 2N anchors of loss(s of the positive, list of s of the negatives, settings)."""
+
+    def mean(a_ND: torch.Tensor, b_ND: torch.Tensor, settings: Objective) -> torch.Tensor:
+        losses = [loss(positive, negatives, settings) for positive, negatives in similarities(a_ND, b_ND, settings)]
+        return sum(losses, a_ND.new_zeros(())) / len(losses)
+
+    return mean
+
+
+def nt_xent(positive: torch.Tensor, negatives: list[torch.Tensor], settings: Objective) -> torch.Tensor:
+    """-log [ exp s+ / (exp s+ + Σ exp s) ]."""
+    denominator = torch.exp(positive)
+    for s in negatives:
+        denominator = denominator + torch.exp(s)
+    return torch.log(denominator) - positive
+
+
+def decoupled(positive: torch.Tensor, negatives: list[torch.Tensor], settings: Objective) -> torch.Tensor:
+    """-s+ + log Σ exp s."""
+    denominator = positive.new_zeros(())
+    for s in negatives:
+        denominator = denominator + torch.exp(s)
+    return torch.log(denominator) - positive
+
+
+def debiased(positive: torch.Tensor, negatives: list[torch.Tensor], settings: Objective) -> torch.Tensor:
+    """-log [ P / (P + max{(R - tau_plus n P) / (1 - tau_plus), n exp(-1/temperature)}) ], R = Σ exp s."""
+    total = positive.new_zeros(())
+    for s in negatives:
+        total = total + torch.exp(s)
+    return _corrected(positive, total, len(negatives), settings)
+
+
+def hard(positive: torch.Tensor, negatives: list[torch.Tensor], settings: Objective) -> torch.Tensor:
+    """The same with R = n Σ exp((1 + beta) s) / Σ exp(beta s): each negative weighted by exp(beta s) over the mean of those."""
+    weights = [torch.exp(settings.beta * s) for s in negatives]
+    mean = sum(weights, positive.new_zeros(())) / len(weights)
+    total = positive.new_zeros(())
+    for s, weight in zip(negatives, weights, strict=True):
+        total = total + weight / mean * torch.exp(s)
+    return _corrected(positive, total, len(negatives), settings)
+
+
+def _corrected(positive: torch.Tensor, total: torch.Tensor, num_negatives: int, settings: Objective) -> torch.Tensor:
+    pos = torch.exp(positive)
+    total = (total - settings.tau_plus * num_negatives * pos) / (1 - settings.tau_plus)
+    least = num_negatives * math.exp(-1 / settings.temperature)
+    if total < least:
+        total = positive.new_tensor(least)
+    return -torch.log(pos / (pos + total))
+
+
+def ifm(positive: torch.Tensor, negatives: list[torch.Tensor], settings: Objective) -> torch.Tensor:
+    """(1 - mix) L(s+, s) + mix L(s+ - margin/temperature, s + margin/temperature), L that of nt_xent."""
+    shift = settings.margin / settings.temperature
+    modified = nt_xent(positive - shift, [s + shift for s in negatives], settings)
+    return (1 - settings.mix) * nt_xent(positive, negatives, settings) + settings.mix * modified
+
+
+def instance(a_ND: torch.Tensor, b_ND: torch.Tensor, settings: Objective) -> torch.Tensor:
+    """-1/N Σ_i log [ exp(a_i · b_i / temperature) / Σ_j exp(a_i · b_j / temperature) ]."""
     total = a_ND.new_zeros(())
     for i in range(len(a_ND)):
         columns = a_ND.new_zeros(())
         for j in range(len(b_ND)):
-            columns = columns + torch.exp((a_ND[i] * b_ND[j]).sum() / temperature)
-        total = total - torch.log(torch.exp((a_ND[i] * b_ND[i]).sum() / temperature) / columns)
+            columns = columns + torch.exp((a_ND[i] * b_ND[j]).sum() / settings.temperature)
+        total = total - torch.log(torch.exp((a_ND[i] * b_ND[i]).sum() / settings.temperature) / columns)
     return total / len(a_ND)
 
 
-OBJECTIVES = {"nt_xent": nt_xent, "instance": instance}
+OBJECTIVES: dict[str, Loss] = {
+    "nt_xent": mean_over_anchors(nt_xent),
+    "instance": instance,
+    "decoupled": mean_over_anchors(decoupled),
+    "debiased": mean_over_anchors(debiased),
+    "hard": mean_over_anchors(hard),
+    "ifm": mean_over_anchors(ifm),
+}
 
 
 def batch_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -72,9 +151,11 @@ def clae_loss_and_delta(
     frozen = {name: value.detach() for name, value in state.items()}
     x_try = x.clone().requires_grad_()
     anchor = embed(frozen, x, "adversarial", mean, std)
-    attack_loss = nt_xent(anchor, embed(frozen, x_try, "adversarial", mean, std), temperature)
+    loss_of = OBJECTIVES["nt_xent"]
+    objective = Objective(temperature=temperature)
+    attack_loss = loss_of(anchor, embed(frozen, x_try, "adversarial", mean, std), objective)
     (gradient,) = torch.autograd.grad(attack_loss, x_try)
     delta = epsilon * std * gradient.sign()
     a, b = embed(state, x, "clean", mean, std), embed(state, y, "clean", mean, std)
     c = embed(state, x + delta, "adversarial", mean, std)
-    return nt_xent(a, b, temperature) + alpha * nt_xent(a, c, temperature), delta
+    return loss_of(a, b, objective) + alpha * loss_of(a, c, objective), delta

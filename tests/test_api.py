@@ -94,11 +94,11 @@ def test_the_end_of_ranks_as_an_exception(
     from clae_dist.launchers.rank import Ending
 
     monkeypatch.setattr(launchers, "claim", lambda config, trust: "")
-    monkeypatch.setattr(launchers, "start", lambda config, origins: Ending(code, "rank 1 of 2: it broke"))
+    monkeypatch.setattr(launchers, "start", lambda recipe: Ending(code, "rank 1 of 2: it broke"))
     config = clae_dist.load_config(overrides={"run_dir": tmp_path})
     with pytest.raises(error, match="rank 1 of 2: it broke"):
         clae_dist.train(config)
-    monkeypatch.setattr(launchers, "start", lambda config, origins: Ending(errors.STOPPED, ""))
+    monkeypatch.setattr(launchers, "start", lambda recipe: Ending(errors.STOPPED, ""))
     assert clae_dist.train(config) == clae_dist.TrainResult(config.folder, finished=False)
 
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from clae_dist.config import Config, ConfigError
 from clae_dist.config.rules import Rule
-from clae_dist.recipe import (
-    FIELDS,
-    build,
-    flatten,
-    from_yaml,
-    parse_overrides,
-    recipe_names,
-    resolve,
-    shapes_result,
-    to_yaml,
-)
+from clae_dist.keys import FIELDS, flatten, shapes_result
+from clae_dist.recipe import build, from_yaml, parse_overrides, recipe_names, resolve, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -45,12 +38,12 @@ def test_defaults_need_no_recipe() -> None:
 
 def test_every_value_knows_where_it_was_written(tmp_path: Path) -> None:
     write(tmp_path, "batch:\n  global_size: 512\nseed: 1\n", "base.yaml")
-    recipe = write(tmp_path, "extends: base.yaml\nseed: 2\nattack:\n  alpha: 0.5\n")
-    config, origins = resolve(recipe, ["attack.alpha=0.25"])
-    assert (config.batch.global_size, config.seed, config.attack.alpha) == (512, 2, 0.25)
+    recipe = write(tmp_path, "extends: base.yaml\nseed: 2\nmethod:\n  alpha: 0.5\n")
+    config, origins = resolve(recipe, ["method.alpha=0.25"])
+    assert (config.batch.global_size, config.seed, config.method.alpha) == (512, 2, 0.25)
     assert origins["batch.global_size"] == f"{tmp_path / 'base.yaml'}:2"
     assert origins["seed"] == f"{recipe}:2"
-    assert origins["attack.alpha"] == "command line"
+    assert origins["method.alpha"] == "command line"
     assert origins["model.encoder"] == "default"
 
 
@@ -103,7 +96,7 @@ def test_an_override_with_an_equals_sign_in_its_value() -> None:
             "batch:\n  global_sise: 4\n",
             r"batch\.global_sise \(.*recipe\.yaml:2\) is not a known key; did you mean batch\.global_size\?",
         ),
-        ("optim:\n  alpha: 1\n", r"optim\.alpha .* is not a known key; did you mean attack\.alpha\?"),
+        ("optim:\n  alpha: 1\n", r"optim\.alpha .* is not a known key; did you mean method\.alpha\?"),
         ("epsilon: 0.1\n", r"epsilon .* is not a known key; did you mean attack\.epsilon\?"),
         ("zzzqqq: 1\n", r"zzzqqq .* is not a known key; `clae config CONFIG` lists the known ones"),
         ("attack: 3\n", r"attack \(.*:1\) is a section; set one of its keys: attack\.name, attack\.norm"),
@@ -191,7 +184,7 @@ def test_numbers_as_papers_write_them(text: str, value: float, tmp_path: Path) -
         ("attack.epsilon=[1]", r"expected a finite number"),
         ("attack.clip=1", r"attack\.clip is 1 .* expected true or false"),
         ("attack.clip=maybe", r"expected true or false"),
-        ("attack.anchor=sam", r"attack\.anchor is 'sam' .* one of same, other \(did you mean same\?\)"),
+        ("method.anchor=sam", r"method\.anchor is 'sam' .* one of same, other \(did you mean same\?\)"),
         ("optim.name=adam", r"optim\.name is 'adam' .* one of adamw, sgd, lars \(did you mean adamw\?\)"),
         ("optim.name=[adamw]", r"optim\.name is \['adamw'\] .* one of adamw, sgd, lars"),
         ("model.mean=[0.5, 0.5]", r"model\.mean is \[0\.5, 0\.5\] .* a list of 3 numbers, such as \[0\.5, 0\.5, 0\.5\]"),
@@ -214,8 +207,6 @@ def test_types_that_fit_without_being_asked() -> None:
         "yes",
         "a b",
     ]
-    assert overridden("attack.name=none").attack.name == "none"
-    assert overridden("attack.name=null").attack.name == "none"
     assert overridden("run_dir=").run_dir == ""
 
 
@@ -234,7 +225,7 @@ def test_types_that_fit_without_being_asked() -> None:
         "model.projector_hidden=-1", "model.projector_dim=1", "model.std=[0, 1, 1]",
         "model.adversarial_norm_momentum=0", "model.adversarial_norm_momentum=1.1",
         "objective.temperature=0",
-        "attack.epsilon=-1", "attack.alpha=-1", "attack.start_epoch=-1",
+        "attack.epsilon=-1", "method.alpha=-1", "method.start_epoch=-1", "method.every=0", "method.fraction=0",
         "optim.learning_rate=0", "optim.reference_batch=0", "optim.momentum=1", "optim.weight_decay=-1",
         "optim.warmup_epochs=-1", "optim.clip_norm=-1",
         "train.epochs=0", "train.log_every=0", "train.diagnose_every=0",
@@ -262,7 +253,7 @@ def test_a_value_out_of_range_names_its_key_and_where_it_was_written(override: s
 
 def test_every_setting_has_help_and_a_default_within_its_bounds() -> None:
     for key, (field, _) in FIELDS.items():
-        if key.partition(".")[0] in ("attack", "objective", "method"):
+        if key.partition(".")[0] == "objective":
             continue
         rule = field.metadata["rule"]
         assert len(rule.help) > 5, key
@@ -402,3 +393,52 @@ def test_a_mapping_is_one_value(tmp_path: Path) -> None:
 def test_what_is_no_mixture(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         overridden(override)
+
+
+# ---- the keys of methods ----
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attack.alpha=1", r"attack\.alpha \(command line\) is no longer a key; use method\.alpha\."),
+        ("attack.start_epoch=1", r"use method\.start_epoch\."),
+        ("attack.cost=fused", r"attack\.cost .* is no longer a key; use method\.cost .*, or method\.name=clae_fused"),
+        ("attack.name=none", r"attack\.name is 'none' .* use method\.name=simclr\."),
+        ("attack.name=null", r"attack\.name is 'none' .* use method\.name=simclr\."),
+        ("method.alpa=1", r"is not a key of method\.name=clae, .*; did you mean method\.alpha\?"),
+        ("method.name=moco", r"expected one of clae, clae_fused, simclr, or package\.module:Class"),
+        ("method.name=no.such:Thing", r"cannot be imported"),
+        ("method.name=os.path:join", r"is not a subclass of"),
+    ],
+)
+def test_keys_that_have_moved_or_that_the_method_does_not_have(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        overridden(override)
+    assert "\n" not in str(error.value)
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    with pytest.raises(ConfigError, match=message.replace(r"\(command line\)", ".*")):
+        resolve(write(tmp_path, f"{section}:\n  {name}: {value}\n"))
+
+
+def test_a_method_has_its_own_keys_alone() -> None:
+    with pytest.raises(ConfigError, match=r"method\.alpha .* is not a key of method\.name=simclr, which has no keys"):
+        resolve(None, ["method.name=simclr", "method.alpha=2"])
+    config, origins = resolve(None, ["method.name=clae_fused", "method.every=2"])
+    assert dataclasses.asdict(config.method) == {
+        "name": "clae_fused",
+        "alpha": 1.0,
+        "start_epoch": 0.0,
+        "every": 2,
+        "fraction": 1.0,
+    }
+    assert origins["method.every"] == "command line"
+    for refused in ("attack.name=pgd", "attack.random_start=true", "attack.statistics=updated"):
+        with pytest.raises(ConfigError, match="method.name=clae_fused"):
+            resolve(None, ["method.name=clae_fused", refused])
+
+
+def test_reading_settings_imports_no_torch() -> None:
+    code = "import sys, clae_dist.recipe as r; r.resolve(None, ['method.name=clae_fused']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -15,7 +15,8 @@ import pytest
 from clae_dist.cli import main
 from clae_dist.config import Config
 from clae_dist.explain import explanations, markdown_table
-from clae_dist.recipe import flatten, parse_overrides
+from clae_dist.keys import flatten
+from clae_dist.recipe import parse_overrides
 
 README = Path(__file__).parents[1] / "configs" / "README.md"
 TABLE = re.compile(r"(?<=<!-- settings: clae config --explain --markdown -->\n\n)(.*?)(?=\n<!-- end -->)", re.DOTALL)

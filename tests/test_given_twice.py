@@ -97,7 +97,7 @@ def test_a_set_named_twice_in_a_mixture(mixture: str, tmp_path: Path, monkeypatc
     """Of two spellings of one path, the last share alone was left."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"is set twice|names '.*' twice"):
-        start(*resolve(None, [f"data.mixture={mixture}", "data.shards=/shards", "run_dir=run"]))
+        start(resolve(None, [f"data.mixture={mixture}", "data.shards=/shards", "run_dir=run"]))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""What README and messages say that can be looked up: extras and packages to install, files, settings, commands, versions."""
+"""Extras, packages and versions that pages and messages name are those of pyproject.toml. The pages: test_pages.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.cli import make_parser
-from clae_dist.config import Config
 from clae_dist.doctor.software import PACKAGES
-from clae_dist.recipe import flatten
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,25 +53,3 @@ def test_what_messages_ask_to_install_is_what_pyproject_asks_for() -> None:
 def test_doctor_knows_the_versions_of_pyproject(package) -> None:  # type: ignore[no-untyped-def]
     wanted = tuple(int(part) for part in ([*bounds()[package.name.lower()].split("."), "0"])[:2])
     assert package.oldest == wanted
-
-
-def test_files_that_readme_names_exist() -> None:
-    named = set(re.findall(r"[(`\s](?:\./)?((?:clae_dist|configs|launch|tests|data_prep)/[\w./*-]*\w)", README))
-    assert len(named) > 15
-    assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []
-
-
-def test_settings_that_readme_names_exist() -> None:
-    known = flatten(Config())
-    sections = {key.partition(".")[0] for key in known if "." in key}
-    dotted = re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)\b", README)
-    named = {key for key in dotted if key.partition(".")[0] in sections and not key.endswith((".json", ".jsonl", ".py"))}
-    assert len(named) > 30
-    assert sorted(named - set(known)) == []
-
-
-def test_commands_that_readme_names_exist() -> None:
-    actions = [action for action in make_parser()._actions if action.choices and action.dest == "command"]
-    named = set(re.findall(r"(?:`|^|&& |-m )clae(?:_dist)? ([a-z-]+)\b", README, re.MULTILINE))
-    assert len(named) > 8
-    assert named <= set(actions[0].choices or ())

@@ -17,7 +17,8 @@ import torch
 
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, time_in_turns, with_ratios
 from clae_dist.bench.outcome import Outcome, amount
-from clae_dist.config import Attack, Config, Model, Optim, Train
+from clae_dist.config import Config, Model, Optim, Train
+from clae_dist.methods.simclr import SimClr
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import Writer, load_checkpoint
@@ -53,7 +54,7 @@ def _trained(settings: CheckpointBench, device: torch.device) -> Backend:
     """A backend after one step of the optimiser, on made-up gradients."""
     config = Config(
         model=Model(encoder=settings.encoder),
-        attack=Attack(name="none"),
+        method=SimClr.Settings(),
         optim=Optim(name="adamw"),
         train=Train(precision="float32"),
     )

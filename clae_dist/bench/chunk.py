@@ -1,4 +1,4 @@
-"""What `clae bench data` measures with: the first images of a set, and how long.
+"""The first images of a set, with which `clae bench data` measures.
 
 # n images of a chunk, S side of a view
 """

@@ -19,7 +19,7 @@ from clae_dist.bench.measure import Contender, Row, Say, assert_equal, compare
 from clae_dist.bench.one_rank import OneRank
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
-from clae_dist.contrast.chunked import chunk_size
+from clae_dist.objectives.softmax import chunk_size
 
 # float32 against a float64 reference: sums of up to a million terms, and exponents of up to 1 / τ.
 TOLERANCE = 1e-4
@@ -60,7 +60,7 @@ def beside(
     kind = "NT-Xent" if objective == "nt_xent" else "instance discrimination across views, both directions"
     case = f"{kind}: {local_rows:,} rows against {all_rows:,}, D {shapes.dim}"
     say(f"{case}: the reference in float64")
-    place = OneRank.of(objective, local_rows, all_rows, shapes.dim, shapes.temperature, device).with_honest_lse()
+    place = OneRank.of(objective, local_rows, all_rows, shapes.dim, shapes.temperature, device).with_computed_shifts()
     alone, together = place.reference()
     a, b = place.leaves()
     ready = []
@@ -76,8 +76,12 @@ def beside(
 
 def _contenders(place: OneRank) -> Iterator[tuple[str, str, Loss]]:
     temperature = place.temperature
-    yield "log_sum_exp", "ours, the gradient of all ranks' losses by one number a row", place.by_log_sum_exp
-    yield "reduce_scatter", "ours, differentiable in all columns, as a reduce-scatter needs it", place.by_reduce_scatter
+    yield "log_sum_exp", "ours, with the gradient of all ranks' losses from one number per row", place.by_log_sum_exp
+    yield (
+        "reduce_scatter",
+        "the same on the whole matrix, as a reduce-scatter needs it",
+        place.by_reduce_scatter,
+    )
     if place.objective == "nt_xent":
         if peers.is_installed("lightly"):
             yield "lightly", "NTXentLoss(gather_distributed=True), the same loss", peers.lightly_nt_xent(temperature)
@@ -134,7 +138,7 @@ def growing(local_rows: int, all_rows: int, shapes: Shapes, device: torch.device
     """log_sum_exp at one of growing numbers of rows: `more` has the time a pair of rows and the memory a row."""
     case = f"growing: {local_rows:,} rows against {all_rows:,}, D {shapes.dim}"
     say(case)
-    place = OneRank.of("nt_xent", local_rows, all_rows, shapes.dim, shapes.temperature, device).with_likely_lse()
+    place = OneRank.of("nt_xent", local_rows, all_rows, shapes.dim, shapes.temperature, device).with_typical_shifts()
     a, b = place.leaves()
     call = forward_backward(place.by_log_sum_exp, a, b)
     other = forward_backward(lambda a, b: place.by_log_sum_exp(a, b, chunk=1000), a, b)

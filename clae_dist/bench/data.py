@@ -142,7 +142,7 @@ def _stages(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -
 
 
 def _augmentations(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
-    """What follows the crop, beside others', whose draws are not ours: as distributions they have to be the same."""
+    """Augmentation after the crop, beside other packages, whose draws differ: the distributions must be equal."""
     say("augmentation: equal as distributions?")
     size, strong = settings.image_size, replace(Augment(), blur=0.5)
     images = chunk.crops(chunk.images)[0].to(device).contiguous().float() / 255

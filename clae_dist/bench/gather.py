@@ -23,11 +23,13 @@ from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal,
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
 from clae_dist.bench.wire import CountTraffic, Network, fit
-from clae_dist.contrast.gather import Contrast
+from clae_dist.config import Objective
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device
 from clae_dist.errors import OK, UNEXPECTED
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending
+from clae_dist.objectives import names
 from clae_dist.world import World, connect
 
 
@@ -41,6 +43,8 @@ class Settings:
     message_bytes: Sequence[int] = tuple(1 << power for power in range(12, 25, 2))  # whole buffers
     with_peers: bool = True
 
+
+KINDS = {"nt_xent": "NT-Xent", "instance": "instance discrimination across views, both directions"}
 
 QUICK = Settings(world_sizes=(2,), repeats=5, message_bytes=tuple(1 << power for power in range(12, 21, 4)))
 
@@ -84,10 +88,10 @@ def _on_a_rank(settings: Settings, device: Request) -> Ending:
 
 
 def measure(world: World, settings: Settings, say: Say) -> list[Row]:
-    """The network's rows, then those of both losses. A collective: every rank calls it and has the same rows."""
+    """The rows of the network, then those of every objective; the same on every rank. Collective."""
     say("gather: the network")
     networks, rows = measure_network(world, settings)
-    for objective in ("nt_xent", "instance"):
+    for objective in sorted(names(), key=("nt_xent", "instance").__contains__, reverse=True):  # with peers first
         say(f"gather: {objective}")
         rows += measure_loss(objective, world, settings, networks)
     return rows
@@ -98,7 +102,7 @@ def measure(world: World, settings: Settings, say: Say) -> list[Row]:
 
 def measure_loss(objective: str, world: World, settings: Settings, networks: dict[str, Network]) -> list[Row]:
     """Forward and backward of each contender: the same gradients first, then bytes, then time."""
-    kind = "NT-Xent" if objective == "nt_xent" else "instance discrimination across views, both directions"
+    kind = KINDS.get(objective, objective)
     case = f"{kind}: {world.size} ranks ({world.collectives}), {settings.images} images each, D {settings.dim}"
     a, b = _views(world, settings)
     calls: dict[str, Callable[[], Any]] = {}
@@ -135,7 +139,7 @@ def _alone(kind: str, num_bytes: float, networks: dict[str, Network], num_ranks:
 def contenders(objective: str, world: World, settings: Settings) -> Iterator[tuple[str, str, Loss]]:
     temperature = settings.temperature
     for way in ("log_sum_exp", "reduce_scatter"):
-        yield way, "ours", _ours(Contrast(objective, temperature, world, way), both=objective == "instance")
+        yield way, "ours", _ours(Contrast(Objective(objective, temperature, gather=way), world), both=objective == "instance")
     if objective == "nt_xent" and settings.with_peers and peers.is_installed("lightly"):
         yield "lightly", "NTXentLoss(gather_distributed=True)", peers.lightly_nt_xent(temperature)
     if objective == "instance" and settings.with_peers and peers.is_installed("open_clip"):

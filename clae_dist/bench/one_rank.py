@@ -16,24 +16,26 @@ import torch.nn.functional as F
 
 from clae_dist.bench import peers
 from clae_dist.bench.measure import replaced
-from clae_dist.contrast import log_sum_exp as own_form
-from clae_dist.contrast.chunked import chunk_size, log_sum_exp
-from clae_dist.contrast.objectives import OBJECTIVES, Rows
+from clae_dist.config import Objective
+from clae_dist.contrast import distributed
+from clae_dist.objectives import PerAnchor, find
+from clae_dist.objectives.dense import dense_loss
+from clae_dist.objectives.form import Rows
 
 Grads = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class OneRank:
-    """Rank `rank` of `size`, with the rows of all ranks and, for the log-sum-exp form, every row's log-sum-exp."""
+    """Rank `rank` of `size`, with the rows of all ranks and, for the log-sum-exp form, the shifts of all anchors."""
 
-    objective: str  # "nt_xent", or "instance": across views, the mean of both directions
+    objective: str  # of one direction: the mean of both is measured
     temperature: float
     views: tuple[torch.Tensor, torch.Tensor]  # (N, D) each, of unit length
     size: int
     rank: int
-    rest: tuple[torch.Tensor, ...] = ()  # log Σ exp s of each row of a view, over all columns but this rank's: (N,) each
-    lse: tuple[torch.Tensor, ...] = ()  # over all columns
+    rest: tuple[torch.Tensor, ...] = ()  # log Σ exp s of each row of a view over the columns of other ranks: (N,) each
+    shifts: tuple[torch.Tensor, ...] = ()  # contrast/distributed.py's, for each direction: (N, V, S)
 
     @staticmethod
     def of(objective: str, local_rows: int, rows: int, dim: int, temperature: float, device: torch.device) -> OneRank:
@@ -46,52 +48,83 @@ class OneRank:
 
     @property
     def mine(self) -> slice:
+        return self._rows_of(self.rank)
+
+    def _rows_of(self, rank: int) -> slice:
         count = len(self.views[0]) // self.size
-        return slice(self.rank * count, (self.rank + 1) * count)
+        return slice(rank * count, (rank + 1) * count)
+
+    @property
+    def form(self) -> PerAnchor:
+        """The objective itself."""
+        form = find(self.objective)
+        assert isinstance(form, PerAnchor)
+        return form
+
+    @property
+    def settings(self) -> Objective:
+        """Its settings, `chunk` chosen by the device."""
+        return Objective(self.objective, self.temperature)
+
+    @property
+    def directions(self) -> Sequence[tuple[int, int]]:
+        """The views (a, b) of each loss whose mean is measured."""
+        return ((0, 1),) if self.form.columns == "both views" else ((0, 1), (1, 0))
 
     def leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = (view[self.mine].clone().requires_grad_() for view in self.views)
         return a, b
 
-    def with_honest_lse(self) -> OneRank:
-        """Every row's log-sum-exp computed: M² products."""
-        rest = tuple(self._lse(number, self._others_columns(number)) for number in range(2))
-        own = (self._lse(number, self._own_columns(number)) for number in range(2))
-        return replace(self, rest=rest, lse=tuple(torch.logaddexp(one, two) for one, two in zip(rest, own, strict=True)))
+    def with_computed_shifts(self) -> OneRank:
+        """The same with the shifts that the other ranks would compute, and `rest`: M² products each."""
+        return replace(
+            self,
+            shifts=tuple(self._shifts(*direction) for direction in self.directions),
+            rest=tuple(self._rest(view) for view in range(2)),
+        )
 
-    def with_likely_lse(self) -> OneRank:
-        """That of random rows of unit length, log M + 1 / (2 τ² D): for more rows than M² products could be computed of."""
+    def with_typical_shifts(self) -> OneRank:
+        """The same with shifts of random unit rows, minus log M + 1 / (2 τ² D): for more rows than M² products allow."""
         images, dim = self.views[0].shape
-        columns = images * (2 if self.objective == "nt_xent" else 1)
-        likely = math.log(columns) + 1 / (2 * self.temperature**2 * dim)
-        return replace(self, lse=tuple(self.views[0].new_full((images,), likely) for _ in range(2)))
+        num_views = 2 // len(self.directions)
+        typical = -math.log(images * num_views) - 1 / (2 * self.temperature**2 * dim)
+        return replace(self, shifts=tuple(self.views[0].new_full((images, num_views, 1), typical) for _ in self.directions))
 
     def in_float64(self) -> OneRank:
         a, b = (view.double() for view in self.views)
-        return replace(self, views=(a, b), rest=tuple(t.double() for t in self.rest), lse=tuple(t.double() for t in self.lse))
+        return replace(
+            self, views=(a, b), rest=tuple(t.double() for t in self.rest), shifts=tuple(t.double() for t in self.shifts)
+        )
 
-    # ---- columns: (those of which view, from, to, where row 0 is itself) ----
+    def _shifts(self, *direction: int) -> torch.Tensor:
+        parts: list[torch.Tensor] = []
 
-    def _column_views(self, number: int) -> Sequence[int]:
-        return (0, 1) if self.objective == "nt_xent" else (1 - number,)
+        def keep(shift: torch.Tensor, group: Any) -> torch.Tensor:
+            parts.append(shift)
+            return shift
 
-    def _others_columns(self, number: int) -> Iterator[tuple[torch.Tensor, int | None]]:
-        for view in self._column_views(number):
-            for low, high in ((0, self.mine.start), (self.mine.stop, len(self.views[0]))):
-                yield self.views[view][low:high], -low if view == number else None
+        with replaced(distributed, _shifts_of_all_ranks=keep):
+            for rank in range(self.size):
+                rows = self._rows_of(rank)
+                a, b = (Rows(self.views[v][rows].clone().requires_grad_(), self.views[v]) for v in direction)
+                distributed.per_anchor_loss(self.form, a, b, rows.start, self.settings, None)
+        return torch.cat(parts)
 
-    def _own_columns(self, number: int) -> Iterator[tuple[torch.Tensor, int | None]]:
-        for view in self._column_views(number):
-            yield self.views[view][self.mine], -self.mine.start if view == number else None
+    def _column_views(self, view: int) -> Sequence[int]:
+        return (0, 1) if self.form.columns == "both views" else (1 - view,)
 
-    def _lse(self, number: int, columns: Iterator[tuple[torch.Tensor, int | None]]) -> torch.Tensor:
-        rows, total = self.views[number], None
-        chunk = chunk_size(len(rows), rows.device)
-        for block, itself in columns:
-            if len(block):
-                total = log_sum_exp(rows, block, self.temperature, itself, chunk, total)
-        assert total is not None
-        return total
+    def _rest(self, view: int) -> torch.Tensor:
+        columns, images = torch.cat([self.views[v] for v in self._column_views(view)]), len(self.views[0])
+        parts = []
+        for rank in range(self.size):
+            rows = self._rows_of(rank)
+            s = self.views[view][rows] @ columns.T / self.temperature
+            for number, column_view in enumerate(self._column_views(view)):
+                s[:, self.mine.start + number * images : self.mine.stop + number * images] = -torch.inf
+                if column_view == view:
+                    s[:, rows.start + number * images : rows.stop + number * images].diagonal().fill_(-torch.inf)
+            parts.append(s.logsumexp(1))
+        return torch.cat(parts)
 
     # ---- the gather, without a network ----
 
@@ -114,28 +147,28 @@ class OneRank:
         """Ours; the gradient is that of all ranks' losses."""
         with torch.no_grad():
             rows = [Rows(mine, self.received(view, mine)) for view, mine in enumerate((a, b))]
-        start, together = self.mine.start, [torch.stack(self.lse, 1)] if self.objective == "nt_xent" else list(self.lse)
+        others = list(self.shifts)
 
-        def everyones(lse: torch.Tensor, group: Any) -> torch.Tensor:
-            found = together.pop(0).clone()
-            found[self.mine] = lse
-            return found
+        def of_all_ranks(shift: torch.Tensor, group: Any) -> torch.Tensor:
+            everyone = others.pop(0).clone()
+            everyone[self.mine] = shift
+            return everyone
 
-        form = own_form.LOG_SUM_EXP[self.objective]
-        with replaced(own_form, _everyones=everyones):
-            loss = form(rows[0], rows[1], start, self.temperature, chunk, None)
-            if self.objective == "instance":
-                loss = (loss + form(rows[1], rows[0], start, self.temperature, chunk, None)) / 2
-        return loss
+        settings = replace(self.settings, chunk=chunk)
+        with replaced(distributed, _shifts_of_all_ranks=of_all_ranks):
+            losses = [
+                distributed.per_anchor_loss(self.form, rows[one], rows[other], self.mine.start, settings, None)
+                for one, other in self.directions
+            ]
+        return torch.stack(losses).mean()
 
     def by_reduce_scatter(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Ours, differentiable in all columns; the gradient is that of this rank's loss."""
-        form, start = OBJECTIVES[self.objective], self.mine.start
+        """The dense form, differentiable in all columns; the gradient is that of this rank's loss."""
         rows = [Rows(mine, self.received(view, mine)) for view, mine in enumerate((a, b))]
-        loss = form(rows[0], rows[1], start, self.temperature)
-        if self.objective == "instance":
-            loss = (loss + form(rows[1], rows[0], start, self.temperature)) / 2
-        return loss
+        losses = [
+            dense_loss(self.form, rows[one], rows[other], self.mine.start, self.settings) for one, other in self.directions
+        ]
+        return torch.stack(losses).mean()
 
     # ---- the truth ----
 

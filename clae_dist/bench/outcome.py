@@ -1,4 +1,4 @@
-"""What a bench found, as a table or as JSON of one shape, with versions and machine."""
+"""The result of a bench, as a table or as JSON of one shape, with versions and machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("torchvision", "timm", "lightly", "open_clip_torch")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The rows of a bench, the device they were measured on, and what was left out and why."""
+    """The rows of a bench, the device they were measured on, and skipped cases with the reason."""
 
     rows: list[Row]
     device: torch.device
@@ -55,7 +55,7 @@ def _distributions() -> Iterator[importlib.metadata.Distribution]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     found: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_name(),

@@ -88,7 +88,7 @@ def _row(case: str, what: str, seconds: list[float]) -> Row:
 
 
 class _Victim:
-    """A run that goes on for ever, as its user started it."""
+    """A run without end, started as a user would."""
 
     def __init__(self, folder: Path, workers: int) -> None:
         self._run_dir = folder / "run"
@@ -131,7 +131,7 @@ class _Victim:
         deadline = time.monotonic() + _PATIENCE_S
         while not (found := happened()):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RunEndedError(f"the run that was to be killed got no further:\n{self._log.read_text()[-2000:]}")
+                raise RunEndedError(f"the run to be killed made no progress:\n{self._log.read_text()[-2000:]}")
             time.sleep(0.005)
         return found
 

@@ -22,7 +22,8 @@ from clae_dist.bench.measure import (
     with_ratios,
 )
 from clae_dist.bench.outcome import Outcome
-from clae_dist.bench.steps import Kind, attacks, check, prepare, views
+from clae_dist.bench.steps import Kind, check, prepare, variants, views
+from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import Pretraining, pretrain_step
 
 # Units: the forward of one view is 1, its backward 2; plain SimCLR is 6.
@@ -44,7 +45,7 @@ class StepBench:
     check_batch: int = 4  # images of the comparison in float64
 
 
-# The narrower a ViT, the more weigh its activations, which the units leave out.
+# The narrower a ViT, the more weigh its activations, which the units do not count.
 _NARROW, _WIDE = (
     ("ViT-tiny, 4 blocks", "four_blocks/vit_tiny_patch16_224"),
     ("ViT-S, 4 blocks", "four_blocks/vit_small_patch16_224"),
@@ -77,7 +78,7 @@ def bench(settings: StepBench, device: torch.device, say: Say) -> Outcome:
 def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Row]:
     say(f"{kind.title()}: time")
     images = views(kind, device)
-    prepared = {name: prepare(kind, attack, device) for name, attack in attacks().items()}
+    prepared = {name: prepare(kind, method, device) for name, method in variants().items()}
     steps = {name: one_step(run, images) for name, run in prepared.items()}
     flops = {name: _flops(step) for name, step in _eager(kind, steps, images, device)}
     times = time_in_turns(steps, device, repeats, at_least_s=0.0)
@@ -100,8 +101,8 @@ def _eager(
     kind: Kind, steps: Mapping[str, Callable[[], Any]], images: tuple[torch.Tensor, torch.Tensor], device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The same steps not compiled: in compiled blocks products cannot be counted."""
-    for name, attack in attacks().items():
-        yield name, one_step(prepare(replace(kind, compile=False), attack, device), images) if kind.compile else steps[name]
+    for name, method in variants().items():
+        yield name, one_step(prepare(replace(kind, compile=False), method, device), images) if kind.compile else steps[name]
 
 
 def _flops(step: Callable[[], Any]) -> float:
@@ -125,5 +126,4 @@ class _CountFlops(TorchDispatchMode):
 
 
 def one_step(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], Any]:
-    alpha = 0.0 if run.attack.name == "none" else run.attack.alpha
-    return lambda: pretrain_step(run, images, alpha)
+    return lambda: pretrain_step(run, images, Moment())

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 
 from clae_dist.bench.measure import assert_equal
-from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
-from clae_dist.contrast.objectives import Rows
-from clae_dist.contrast.step import Pretraining, adversarial_view, attacked_rows, pretrain_step
+from clae_dist.config import Batch, Config, Data, MethodSettings, Model, Optim, Train
+from clae_dist.contrast.interface import Moment, evenly_spaced
+from clae_dist.contrast.look import look
+from clae_dist.contrast.step import Pretraining, pretrain_step
+from clae_dist.methods.adversarial_term import AdversarialTerm
+from clae_dist.methods.clae import Clae
+from clae_dist.methods.clae_fused import ClaeFused
+from clae_dist.methods.simclr import SimClr
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.norms import add_routes
+from clae_dist.objectives.form import Rows
 from clae_dist.parallel import make_backend
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining
@@ -39,13 +45,14 @@ class Kind:
         return f"{self.name} at {self.image_size} px, batch {self.batch}, {self.precision}{compiled}"
 
 
-def attacks() -> dict[str, Attack]:
+def variants() -> dict[str, MethodSettings]:
+    """The methods that are compared, by the names of the rows."""
     return {
-        "plain": Attack(name="none"),
-        "original": Attack(cost="original"),
-        "exact": Attack(cost="exact"),
-        "fused": Attack(cost="fused", anchor="other"),
-        "fused_half": Attack(cost="fused", anchor="other", fraction=0.5),
+        "plain": SimClr.Settings(),
+        "original": Clae.Settings(cost="original"),
+        "exact": Clae.Settings(),
+        "fused": ClaeFused.Settings(),
+        "fused_half": ClaeFused.Settings(fraction=0.5),
     }
 
 
@@ -58,13 +65,13 @@ def views(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     return x, y
 
 
-def prepare(kind: Kind, attack: Attack, device: torch.device) -> Pretraining:
-    """What a step works with, under the DDP backend's single process."""
+def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretraining:
+    """Make the parts of a step, under the DDP backend in a single process."""
     config = Config(
         data=Data(image_size=kind.image_size),
         batch=Batch(global_size=kind.batch),
         model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder),
-        attack=attack,
+        method=method,
         # Plain descent in float64: parameters after a step then tell its gradients.
         optim=Optim(name="sgd" if kind.precision == "float64" else "adamw", learning_rate=1e-3, momentum=0.0, weight_decay=0.0),
         train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
@@ -104,7 +111,7 @@ def check(kind: Kind, device: torch.device) -> None:
 
     In float64, over perturbation, loss, gradient norm and the parameters after a step of plain descent. Raises UnequalError.
     """
-    title, images, made = kind.title(), views(kind, device), attacks()
+    title, images, made = kind.title(), views(kind, device), variants()
     # Rounding of products on a GPU depends on how many there are; on a CPU it does not.
     bit_for_bit = 0.0 if device.type == "cpu" else 1e-12
     views_of = {name: _perturbed(prepare(kind, made[name], device), images) for name in ("original", "exact")}
@@ -115,18 +122,20 @@ def check(kind: Kind, device: torch.device) -> None:
     assert_equal(title, "exact", found, expected, 1e-12 if shared else bit_for_bit)
     for name in ("fused", "fused_half"):
         found = _after(prepare(kind, made[name], device), images)
-        by_hand = _fused_by_hand(prepare(kind, made[name], device), images)
+        settings = made[name]
+        assert isinstance(settings, AdversarialTerm)
+        by_hand = _fused_by_hand(prepare(kind, settings, device), images, settings)
         assert_equal(title, name, found, by_hand, 1e-9)  # float64: one graph adds in another order
 
 
 def _perturbed(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     with run.attack_statistics():
-        return adversarial_view(run, *images).images - images[0]
+        return look(run, images, *images).attacks[0].found.images - images[0]
 
 
 def _after(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     """Loss, gradient norm and parameters after a step."""
-    metrics = pretrain_step(run, images, run.attack.alpha)
+    metrics = pretrain_step(run, images, Moment())
     return [metrics.loss, metrics.grad_norm, *_parameters(run)]
 
 
@@ -134,10 +143,12 @@ def _parameters(run: Pretraining) -> Iterator[torch.Tensor]:
     return (parameter.detach() for parameter in run.encoding.backend.parameters())
 
 
-def _fused_by_hand(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+def _fused_by_hand(
+    run: Pretraining, images: tuple[torch.Tensor, torch.Tensor], settings: AdversarialTerm
+) -> list[torch.Tensor]:
     """The fused step as its definition says: an attack of its own on the clean route, then one graph and one backward."""
     backend: Any = run.encoding.backend
-    chosen = attacked_rows(run.attack, len(images[0]))
+    chosen = evenly_spaced(settings.num_attacked(len(images[0])), len(images[0]))
     x, y = images[0], images[1].clone().requires_grad_()
 
     def rows(images: torch.Tensor, route: str) -> Rows:
@@ -147,6 +158,6 @@ def _fused_by_hand(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) 
     (gradient,) = torch.autograd.grad(loss, y)
     y_adv = run.ball.step(images[1], images[1], gradient, run.step_length)[chosen]
     a, b, c = rows(x, "clean"), rows(images[1], "clean"), rows(y_adv, "adversarial")
-    loss = run.contrast(a, b) + run.attack.alpha * run.contrast(Rows(a.mine[chosen], a.all[chosen]), c)
+    loss = run.contrast(a, b) + settings.alpha * run.contrast(Rows(a.mine[chosen], a.all[chosen]), c)
     backend.backward(loss)
     return [loss.detach(), backend.update(), *_parameters(run)]

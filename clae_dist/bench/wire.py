@@ -1,4 +1,4 @@
-"""What crosses the network: every collective of a call, counted whoever makes it, and the time that a byte takes.
+"""Network traffic: every collective of a call, whichever code makes it, and the time per byte.
 
 # W ranks. Bytes are those that a rank sends, by the algorithms that need the fewest (rings), averaged over the ranks:
 #   all-gather, reduce-scatter, all-to-all   (W − 1)/W of the whole buffer (what all ranks' parts make together)

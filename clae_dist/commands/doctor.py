@@ -19,7 +19,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = check_trust(arguments, *resolved(arguments)) if arguments.config else None
+    config = check_trust(arguments, resolved(arguments)).config if arguments.config else None
     from clae_dist.doctor import run_doctor
 
     return run_doctor(config, lambda text: say(redact_text(text)))

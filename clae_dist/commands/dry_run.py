@@ -22,8 +22,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     set_option(arguments, "launcher", "launch.launcher")
-    config, origins = resolved(arguments)
-    config = check_trust(arguments, config, origins)
+    config, origins = check_trust(arguments, resolved(arguments))
     from clae_dist.launchers.dry_run import dry_run
 
     ending = dry_run(config, origins, arguments.debug)

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clae_dist.config import Config
 from clae_dist.errors import ConfigError
-from clae_dist.recipe import resolve
+from clae_dist.recipe import Recipe, resolve
 from clae_dist.redact import uri_without_secrets
 
 if TYPE_CHECKING:
@@ -20,18 +19,19 @@ if TYPE_CHECKING:
 _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_AUTH")
 
 
-def resolved(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+def resolved(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Recipe:
     """The settings of recipe, command line and environment; the command line takes precedence over `defaults`."""
-    return with_tracking_server(*resolve(arguments.config, arguments.overrides, defaults))
+    return with_tracking_server(resolve(arguments.config, arguments.overrides, defaults))
 
 
-def with_tracking_server(config: Config, origins: dict[str, str]) -> tuple[Config, dict[str, str]]:
+def with_tracking_server(recipe: Recipe) -> Recipe:
     """The settings, with the tracking server of the environment unless they name one."""
     store = _tracking_server()
-    if store and not config.tracking.uri:
-        config = replace(config, tracking=replace(config.tracking, uri=store))
-        origins = {**origins, "tracking.uri": "MLFLOW_TRACKING_URI"}
-    return config, origins
+    config = recipe.config
+    if not store or config.tracking.uri:
+        return recipe
+    config = replace(config, tracking=replace(config.tracking, uri=store))
+    return Recipe(config, {**recipe.origins, "tracking.uri": "MLFLOW_TRACKING_URI"})
 
 
 def set_option(arguments: argparse.Namespace, option: str, key: str) -> None:
@@ -51,7 +51,7 @@ def permission(arguments: argparse.Namespace) -> Permission:
     return Permission(arguments.trust, _tracking_server())
 
 
-def check_trust(arguments: argparse.Namespace, config: Config, origins: dict[str, str]) -> Config:
+def check_trust(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
     """Return the settings that may be acted on by a command that only checks a recipe.
 
     A run folder's config.yaml is data there, as for every command that opens a run, except for values on the command line.
@@ -61,16 +61,17 @@ def check_trust(arguments: argparse.Namespace, config: Config, origins: dict[str
     path = Path(arguments.config)
     file_name = RunFolder(path.parent).config_file.name
     if arguments.trust or file_name not in (path.name, path.resolve().name):
-        return config
+        return recipe
     from clae_dist.runs.trust import check_settings
 
-    named = {key for key, origin in origins.items() if origin == "command line"}
-    return check_settings(path, config, named, _tracking_server())
+    named = {key for key, origin in recipe.origins.items() if origin == "command line"}
+    return recipe._replace(config=check_settings(path, recipe.config, named, _tracking_server()))
 
 
-def check_credentials(config: Config, origins: dict[str, str]) -> None:
+def check_credentials(recipe: Recipe) -> None:
     """Raise ConfigError if MLflow's client would send the environment's credentials to a server that only a recipe names."""
-    store, uri, origin = _tracking_server(), config.tracking.uri, origins["tracking.uri"]
+    config = recipe.config
+    store, uri, origin = _tracking_server(), config.tracking.uri, recipe.origins["tracking.uri"]
     credentials = [name for name in _CREDENTIALS if os.environ.get(name)]
     named_by_user = origin in ("command line", "MLFLOW_TRACKING_URI") or not uri.startswith(("http:", "https:"))
     shown, of_environment = uri_without_secrets(uri), uri_without_secrets(store)

@@ -34,22 +34,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     with lasting_output(), exit_at_signals() as exit_if_asked:  # until a launcher listens
         set_option(arguments, "launcher", "launch.launcher")
-        config, origins = resolved(arguments)
-        check_credentials(config, origins)
+        recipe = resolved(arguments)
+        check_credentials(recipe)
         from clae_dist.launchers import claim, start
 
         if arguments.quiet:
             from clae_dist.launchers.terminal import QUIET
 
             os.environ[QUIET] = "1"  # inherited by the ranks
-        if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(config, arguments.trust)):
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(recipe.config, arguments.trust)):
             text = f"clae: the run could not be recorded as yours ({problem}): opening it later may need --trust."
             say(text, file=sys.stderr)
-        ending = start(config, origins, arguments.debug, exit_if_asked)
+        ending = start(recipe, debug=arguments.debug, before_ranks=exit_if_asked)
         if ending.message:
             say(redact_text(f"clae: {ending.message}"), file=sys.stderr)
         elif ending.code == 0 and os.environ.get("RANK", "0") == "0":
-            say(f"saved in {config.folder}", flush=True)
+            say(f"saved in {recipe.config.folder}", flush=True)
         return ending.code
 
 

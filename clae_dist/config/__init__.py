@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clae_dist.config.images import Augment, Batch, Data
-from clae_dist.config.method import Attack, Objective
+from clae_dist.config.method import Attack, MethodSettings
 from clae_dist.config.model import Model, Optim
+from clae_dist.config.objective import Objective
 from clae_dist.config.rules import Section, setting
 from clae_dist.config.running import Checkpointing, Evaluation, Guard, Launch, Parallel, Tracking, Train
 from clae_dist.errors import ConfigError
@@ -24,6 +26,7 @@ __all__ = [
     "Evaluation",
     "Guard",
     "Launch",
+    "MethodSettings",
     "Model",
     "Objective",
     "Optim",
@@ -31,6 +34,12 @@ __all__ = [
     "Tracking",
     "Train",
 ]
+
+
+def _default_method() -> MethodSettings:
+    """The settings of `clae`, found by name: methods/ is above this layer."""
+    settings: MethodSettings = importlib.import_module("clae_dist.methods.clae").Clae.Settings()
+    return settings
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Config(Section):
     batch: Batch = Batch()
     model: Model = Model()
     objective: Objective = Objective()
+    method: MethodSettings = field(default_factory=_default_method)
     attack: Attack = Attack()
     optim: Optim = Optim()
     train: Train = Train()
@@ -63,6 +73,7 @@ class Config(Section):
         if streams and size % streams:
             near = _nearest_divisor(size, streams)
             raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; try {near}.")
+        self.method.check(self.attack)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ConfigError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, but train.epochs is {self.train.epochs:g}; "
@@ -90,25 +101,14 @@ class Config(Section):
             way_out = f"try data.streams={wanted}" if size % wanted == 0 else "use another number of ranks"
             raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
         rows, micro = size // world_size, self.batch.micro_size
-        if micro and self.attack.cost == "original" and self.attack.name != "none":
-            raise ConfigError(
-                "attack.cost is 'original', which keeps a rank's whole share in one graph, as the paper's code does; "
-                "use attack.cost=exact (the same gradient) with batch.micro_size."
-            )
         if micro and rows % micro:
             near = _nearest_divisor(rows, micro)
             raise ConfigError(f"batch.micro_size is {micro}, which does not divide the {rows} rows of a rank; try {near}.")
-        if self.attack.name != "none":
-            attacked = self.attack.rows(rows)
-            if micro and attacked % micro:
-                raise ConfigError(
-                    f"batch.micro_size is {micro}, which does not divide the {attacked} attacked rows of a rank "
-                    f"(attack.fraction {self.attack.fraction:g}); try {math.gcd(rows, attacked)}."
-                )
+        self.method.check_rows(rows, micro)
         return rows
 
     def works_on(self, world_size: int) -> bool:
-        """Whether `world_size` ranks can share the global batch."""
+        """True if `world_size` ranks can share the global batch."""
         try:
             self.rows_per_rank(world_size)
         except ConfigError:

@@ -1,94 +1,93 @@
-"""Settings of the method: objective and attack."""
+"""Settings of the method and of its attack."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
-from clae_dist.config.rules import no_effect, require
-from clae_dist.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The contrastive loss."""
-
-    name: Literal["nt_xent", "instance"] = "nt_xent"
-    temperature: float = 0.5
-    # How ranks share negatives. log_sum_exp: rows, then one number a row; reduce_scatter: rows, and their gradients on the way
-    # back, for any objective. auto: log_sum_exp where the objective has that form.
-    gather: Literal["auto", "log_sum_exp", "reduce_scatter"] = no_effect("auto")
-    chunk: int = no_effect(0)  # columns of the similarity matrix that exist at a time; 0 chooses
-
-    def __post_init__(self) -> None:
-        require(self.chunk >= 0, "objective.chunk", self.chunk, "use 0 (automatic) or more; 2048 is usual.")
-        require(self.temperature > 0, "objective.temperature", self.temperature, "use a positive number, 0.1 to 0.5 as a rule.")
+from clae_dist.config.rules import Section, setting
 
 
 @dataclass(frozen=True)
-class Attack:
-    """The adversarial view (Ho & Vasconcelos 2020, section 3)."""
+class MethodSettings(Section, prefix="method"):
+    """Base of the settings `method.*`. Each file of methods/ defines a subclass with the keys that its method has.
 
-    name: Literal["fgsm", "pgd", "none"] = "fgsm"  # none: plain SimCLR
-    norm: Literal["linf", "l2"] = "linf"  # of the perturbation
-    epsilon: float = 4 / 255  # largest change of a pixel value (linf) or length of an image's change (l2), in the unit below
-    unit: Literal["pixel", "normalised"] = "pixel"  # pixel: of [0, 1]; normalised: after subtracting mean, dividing by std
-    clip: bool = True  # keep the adversarial image a valid image
-    anchor: Literal["same", "other"] = "same"  # the view the attack moves away from: its own image's same view, or the other
-    # exact: the paper's gradient at the least cost. original: the same with the forward and the weight gradients that the
-    # paper's code computes and throws away. fused: another algorithm, the gradient that the clean loss has anyway in view y.
-    cost: Literal["exact", "original", "fused"] = "exact"
-    steps: int = 5  # of pgd; fgsm takes one
-    step_size: float = 0.0  # in the unit of epsilon; 0: epsilon for fgsm, 2.5 epsilon / steps for pgd (Madry et al. 2018)
-    random_start: bool = False  # from a random place in the ball rather than from its middle
-    fraction: float = 1.0  # share of the batch that has an adversarial view; these are contrasted among themselves
-    every: int = 1  # only every so many steps have an adversarial term
-    # Parameters ask for no gradient while the attack runs. auto: where train.compile would compute them otherwise.
-    freeze: Literal["auto", "always", "never"] = no_effect("auto")
-    statistics: Literal["untouched", "updated"] = "untouched"  # what the attack's forwards do to running statistics
-    alpha: float = 1.0  # weight of the adversarial term
-    start_epoch: float = 0.0  # alpha is 0 and nothing is attacked before
+    The class attributes and functions are all that the rest of the package knows about a method before it trains.
+    """
+
+    title: ClassVar[str] = ""  # as reports and exports print it
+    uses_attack: ClassVar[bool] = False  # the method embeds adversarial images, along norm layers of their own
+
+    name: str = setting("", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+
+    def describe(self, attack: Attack) -> str:
+        """One line for the console at the start of a run."""
+        return f"method: {self.name}"
+
+    def check(self, attack: Attack) -> None:
+        """Raise ConfigError if the method cannot work with these settings of the attack."""
+
+    def check_rows(self, rows: int, micro_size: int) -> None:
+        """Raise ConfigError if `rows` rows per rank, `micro_size` at a time (0: all at once), do not suit the method."""
+
+    def from_the_start(self) -> Self:
+        """These settings with every term of the loss present from the first step: for measurements and rehearsals."""
+        return self
+
+    def for_few_rows(self) -> Self:
+        """`from_the_start`, with shares of the batch that any even number of rows has."""
+        return self.from_the_start()
+
+
+@dataclass(frozen=True)
+class Attack(Section, prefix="attack"):
+    """How an image is perturbed (Ho & Vasconcelos 2020, section 3). The method decides which images, and against which loss."""
+
+    name: Literal["fgsm", "pgd"] = setting("fgsm", help="One step along the gradient (fgsm) or several (pgd).")
+    norm: Literal["linf", "l2"] = setting("linf", help="Norm of the perturbation.")
+    epsilon: float = setting(
+        4 / 255,
+        ge=0,
+        hint="4/255 = 0.0157 is usual in pixels",
+        help="Largest change of a pixel value (linf), or of an image in length (l2), in the unit of attack.unit.",
+    )
+    unit: Literal["pixel", "normalised"] = setting(
+        "pixel", help="Unit of epsilon: pixel values of [0, 1], or values after subtracting the mean and dividing by the std."
+    )
+    clip: bool = setting(True, help="Keep the adversarial image a valid image, with pixels in [0, 1].")
+    steps: int = setting(5, ge=1, used_by="attack.name=pgd", help="Number of steps.")
+    step_size: float = setting(
+        0.0,
+        ge=0,
+        zero="automatic",
+        help="Length of a step in the unit of epsilon. Automatic: epsilon for fgsm, 2.5 epsilon / steps for pgd.",
+    )
+    random_start: bool = setting(False, help="Start at a random point of the ball instead of its centre.")
+    freeze: Literal["auto", "always", "never"] = setting(
+        "auto",
+        no_effect=True,
+        help="Parameters require no gradient during the attack. auto: where train.compile would compute them otherwise.",
+    )
+    statistics: Literal["untouched", "updated"] = setting(
+        "untouched", help="Effect of the attack's forwards on running statistics of batch norm."
+    )
 
     def __post_init__(self) -> None:
-        require(self.epsilon >= 0, "attack.epsilon", self.epsilon, "use 0 or more; 4/255 = 0.0157 is usual in pixels.")
-        require(self.alpha >= 0, "attack.alpha", self.alpha, "use 0 or more.")
-        require(self.start_epoch >= 0, "attack.start_epoch", self.start_epoch, "use 0 or more.")
-        require(self.steps >= 1, "attack.steps", self.steps, "use at least 1.")
-        require(self.step_size >= 0, "attack.step_size", self.step_size, "use 0 (automatic) or more.")
-        require(0 < self.fraction <= 1, "attack.fraction", self.fraction, "use a share above 0 and at most 1.")
-        require(self.every >= 1, "attack.every", self.every, "use at least 1 (every step).")
-        if self.norm == "l2":
-            require(
-                self.unit == "pixel", "attack.unit", self.unit, "attack.norm=l2 is a length in pixels: use attack.unit=pixel."
-            )
-        if self.cost == "fused" and self.name != "none":
-            fused = "attack.cost=fused takes the gradient that the clean loss has in the other view, once"
-            require(self.anchor == "other", "attack.anchor", self.anchor, f"{fused}: use attack.anchor=other.")
-            require(self.name != "pgd", "attack.name", self.name, f"{fused}: use attack.name=fgsm, or attack.cost=exact.")
-            require(not self.random_start, "attack.random_start", True, f"{fused}: use false, or attack.cost=exact.")
-            require(
-                self.statistics == "untouched",
-                "attack.statistics",
-                self.statistics,
-                "attack.cost=fused has no forward of its own: use untouched.",
-            )
+        super().__post_init__()
+        self.require(
+            self.norm != "l2" or self.unit == "pixel", "unit", "attack.norm=l2 is a length in pixels: use attack.unit=pixel."
+        )
 
     @property
     def num_steps(self) -> int:
-        """Gradients that an attack takes."""
+        """Number of gradients that one attack computes."""
         return self.steps if self.name == "pgd" else 1
 
     @property
     def length_of_step(self) -> float:
-        """How far one step goes, in the unit of epsilon."""
+        """Length of one step, in the unit of epsilon."""
         return self.step_size or (2.5 * self.epsilon / self.steps if self.name == "pgd" else self.epsilon)
 
-    def rows(self, num_rows: int) -> int:
-        """How many of a rank's rows have an adversarial view. Raises ConfigError when it is no whole number."""
-        chosen = self.fraction * num_rows
-        if abs(chosen - round(chosen)) > 1e-6 or round(chosen) < 1:
-            raise ConfigError(
-                f"attack.fraction is {self.fraction:g}, which makes {chosen:g} of a rank's {num_rows} rows; every "
-                f"rank needs the same whole number: {max(1, round(chosen)) / num_rows:g} would do."
-            )
-        return round(chosen)
+    def describe(self) -> str:
+        """For a method's line on the console."""
+        return f"{self.name} ({self.norm}), epsilon {self.epsilon:.4g} ({self.unit})"

@@ -104,7 +104,8 @@ class Section:
 
     def __init_subclass__(cls, prefix: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)
-        cls.prefix = f"{prefix}." if prefix else ""
+        if prefix:  # otherwise that of the base class
+            cls.prefix = f"{prefix}."
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -117,12 +118,3 @@ class Section:
     def require(self, condition: bool, name: str, way_out: str) -> None:
         """Raise ConfigError about the setting `name` of this section unless `condition` holds."""
         require(condition, f"{self.prefix}{name}", getattr(self, name), way_out)
-
-
-# Attack and Objective still use the following.
-NO_EFFECT = {"rule": Rule("", no_effect=True)}
-
-
-def no_effect(default: Any) -> Any:
-    """Return a field that changes how a run is executed or watched, never its result."""
-    return field(default=default, metadata=NO_EFFECT)

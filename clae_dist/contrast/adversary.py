@@ -17,7 +17,7 @@ LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What an attack did. Loss and gradient (of this rank's images, unscaled) are those where it started."""
+    """The result of an attack. Loss and gradient (of this rank's images, unscaled) are those at its start."""
 
     images: torch.Tensor
     loss_before: torch.Tensor

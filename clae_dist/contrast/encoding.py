@@ -25,7 +25,7 @@ Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes 
 
 
 class AttackedModel(Protocol):
-    """What an attack asks of a model."""
+    """Interface of a model for attacks."""
 
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
     def untouched(self) -> AbstractContextManager[None]: ...
@@ -34,7 +34,7 @@ class AttackedModel(Protocol):
 
 
 class TrainingBackend(AttackedModel, Protocol):
-    """What a parallel backend (clae_dist/parallel) does for the step."""
+    """Interface of a parallel backend (clae_dist/parallel) for the step."""
 
     def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
     def shares_forward(self) -> bool: ...

@@ -19,9 +19,9 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 
 def augment(images_n3SS: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
-    """Float images in [0, 1] to flipped, colour-jittered, greyed and blurred ones (Chen et al. 2020, appendix A).
+    """Flip, jitter, grey and blur float images in [0, 1]. Reference: Chen et al. 2020, appendix A.
 
-    `draws` is (n, AUGMENT_DRAWS) on the CPU: which images an operation touches is known without asking the device.
+    `draws` is (n, AUGMENT_DRAWS) on the CPU, so that the images of each operation are known without a synchronisation.
     """
     x = _where(draws[:, FLIP] < settings.flip, images_n3SS.flip(3), images_n3SS)
     x = _jitter(x, draws, settings)
@@ -55,7 +55,7 @@ def _jitter(x: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Te
     order = _ORDERS[(draws[:, ORDER] * len(_ORDERS)).long()]
     jittered = (draws[:, JITTER] < settings.jitter)[:, None]
     x = x.clone()
-    # Each image meets each operation once, in its own order: four rounds, and in each round four disjoint groups.
+    # Each image gets each operation once, in its own order: four rounds of four disjoint groups.
     for turn in range(4):
         for operation, adjust in enumerate((_brightness, _contrast, _saturation, _hue)):
             group = (jittered[:, 0] & (order[:, turn] == operation)).nonzero()[:, 0]
@@ -84,7 +84,7 @@ def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Hue moved by `shift` of the circle: RGB to hue, saturation, value and back (Smith 1978)."""
+    """Rotate the hue by `shift` of the circle. Reference: Smith 1978 (RGB to hue, saturation, value and back)."""
     red, green, blue = x.unbind(1)
     value, smallest = x.amax(1), x.amin(1)
     chroma = value - smallest

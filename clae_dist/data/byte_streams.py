@@ -1,6 +1,6 @@
-"""One way to read bytes from anywhere: http(s) with ranges, pipes through WebDataset's, everything else through fsspec.
+"""Byte streams of any URL: http(s) with ranges, pipes through WebDataset, everything else through fsspec.
 
-Every stream ends with TimeoutError when no byte comes for `timeout_s`, whatever the server or the command does.
+Every stream raises TimeoutError if no byte arrives for `timeout_s`, whatever the server or the command does.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _PACKAGES = {
 
 
 class ByteStream(Protocol):
-    """Bytes from `start` on. `total` is the whole file's size where the other side says so; `validator` its version."""
+    """Bytes from `start` on. `total` is the size of the complete file, if known; `validator` its version."""
 
     start: int
     total: int | None
     validator: str
 
     def read(self) -> bytes:
-        """The next bytes; b"" at the end. Raises OSError or HTTPException for anything that another try may mend."""
+        """The next bytes; b"" at the end. Raises OSError or HTTPException for errors that a retry may fix."""
 
     def close(self) -> None:
-        """Lets go of the connection or command, also in the middle."""
+        """Close the connection or end the command, also before the end of the stream."""
 
 
 def open_stream(url: str, start: int, validator: str, timeout_s: float) -> ByteStream:
-    """A stream of `url` from byte `start`, or from 0 where that cannot be had or the file is no longer `validator`'s."""
+    """Open `url` from byte `start`, or from 0 if the server has no ranges or the file no longer matches `validator`."""
     kind = scheme(url)
     if kind in ("http", "https"):
         return _Http(url, start, validator, timeout_s)
@@ -103,8 +103,8 @@ def _login_of(host: str) -> str:
     return f"{found[0]}:{found[2]}" if found else ""
 
 
-# Runs before a command, in its shell: waits in the background for the end of the shell's input, which only the reading process
-# holds open, and then kills the group. A command that is not writing would not notice that its reader is gone.
+# Runs in the command's shell before the command: waits in the background for the end of the shell's input, which only the
+# reading process keeps open, and then kills the group. A command that does not write would not notice that its reader ended.
 _ENDS_WITH_ITS_READER = """\
 exec 3<&0 </dev/null
 { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
@@ -149,7 +149,7 @@ class _Pipe:
 
 
 class _Fsspec:
-    """Reads in a thread of its own: not every store's client can be told to give up."""
+    """Reads in a thread of its own, because not every store's client has a timeout."""
 
     def __init__(self, url: str, start: int, timeout_s: float) -> None:
         self.start, self.validator, self._timeout_s = start, "", timeout_s
@@ -179,7 +179,7 @@ class _Fsspec:
             raise TimeoutError from None
         if isinstance(value, OSError):
             raise value
-        if isinstance(value, Exception):  # clients have errors of their own; what may be mended is not for us to know
+        if isinstance(value, Exception):  # clients have errors of their own; a retry may fix any of them
             raise OSError(f"{type(value).__name__}: {value}") from value
         return value
 
@@ -194,7 +194,7 @@ class _Fsspec:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it. Raises DataError for one that is not installed or not known."""
+    """fsspec's file system for a URL, and the path in it. Raises DataError if it is unknown or not installed."""
     import fsspec
 
     kind = scheme(url)

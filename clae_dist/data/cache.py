@@ -1,11 +1,11 @@
-"""Files that are not on this machine, kept on its disk: shared by all processes of a node, least recently used first to go.
+"""Disk cache of remote files, shared by all processes of a node, with eviction of the least recently used.
 
-A file NAME is whole or absent. While it is filled it is NAME.part, and whoever fills it holds a lock on that: the kernel lets
-go of it when the process dies, and the next one goes on with the bytes that are there. A file that is removed while it is
-mapped stays readable until it is unmapped.
+A file NAME is complete or absent. While it is filled it is called NAME.part, locked by the process that fills it. The kernel
+releases the lock when that process dies, and the next one resumes from the bytes that are there. A file that is removed while
+it is mapped stays readable until it is unmapped.
 
-The cache deletes files, so it owns only what it created: it takes a folder that is empty or marked as its own, refuses one that
-holds anything else, and never touches a file of another name that comes later.
+The cache deletes files, so it owns only files that it created: it accepts a folder that is empty or marked as its own, refuses
+one with any other file, and never touches a file of another name that is added later.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Fill = Callable[[IO[bytes]], None]
 
 
 class Cache:
-    """A folder of files by name. `limit_bytes` 0: as much as the disk holds but 1 GiB. `own` matches the names of its files."""
+    """A folder of files by name. `limit_bytes` 0: all free space but 1 GiB. `own` matches the names of the cache's files."""
 
     def __init__(self, folder: Path, limit_bytes: int = 0, own: re.Pattern[str] = OWN) -> None:
         self.folder, self.limit_bytes, self._own = folder, limit_bytes, own
         self.room = Room(folder, limit_bytes, own)
 
     def claim(self) -> None:
-        """Makes and marks the folder. Raises DataError for one with files that the cache did not create, and OSError."""
+        """Create and mark the folder. Raises DataError for one with files that the cache did not create, and OSError."""
         if (self.folder / MARKER).is_file():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,10 +52,10 @@ class Cache:
         (self.folder / MARKER).write_text(_MARK)
 
     def open(self, name: str, num_bytes: int, fill: Fill) -> IO[bytes]:
-        """The file, open for reading. `fill` writes it (into what an earlier process left of it) when it is not there.
+        """Open the file for reading. If it is absent, `fill` writes it, appending to the part of an earlier process.
 
-        One process fills, others wait for it, and fail as it fails. `num_bytes` is its size, 0 where that is not known.
-        Raises DataError when there is no room or the folder is not the cache's, and whatever `fill` raises.
+        One process fills; others wait for it, and fail if it fails. `num_bytes` is the file's size, 0 if unknown.
+        Raises DataError if there is no room or the folder is not the cache's, and the errors of `fill`.
         """
         assert self._own.fullmatch(name), f"{name} would not be known as the cache's own"
         try:
@@ -63,7 +63,7 @@ class Cache:
             return self._open(self.folder / name, num_bytes, fill)
         except OSError as error:
             raise DataError(
-                f"data.cache {self.folder} cannot be used ({error.strerror or error}); mend that, or name another folder."
+                f"data.cache {self.folder} cannot be used ({error.strerror or error}); fix that, or name another folder."
             ) from None
 
     def _open(self, path: Path, num_bytes: int, fill: Fill) -> IO[bytes]:
@@ -146,7 +146,7 @@ def _locked(part: Path) -> Iterator[tuple[io.FileIO, float]]:
 
 
 def _is_still(path: Path, file: io.FileIO) -> bool:
-    """Whether the name belongs to the file that we have open."""
+    """True if the name still refers to the open file."""
     try:
         ours, there = os.fstat(file.fileno()), path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The classes of a set, from the labels that its images have: ids are kept as names, and only what exists is a class."""
+"""The classes of a set, derived from the labels of its images; a class without images does not exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def classes_of(labels: Collection[str]) -> tuple[str, ...]:
-    """The different labels in order: by value where all are whole numbers, else as text."""
+    """The distinct labels, sorted by value if all are integers, otherwise as text."""
     spelling = one_spelling(labels)
     names = set(spelling.values())
     return tuple(sorted(names, key=int) if all(map(is_number, names)) else sorted(names))
@@ -28,14 +28,14 @@ def one_spelling(names: Iterable[str]) -> dict[str, str]:
 
 
 def places_of(names: Iterable[str], classes: Collection[str]) -> dict[str, int]:
-    """The position of each name among `classes`. Raises KeyError for one that is none of them in either spelling."""
+    """The position of each name in `classes`. Raises KeyError for a name that is not there in any spelling."""
     exact = {name: place for place, name in enumerate(classes)}
     by_form = {unicodedata.normalize("NFC", name): place for name, place in exact.items()}
     return {name: exact[name] if name in exact else by_form[unicodedata.normalize("NFC", name)] for name in names}
 
 
 def renumbered(labels: np.ndarray, names: Mapping[int, str], classes: Collection[str]) -> np.ndarray:
-    """int64 labels as positions among `classes`, where label n is called `names[n]`; negative ones (no label) stay -1."""
+    """int64 labels as positions in `classes`, where label n is called `names[n]`; negative ones (no label) become -1."""
     places = places_of(names.values(), classes)
     distinct, where = np.unique(labels, return_inverse=True)
     ours = np.array([places[names[label]] if label >= 0 else -1 for label in distinct.tolist()], np.int64)

@@ -1,8 +1,8 @@
-"""From encoded bytes to RGB pixels, the same for every kind of image; and the check that data_prep makes beforehand.
+"""Decode images to RGB pixels, and check them for data_prep.
 
-`inspect` and `decode_rgb` share one way through Pillow, so that what passes the check can be decoded. `decode_rgb` takes
-torchvision's decoder for plain JPEGs, which is faster, and falls back to Pillow where that decoder refuses.
-`inspect` needs no torch (importing it takes seconds), so torch is imported where pixels become tensors.
+`inspect` and `decode_rgb` share their path through Pillow, so that an image that passes the check can be decoded. `decode_rgb`
+uses torchvision's decoder for plain JPEGs, which is faster, and falls back to Pillow if that decoder refuses. `inspect` needs
+no torch (whose import takes seconds), so torch is imported only where pixels become tensors.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _EXTENSIONS = {
 
 
 class DecodeError(ValueError):
-    """Bytes that are no image we can decode; the message is the reason."""
+    """An undecodable image; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. `problem` is empty for an image that decodes in full; then the rest holds."""
+    """The result of `inspect`. `problem` is empty for a decodable image; the other fields are valid only then."""
 
     problem: str
     extension: str = ""  # by the content, not by a file's name: jpg, png, …
@@ -64,7 +64,7 @@ class Inspection:
 
 
 def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
-    """Decodes an image in full and says what is wrong with it, if anything. Never raises for bad bytes."""
+    """Decode an image completely and report a problem, if any. Never raises for bad bytes."""
     try:
         with warnings.catch_warnings(action="ignore"):  # what matters is whether the pixels come out
             return _inspect(data, max_pixels)
@@ -73,7 +73,7 @@ def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
 
 
 def upright_rgb(data: bytes, max_pixels: float = 100e6) -> Image.Image:
-    """RGB by the checks of `inspect` and the rules of `decode_rgb`, for what works on Pillow's images. Raises DecodeError."""
+    """A PIL image in RGB, by the checks of `inspect` and the rules of `decode_rgb`. Raises DecodeError."""
     with warnings.catch_warnings(action="ignore"):
         image = _open(data)
         _check_pixels(image, max_pixels)
@@ -101,12 +101,12 @@ def _check_pixels(image: Image.Image, max_pixels: float) -> None:
 def decode_rgb(data: bytes | memoryview) -> torch.Tensor:
     """uint8 (3, H, W), RGB, of one encoded image.
 
-    EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits a channel become 8; transparency is laid on
-    white; of an animation the first frame is taken. Colour profiles are not applied. The strides are those of an interleaved
-    image, as decoders write it. Raises DecodeError with the reason.
+    EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits per channel become 8; transparency becomes white;
+    of an animation, the first frame is used. Colour profiles are not applied. The strides are channels last, as decoders write
+    them. Raises DecodeError with the reason.
     """
     frame = _plain_jpeg_frame(data)
-    # Only an APP1 segment (EXIF, XMP) can hold an orientation; without one, a second look at the header is saved.
+    # Only an APP1 segment (EXIF, XMP) can have an orientation; without one, the header need not be parsed again.
     upright = frame > 0 and b"\xff\xe1" not in bytes(data[2:frame])
     pixels = _decode_jpeg(data) if frame else None
     if pixels is not None and upright:
@@ -128,7 +128,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 
 def _open(data: bytes | memoryview) -> ImageFile.ImageFile:
-    """The image, header read and pixels not yet. Raises DecodeError."""
+    """Open the image and read its header, not its pixels. Raises DecodeError."""
     if not data:
         raise DecodeError("the file is empty (0 bytes)")
     try:
@@ -148,13 +148,13 @@ def _open(data: bytes | memoryview) -> ImageFile.ImageFile:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Of those we read, the ones this Pillow can: AVIF depends on how it was built."""
+    """The formats that this build of Pillow supports: AVIF is optional."""
     Image.init()
     return [name for name in _EXTENSIONS if name in Image.OPEN]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The pixels, decoded in full, as 8-bit RGB. Raises DecodeError."""
+    """Decode the pixels completely, as 8-bit RGB. Raises DecodeError."""
     try:
         return to_rgb(image)
     except UnreadablePixelsError as error:
@@ -181,7 +181,7 @@ def _turn(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _plain_jpeg_frame(data: bytes | memoryview) -> int:
-    """Where the frame header of an 8-bit JPEG of one or three components (not CMYK) starts; 0 for anything else."""
+    """Offset of the frame header of an 8-bit JPEG of one or three components (not CMYK); 0 for anything else."""
     if data[:2] != b"\xff\xd8":
         return 0
     at = 2
@@ -202,7 +202,7 @@ def _plain_jpeg_frame(data: bytes | memoryview) -> int:
 
 
 def _decode_jpeg(data: bytes | memoryview) -> torch.Tensor | None:
-    """uint8 (3, H, W) from torchvision's decoder, orientation not applied; None where it refuses or is no longer there."""
+    """uint8 (3, H, W) from torchvision's decoder, without orientation; None if it refuses or does not exist."""
     decoder = torchvision_decoder()
     if decoder is None:
         return None
@@ -219,7 +219,7 @@ def as_tensor(data: bytes | memoryview) -> torch.Tensor:
 
 @functools.cache
 def _frombuffer() -> Callable[[bytes | memoryview], torch.Tensor]:
-    """torch warns of the first buffer that cannot be written to, and of no other: that one is here.
+    """Trigger torch's warning about a read-only buffer, which it prints once per process.
 
     (A private, writable mapping would need no such care, but counts as memory where the kernel does not overcommit.)
     """

@@ -1,7 +1,7 @@
-"""Random numbers as a function: (seed, epoch, sample) to numbers, with no generator and no state.
+"""Random numbers as a pure function of (seed, epoch, sample), without generator or state.
 
-Every choice about a sample's views and every permutation comes from here, so that it does not depend on which rank or
-loader process asks, and stays what it is when numpy changes its generators.
+Every random choice about a sample's views and every permutation is made here, so that it does not depend on the rank or loader
+process, nor on numpy's generators, which change between versions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def hashed(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64, one for each element of the broadcast `parts` (whole numbers, at least 0): the same in, the same out."""
+    """Hash non-negative integers: one uint64 for each element of the broadcast `parts`."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         with np.errstate(over="ignore"):
@@ -35,5 +35,5 @@ def uniforms(count: int, *parts: int | np.ndarray) -> np.ndarray:
 
 
 def permutation(length: int, *parts: int) -> np.ndarray:
-    """0 … length - 1 in an order given by `parts`."""
+    """A permutation of 0 … length - 1, determined by `parts`."""
     return np.argsort(hashed(hashed(*parts), np.arange(length)), kind="stable")

@@ -1,4 +1,4 @@
-"""The images of a split as evaluation sees them: one centre view each, in the order of their ids."""
+"""The images of a split for evaluation: one centre view each, in the order of their ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class EvaluationSet:
-    """A split, or a seeded choice of `limit` of its images (0: all). `workers` processes read ahead; 0: none, in this one."""
+    """A split, or a seeded choice of `limit` of its images (0: all). `workers`: loader processes; 0: load in this process."""
 
     def __init__(
         self, manifest: Manifest, split: str, image_size: int, limit: int = 0, seed: int = 0, workers: int = 0
@@ -35,7 +35,7 @@ class EvaluationSet:
         return len(self.ids)
 
     def images(self, ids: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 (b, 3, S, S), labels int64 (b,) and ids int64 (b,) of these; what cannot be decoded is left out."""
+        """uint8 (b, 3, S, S), labels int64 (b,) and ids int64 (b,) of these images; undecodable ones are skipped."""
         size = self._image_size
         views, labels, found = [torch.empty((0, 3, size, size), dtype=torch.uint8)], [], []
         for sample in map(int, ids):
@@ -76,7 +76,7 @@ def read_ahead(batches: Dataset[Item], indices: Sequence[int], batch_bytes: int,
 
 
 class _Batches(Dataset[_Images]):
-    """`self[first]` is the batch of an evaluation set that begins with its image number `first`."""
+    """A map-style dataset: `self[first]` is the batch of an evaluation set that begins with its image number `first`."""
 
     def __init__(self, images: EvaluationSet, batch_size: int) -> None:
         self._images, self._batch_size = images, batch_size

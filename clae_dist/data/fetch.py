@@ -1,4 +1,4 @@
-"""Fetching a file until it is whole and right: resumed where it was cut, again where it was wrong, with pauses in between."""
+"""Fetch a file until it is complete and correct: resume after a cut, repeat after wrong bytes, with backoff."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 _LONGEST_WISH_S = 60.0  # of a server's Retry-After
 _START_BYTES = 512
 _MOST_WRONG = 3  # whole files with wrong bytes: what is wrong four times is wrong at its source
-_PASSING = (408, 425, 429)  # of the 4xx, those that another try may mend
+_PASSING = (408, 425, 429)  # of the 4xx, those that a retry may fix
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a fetch goes on: `retries` after the first try without progress, `timeout_s` without a byte is a stall."""
+    """Limits of a fetch: `retries` without progress after the first try; `timeout_s` without a byte is a stall."""
 
     retries: int = 8
     timeout_s: float = 30.0
 
 
 class Stopped(Exception):
-    """Nobody waits for this file any more."""
+    """The fetch was cancelled because the file is no longer needed."""
 
 
 class _Wrong(Exception):
-    """All bytes came, and they are not the right ones."""
+    """The file is complete, but its bytes are wrong."""
 
 
 class _Short(OSError):
-    """The stream ended before the file did."""
+    """The stream ended before the end of the file."""
 
 
 Check = Callable[[IO[bytes]], str]  # what is wrong with a whole file; "" when nothing is
 
 
 def digest_check(num_bytes: int, sha256: str) -> Check:
-    """A check against what the manifest says; `num_bytes` 0 is any."""
+    """A check against the manifest's size (0: any) and digest."""
 
     def check(file: IO[bytes]) -> str:
         size = file.seek(0, 2)
@@ -73,11 +73,11 @@ def fetch(
     stop: threading.Event | None = None,
     begins: Callable[[bytes], str] = lambda start: "",
 ) -> None:
-    """Fills `target` with the file at `url`; `name` is what errors call it, `num_bytes` its size, 0 where that is not known.
+    """Fill `target` with the file at `url`; errors call it `name`. `num_bytes` is its size, 0 if unknown.
 
-    With a known size, bytes that `target` already holds are kept and the rest is asked for: `check` tells whether they fit.
-    `begins` looks at the first bytes (512 at least) and says what is wrong with them: the rest is not fetched then.
-    Raises DataError when the tries are used up or cannot help, Stopped when `stop` is set.
+    With a known size, bytes that `target` already has are kept and the rest is requested; `check` tells if they match. `begins`
+    checks the first bytes (512 at least) and returns a problem, or "": after a problem, the rest is not fetched. Raises
+    DataError if the retries are used up or useless, Stopped if `stop` is set.
     """
     stop = stop or threading.Event()
     download = _Download(url, target, patience, num_bytes, stop, begins)
@@ -115,7 +115,7 @@ def fetch(
 
 @dataclass
 class _Download:
-    """What is known of a file while it comes, over all connections."""
+    """The state of a download over all its connections."""
 
     url: str
     target: IO[bytes]
@@ -130,7 +130,7 @@ class _Download:
         self.validator = ""
 
     def attempt(self) -> None:
-        """One connection; what came until an error is in `target`."""
+        """Read one connection; the bytes before an error are in `target`."""
         held = self.target.seek(0, 2)
         if self.num_bytes and held >= self.num_bytes:
             return
@@ -166,7 +166,7 @@ class _Download:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another try cannot help: what is not there, what we may not have, a disk that is full."""
+    """True if a retry is useless: missing file, missing permission, full disk."""
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in (*_PASSING, 416)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -187,7 +187,7 @@ def _reason(error: Exception, patience: Patience) -> str:
 
 
 def _wish(error: HTTPError) -> float:
-    """Seconds that the server asks us to wait (Retry-After: a number or a date)."""
+    """Seconds until the retry that the server requests (Retry-After: a number or a date)."""
     text = error.headers.get("Retry-After", "") if error.headers else ""
     if text.isdigit():
         return min(_LONGEST_WISH_S, float(text))
@@ -201,6 +201,6 @@ def _wish(error: HTTPError) -> float:
 def _message(name: str, url: str, reason: str, tries: int) -> str:
     often = f" in {tries} tries" if tries > 1 else ""
     return (
-        f"{name} could not be fetched from {redact(url)}{often}: {reason}; see whether it is there, whole and readable. The "
-        "same command goes on from the last checkpoint (data.retries, data.timeout_s)."
+        f"{name} could not be fetched from {redact(url)}{often}: {reason}; check that it exists, is complete and readable. The "
+        "same command resumes from the last checkpoint (data.retries, data.timeout_s)."
     )

@@ -9,7 +9,7 @@ _PREPARED = "name the folder that `python -m data_prep prepare IMAGES SHARDS` wr
 
 
 def no_manifest(path: Path) -> str:
-    """The fact and the way out for a path that is no folder with a manifest.json. Looks at names alone."""
+    """Fact and way out for a path that is no folder with a manifest.json. Reads only file names."""
     if path.is_file():
         return _file(path)
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""The label of one sample, from the bytes of KEY.cls or KEY.json: a number, a name, none, or neither with the reason."""
+"""The label of one sample, from the bytes of KEY.cls or KEY.json: an integer, a name, or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def label_in_text(data: bytes) -> int | str:
 def label_in_json(data: bytes) -> int | str:
     """A label from KEY.json: a number or text by itself, or in an object as `label`, `cls`, …; -1 for none.
 
-    Of several such keys the first with a whole number counts, else the first. Raises OddLabelError.
+    Of several such keys, the first with an integer is used, else the first. Raises OddLabelError.
     """
     try:
         record = json.loads(data)
@@ -44,7 +44,7 @@ def _of_value(value: Any) -> int | str:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise OddLabelError("several labels" if isinstance(value, list) else f"{type(value).__name__} for a label")
     if isinstance(value, float) and not value.is_integer():
-        raise OddLabelError(f"{value} is no whole number")
+        raise OddLabelError(f"{value} is no integer")
     return _of_text(value.strip()) if isinstance(value, str) else _checked(int(value))
 
 
@@ -52,7 +52,7 @@ def _of_text(text: str) -> int | str:
     if re.fullmatch(r"[+-]?[0-9]{1,30}(\.0*)?", text):
         return _checked(int(text.split(".")[0]))
     if re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", text):
-        raise OddLabelError(f"{text[:20]} is no whole number")
+        raise OddLabelError(f"{text[:20]} is no integer")
     if re.fullmatch(r"[+-]?[0-9.]+([\s,;]+[+-]?[0-9.]+)+", text):
         raise OddLabelError(f"several labels: {text[:20]!r}")
     if not text:

@@ -1,7 +1,7 @@
-"""Batches of two views: a map from the step to this rank's share of its global batch.
+"""Batches of two views: a map from a step to this rank's share of the global batch.
 
-Because the order is a function, a loader process is handed a step and returns that step's batch: with 0, 1 or more of them
-the batches are the same, and resuming is to start at another step.
+Because the order is a function, a loader process receives a step and returns its batch: the batches are the same with any
+number of loader processes, and resuming means starting at another step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class TwoViews(Dataset[Batch]):
-    """`self[step]` is the batch of a step, for one rank of a world."""
+    """A map-style dataset: `self[step]` is one rank's share of the global batch of a step."""
 
     def __init__(self, reader: ShardReader, order: Order | MixedOrder, config: Config, rank: int, world_size: int) -> None:
         self._reader, self._order = reader, order
@@ -65,7 +65,7 @@ class TwoViews(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
-        # One line of numbers a view and sample, whoever asks: two world sizes train on the same pixels.
+        # One row of numbers per view and sample, on any rank: all world sizes train on the same pixels.
         draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epochs, places.ids) for view in (0, 1)])
         read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
         images = [sample.image for sample in read]
@@ -76,7 +76,7 @@ class TwoViews(Dataset[Batch]):
             boxes = crop_boxes(cut, heights, widths, settings.crop_scale, settings.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
-        # float32 makes 1 of what is close to it, once in 30 million; a draw is below 1.
+        # float32 rounds one in 30 million to 1; a draw is below 1.
         augment_draws = torch.from_numpy(np.minimum(draws[:, :, CROP_DRAWS:].astype(np.float32), _BELOW_ONE))
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
@@ -94,14 +94,14 @@ def make_order(config: Config, reader: ShardReader) -> Order | MixedOrder:
 
 
 def num_workers(config: Config, local_size: int) -> int:
-    """Loader processes for each of `local_size` ranks on this machine: as asked, or the cores that the ranks leave."""
+    """Loader processes for each of `local_size` ranks on this machine: as requested, or a share of the free cores."""
     if config.data.workers >= 0:
         return config.data.workers
     return max(0, min(8, len(os.sched_getaffinity(0)) // local_size - 1))
 
 
 def forkserver() -> BaseContext:
-    """A forked child of a process with gloo's and torch's threads may deadlock; the server has none, and imports torch once."""
+    """The context of the fork server, which has no threads of gloo or torch (forking those may deadlock)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.data.preload"])
     return context
@@ -119,8 +119,9 @@ def start_loader_process(worker: int = 0) -> None:
 
 
 def leave_signals_to_the_rank() -> None:
-    """Ctrl-C reaches every process of a terminal, and what a scheduler sends every one of a job: the rank still needs batches
-    to end in good order. After SIGTERM, by which torch ends loaders that stay, too, this process is there for half a minute.
+    """Ignore Ctrl-C and a scheduler's signals, which reach every process: the rank still needs batches to end its step.
+
+    After SIGTERM, by which torch also ends its loaders, this process stays for half a minute.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -155,14 +156,14 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
 
 
 def shared_memory_bytes(config: Config, world: World) -> int:
-    """Shared memory that the batches of this machine's ranks need on their way from loader processes."""
+    """Bytes of shared memory that the batches of this machine's ranks need in transport."""
     rows, size = config.rows_per_rank(world.size), config.data.image_size
     batch_bytes = rows * (2 * 3 * size**2 + 2 * 4 * AUGMENT_DRAWS + 2 * 8)
     return transport.needed_bytes(batch_bytes, num_workers(config, world.local_size), world.local_size)
 
 
 def plain_errors(batches: Iterator[Item]) -> Iterator[Item]:
-    """What a loader process raised, without the traceback that torch writes into the message."""
+    """The error of a loader process, without the traceback that torch adds to its message."""
     try:
         yield from batches
     except DataError as error:

@@ -1,7 +1,7 @@
-"""The manifest of a set of shards: what data_prep wrote, and what training trusts.
+"""The manifest of a set of shards, written by data_prep and checked by training.
 
 On disk: `manifest.json`, `SPLIT-000000.tar` … (plain WebDataset shards) and beside each an index, `SPLIT-000000.index.npy`:
-int64 (samples, 3), one row a sample: offset of the image's bytes in the shard, their number, and the label (-1: none).
+int64 (samples, 3), a row per sample: offset of the image's bytes in the shard, their number, and the label (-1: none).
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ class Shard:
 
 
 class ShardFiles(Protocol):
-    """Where the files of a set are when they do not lie beside a manifest on this machine."""
+    """The files of a set that are not beside a manifest on this machine."""
 
     @property
     def where(self) -> str:
-        """As logs and errors may show it."""
+        """The location for logs and errors, without secrets."""
 
     def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
-        """How many shards, of these that it reads, each of so many processes may keep mapped."""
+        """Number of these shards that each of `processes` processes may keep mapped."""
 
     @property
     def any_remote(self) -> bool:
-        """Whether anything has to be fetched."""
+        """True if any file has to be fetched."""
 
     def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
-        """The shard, as a file of this machine; it is fetched first where need be. Raises DataError; Stopped after `stop`."""
+        """Open the shard, after fetching it if necessary. Raises DataError, and Stopped after `stop` was set."""
 
     def open_index(self, shard: Shard) -> IO[bytes]:
         """Its index, likewise."""
 
     def describe(self) -> str:
-        """How the files are reached and checked, for the console."""
+        """A description of the access to the files for the console."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Manifest:
 
     @property
     def where(self) -> str:
-        """Where the set is, as logs and errors show it."""
+        """The location of the set for logs and errors."""
         return self.files.where if self.files else str(self.folder)
 
     def open(self, shard: Shard) -> IO[bytes]:
-        """The shard, open for reading. Raises DataError when it cannot be had."""
+        """Open the shard for reading. Raises DataError if it cannot be read."""
         if self.files:
             return self.files.open(shard)
         try:
@@ -125,7 +125,7 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of `folder`. Raises DataError when it is missing, of another format, or does not match its digest."""
+    """Load the manifest of `folder`. Raises DataError if it is missing, of another format, or does not match its digest."""
     folder = Path(folder)
     path = folder / FILE_NAME
     if not path.is_file():
@@ -138,7 +138,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def read_manifest(data: bytes, where: str, folder: Path) -> Manifest:
-    """The manifest in the bytes of a manifest.json. Raises DataError when it is none or does not match its digest."""
+    """Parse the bytes of a manifest.json. Raises DataError if they are no manifest or do not match the digest."""
     try:
         content = parse_object(data)
         expect(content, {"format": is_text})
@@ -168,8 +168,10 @@ def write_manifest(
     quarantined: int,
     preparation: dict[str, Any],
 ) -> Manifest:
-    """Writes manifest.json atomically and returns the Manifest; adds the version, the time, the digest, and how many images
-    of each class the indexes hold. Raises DataError for an index that cannot be read or has a label that is no class."""
+    """Write manifest.json atomically, with version, time, digest and the number of images per class. Returns the Manifest.
+
+    Raises DataError for an index that cannot be read or that has a label outside of the classes.
+    """
     content: dict[str, Any] = {
         "format": FORMAT,
         "name": name,
@@ -189,7 +191,7 @@ def write_manifest(
 
 
 def check_shard(folder: str | Path, shard: Shard, how: Literal["sha256", "size"] = "sha256") -> None:
-    """Compares a shard and its index with the manifest. Raises DataError: which file, what was expected, what is there."""
+    """Compare a shard and its index with the manifest. Raises DataError with the file, the expected and the actual value."""
     path, index = Path(folder) / shard.name, Path(folder) / shard.index_name
     for file in (path, index):
         if not file.is_file():
@@ -231,7 +233,7 @@ def _read_index(file: IO[bytes], where: str, shard: Shard) -> np.ndarray:
 
 
 def _check_index(index: np.ndarray, path: str, shard: Shard, num_classes: int) -> None:
-    """Raises DataError for a row that points outside of its shard, and for a label that is no class."""
+    """Raise DataError for a row that points outside of its shard and for a label outside of the classes."""
     offsets, sizes, labels = index.T
     outside = (offsets < _HEADER_BYTES) | (sizes < 1) | (sizes > shard.bytes) | (offsets > shard.bytes - sizes)
     if outside.any():
@@ -249,7 +251,7 @@ def _check_index(index: np.ndarray, path: str, shard: Shard, num_classes: int) -
 
 
 def _count_classes(folder: Path, shards: tuple[Shard, ...], num_classes: int) -> list[int]:
-    """Images of each class; the unlabelled ones are in no count."""
+    """Images per class, without unlabelled ones."""
     counts = np.zeros(num_classes, np.int64)
     for shard in shards:
         with _open_index(folder, shard) as file:
@@ -262,13 +264,13 @@ def _count_classes(folder: Path, shards: tuple[Shard, ...], num_classes: int) ->
 
 
 def content_digest(content: dict[str, Any]) -> str:
-    """sha256 over canonical JSON of everything but the digest itself and the time."""
+    """SHA-256 over the canonical JSON of everything but the digest itself and the time."""
     rest = {key: value for key, value in content.items() if key not in ("created", "digest")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
-    """Raises KeyError, TypeError or AttributeError for what is missing or of another kind."""
+    """Raises KeyError, TypeError or AttributeError for missing fields and for fields of another type."""
     splits = {split: tuple(_checked(Shard(**shard)) for shard in shards) for split, shards in content["splits"].items()}
     names = [shard.name for shards in splits.values() for shard in shards]
     if len(set(names)) < len(names):
@@ -293,7 +295,7 @@ def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
 
 
 def _checked(record: Any) -> Any:
-    """`record` itself, a dataclass from JSON. Raises TypeError for fields of another type and for names that lead elsewhere."""
+    """Check and return `record`, a dataclass from JSON. Raises TypeError for wrong types and for names that are paths."""
     least = 1 if isinstance(record, Shard) else 0
     for key, kind in get_type_hints(type(record)).items():
         value = getattr(record, key)

@@ -1,9 +1,9 @@
-"""The order of several sets at fixed shares, a function as order.py's is: (seed, step) to places, with no state.
+"""The order of several sets at fixed shares: a pure function of (seed, step) without state, like order.py.
 
-Sample n of the run (n = t·N + slot in global batch t) belongs to one set, and is that set's sample number c(n), where c counts
-how many of the samples before n are of the set: a whole part of n times its share, so that the first n have the shares to
-within a sample or two, and every batch nearly so. Each set is passed through again and again, each pass in an order of its own
-and without leaving an image out. Ranks take neighbouring slots: what global batch t holds does not depend on their number.
+Sample n of the run (n = t·N + slot in global batch t) belongs to one set and is that set's sample number c(n), where c counts
+the samples of that set before n: the integer part of n times its share. So the first n samples have the shares to within a
+sample or two, and every batch nearly so. Each set is passed through repeatedly, each pass in an order of its own and without
+skipping an image. Ranks take neighbouring slots, so global batch t does not depend on their number.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from clae_dist.data.remote import MAX_OPEN
 
 
 class MixedOrder:
-    """`shard_sizes` of each set, and its share; shares add up to 1. Shards and ids are numbered over all sets, in their order.
+    """`shard_sizes` and share of each set; shares add up to 1. Shards and ids are numbered over all sets, in their order.
 
-    An epoch is as many images as the sets hold together.
+    An epoch has as many images as all sets together.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MixedOrder:
     ) -> None:
         assert len(shard_sizes) == len(shares), (len(shard_sizes), len(shares))
         assert abs(sum(shares) - 1) < 1e-9, shares
-        # One stream each, and of one sample a batch: a set's own order has no batches that could leave an image out.
+        # One stream each, of one sample per batch: a set's own order has no batches that could skip an image.
         self._orders = [Order(sizes, 1, 1, shuffle_shards, seed) for sizes in shard_sizes]
         self._first_shard = np.concatenate([[0], np.cumsum([len(sizes) for sizes in shard_sizes])])
         self._first_id = np.concatenate([[0], np.cumsum([order.num_samples for order in self._orders])])
@@ -43,7 +43,7 @@ class MixedOrder:
         self.steps_per_epoch = self.num_samples // global_size
 
     def counts(self, n: np.ndarray) -> np.ndarray:
-        """(sets, len(n)): how many of the first n samples of the run are of each set. They add up to n."""
+        """(sets, len(n)): number of samples of each set among the first n of the run. They add up to n."""
         left, rest = n.astype(np.int64), 1.0
         found = []
         for share in self.shares[:0:-1]:
@@ -53,7 +53,7 @@ class MixedOrder:
         return np.stack([left, *found[::-1]])
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Places:
-        """The part of global batch `step` that is this rank's."""
+        """This rank's share of global batch `step`."""
         rows = self.global_size // world_size
         n = step * self.global_size + rank * rows + np.arange(rows + 1)
         before = self.counts(n)
@@ -83,7 +83,7 @@ class MixedOrder:
 
 @dataclass(frozen=True)
 class MixedFiles:
-    """The files of several sets as those of one: `parts` holds, for each name in the mixture, the set and its own shard."""
+    """The files of several sets as one: `parts` maps each name in the mixture to the set and its own shard."""
 
     sets: tuple[Manifest, ...]
     shares: tuple[float, ...]
@@ -102,13 +102,13 @@ class MixedFiles:
         return any(one.files is not None and one.files.any_remote for one in self.sets)
 
     def open(self, shard: Shard, stop: threading.Event | None = None) -> IO[bytes]:
-        """The shard of its own set. Raises what that does."""
+        """Open the shard of its own set. Raises the errors of that set."""
         number, own = self.parts[shard.name]
         files = self.sets[number].files
         return files.open(own, stop) if files else self.sets[number].open(own)
 
     def open_index(self, shard: Shard) -> IO[bytes]:
-        """Its index, with labels that are positions among the classes of all sets."""
+        """The shard's index, with labels as positions in the classes of all sets."""
         number, own = self.parts[shard.name]
         index = self.sets[number].index(own)
         places = places_of(self.sets[number].classes, self.classes)
@@ -124,7 +124,7 @@ class MixedFiles:
 
 
 def mix(sets: Sequence[Manifest], shares: Sequence[float], split: str) -> Manifest:
-    """One set of the split of several, in their order, for MixedOrder. Raises DataError for a set without the split."""
+    """Combine one split of several sets, in their order, for MixedOrder. Raises DataError for a set without the split."""
     classes = tuple(sorted(set(one_spelling({name for one in sets for name in one.classes}).values())))
     parts: dict[str, tuple[int, Shard]] = {}
     shards = []

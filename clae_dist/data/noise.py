@@ -1,4 +1,4 @@
-"""Uniform noise for the attack's random start, as a function: the same pixels' noise whatever rank and device draws it."""
+"""Uniform noise for the attack's random start, as a pure function: equal on every rank and device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def uniform_noise(draws_BK: torch.Tensor, shape: tuple[int, ...], device: torch.
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:
-    """Its finaliser; products of 64-bit integers wrap around."""
+    """The finaliser of SplitMix64; products of 64-bit integers wrap around."""
     z = (z ^ _shift(z, 30)) * -0x40A7B892E31B1A47
     z = (z ^ _shift(z, 27)) * -0x6B2FB644ECCEEE15
     return z ^ _shift(z, 31)

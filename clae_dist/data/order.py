@@ -1,10 +1,10 @@
-"""The order of samples is a function: (seed, epoch, position) to (shard, row), with no state and no I/O.
+"""The order of samples: a pure function from (seed, epoch, position) to (shard, row), without state and I/O.
 
-An epoch puts the shards in a new order, takes them in blocks of `shuffle_shards`, and shuffles the samples of each block.
-The first T·N positions of that sequence (T whole global batches of N) are cut into C equal runs, the *canonical streams*;
-global batch t takes the next N/C samples of every stream, and a rank owns C/W neighbouring streams. So the images of
-global batch t, and their order in it, depend neither on the number of ranks nor on loader workers; to resume is
-arithmetic. The samples - T·N samples (fewer than N) at the end of the sequence sit this epoch out: other ones each epoch.
+An epoch shuffles the shards, takes them in blocks of `shuffle_shards`, and shuffles the samples of each block. The first T·N
+positions of that sequence (T global batches of N samples) are cut into C equal ranges, the *canonical streams*. Global batch t
+takes the next N/C samples of every stream, and a rank owns C/W neighbouring streams. So the images of global batch t and their
+order depend neither on the number of ranks nor on loader processes, and resuming is arithmetic. The remaining samples at the
+end of the sequence (fewer than N) are skipped in this epoch; they are different ones each epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clae_dist.data.draws import permutation
 
 @dataclass(frozen=True)
 class Places:
-    """Where the samples of a batch lie. All arrays have one entry a sample."""
+    """Positions of the samples of a batch. All arrays have one entry per sample."""
 
     epochs: np.ndarray  # passes over the sample's set before this one
     shards: np.ndarray  # index of the shard in the split
@@ -29,7 +29,7 @@ class Places:
 
 
 class Order:
-    """The order of `sum(shard_sizes)` samples. `batch(step, …)` counts steps from the run's beginning, over all epochs."""
+    """The order of `sum(shard_sizes)` samples. Steps are counted from the start of the run, over all epochs."""
 
     def __init__(self, shard_sizes: Sequence[int], global_size: int, streams: int, shuffle_shards: int, seed: int) -> None:
         assert global_size % streams == 0, (global_size, streams)
@@ -45,7 +45,7 @@ class Order:
         self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in this epoch's order, and the position at which each block of shards begins."""
+        """The shards in the order of this epoch, and the first position of each block of shards."""
         shards = permutation(len(self._sizes), self.seed, epoch, 0)
         ends = np.cumsum(self._sizes[shards])
         return shards, np.concatenate([[0], ends[self.shuffle_shards - 1 :: self.shuffle_shards], ends[-1:]])
@@ -64,7 +64,7 @@ class Order:
         blocks = np.searchsorted(starts, positions, side="right") - 1
         shards, rows = np.empty_like(positions), np.empty_like(positions)
         wanted = [(epoch, block) for block in np.unique(blocks).tolist()]
-        # Kept are the blocks of this call alone: a stream walks through its blocks one by one and never comes back.
+        # Only the blocks of this call are kept: a stream passes through its blocks once, in order.
         self._blocks = held = {key: self._blocks.get(key) or self._shuffled_block(*key) for key in wanted}
         for (_, block), (shard_of, row_of) in held.items():
             chosen = blocks == block
@@ -73,7 +73,7 @@ class Order:
         return Places(np.full_like(positions, epoch), shards, rows, self._first_id[shards] + rows)
 
     def entered(self, first: int, last: int, beginning: bool) -> Iterator[int]:
-        """Shards of the blocks that samples first … last - 1 enter, counted over all epochs; at a `beginning`, or are in."""
+        """Shards of the blocks that samples first … last - 1 (over all epochs) enter; at a `beginning`, also of their first."""
         for epoch in range(first // self.num_samples, -(-last // self.num_samples)):
             shards, starts = self._epoch_layout(epoch)
             low, high = first - epoch * self.num_samples, last - epoch * self.num_samples
@@ -83,9 +83,9 @@ class Order:
                     yield from shards[block * self.shuffle_shards : (block + 1) * self.shuffle_shards].tolist()
 
     def shards_needed(self, steps: range, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, int]]:
-        """(step, shard) in the order of steps: from `step` on this rank may read `shard`, until its stream leaves the block.
+        """Yield (step, shard) in the order of steps: this rank may read `shard` from `step` until its stream leaves the block.
 
-        Which shard of a block a stream reads first is as good as random: all of them are needed when it enters the block.
+        The order of a block's shards within a stream is random, so all of them are needed when the stream enters the block.
         """
         per_batch = self.global_size // self.streams
         for epoch in range(steps.start // self.steps_per_epoch, -(-steps.stop // self.steps_per_epoch)):
@@ -105,7 +105,7 @@ class Order:
                 yield epoch * self.steps_per_epoch + step, shard
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Places:
-        """The part of global batch `step` that is this rank's."""
+        """This rank's share of global batch `step`."""
         assert self.streams % world_size == 0, (self.streams, world_size)
         epoch, t = divmod(step, self.steps_per_epoch)
         per_batch = self.global_size // self.streams

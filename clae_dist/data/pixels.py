@@ -1,8 +1,8 @@
 """Pixels of every depth, photometric interpretation and transparency that Pillow reads, as 8-bit RGB.
 
-Pillow's own conversions take 16-bit grey for 8-bit, do not invert 16-bit white-is-zero, compare a transparent colour of 2 or 16
-bits with pixels of 8, and read signed samples and 16-bit planes as what they are not. Each is put right here, or refused with
-the reason: 32-bit and floating-point pixels have no agreed range.
+Pillow's own conversions treat 16-bit grey as 8-bit, do not invert 16-bit white-is-zero, compare a transparent colour of 2 or 16
+bits with pixels of 8, and misread signed samples and 16-bit planes. Each case is corrected here, or refused with the reason:
+32-bit and floating-point pixels have no agreed range.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class UnreadablePixelsError(ValueError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The pixels of an image in a file or in memory, decoded in full, as 8-bit RGB, transparency laid on white.
+    """Decode the pixels of an image in a file or in memory to 8-bit RGB, with transparency on white.
 
-    Raises UnreadablePixelsError, and what Pillow's decoders raise.
+    Raises UnreadablePixelsError, and the errors of Pillow's decoders.
     """
     stored: object = ""
     if isinstance(image, ImageFile.ImageFile):  # of an image in memory, the depth in its file is not known
@@ -74,7 +74,7 @@ def _scale_transparency(image: Image.Image, stored: object) -> None:
 
 
 def _refuse_tiff(image: Image.Image) -> None:
-    """Raises UnreadablePixelsError for what Pillow reads as something else."""
+    """Raise UnreadablePixelsError for pixels that Pillow misreads."""
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
     tags = image.tag_v2
     bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
@@ -90,7 +90,7 @@ def _refuse_tiff(image: Image.Image) -> None:
 
 
 def _refuse_deep_colour(image: ImageFile.ImageFile) -> None:
-    """Raises UnreadablePixelsError for JPEG 2000 with colours of more than 8 bits, whose white Pillow turns to black."""
+    """Raise UnreadablePixelsError for JPEG 2000 with colours of more than 8 bits, whose white Pillow turns to black."""
     assert image.fp is not None
     at = image.fp.tell()
     image.fp.seek(0)
@@ -104,7 +104,7 @@ def _refuse_deep_colour(image: ImageFile.ImageFile) -> None:
 
 
 def why_unidentified(data: bytes | memoryview, formats: Iterable[str]) -> str:
-    """Why Pillow cannot open bytes that begin as one of the formats; "" for bytes that begin as none."""
+    """The reason why Pillow cannot open bytes that begin like one of the formats; "" for other bytes."""
     start = bytes(data[:16])
     for name in formats:
         factory, accept = Image.OPEN[name]
@@ -121,7 +121,7 @@ def why_unidentified(data: bytes | memoryview, formats: Iterable[str]) -> str:
 
 
 def _tiff_facts(data: bytes | memoryview) -> str:
-    """Depth and kind of the samples, where the first directory can be read."""
+    """Depth and kind of the samples, if the first directory can be read."""
     try:
         file = io.BytesIO(data)
         tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))

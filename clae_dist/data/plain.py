@@ -1,4 +1,4 @@
-"""Plain WebDataset shards without a manifest: indexed from their tar headers, and a manifest in memory of what is found."""
+"""Plain WebDataset shards without a manifest: index them from their tar headers and build a manifest in memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LOST = (
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What indexing a plain shard has found."""
+    """The result of indexing a plain shard."""
 
     shard: Shard  # sha256 "" for one of this machine: its bytes are not read
     labels: tuple[str, ...]  # the different ones, by name
@@ -53,7 +53,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class PlainShards:
-    """Shards by name and the URL, path or command that each is read from."""
+    """Shards by name, with the URL, path or command that each is read from."""
 
     text: str = field(repr=False)  # as the user wrote it
     sources: dict[str, str] = field(repr=False)
@@ -91,7 +91,7 @@ class PlainShards:
         return _with_places(file, self.classes)
 
     def other_copy(self, records: dict[str, ShardRecord]) -> str:
-        """Of which shard this machine's cache holds another version than was indexed, "" for none. Fetches nothing."""
+        """The shard of which this machine's cache has another version than the indexed one; "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
                 held = _record_from_json(read_bytes(self.fetching.cache.folder / f"{self._key(name)}{_RECORD}", 64 << 20)).shard
@@ -105,7 +105,7 @@ class PlainShards:
         return ""
 
     def record(self, name: str, stop: threading.Event) -> ShardRecord:
-        """The index's summary, from the cache or made now. Raises DataError for what is no whole tar of images."""
+        """The index's summary, from the cache or made now. Raises DataError for anything but a complete tar of images."""
 
         def fill(part: IO[bytes]) -> None:
             part.write(_record_as_json(self._make_record(name, stop)))
@@ -150,7 +150,7 @@ class PlainShards:
         return self.fetching.cache.open(f"{self._key(name)}.tar", size, fill)
 
     def _key(self, name: str) -> str:
-        """What a source's files are called in the cache: no secret can be read from it."""
+        """The name of a source's files in the cache; it reveals no secret."""
         source = self.sources[name]
         if not scheme(source):
             found = os.stat(local_path(source))
@@ -227,7 +227,7 @@ def _is_tar(file: IO[bytes]) -> str:
 def open_plain(
     text: str, entries: list[str], fetching: Fetching, world: World, say: Say, progress: Callable[[], None] = lambda: None
 ) -> Manifest:
-    """A manifest of plain shards, all of them in the split `train`. Every rank calls it and indexes its share.
+    """Build a manifest of plain shards, all in the split `train`. Every rank indexes its share. Collective.
 
     Raises DataError on every rank.
     """
@@ -319,7 +319,7 @@ def _manifest(files: PlainShards, records: list[ShardRecord], classes: tuple[str
 
 
 def _named(entries: list[str]) -> dict[str, str]:
-    """A name for every entry: its file's, with its number before it where two have the same; pipes are numbered."""
+    """A name for every entry: that of its file, prefixed by a number if two are equal; pipes are numbered."""
     plain = [f"pipe-{number:06d}.tar" if scheme(entry) == "pipe" else _file_name(entry) for number, entry in enumerate(entries)]
     unique = len(set(plain)) == len(plain)
     return {name if unique else f"{number:06d}-{name}": e for number, (name, e) in enumerate(zip(plain, entries, strict=True))}

@@ -1,4 +1,4 @@
-"""Shards from elsewhere, fetched ahead of need: the order is a function, so the shards of the coming steps are known."""
+"""Prefetch remote shards: the order is a function, so the shards of the next steps are known."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _JOIN_S = 5.0  # a fetch that stalls may outlast it; its thread ends with the pr
 
 
 class Prefetch:
-    """Threads that call fetch(shard) for `needs`, at most `ahead` of them before the step that needs them.
+    """Threads that call fetch(shard) for `needs`, at most `ahead` shards before the step that needs them.
 
-    `needs` yields (step, shard) in the order of steps. What cannot be fetched is left to whoever reads it, who says why.
+    `needs` yields (step, shard) in the order of steps. Failures are ignored here: the reader of the shard fetches it again and
+    reports them.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Prefetch:
             thread.start()
 
     def follow(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same batches; each tells the threads that a step is done. Ends the threads with the batches."""
+        """Yield the same batches; each advances the threads by a step. The threads end with the batches."""
         try:
             for batch in batches:
                 with self._moved:
@@ -84,7 +85,7 @@ class Prefetch:
 def ahead_of(
     batches: Iterator[Item], manifest: Manifest, order: Order | MixedOrder, config: Config, world: World, steps: range
 ) -> Iterator[Item]:
-    """`batches` of `steps`, with this rank's shards fetched ahead where they lie elsewhere."""
+    """`batches` of `steps`, with this rank's remote shards fetched ahead of need."""
     files = manifest.files
     shards = manifest.shards(config.data.train_split)
     depth = _depth(config, manifest, world)
@@ -99,7 +100,7 @@ def ahead_of(
 
 
 def _depth(config: Config, manifest: Manifest, world: World) -> int:
-    """How many shards a rank may fetch ahead: as asked, but no more than the cache holds beside those that are being read."""
+    """Number of shards a rank may fetch ahead: as requested, limited by the cache's space beside the shards in use."""
     limit = config.data.cache_bytes
     if not limit:
         return config.data.prefetch_shards
@@ -108,7 +109,7 @@ def _depth(config: Config, manifest: Manifest, world: World) -> int:
 
 
 def working_set(config: Config, manifest: Manifest, world: World) -> tuple[int, int]:
-    """Bytes of the shards that the ranks of this machine read from at a time, and of the largest shard."""
+    """Bytes of the shards that this machine's ranks read at a time, and of the largest shard."""
     shards = manifest.shards(config.data.train_split)
     largest = max(shard.bytes for shard in shards)
     # All ranks read a mixture's sets from the same places.
@@ -117,7 +118,7 @@ def working_set(config: Config, manifest: Manifest, world: World) -> tuple[int, 
 
 
 def advice(config: Config, manifest: Manifest, world: World) -> Iterator[str]:
-    """What to change when the cache cannot hold what is read at a time."""
+    """Advice if the cache is smaller than the shards that are read at a time, else ""."""
     in_use, largest = working_set(config, manifest, world)
     limit, cache = config.data.cache_bytes, Fetching.of(config.data).cache
     has = cache.room.size()
@@ -131,5 +132,5 @@ def advice(config: Config, manifest: Manifest, world: World) -> Iterator[str]:
         yield (
             f"data: up to {in_use // largest} shards are read from at a time (data.streams {config.num_streams} x "
             f"data.shuffle_shards {config.data.shuffle_shards}), {in_use / 1e9:.3g} GB, more than {holds}: shards will be "
-            f"fetched again and again. {way_out} would do{'' if config.data.mixture else ', or fewer streams'}."
+            f"fetched again and again. Try {way_out}{'' if config.data.mixture else ', or fewer streams'}."
         )

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: fetched when they are needed, kept in the cache, checked against the manifest."""
+"""Remote shards: fetched when needed, checked against the manifest, kept in the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Fetching:
-    """How files are fetched and where they are kept: a part of `data.…`, in a form that every process can be handed."""
+    """The settings of fetching and caching, a part of `data.*` that can be sent to other processes."""
 
     folder: str  # "": the cache folder of whoever asks
     limit_bytes: int
@@ -36,12 +36,12 @@ class Fetching:
 
     @property
     def cache(self) -> Cache:
-        """In a folder of its own: what it does not use any more, it deletes."""
+        """The cache, in a folder of its own, because it deletes files."""
         return Cache((Path(self.folder) if self.folder else cache_home()) / FOLDER, self.limit_bytes)
 
     def max_open(self, shard_bytes: Sequence[int], processes: int) -> int:
-        """What is mapped holds disk space even after the cache has removed it: where the cache cannot hold all shards, those
-        that are mapped may take half as much again."""
+        """A mapped shard occupies disk space even after the cache has removed it. If the cache cannot hold all shards, mapped
+        ones may take half as much again."""
         has = self.cache.room.size()
         if sum(shard_bytes) <= has:
             return MAX_OPEN
@@ -54,7 +54,7 @@ class Fetching:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """The files of a set whose manifest lies at `url`/manifest.json. Files are named by their sha256 in the cache."""
+    """The files of a set whose manifest is at `url`/manifest.json. The cache names files by their SHA-256."""
 
     url: str = field(repr=False)
     fetching: Fetching
@@ -88,7 +88,7 @@ class RemoteFolder:
 
 
 def load_remote_manifest(url: str, data: Data) -> Manifest:
-    """The manifest at a URL. Raises DataError when it cannot be had, or is none."""
+    """Fetch the manifest at a URL. Raises DataError if it cannot be fetched or is no manifest."""
     fetching, where = Fetching.of(data), redact(url)
 
     def read(file: IO[bytes]) -> Manifest:

@@ -1,7 +1,7 @@
-"""Room in the cache, for all processes of a node: what is there, what is being fetched, and what that will still need.
+"""Accounting of the cache's space for all processes of a node: complete files, files being fetched, and their final size.
 
-Whoever fills NAME.part says how much it will be in .NAME.room, a file of that size without a byte in it. It counts for as long
-as NAME.part is locked: the kernel lets go of that when the process dies.
+The process that fills NAME.part declares its final size by .NAME.room, a sparse file of that size. It counts as long as
+NAME.part is locked; the kernel releases the lock when the process dies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Held:
 
 
 class Room:
-    """`limit_bytes` 0: as much as the disk holds but 1 GiB. Files whose names are not `own` are neither counted nor removed."""
+    """`limit_bytes` 0: all free space but 1 GiB. Files whose names do not match `own` are neither counted nor removed."""
 
     def __init__(self, folder: Path, limit_bytes: int, own: re.Pattern[str] = OWN) -> None:
         self._folder, self._limit_bytes, self._own = folder, limit_bytes, own
@@ -52,7 +52,7 @@ class Room:
         return bool(self._own.fullmatch(name.removesuffix(PART).removesuffix(FAILED)))
 
     def size(self) -> int:
-        """Bytes that there may be in all: the limit, or what the disk has for them."""
+        """The total bytes allowed: the limit, or the space of the disk."""
         if self._limit_bytes:
             return self._limit_bytes
         there = next(folder for folder in (self._folder, *self._folder.parents) if folder.is_dir())
@@ -65,10 +65,10 @@ class Room:
         return max(0, shutil.disk_usage(there).free + own - _FREE_BYTES)
 
     def reserve(self, part: Path, num_bytes: int) -> None:
-        """Room for `part`, which this process has locked, to become `num_bytes`. The least recently used files go for it.
+        """Reserve `num_bytes` for `part`, which this process has locked, by evicting the least recently used files.
 
-        Waits for what others fetch where that has taken the room, and goes above the limit where nothing else is left.
-        Raises DataError when the disk cannot hold it.
+        Waits for other fetches if they take the space, and exceeds the limit if nothing else can be evicted. Raises DataError
+        if the disk is too small.
         """
         while (other := self._try(part, num_bytes)) is not None:
             try:
@@ -78,7 +78,7 @@ class Room:
                 continue
 
     def _try(self, part: Path, num_bytes: int) -> Path | None:
-        """None once the room is taken; else a part to wait for."""
+        """None once the space is reserved; else a part to wait for."""
         with self._alone():
             _room_of(part).unlink(missing_ok=True)  # of a process that died: who waits must not look as if it were filling
             held, fits = self._clear(part, num_bytes)
@@ -89,9 +89,9 @@ class Room:
             return None
 
     def grow(self, part: Path, num_bytes: int) -> int:
-        """Room for a part whose size is not known beforehand; never waits. Bytes that it may have before it asks again.
+        """Reserve space for a part of unknown size, without waiting. Returns the size at which it must call again.
 
-        Raises DataError when the disk cannot hold it.
+        Raises DataError if the disk is too small.
         """
         with self._alone():
             held, _ = self._clear(part, num_bytes)
@@ -116,7 +116,7 @@ class Room:
             yield
 
     def _clear(self, part: Path, num_bytes: int) -> tuple[list[_Held], bool]:
-        """Removes what was not used for longest until `part` fits; what is left, and whether it does."""
+        """Evict the least recently used files until `part` fits. Returns the remaining files and True if it fits."""
         held = sorted(self._held(part), key=lambda one: one.used_ns, reverse=True)
         for one in [one for one in reversed(held) if one.removable]:
             if self._fits(held, part, num_bytes):
@@ -161,7 +161,7 @@ class Room:
 
 
 class PartFile(io.BufferedRandom):
-    """A part of a size that is not known beforehand: asks for room as it grows."""
+    """A part of unknown size, which reserves space as it grows."""
 
     def __init__(self, file: io.FileIO, room: Room, path: Path, reserved: int) -> None:
         super().__init__(file)
@@ -197,7 +197,7 @@ def _is_locked(part: Path) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Whether the file could go; a part that somebody has begun to fill meanwhile stays."""
+    """Remove the file unless another process has begun to fill it. Returns True if it is gone."""
     try:
         with path.open("rb") as file:
             if path.suffix == PART:

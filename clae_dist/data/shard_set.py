@@ -1,4 +1,4 @@
-"""`data.shards` to a Manifest: a folder here or elsewhere, or plain shards."""
+"""Open the set of shards that `data.shards` names: a local or remote folder, or plain shards."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def open_shards(
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """The manifest of what `data.shards` names. Every rank of `world` (none: this process) calls it.
+    """The manifest of the set that `data.shards` names. Collective if `world` is given.
 
-    `progress` is called again and again while shards are fetched and indexed.
+    `progress` is called repeatedly while shards are fetched and indexed.
 
-    Shards that lie elsewhere are fetched when they are read. Raises ConfigError and DataError, on every rank the same.
+    Remote shards are fetched when they are read. Raises the same ConfigError or DataError on every rank.
     """
     world = world or World.single("cpu")
     entries = entries_of(data.shards)
@@ -33,7 +33,7 @@ def open_shards(
 
 
 def entries_of(text: str) -> list[str]:
-    """A folder, or shards. Raises ConfigError for nothing, for a list that is none, and for a mixture of the two."""
+    """Parse `data.shards` into one folder, or shards. Raises ConfigError if it is empty, malformed or a mix of both."""
     if not text:
         raise ConfigError(
             "data.shards is ''; name a folder of shards, such as data.shards=shards after `python -m data_prep demo shards` "

@@ -1,4 +1,4 @@
-"""Reading samples by place: memory-mapped shards, the offsets in their index."""
+"""Read samples by shard and row, from memory-mapped shards with the offsets of their index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPEN_SHARDS = 512
 
 
 class BadSampleError(DataError):
-    """A sample that cannot be decoded. `sample` names it, `reason` says why."""
+    """An undecodable sample, with its name and the reason."""
 
     def __init__(self, sample: str, reason: str, way_out: str) -> None:
         super().__init__(f"{sample} cannot be decoded ({reason}); {way_out}")
@@ -30,7 +30,7 @@ class BadSampleError(DataError):
 
 @dataclass(frozen=True)
 class Sample:
-    """What is read at a place."""
+    """The result of reading a sample."""
 
     image: torch.Tensor  # uint8 (3, H, W)
     label: int  # -1: none
@@ -41,8 +41,8 @@ class Sample:
 class ShardReader:
     """The images of one split, by (shard, row). Opens shards when first read; safe to send to loader processes.
 
-    `metadata`: kinds of files (`json`, `txt`) that `read_or_next` gives along with an image. `processes`: how many of this
-    machine read from the same disk.
+    `metadata`: kinds of files (`json`, `txt`) that `read_or_next` returns with an image. `processes`: number of processes of
+    this machine that read from the same disk.
     """
 
     def __init__(self, manifest: Manifest, split: str, metadata: tuple[str, ...] = (), processes: int = 1) -> None:
@@ -75,9 +75,9 @@ class ShardReader:
         return memoryview(mapped), self.manifest.index(record)
 
     def encoded(self, shard: int, row: int) -> tuple[memoryview, int]:
-        """The encoded image, where it lies in the mapped shard, and its label (-1: none).
+        """The encoded image, as a view of the mapped shard, and its label (-1: none).
 
-        The shard stays mapped for as long as anybody holds these bytes, also when this reader has let go of it.
+        The shard stays mapped as long as these bytes are referenced, also after this reader has closed it.
         """
         mapped, index = self._open(shard)
         offset, length, label = index[row].tolist()
@@ -97,7 +97,7 @@ class ShardReader:
             ) from None
 
     def metadata(self, shard: int, row: int) -> dict[str, bytes]:
-        """The files of a sample by kind, of the kinds that were asked for."""
+        """The files of a sample by kind, of the requested kinds."""
         if not self._kinds:
             return {}
         (mapped, index), record = self._open(shard), self.manifest.splits[self.split][shard]
@@ -109,7 +109,7 @@ class ShardReader:
     def read_or_next(self, shard: int, row: int) -> Sample:
         """The sample, or the next one in its shard that can be decoded (after the last, the first).
 
-        Which sample stands in depends on nothing but the shard. Raises DataError when the shard has none.
+        The replacement depends only on the shard. Raises DataError if no sample of the shard can be decoded.
         """
         bad: dict[str, str] = {}
         for other in (*range(row, self.sizes[shard]), *range(row)):
@@ -128,7 +128,7 @@ class ShardReader:
         return shard, sample - int(self._first_id[shard])
 
     def name_of(self, sample: int) -> str:
-        """Shard and key of a sample's id, such as "train-000001.tar: 000017.jpg"; the key is what the archive calls it."""
+        """Shard and key of a sample's id, such as "train-000001.tar: 000017.jpg"; the key is the name in the archive."""
         shard, row = self.place(sample)
         mapped, index = self._open(shard)
         name = bytes(mapped[max(0, int(index[row, 0]) - 512) :][:100]).split(b"\0")[0]  # a tar header lies before its file

@@ -1,4 +1,4 @@
-"""A small set of shards with images of noise: for dry runs, before there are real ones."""
+"""A small set of shards with images of noise, for dry runs without real images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLASSES = ("one", "two")
 
 
 def write_synthetic_set(folder: Path, num_images: int, image_size: int, num_shards: int = 1) -> Manifest:
-    """Writes `num_images` noise JPEGs of image_size pixels to each of the splits train and test; the same bytes every time."""
+    """Write `num_images` noise JPEGs of image_size pixels to each of the splits train and test; always the same bytes."""
     folder.mkdir(parents=True)
     splits = {}
     for number, split in enumerate(("train", "test")):

@@ -1,9 +1,9 @@
-"""Where the images of a WebDataset shard lie, from the headers of the tar alone: 0.01 ms a file, no image is read.
+"""Index the images of a WebDataset shard from the headers of the tar alone: 0.01 ms per file, no image is read.
 
-WebDataset's conventions: files with the same path up to the first dot of the base name are one sample, one after the other;
-what follows that dot, in any case, says what a file is: `jpg`, `png`, … the image, `cls` (a number or a name) or `json` its
-label. Files of one sample that do not follow one another are an error: WebDataset would make several samples of them. Where no
-image of a shard has a plain kind, `KEY.rgb.jpg` is one, with `KEY.rgb.cls` or `KEY.cls` for its label.
+WebDataset's conventions: consecutive files with the same path up to the first dot of the base name are one sample. The rest of
+the name, in either case, is the kind of the file: `jpg`, `png`, … the image, `cls` (a number or a name) or `json` its label.
+Files of one sample that are not consecutive are an error: WebDataset would make several samples of them. If no image of a
+shard has a plain kind, `KEY.rgb.jpg` is one, with `KEY.rgb.cls` or `KEY.cls` as its label.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ IMAGES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm 
 NO_IMAGE = "samples without an image, skipped"
 NO_SAMPLE = "files of no sample, skipped"
 SECOND_IMAGES = "second images of a sample, skipped"
-ODD_LABELS = "labels that are neither names nor whole numbers from 0 on, ignored"
+ODD_LABELS = "labels that are neither names nor non-negative integers, ignored"
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _MAX_TEXT_BYTES = 1 << 20
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name, and where its bytes are."""
+    """A file in a tar: its name and the position of its bytes."""
 
     name: str
     offset: int
@@ -45,23 +45,23 @@ class Dropped:
         self.examples: dict[str, str] = {}
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """`example` is kept when it is the first."""
+        """Count a reason; the first `example` is kept."""
         self.counts[reason] += count
         self.examples.setdefault(reason, example)
 
     def include(self, other: Dropped) -> None:
-        """Adds what another shard has."""
+        """Add the counts of another shard."""
         for reason, count in other.counts.items():
             self.add(reason, other.examples[reason], count)
 
     def lines(self) -> list[str]:
-        """A line a reason, names escaped."""
+        """One line per reason, with names escaped."""
         return [f"{reason}: {count:,}, such as {self.examples[reason]!r}" for reason, count in self.counts.items()]
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """What a shard holds. `rows` is int64 (samples, 3): offset of the image's bytes, their number, the label (-1: none)."""
+    """The content of a shard. `rows` is int64 (samples, 3): offset and number of the image's bytes, label (-1: none)."""
 
     rows: np.ndarray
     keys: tuple[str, ...]  # of the samples
@@ -76,9 +76,10 @@ class TarIndex:
 
 
 def index_tar(file: IO[bytes], name: str) -> TarIndex:
-    """The samples of an open tar, in its order; `name` is what errors call it.
+    """The samples of an open tar, in its order; `name` is used in errors.
 
-    Raises DataError for what is no whole, uncompressed tar, for one without images, and for a sample whose files are apart.
+    Raises DataError for anything but a complete uncompressed tar, for one without images, and for a sample whose files are not
+    consecutive.
     """
     if not file.seek(0, 2):
         raise DataError(f"{name} is empty; fetch or write it again.")
@@ -91,7 +92,7 @@ def index_tar(file: IO[bytes], name: str) -> TarIndex:
 
 
 def _index(content: mmap.mmap, name: str, image_of: Callable[[_Sample], tuple[str, Member] | None]) -> TarIndex | None:
-    """None where `image_of` finds no image in any sample."""
+    """None if `image_of` finds no image in any sample."""
     dropped = Dropped()
     places: list[tuple[int, int]] = []
     labels: list[int | str] = []
@@ -132,7 +133,7 @@ def _named_image(sample: _Sample, name: str) -> tuple[str, Member] | None:
 
 
 def begins_as_tar(start: bytes) -> str:
-    """Why the first bytes of a stream (512 at least) are not a tar's; "" where they are. It need not be fetched to the end."""
+    """The reason why the first bytes of a stream (512 at least) are not those of a tar; "" if they are."""
     if start[:_BLOCK] == _END:
         return "it begins with zeros and holds no file"
     try:
@@ -159,7 +160,7 @@ class _Sample:
 
 
 def _samples(found: Iterator[Member], name: str, dropped: Dropped) -> Iterator[_Sample]:
-    """Every sample. Raises DataError for a key that comes again later."""
+    """Yield every sample. Raises DataError for a key that is repeated later."""
     sample, seen = _Sample("", {}), set[str]()
     for member in found:
         folder, slash, base = member.name.rpartition("/")
@@ -190,7 +191,7 @@ def _apart(name: str, file: str, key: str) -> DataError:
 
 
 def _label(content: mmap.mmap, sample: _Sample, prefix: str, dropped: Dropped) -> int | str:
-    """From KEY.cls or KEY.json; `prefix` is what the image's kind has before it. -1 for none, and for what is no label."""
+    """The label from KEY.cls or KEY.json; `prefix` precedes the image's kind. -1 without a valid label."""
     kinds = [f"{before}.{kind}".lstrip(".") for kind in ("cls", "json") for before in dict.fromkeys((prefix, ""))]
     kind = next((kind for kind in kinds if kind in sample.files), "")
     if not kind:
@@ -217,7 +218,7 @@ def _numbered(labels: list[int | str]) -> tuple[list[int], tuple[str, ...]]:
 
 
 def members(content: mmap.mmap | bytes, name: str, start: int = 0) -> Iterator[Member]:
-    """The files of a tar (ustar, pax, GNU), from the one whose header is at `start` on.
+    """Yield the files of a tar (ustar, pax, GNU), beginning with the header at `start`.
 
     Raises DataError, naming the place, for one that is damaged or cut short.
     """
@@ -257,7 +258,7 @@ def members(content: mmap.mmap | bytes, name: str, start: int = 0) -> Iterator[M
 
 
 def _checked(header: bytes, position: int, name: str) -> int:
-    """The size that a header gives. Raises DataError when the header's checksum is not that of its bytes."""
+    """The size that a header declares. Raises DataError if its checksum is wrong."""
     try:
         wanted = int(header[148:156].strip(b" \0") or b"-1", 8)  # of all bytes, these eight counted as spaces
         size = int.from_bytes(header[125:136]) if header[124] == 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
@@ -302,7 +303,7 @@ def _pax_size(text: str, name: str, position: int) -> int:
 
 
 def _anything_after(content: mmap.mmap | bytes, position: int) -> bool:
-    """Whether anything but zeros follows: WebDataset and tar would leave it out without a word."""
+    """True if anything but zeros follows, which WebDataset and tar would ignore silently."""
     for start in range(position, len(content), 1 << 20):
         part = content[start : start + (1 << 20)]
         if part.count(0) != len(part):

@@ -1,4 +1,4 @@
-"""Work of very different lengths on every rank, without a rank that waits in a collective for longer than it may."""
+"""Work of very different duration on every rank, without exceeding the timeout of a collective."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _ASK_EVERY_S = 2.0
 
 
 def together(world: World, work: Callable[[], Result], waiting: Callable[[], None]) -> Result:
-    """work() on every rank, its own result on each, once all are done; what it raises is raised here, on that rank alone.
+    """Run work() on every rank; return its own result once all are done. Errors are raised on that rank alone. Collective.
 
-    Ranks that are done ask again and again whether the others are: a fetch may take hours, a collective may not.
-    `waiting` is called each time.
+    Ranks that are done poll the others: a fetch may take hours, a collective may not. `waiting` is called at each poll.
     """
     if world.group is None:
         return work()

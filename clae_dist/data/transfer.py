@@ -1,4 +1,4 @@
-"""Batches to the device: the next one is on its way while the step before still runs there."""
+"""Transfer batches to the device while the previous step still runs there."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from clae_dist.data.loader import Batch
 
 
 class Copier(Protocol):
-    """Brings batches to a device while it works on something else."""
+    """Copies batches to a device while it computes."""
 
     def start(self, batch: Batch) -> Batch:
-        """The batch with its views on the device, where they may still be on their way."""
+        """The batch with its views on the device; the copy may still be in progress."""
 
     def hand_over(self, batch: Batch) -> None:
-        """From here on, what the device is given to do finds the views whole."""
+        """Make all later work on the device wait for the copy."""
 
 
 class Transfer(Iterator[Batch]):
-    """The batches of a loader, one ahead of the step with a copier; without one (the CPU) as they come.
+    """The batches of a loader, one ahead of the step with a copier; without one (on the CPU), as they come.
 
-    What goes wrong with a batch is raised when it is that batch's turn, and not while the step before is at work.
+    An error of a batch is raised at that batch's turn, not during the step before.
     """
 
     def __init__(self, batches: Iterator[Batch], copier: Copier | None) -> None:
@@ -46,7 +46,7 @@ class Transfer(Iterator[Batch]):
         return found
 
     def look_ahead(self) -> None:
-        """Sends the next batch on its way. To be called when a step has been given to the device, which is busy with it."""
+        """Start the copy of the next batch. Call it when a step has been queued on the device."""
         if self._copier is not None and self._ahead is None:
             self._ahead = self._take()
 

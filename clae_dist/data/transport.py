@@ -1,8 +1,8 @@
-"""How batches come from a loader process: through shared memory where it has room, else through the process's pipe.
+"""Transport of batches from loader processes: through shared memory if it has room, else through the process's pipe.
 
-A container has 64 MB of shared memory unless it was asked for more. Without room, torch loses the batch in a thread of the
-loader process, and the rank would wait for it for ever: so the room is compared with what batches need before the first
-one, and a batch that cannot be sent in spite of that is replaced by the reason.
+A container has 64 MB of shared memory by default. Without room, torch loses the batch in a thread of the loader process, and
+the rank would wait for it forever. So the room is compared with the need before the first batch, and a batch that still cannot
+be sent is replaced by the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def needed_bytes(batch_bytes: int, workers: int, local_size: int = 1) -> int:
 
 
 def free_bytes() -> int:
-    """Shared memory of this machine or container that is free."""
+    """Free shared memory of this machine or container."""
     status = os.statvfs(SHARED_MEMORY)
     return status.f_bavail * status.f_frsize
 
@@ -44,7 +44,7 @@ def fits(needed: int) -> bool:
 
 
 def advice(needed: int) -> Iterator[str]:
-    """How to get a faster transport, where batches go through pipes."""
+    """Advice for a faster transport if batches go through pipes."""
     if not fits(needed):
         yield (
             f"data: batches need {needed / 1e6:,.0f} MB of shared memory, and {SHARED_MEMORY} of {os.uname().nodename} has "
@@ -54,7 +54,7 @@ def advice(needed: int) -> Iterator[str]:
 
 
 class ThroughPipes(Dataset[Any]):
-    """The items of a dataset (tuples with tensors in them) in a form that needs no shared memory."""
+    """A dataset whose items (tuples with tensors) are packed so that they need no shared memory."""
 
     def __init__(self, items: Dataset[Any]) -> None:
         self._items = items
@@ -64,7 +64,7 @@ class ThroughPipes(Dataset[Any]):
 
 
 class _Piped:
-    """A tuple that is pickled with the bytes of its tensors, and is itself again when it is unpickled."""
+    """A tuple that is pickled with the bytes of its tensors and unpickled to an equal tuple."""
 
     def __init__(self, item: tuple[Any, ...]) -> None:
         self._item = item
@@ -75,7 +75,7 @@ class _Piped:
 
 
 class _Packed:
-    """A tensor as an array in the order in which it lies in memory."""
+    """A tensor as an array, in its order in memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
@@ -92,7 +92,7 @@ def _rebuild(kind: type[tuple[Any, ...]], parts: Sequence[Any]) -> tuple[Any, ..
 
 
 def report_lost_batches() -> None:
-    """In a loader process: what cannot be sent to the rank is replaced by an error, which the rank raises in its turn.
+    """Queue of a loader process: a batch that cannot be sent is replaced by an error, which the rank raises in its turn.
 
     Python's own queue prints the error in this process and forgets the batch.
     """

@@ -27,7 +27,7 @@ def expand(text: str) -> list[str]:
 
 
 def is_tar(entry: str) -> bool:
-    """Whether an entry names one shard rather than a folder: a pipe, or what ends in .tar."""
+    """True if an entry names one shard rather than a folder: a pipe, or a name that ends in .tar."""
     return scheme(entry) == "pipe" or urlsplit(entry).path.endswith(".tar") or entry.endswith(".tar")
 
 
@@ -43,7 +43,7 @@ def absolute(text: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """The URL of a file in a folder; what follows a question mark (a signature) stays at the end."""
+    """The URL of a file in a folder; a query (a signature) stays at the end."""
     if not _is_http(folder):
         return f"{folder.rstrip('/')}/{name}"
     parts = urlsplit(folder)

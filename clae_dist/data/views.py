@@ -1,4 +1,4 @@
-"""Two views of an image that is decoded once: where they are cut, and the cutting.
+"""Cut two views of an image that is decoded once.
 
 # n samples. Every choice comes from uniform numbers in [0, 1) that the caller drew (draws.py), CROP_DRAWS a view.
 """
@@ -18,9 +18,9 @@ CROP_DRAWS = 2 * CROP_TRIES + 2
 def crop_boxes(
     draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """(n, 4) top, left, height, width: RandomResizedCrop (Szegedy et al. 2015) as torchvision defines it.
+    """Boxes (n, 4) of top, left, height, width, as torchvision's RandomResizedCrop. Reference: Szegedy et al. 2015.
 
-    Ten tries of an area (uniform in `scale`) and a ratio (log-uniform in `ratio`); the first that fits counts, else the
+    Ten trials of an area (uniform in `scale`) and a ratio (log-uniform in `ratio`): the first that fits is used, else the
     largest central box within the ratio. `draws` has the shape (n, CROP_DRAWS).
     """
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)

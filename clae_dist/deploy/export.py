@@ -20,9 +20,9 @@ from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.deploy.readme import readme
 from clae_dist.deploy.timm_layout import TIMM_WEIGHTS, difference, timm_settings, unsupported
 from clae_dist.files import check_writable
+from clae_dist.keys import flatten, shapes_result
 from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, library_arguments
 from clae_dist.models.norms import single_route_state
-from clae_dist.recipe import flatten, shapes_result
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder
@@ -144,7 +144,7 @@ def _describe(
         "mean": list(config.model.mean),
         "std": list(config.model.std),
         "encoder": config.model.encoder,
-        "method": "CLAE" if config.attack.name != "none" else "SimCLR",
+        "method": config.method.title or config.method.name,
         "images_seen": info["images_seen"],
         "step": info["step"],
         "manifest_digest": manifest_digest,
@@ -155,7 +155,7 @@ def _describe(
 
 def config_digest(config: Config) -> str:
     """sha256 over canonical JSON of every setting that shapes a run's result."""
-    settings = {key: value for key, value in flatten(config).items() if shapes_result(key)}
+    settings = {key: value for key, value in flatten(config).items() if shapes_result(key, config)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

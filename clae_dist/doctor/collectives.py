@@ -1,4 +1,4 @@
-"""Whether two processes on this machine can compute together."""
+"""Check that two processes on this machine can communicate."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _wait(processes: list[subprocess.Popen[str]], timeout_s: float) -> None:
 
 
 def one_rank() -> None:
-    """What each of the two processes runs; prints its sum and the time of a small all-reduce."""
+    """Body of each of the two processes: print the sum and the time of a small all-reduce."""
     import torch
 
     from clae_dist.world import World, connect

@@ -59,7 +59,7 @@ def _shard_folders(data: Data) -> dict[str, Path]:
 
 
 def mlflow_store(config: Config | None) -> Iterator[Finding]:
-    """Whether runs can be recorded: the server answers, or the database's folder can be written."""
+    """Check that runs can be recorded: the server responds, or the database's folder is writable."""
     asked = config is not None  # without a recipe nobody asked for MLflow
     config = config or Config()
     if config.tracking.name == "none":
@@ -76,7 +76,7 @@ def mlflow_store(config: Config | None) -> Iterator[Finding]:
         return
     problem = store_problem(uri)
     if problem:
-        advice = "a run goes on without it; start the server, correct tracking.uri, or tracking.name=none."
+        advice = "a run continues without it; start the server, correct tracking.uri, or tracking.name=none."
         yield Finding("warning", "mlflow store", f"{uri_without_secrets(uri)}: {problem}", advice)
     else:
         yield Finding("ok", "mlflow store", uri_without_secrets(uri))
@@ -130,7 +130,7 @@ def shards(config: Config | None) -> Iterator[Finding]:
 
 
 def _plain_shards(entries: list[str]) -> Iterator[Finding]:
-    """Whether the first of plain shards can be had; none is indexed, which would fetch them all."""
+    """Check that the first plain shard can be read; none is indexed, which would fetch them all."""
     from clae_dist.data.byte_streams import open_stream
     from clae_dist.data.urls import local_path, redact, redact_text, scheme
 

@@ -1,1 +1,1 @@
-"""What a frozen encoder is worth (kNN, linear probe) and what a run looked like (report)."""
+"""Evaluation of frozen encoders under several protocols, and reports of runs."""

@@ -1,4 +1,4 @@
-"""A trained model's own attack on real images, for the report's pictures.
+"""The attack of a trained model on real images, for the pictures of the report.
 
 # n images, S side
 """
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.gather import Contrast
-from clae_dist.contrast.step import Attacking, adversarial_view
+from clae_dist.contrast.interface import Attacking
+from clae_dist.contrast.look import look
+from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
 from clae_dist.world import World
@@ -28,6 +30,7 @@ class Attacked:
     loss_before: float
     loss_after: float
     attack: Attack
+    mirrored: bool  # the attacked view is the mirrored image
     borrowed: bool  # the run itself has no attack; the default one was used
 
 
@@ -53,34 +56,36 @@ class _BareModel:
 def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tensor) -> Attacked:
     """The run's attack on uint8 images, as in training: batch statistics, all n images as negatives, no trace in the model.
 
-    With attack.name "none" it is the default attack. With anchor "other", the other view is the mirrored image.
+    A run whose method has no attack borrows the default method's. The other view is the mirrored image.
     """
-    attack = config.attack if config.attack.name != "none" else Attack()
-    world = World.single(model.mean.device)
+    borrowed = not config.method.uses_attack
+    method = make_method(Config().method if borrowed else config.method)
+    device, dtype = model.mean.device, model.mean.dtype
+    world = World.single(device)
+    clean = images_n3SS.to(device, dtype) / 255
     run = Attacking(
         world=world,
-        attack=attack,
-        contrast=Contrast(config.objective.name, config.objective.temperature, world),
+        method=method,
+        attack=Attack() if borrowed else config.attack,
+        contrast=Contrast(config.objective, world),
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
+        noise=lambda _: torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device),
     )
-    clean = images_n3SS.to(model.mean.device, model.mean.dtype) / 255
-    mirrored = clean.flip(3)
     training = model.training
     model.train()
     with untouched_statistics(model):
-        noise = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=clean.dtype).to(clean.device)
-        found = adversarial_view(run, clean, mirrored, noise=noise if attack.random_start else None)
-        anchor, attacked = (run.encoding.constant(images, "adversarial") for images in (clean, found.images))
-        loss_after = run.contrast(run.contrast.rows(anchor), run.contrast.rows(attacked))
+        seen = look(run, None, clean, clean.flip(3))
+        (attacked, *_), loss_after = seen.attacks, seen.loss_after(seen.attacks[0])
     model.train(training)
     return Attacked(
-        clean=(mirrored if attack.anchor == "other" else clean).float().cpu(),
-        adversarial=found.images.float().cpu(),
-        loss_before=float(found.loss_before),
+        clean=attacked.start.float().cpu(),
+        adversarial=attacked.found.images.float().cpu(),
+        loss_before=float(attacked.found.loss_before),
         loss_after=float(loss_after),
-        attack=attack,
-        borrowed=config.attack.name == "none",
+        attack=run.attack,
+        mirrored=not torch.equal(attacked.start, clean[: len(attacked.start)]) and len(attacked.start) == len(clean),
+        borrowed=borrowed,
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's curves: small matplotlib figures through the object interface, for light and dark pages alike."""
+"""Charts of the report: small matplotlib figures for light and dark pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ChartLine:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: a few logged keys over images seen."""
+    """One chart: a few logged keys over images seen."""
 
     name: str
     title: str
@@ -144,7 +144,7 @@ def draw_chart(record: RunRecord, chart: Chart) -> bytes | None:
 
 
 def _mark_evaluation(axes: Axes, record: RunRecord) -> None:
-    """The full evaluation's value beside those on parts of the splits."""
+    """Mark the result of `clae evaluate` beside those on subsets of the splits."""
     evaluation = record.evaluation or {}
     if after := headlines(evaluation.get("results", {}), "knn").get("after"):
         point = [evaluation["images_seen"]], [after.percent]

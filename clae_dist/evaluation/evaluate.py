@@ -100,18 +100,20 @@ def _compare(
         images = EvaluationSet(manifest, split, config.data.image_size, limit, workers=workers)
         part = f" ({len(images):,} of {manifest.num_samples(split):,})" if limit else ""
         progress = Progress(len(images), label=f"features, {split}{part}: ", say=say)
-        found = extract_each([untrained, trained], images, device, config.evaluation.batch_size, progress=progress.add)
+        features_of_each = extract_each(
+            [untrained, trained], images, device, config.evaluation.batch_size, progress=progress.add
+        )
         progress.close()
-        for name, one in zip(("untrained", "trained"), found, strict=True):
+        for name, one in zip(("untrained", "trained"), features_of_each, strict=True):
             if not one.features_NF.isfinite().all():
                 raise ConfigError(
                     f"the {name} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. Train "
                     "with optim.clip_norm=1 or a lower optim.learning_rate."
                 )
-        if len(found[0]) < len(images):
-            undecodable[split] = len(images) - len(found[0])
+        if len(features_of_each[0]) < len(images):
+            undecodable[split] = len(images) - len(features_of_each[0])
             say(f"{undecodable[split]} of {len(images):,} images of {split} cannot be decoded and were skipped.")
-        return found
+        return features_of_each
 
     bank_before, bank = features(config.data.train_split, config.evaluation.train_images)
     test_before, test = features(config.data.test_split)

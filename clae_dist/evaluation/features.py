@@ -8,25 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-
-class ImageSet(Protocol):
-    """What is read of `data.evaluation_set.EvaluationSet`."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int, start: int = 0, step: int = 1) -> Iterator[tuple[Any, Any, Any]]: ...
-
-
-class Gathers(Protocol):
-    """What is used of `world.World`."""
-
-    def gather_objects(self, value: Any) -> list[Any]: ...
+from clae_dist.data.evaluation_set import EvaluationSet
+from clae_dist.world import World
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ class Features:
 
     @property
     def labelled(self) -> bool:
-        """Whether every image has a class."""
+        """True if every image has a label."""
         return len(self) > 0 and bool((self.labels_N >= 0).all())
 
 
@@ -61,32 +49,35 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def extract(
     model: nn.Module,
-    evaluation_set: ImageSet,
+    evaluation_set: EvaluationSet,
     device: torch.device | str,
     batch_size: int,
     start: int = 0,
     step: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
-    """The clean-route features of every `step`-th batch of a set, from batch `start` on.
+    """Clean-route features of every `step`-th batch of a set, starting at batch `start`.
 
-    `model` is a PretrainModel on `device`; it runs in evaluation mode (running statistics, no gradient) and is returned
-    to the modes it had. With start = rank and step = world size the ranks share the set, and `gather` joins their shares.
-    `progress` hears how many images each batch had.
+    The model runs in evaluation mode (running statistics, no gradient) and is returned to the modes it had. With
+    start = rank and step = world size the ranks share the set, and `gather` joins their shares.
+
+    Args:
+        model: a PretrainModel on `device`.
+        progress: called with the number of images of each batch.
     """
     return extract_each([model], evaluation_set, device, batch_size, start, step, progress)[0]
 
 
 def extract_each(
     models: Sequence[nn.Module],
-    evaluation_set: ImageSet,
+    evaluation_set: EvaluationSet,
     device: torch.device | str,
     batch_size: int,
     start: int = 0,
     step: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Features]:
-    """`extract` for several models that see the very same pixels: every image is read and decoded once."""
+    """`extract` for several models on the same pixels: every image is read and decoded once."""
     features: list[list[torch.Tensor]] = [[torch.zeros((0, int(model.feature_dim)))] for model in models]  # type: ignore[arg-type]
     labels, ids = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]  # a rank may get no batch
     with ExitStack() as stack:
@@ -108,10 +99,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def gather(share: Features, world: Gathers) -> Features:
-    """The shares of all ranks as one, in the order of ids, on every rank. A collective: every rank must call it."""
-    mine = tuple(tensor.numpy() for tensor in (share.features_NF, share.labels_N, share.ids_N))
-    shares = world.gather_objects(mine)
+def gather(share: Features, world: World) -> Features:
+    """Join the shares of all ranks, in the order of ids. Collective."""
+    columns = tuple(tensor.numpy() for tensor in (share.features_NF, share.labels_N, share.ids_N))
+    shares = world.gather_objects(columns)
     features, labels, ids = (torch.from_numpy(np.concatenate(column)) for column in zip(*shares, strict=True))
     order = torch.argsort(ids, stable=True)
     return Features(features[order], labels[order], ids[order])

@@ -1,4 +1,4 @@
-"""The metrics of a run, read back from metrics.jsonl for its report, in bounded memory: a curve keeps a few thousand points."""
+"""Reader of metrics.jsonl for the report, in bounded memory: a curve keeps a few thousand points."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ _NOT_DRAWN = ("images_seen", "step", "epoch", "time_s")
 
 
 class Curve:
-    """Values over images seen, in rising order. When there are too many, every two of four points stay: the lowest and the
-    highest of the four (`extremes`), so that no spike is lost, or every second one, so that the distribution stays."""
+    """Values over images seen, in ascending order. When there are too many, half of the points are dropped.
+
+    Of every four, `extremes` keeps the lowest and the highest, so that no spike is lost; otherwise every second one is kept,
+    which preserves the distribution.
+    """
 
     def __init__(self, extremes: bool = True) -> None:
         self.x, self.y = array("d"), array("d")
@@ -33,7 +36,7 @@ class Curve:
         self._stride, self._skipped = 1, 0
 
     def add(self, x: float, y: float) -> None:
-        """A point at or behind the last one; one at the same place takes its place."""
+        """Append a point; one at the last x replaces the last point."""
         if self.x and self.x[-1] == x:
             self.y[-1] = y
             return
@@ -48,7 +51,7 @@ class Curve:
             self._thin()
 
     def cut(self, x: float) -> None:
-        """Takes away the points from `x` on: the run was started again before them."""
+        """Remove the points from `x` on: the run was restarted before them."""
         end = bisect_left(self.x, x)
         del self.x[end:], self.y[end:]
 
@@ -65,7 +68,7 @@ class Curve:
 
 
 class Metrics:
-    """The curves of the keys that a run has logged. Memory does not grow with the length of the run."""
+    """Curves of the logged keys. Memory does not grow with the length of the run."""
 
     def __init__(self) -> None:
         self.curves: dict[str, Curve] = {}
@@ -75,7 +78,7 @@ class Metrics:
         self.ignored = 0  # lines that are cut off or damaged
 
     def add(self, line: dict[str, Any] | None) -> None:
-        """Takes a line. A run that was started again repeats some: from the first of them on, the later ones count."""
+        """Add a line. A restarted run repeats some lines; from the first repeated one on, the later lines count."""
         seen = None if line is None else line.get("images_seen")
         if line is None or type(seen) is not int or not 0 <= seen < _MOST_IMAGES:
             self.ignored += 1

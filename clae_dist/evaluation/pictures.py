@@ -86,6 +86,6 @@ def _show(axes: Axes, image_3SS: torch.Tensor, frame: str | None = None) -> None
 
 
 def share_right(queries: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """How many of the shown neighbours have the query's class, of how many."""
+    """The number of shown neighbours with the class of their query, and the number of all with a class."""
     pairs = [(query["label"], label) for query in queries for label in query["neighbour_labels"] if query["label"] >= 0]
     return sum(a == b for a, b in pairs), len(pairs)

@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report; parts that are not there yet are None or empty."""
+"""The content of a run folder, read for the report; missing parts are None or empty."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clae_dist.runs.goodput import Goodput, account, read_lines
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, read back. `ignored` says, a sentence each, what of its files is not used."""
+    """The files of a run. `ignored` has a sentence about each part that is not used."""
 
     run_dir: Path
     config: Config
@@ -38,11 +38,11 @@ class RunRecord:
 
     @property
     def attacked(self) -> bool:
-        return self.config.attack.name != "none"
+        return self.config.method.uses_attack
 
 
 def read_record(run_dir: Path) -> RunRecord:
-    """Raises ConfigError when there is no run in the folder, or its config.yaml or run.json is damaged."""
+    """Read a run. Raises ConfigError if the folder is no run, or its config.yaml or run.json is damaged."""
     folder = RunFolder(run_dir)
     folder.require()
     metrics, ignored = read_metrics(folder.metrics_file)
@@ -65,7 +65,7 @@ def read_record(run_dir: Path) -> RunRecord:
 
 
 def summarise(record: RunRecord) -> dict[str, Any]:
-    """The run in a few numbers: what summary.json holds. Accuracies in percent; None for what is not there."""
+    """The content of summary.json: the run in a few numbers. Accuracies in percent; None for missing values."""
     evaluation: Mapping[str, Any] = record.evaluation or {}
     rates, metrics = record.metrics.rates.y, record.metrics
     folder = RunFolder(record.run_dir)
@@ -102,7 +102,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
 
 
 def number(value: float | None, form: str = ",.0f", unit: str = "") -> str:
-    """A value for people; a dash where there is none."""
+    """A formatted value, or a dash without one."""
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
@@ -131,7 +131,7 @@ def _interval_change(pair: Mapping[str, Headline]) -> str:
 
 
 def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A head for each run's column: the method of a run alone, else the runs' names, or what tells them apart."""
+    """Column headers: the method of a single run, else the names of the runs, or what distinguishes them."""
     if len(runs) == 1:
         return [str(runs[0].get("method") or runs[0].get("name") or "")]
     folders = [str(run.get("run_dir") or "") for run in runs]
@@ -143,7 +143,7 @@ def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def summary_table(*runs: Mapping[str, Any]) -> str:
-    """The short table that ends a quickstart: a column a summary, of the run and of those that it is compared with."""
+    """A table with one column per summary, of the run and those it is compared with."""
     rows = [
         ["", *map(shown, _heads(runs))],
         *([["method", *(shown(run.get("method") or "–") for run in runs)]] if len(runs) > 1 else []),

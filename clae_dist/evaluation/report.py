@@ -244,7 +244,7 @@ def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]
     epsilon = f"{attack.epsilon * 255:.3g}/255" if attack.unit == "pixel" else f"{attack.epsilon:g} in normalised units"
     used = "the default attack, because this run has none" if attacked.borrowed else "the run’s own attack"
     title = f"Loss {attacked.loss_before:.3f} → {attacked.loss_after:.3f} with ε = {epsilon}"
-    others = "; the attacked view is the mirrored image" if attack.anchor == "other" else ""
+    others = "; the attacked view is the mirrored image" if attacked.mirrored else ""
     return title, (
         f"After {info['images_seen']:,} images, {used}, on {len(attacked.clean)} unaugmented train images that are each "
         f"other’s negatives{others}. The middle row is the change, amplified {amplification(attacked)} times around grey."

@@ -1,4 +1,4 @@
-"""Which images an accuracy is of: those with a label, and only where there is more than one class to tell apart.
+"""Selection of the images of an accuracy: those with a label, if they have more than one class.
 
 # N images of the bank, Q queries
 """
@@ -14,10 +14,10 @@ from clae_dist.evaluation.features import Features
 
 @dataclass(frozen=True)
 class Scored:
-    """The labelled images of two splits, their labels numbered 0 to `num_classes` - 1 over the classes that they have.
+    """The labelled images of two splits, with labels renumbered from 0 to `num_classes` - 1.
 
-    `unlabelled` counts the images of each that are in no accuracy. `problem` says why there is no accuracy, "" where there is
-    one; `notes` are for the console.
+    `unlabelled` counts the skipped images of each split. `problem` is the reason if there is no accuracy, or "". `notes` are
+    for the console.
     """
 
     bank: Features
@@ -29,7 +29,7 @@ class Scored:
 
 
 def scored(bank: Features, queries: Features, bank_name: str, queries_name: str) -> Scored:
-    """What accuracies of `queries` by `bank` are computed from; the names are the splits'."""
+    """Select the images for accuracies of `queries` given `bank`; the names are those of the splits."""
     names = (bank_name, queries_name)
     parts = [_labelled(part) for part in (bank, queries)]
     unlabelled = (len(bank) - len(parts[0]), len(queries) - len(parts[1]))

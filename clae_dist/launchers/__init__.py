@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from clae_dist.config import ConfigError
 from clae_dist.data.urls import absolute, redact_list
+from clae_dist.recipe import Recipe
 from clae_dist.redact import redact_word
 
 if TYPE_CHECKING:
@@ -61,10 +62,8 @@ def claim(config: Config, trust: bool = False) -> str:
     return ""
 
 
-def start(
-    config: Config, origins: dict[str, str], debug: bool = False, before_ranks: Callable[[], None] = lambda: None
-) -> Ending:
-    """Trains under the launcher that `launch.launcher` names; `before_ranks` is called when all checks have passed.
+def start(recipe: Recipe, *, debug: bool = False, before_ranks: Callable[[], None] = lambda: None) -> Ending:
+    """Train under the launcher that `launch.launcher` names; `before_ranks` is called when all checks have passed.
 
     Raises ConfigError and DataError.
     """
@@ -74,12 +73,12 @@ def start(
     from clae_dist.runs.claim import make_folder, refuse_second_run
     from clae_dist.runs.folder import RunFolder
 
+    config = _with_absolute_paths(recipe.config)
     if config.launch.min_workers and config.launch.launcher != "ray":
         raise ConfigError(
             f"launch.min_workers is {config.launch.min_workers}, but launch.launcher is {config.launch.launcher!r}; it is "
             "Ray's: use --launcher ray, or launch.min_workers=0 (torchrun: launch/torchrun.sh --nodes MIN:MAX)."
         )
-    config = _with_absolute_paths(config)
     if config.launch.launcher != "torchrun":  # whose ranks are there already
         check_run(config)
     make_folder(config.folder)
@@ -88,5 +87,5 @@ def start(
     RunFolder(config.folder).stop_file.unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
     before_ranks()
-    ending: Ending = launcher.launch(config, origins, debug)
+    ending: Ending = launcher.launch(Recipe(config, recipe.origins), debug=debug)
     return ending

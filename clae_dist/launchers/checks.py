@@ -1,4 +1,4 @@
-"""What every rank would refuse, refused before any of them is started: starting Ray's takes a minute."""
+"""Checks that every rank would make, made before ranks start: starting those of Ray takes a minute."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from clae_dist.launchers import start
 from clae_dist.launchers.checks import check_run
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending
+from clae_dist.recipe import Recipe
 from clae_dist.training.plan import Plan
 
 _ROWS = 4  # a rank
 
 
-def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+def dry_run(config: Config, origins: Mapping[str, str], debug: bool) -> Ending:
     """One step of `config` on its own launcher, encoder and shards, with 4 rows a rank and nothing left behind.
 
     Without data.shards it makes a few images of noise. Raises ConfigError and DataError.
@@ -42,14 +44,14 @@ def dry_run(config: Config, origins: dict[str, str], debug: bool) -> Ending:
             run_dir=str(Path(folder) / "run"),
             data=replace(config.data, streams=0, verify="size", mixture={}),
             batch=replace(config.batch, global_size=size, micro_size=_ROWS // 2 if config.batch.micro_size else 0),
-            attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
+            method=config.method.for_few_rows(),
             optim=replace(config.optim, warmup_epochs=0.0),
             train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1),
             launch=replace(config.launch, max_failures=0),
             tracking=replace(config.tracking, name="none"),
         )
-        ending = start(tiny, origins, debug)
+        ending = start(Recipe(tiny, origins), debug=debug)
     alone = ", without the other sets of data.mixture" if config.data.mixture else ""
     what = f"one step of {size} {images}{alone}"
-    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were left out"
+    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were skipped"
     return replace(ending, message=ending.message if ending.code else message)

@@ -1,4 +1,4 @@
-"""What the environment says about ranks, checked before anything is made of it."""
+"""The environment variables that describe ranks, checked before use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _WAY_OUT = "Start ranks with torchrun (launch/torchrun.sh), or unset RANK, WORLD
 
 
 def check_ranks() -> None:
-    """Raises ConfigError for variables of a launcher that are no whole numbers, out of range, or incomplete."""
+    """Raise ConfigError for variables of a launcher that are no integers, out of range, or incomplete."""
     values: dict[str, int] = {}
     for name, least in _COUNTS.items():
         text = os.environ.get(name)
         if text is None:
             continue
         if not (text.isascii() and text.isdigit()) or int(text) < least:
-            raise ConfigError(f"{name} is {text!r} in the environment; expected a whole number from {least}. {_WAY_OUT}")
+            raise ConfigError(f"{name} is {text!r} in the environment; expected an integer from {least}. {_WAY_OUT}")
         values[name] = int(text)
     size, rank = values.get("WORLD_SIZE", 1), values.get("RANK")
     if size > 1 and rank is None:

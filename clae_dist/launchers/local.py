@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from clae_dist.config import Config
 from clae_dist.devices import Request
 from clae_dist.errors import FAILED, HUNG, OK, STOPPED, restarts
 from clae_dist.escape import say
@@ -26,6 +25,7 @@ from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import begin_forked_process
+from clae_dist.recipe import Recipe
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
@@ -33,7 +33,7 @@ from clae_dist.world import leave
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
 _HUNG_GRACE_S = 5.0  # where they have given up together
 _POLL_S = 1.0
-_ADVICE = "The same command goes on from the newest checkpoint."
+_ADVICE = "The same command resumes from the newest checkpoint."
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,20 @@ def default_workers(device: Request) -> int:
     return 1 if device == "cpu" else max(1, torch.cuda.device_count())
 
 
-def launch(config: Config, origins: dict[str, str], debug: bool, work: Callable[..., Ending] | None = None) -> Ending:
-    """Trains with `launch.workers` ranks here (each does `work`, train as a rule).
+def launch(recipe: Recipe, *, debug: bool = False, work: Callable[..., Ending] | None = None) -> Ending:
+    """Train with `launch.workers` ranks here (each does `work`, train as a rule).
 
     A rank that breaks alone (errors.py), is killed or hangs costs the steps since the newest checkpoint: all are started
     again, `launch.max_failures` times. A single rank runs in this very process, where only the user can start it again.
     """
+    config = recipe.config
     workers = config.launch.workers or default_workers(config.launch.device)
     config.rows_per_rank(workers)
     if workers == 1:
-        return _ending(work or _train, config, origins, debug)
+        return _ending(work or _train, recipe, debug)
     announce(f"starting {workers} ranks on this machine; {config.folder}/console.log keeps what they say")
     for failure in range(1, config.launch.max_failures + 2):
-        ending = spawn(
-            workers, work or _train, config, origins, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s
-        )
+        ending = spawn(workers, work or _train, recipe, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s)
         if not ending.again or failure > config.launch.max_failures:
             break
         reason = ending.message.removesuffix(_ADVICE).strip().removesuffix(".")
@@ -122,7 +121,7 @@ def _start_fork_server(context: ForkServerContext) -> None:
 
 
 class _Request:
-    """What a user or a scheduler asked this process, handed on to the ranks."""
+    """A stop request of a user or a scheduler, passed on to the ranks."""
 
     def __init__(self, ranks: Sequence[_Rank], number: Any) -> None:
         self._ranks, self._number = ranks, number
@@ -242,5 +241,5 @@ def _ending(work: Callable[..., Ending], *arguments: Any) -> Ending:
         return error.ending()
 
 
-def _train(config: Config, origins: dict[str, str], debug: bool) -> Ending:
-    return run_rank(config, origins, debug, lines_shown_on_stdout(os.environ.get("RANK", "0")))
+def _train(recipe: Recipe, debug: bool = False) -> Ending:
+    return run_rank(recipe, lines_shown_on_stdout(os.environ.get("RANK", "0")), debug=debug)

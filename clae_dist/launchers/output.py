@@ -1,4 +1,4 @@
-"""What is said outlives whoever reads it: a run does not end because `tee` did, or because the disk of its log is full."""
+"""Output that survives its reader: a run does not end because `tee` did, or because the disk of its log is full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LOST = (OSError, ValueError)  # no reader, no room; closed
 
 
 class Output:
-    """A text stream that leaves out what cannot be written."""
+    """A text stream that drops lines it cannot write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

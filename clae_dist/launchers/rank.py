@@ -15,6 +15,7 @@ from clae_dist.escape import shown_lines
 from clae_dist.launchers.environment import check_interface
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import storage_error
 from clae_dist.training.train import train
@@ -83,17 +84,18 @@ class RankBroke(RuntimeError):
         return Ending(self.code, str(self), again=restarts(self.exit_code))
 
 
-def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO | None) -> Ending:
-    """Trains as the rank that the environment names. What all ranks raise together comes back as an Ending.
+def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> Ending:
+    """Train as the rank that the environment names. What all ranks raise together comes back as an Ending.
 
     Raises RankBroke for anything else, so that a launcher that restarts ranks sees it.
     """
+    config = recipe.config
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if size > 1:
             check_interface()
         with connect(config.guard.timeout_s, config.launch.device) as world:
-            return _train(config, origins, debug, world, Console(config, also))
+            return _train(recipe, world, Console(config, also), debug=debug)
     except ConfigError as error:  # of all ranks, before they communicate
         return Ending(error.exit_code, str(error))
     except Exception as error:
@@ -109,9 +111,9 @@ def run_rank(config: Config, origins: dict[str, str], debug: bool, also: TextIO 
         raise RankBroke(f"{what} (traceback: {log})", code) from error
 
 
-def _train(config: Config, origins: dict[str, str], debug: bool, world: World, stream: Console) -> Ending:
+def _train(recipe: Recipe, world: World, stream: Console, *, debug: bool) -> Ending:
     try:
-        outcome = train(config, origins, world, stream)  # type: ignore[arg-type]
+        outcome = train(recipe, world, stream)  # type: ignore[arg-type]
     except ClaeError as error:
         if not error.on_all_ranks:
             raise

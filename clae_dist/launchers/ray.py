@@ -17,11 +17,12 @@ from typing import Any
 from clae_dist.config import Config, ConfigError
 from clae_dist.errors import FAILED, OK, STOPPED
 from clae_dist.escape import shown
+from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
-from clae_dist.recipe import Setting, build, flatten
+from clae_dist.recipe import Recipe, Setting, build
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
 
@@ -35,7 +36,7 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own watcher lets ranks go on until a host is taken away; ray_elastic.py has them save and leave before.
+    # Ray's own watcher lets ranks run until a host is taken away; ray_elastic.py has them save and leave before.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     secure_ray()
     try:
@@ -54,7 +55,7 @@ def _rank_main(settings: dict[str, Any]) -> None:
     """On a worker: the launcher's process group is there already."""
     config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
     try:
-        ending = run_rank(config, settings["origins"], settings["debug"], None)
+        ending = run_rank(Recipe(config, settings["origins"]), None, debug=settings["debug"])
     except RankBroke as error:  # without its cause, which Ray would log with whatever secrets it holds
         raise RankBroke(str(error), error.code) from None
     if os.environ.get("RANK") == "0":
@@ -67,12 +68,13 @@ def _store() -> Any:
     return internal_kv
 
 
-def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     """Trains with `launch.workers` Ray Train workers: of the cluster that RAY_ADDRESS names, else of this machine.
 
     On a cluster, with launch.min_workers, with as few as that while hosts are missing. SIGINT, SIGTERM and SIGUSR1 ask the
     workers to save and leave; a second SIGINT or SIGTERM ends at once.
     """
+    config = recipe.config
     sizes = working_sizes(config)
     ray = _import_ray()
     others = f", or as few as {sizes[0]} while hosts are missing" if len(sizes) > 1 else ""
@@ -90,7 +92,7 @@ def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
     try:
         with _StopFile(stop_file) as stop:
             while True:
-                ending = _fit(ray, config, origins, sizes, debug, stop)
+                ending = _fit(ray, recipe, sizes, stop, debug=debug)
                 asked = stop_file.read_text() if stop_file.exists() else ""
                 if ending.code != STOPPED or stop.asked or not asked:
                     return ending
@@ -128,12 +130,13 @@ def _quieten(ray: Any) -> None:
     ray._private.worker.print_to_stdstream = lambda *arguments, **settings: None
 
 
-def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, name: str) -> Any:
+def _trainer(ray: Any, recipe: Recipe, sizes: list[int], name: str, *, debug: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from clae_dist.launchers.ray_local import LoopbackTorchConfig
 
+    config = recipe.config
     folder = config.folder.resolve()
     cluster = bool(os.environ.get("RAY_ADDRESS"))
     use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0), sizes[-1], cluster)
@@ -142,7 +145,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
         "train_loop_per_worker": _rank_main,
         "train_loop_config": {
             "config": {**flatten(config), "run_dir": str(folder)},
-            "origins": origins,
+            "origins": dict(recipe.origins),
             "debug": debug,
             "name": name,
         },
@@ -169,7 +172,7 @@ def _trainer(ray: Any, config: Config, origins: dict[str, str], sizes: list[int]
 
 
 def _use_gpu(config: Config, gpus: float, workers: int, cluster: bool) -> bool:
-    """Whether each worker is to have one of `gpus`. Raises ConfigError where there are too few for all of them."""
+    """True if each worker gets one of `gpus`. Raises ConfigError if there are too few for all of them."""
     device = config.launch.device
     if device == "cpu" or (device == "auto" and not gpus):
         return False
@@ -183,11 +186,12 @@ def _use_gpu(config: Config, gpus: float, workers: int, cluster: bool) -> bool:
     return True
 
 
-def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], debug: bool, stop: _StopFile) -> Ending:
+def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: bool) -> Ending:
+    config = recipe.config
     folder = config.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     name = f"ray-{os.getpid()}-{time.time_ns()}"
-    trainer = _trainer(ray, config, origins, sizes, debug, name)
+    trainer = _trainer(ray, recipe, sizes, name, debug=debug)
     result: dict[str, Exception] = {}
 
     def fit() -> None:
@@ -208,13 +212,13 @@ def _fit(ray: Any, config: Config, origins: dict[str, str], sizes: list[int], de
                 return Ending(
                     STOPPED,
                     f"the ranks were asked to stop and did not leave within {config.guard.stop_within_s:g} s "
-                    "(guard.stop_within_s): they are ended. The same command goes on from the newest checkpoint.",
+                    "(guard.stop_within_s): they are ended. The same command resumes from the newest checkpoint.",
                 )
     shutil.rmtree(RunFolder(folder).ray, ignore_errors=True)
     if "error" in result:
         if debug:
             raise result["error"]
-        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command goes on from the newest checkpoint.")
+        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
     told = _store()._internal_kv_get(name, namespace=_NAMESPACE)
     _store()._internal_kv_del(name, namespace=_NAMESPACE)
     ending = Ending(**json.loads(told))

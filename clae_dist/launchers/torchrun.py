@@ -8,18 +8,19 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.errors import BAD_CONFIG
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
+from clae_dist.recipe import Recipe
 
 
-def launch(config: Config, origins: dict[str, str], debug: bool) -> Ending:
-    """Trains as the rank that torchrun's environment names. Raises ConfigError outside of torchrun."""
+def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
+    """Train as the rank that torchrun's environment names. Raises ConfigError outside of torchrun."""
     if not num_ranks():
         raise ConfigError(
             "launch.launcher is 'torchrun', but RANK and WORLD_SIZE are not set; "
             "start with `torchrun --nproc-per-node=2 -m clae_dist train CONFIG --launcher torchrun`, or use --launcher local."
         )
     try:
-        _check_elastic(config)
-        return say_once(run_rank(config, origins, debug, lines_shown_on_stdout(os.environ["RANK"])))
+        _check_elastic(recipe.config)
+        return say_once(run_rank(recipe, lines_shown_on_stdout(os.environ["RANK"]), debug=debug))
     except ConfigError as error:
         return say_once(Ending(BAD_CONFIG, str(error)))
     except RankBroke as error:  # torchrun sees only the code

@@ -1,4 +1,4 @@
-"""What must be the same on all hosts of a run: versions of Python, torch, Ray and this package, with its git revision."""
+"""Versions that must be equal on all hosts of a run: Python, torch, Ray and this package, with its git revision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(here: dict[str, str], there: dict[str, str], here_name: str, there_name: str) -> str:
-    """What differs between two hosts, with both versions: "torch is 2.11 on host1, but 2.15 on host0; …"; "" when nothing does.
+    """The differences between two hosts: "torch is 2.11 on host1, but 2.15 on host0; …"; "" without any.
 
     Python counts without its patch release.
     """

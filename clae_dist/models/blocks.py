@@ -1,4 +1,4 @@
-"""The blocks of an encoder: what is recomputed, compiled and sharded as one."""
+"""The blocks of an encoder, which are the units of recomputation, compilation and sharding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(encoder: nn.Module) -> None:
-    """torch.compile of every block, or of the encoder where it has none; names of parameters stay as they are.
+    """Compile every block, or the encoder if it has none, with torch.compile. Names of parameters do not change.
 
     Blocks of one class share their code, each with a graph for both routes, with and without gradient: torch gives up on
     code after 8 graphs, and would run the rest of a ResNet uncompiled.
@@ -39,7 +39,7 @@ def compile_blocks(encoder: nn.Module) -> None:
 
 
 def checkpoint_blocks(encoder: nn.Module) -> None:
-    """Blocks keep their input only and are computed again in the backward pass (Chen et al. 2016).
+    """Make blocks keep only their input and recompute the rest in the backward pass. Reference: Chen et al. 2016.
 
     The second forward takes the route of the first, whatever was run in between, and leaves no trace in running statistics.
     """

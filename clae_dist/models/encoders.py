@@ -33,7 +33,7 @@ class _ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """(B, 3, H, W) -> (B, widths[-1]): a 3x3 stem, then one residual block a width, each but the first halving the side."""
+    """(B, 3, H, W) -> (B, widths[-1]): a 3x3 stem, then a residual block per width; each but the first halves the side."""
 
     def __init__(self, widths: tuple[int, ...] = SMALL_RESNET_WIDTHS, stem_stride: int = 2) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ def _unknown(name: str, family: str, known: list[str]) -> ConfigError:
 
 
 def has_resnet_stem(encoder: nn.Module) -> bool:
-    """Whether the encoder begins as the original ResNet does: one convolution, then max-pool."""
+    """True if the encoder begins like the original ResNet: one convolution, then max-pool."""
     return isinstance(getattr(encoder, "conv1", None), nn.Conv2d) and hasattr(encoder, "maxpool")
 
 
 def use_cifar_stem(encoder: nn.Module) -> None:
-    """A ResNet's 7x7 stride-2 convolution and max-pool become a 3x3 convolution alone (Chen et al. 2020, B.9). In place."""
+    """Replace a ResNet's 7x7 stride-2 convolution and max-pool by a 3x3 convolution. Reference: Chen et al. 2020, B.9."""
     conv = encoder.conv1
     assert isinstance(conv, nn.Conv2d)
     encoder.conv1 = nn.Conv2d(3, conv.out_channels, 3, 1, padding=1, bias=False)
@@ -70,7 +70,7 @@ def use_cifar_stem(encoder: nn.Module) -> None:
 
 
 def library_arguments(family: str, name: str, image_size: int) -> dict[str, Any]:
-    """What timm's or torchvision's constructor of `name` is to be told, here and by whoever loads an export."""
+    """Arguments of timm's or torchvision's constructor of `name`, also for readers of an export."""
     if family == "torchvision":
         if name in ("googlenet", "inception_v3"):
             return {"aux_logits": False}  # their training-mode forward would return three outputs
@@ -81,14 +81,16 @@ def library_arguments(family: str, name: str, image_size: int) -> dict[str, Any]
     return {"img_size": image_size} if takes_size or name.startswith(("vit_", "deit")) else _timm_size(name, image_size)
 
 
-# What a library's encoder raises for an image size that it was not made for: an assertion of its own, or torch's errors.
+# Errors of encoders for an image size that they do not support: assertions of their own, or torch's errors.
 _SIZE_ERRORS = (AssertionError, RuntimeError, ValueError, TypeError, IndexError)
 
 
 @cache
 def _timm_size(name: str, image_size: int) -> dict[str, Any]:
-    """The argument that makes timm's encoder of one fixed size (swin, beit, eva02, …) one of this size; {} where it needs none,
-    and where there is none. Tried without memory for weights, on torch's meta device."""
+    """The argument that sets the image size of a timm encoder of fixed size (swin, beit, eva02, …).
+
+    {} if it needs none or has none. Tried on torch's meta device, without memory for weights.
+    """
     import timm
 
     if image_size == _made_for("timm", name):
@@ -101,11 +103,11 @@ def _timm_size(name: str, image_size: int) -> dict[str, Any]:
         except _SIZE_ERRORS:
             continue
         return arguments
-    return {}  # build_encoder names the size that it was made for
+    return {}  # build_encoder's error names the size that the encoder supports
 
 
 def _made_for(family: str, name: str) -> int:
-    """The image size that an encoder's published weights were made with; 0 where that is not known."""
+    """The image size of an encoder's published weights; 0 if unknown."""
     if family != "timm":
         return 299 if name == "inception_v3" else 224
     import timm
@@ -115,7 +117,7 @@ def _made_for(family: str, name: str) -> int:
 
 
 def _feature_dim(encoder: nn.Module, name: str, image_size: int) -> int:
-    """The width of what the encoder puts out for one image. Raises ConfigError for an image size that it does not take."""
+    """Width of the encoder's features. Raises ConfigError for an image size that it does not support."""
     was_training = encoder.training
     try:
         with torch.no_grad():
@@ -132,7 +134,7 @@ def _wrong_size(name: str, image_size: int, error: Exception) -> ConfigError:
     way_out = f"use data.image_size={size}, or " if size and size != image_size else "use "
     reason = " ".join(str(error).split())[:120].rstrip(".")
     return ConfigError(
-        f"data.image_size is {image_size}, which model.encoder {name} does not take ({reason}); {way_out}an encoder of any "
+        f"data.image_size is {image_size}, which model.encoder {name} does not support ({reason}); {way_out}an encoder for any "
         "size, such as torchvision/resnet50 or timm/convnext_tiny."
     )
 
@@ -150,8 +152,8 @@ def _timm(name: str, image_size: int, **drop_rates: float) -> nn.Module:
         if not refused:
             raise
         raise ConfigError(
-            f"model.{refused[0]} is {drop_rates[refused[0]]:g}, which timm/{name} has no setting for; use 0, or an encoder "
-            "that has it, such as timm/resnet18 or timm/vit_tiny_patch16_224."
+            f"model.{refused[0]} is {drop_rates[refused[0]]:g}, which timm/{name} does not support; use 0, or an encoder "
+            "that supports it, such as timm/resnet18 or timm/vit_tiny_patch16_224."
         ) from None
 
 
@@ -160,7 +162,7 @@ def _drop_rates(config: Model, family: str) -> dict[str, float]:
     rates = {key: rate for key in ("drop_rate", "drop_path_rate") if (rate := getattr(config, key)) > 0}
     if rates and family != "timm":
         key, rate = next(iter(rates.items()))
-        raise ConfigError(f"model.{key} is {rate:g}, but model.encoder is {config.encoder!r}; use 0, or an encoder of timm's.")
+        raise ConfigError(f"model.{key} is {rate:g}, but model.encoder is {config.encoder!r}; use 0, or an encoder of timm.")
     return rates
 
 
@@ -189,9 +191,9 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_encoder(config: Model, image_size: int) -> tuple[nn.Module, int]:
-    """The encoder that `config.encoder` names, without a classifier, and the width of what it puts out.
+    """Build the encoder that `config.encoder` names, without a classifier. Returns it and the width of its features.
 
-    Raises ConfigError for an unknown name, with the nearest known ones, and for a drop rate that the encoder does not take.
+    Raises ConfigError for an unknown name, with the nearest known ones, and for a size or drop rate that it does not support.
     """
     family, _, name = config.encoder.partition("/")
     if family not in FAMILIES or bool(name) != (family != "small_resnet"):

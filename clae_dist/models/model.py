@@ -1,4 +1,4 @@
-"""PretrainModel: pixels in [0, 1] to unit-length projections, along one of two routes of norm layers."""
+"""PretrainModel maps pixels in [0, 1] to projections of unit length, along one of two routes of norm layers."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ class PretrainModel(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def features(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """(B, F) from pixels in [0, 1]: what evaluation uses."""
+        """Features (B, F) of pixels in [0, 1], for evaluation."""
         set_route(self.encoder, route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
     def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """(B, D) of unit length, at least float32, from pixels in [0, 1]."""
+        """Projections (B, D) of unit length, at least float32, of pixels in [0, 1]."""
         projection = self.projector(self.features(images_B3HW, route))
         return F.normalize(projection if projection.dtype == torch.float64 else projection.float(), dim=1)
 
 
 def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: bool = False) -> PretrainModel:
-    """The model of a run. Its initial weights are a pure function of config.model and config.seed, the same on every rank.
+    """Build the model of a run. Initial weights are a pure function of config.model and config.seed, equal on every rank.
 
-    `group` carries the batch statistics when model.norm is "global"; `on_gpu`: the model is going to be moved there.
+    Args:
+        group: the ranks that share batch statistics if model.norm is "global".
+        on_gpu: the model will be moved to a GPU.
+
     Raises ConfigError (see build_encoder).
     """
     with torch.random.fork_rng(devices=[]):
@@ -54,7 +57,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: 
                     module.reset_parameters()
         hidden = config.model.projector_hidden or feature_dim
         model = PretrainModel(encoder, feature_dim, hidden, config.model.projector_dim, config.model.mean, config.model.std)
-    if config.attack.name != "none":
+    if config.method.uses_attack:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
         use_global_statistics(model.encoder, group, on_gpu)
@@ -62,6 +65,6 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: 
 
 
 def check_model(config: Config) -> None:
-    """Builds the model without memory for its weights (on torch's meta device). Raises ConfigError, as build_model does."""
+    """Build the model on torch's meta device, without memory for weights, to find errors. Raises ConfigError."""
     with torch.device("meta"):
         build_model(config)

@@ -23,13 +23,13 @@ ROUTES: tuple[Route, ...] = ("clean", "adversarial")
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Normalisation with the mean and variance of all ranks' rows; gradients are summed over ranks, as in gather.py."""
+    """Normalisation with the mean and variance of all ranks' rows; gradients are summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, group: dist.ProcessGroup) -> Any:
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy where channels are interleaved
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy if x is channels last
         if x.dtype in (torch.bfloat16, torch.float16):
-            rows = rows.float()  # statistics and what is summed over ranks keep float32
+            rows = rows.float()  # statistics and sums over ranks are float32
         own_mean = rows.mean(0)
         own = torch.stack([own_mean, (rows - own_mean).square_().mean(0)])  # (2, C); six times as fast as var_mean on a CPU
         everyone = own.new_empty((dist.get_world_size(group), *own.shape))
@@ -48,7 +48,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         x, weight, bias, mean, variance = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )  # as if mean and variance were constants; what flows through them comes below
+        )  # as if mean and variance were constants; their own gradients are added below
         sums = torch.stack([grad_weight, grad_bias])  # Σ g·x̂ and Σ g over this rank
         dist.all_reduce(sums, group=ctx.group)
         count = x.numel() // x.shape[1] * dist.get_world_size(ctx.group)
@@ -62,10 +62,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """A batch norm with the statistics of the global batch while training, where torch's SyncBatchNorm refuses: on a CPU.
+    """Batch norm with the statistics of the global batch on CPUs, which torch's SyncBatchNorm does not support.
 
-    Every rank must hold the same number of rows. One all-gather of 2C numbers forward, one all-reduce of 2C backward. It has
-    the parameters, buffers and names of `norm`, whose place it takes.
+    Every rank must have the same number of rows. One all-gather of 2C numbers forward, one all-reduce of 2C backward. It
+    replaces `norm` and keeps its parameters, buffers and names. Collective.
     """
 
     def __init__(self, norm: _BatchNorm, group: dist.ProcessGroup) -> None:
@@ -101,7 +101,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class RoutedNorm(nn.Module):
-    """Two batch norms in the place of one, each with its own weights and statistics (Xie et al. 2020)."""
+    """A clean and an adversarial batch norm, each with its own weights and statistics. Reference: Xie et al. 2020."""
 
     def __init__(self, clean: nn.Module, adversarial: nn.Module) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class RoutedNorm(nn.Module):
 
 
 def _replace(module: nn.Module, make: Any) -> int:
-    """Puts make(child) in the place of every batch norm below `module`; returns how many."""
+    """Replace every batch norm below `module` by make(child). Returns their number."""
     replaced = 0
     for name, child in list(module.named_children()):
         if isinstance(child, _BatchNorm):
@@ -126,7 +126,7 @@ def _replace(module: nn.Module, make: Any) -> int:
 
 
 def add_routes(module: nn.Module, adversarial_momentum: float) -> int:
-    """A clean and an adversarial copy of every batch norm in `module`; both start equal. Returns how many were replaced."""
+    """Replace every batch norm in `module` by a clean and an adversarial copy, which start equal. Returns their number."""
 
     def routed(norm: _BatchNorm) -> RoutedNorm:
         adversarial = copy.deepcopy(norm)
@@ -137,7 +137,7 @@ def add_routes(module: nn.Module, adversarial_momentum: float) -> int:
 
 
 def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> None:
-    """Batch statistics over all ranks of `group` for every batch norm in `module`: torch's SyncBatchNorm or ours."""
+    """Make every batch norm in `module` use statistics over all ranks of `group`, by torch's SyncBatchNorm or ours."""
     if group is None:
         return  # one rank's batch is the global batch
     if on_gpu:
@@ -149,7 +149,7 @@ def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None, on
 
 
 def set_route(module: nn.Module, route: Route) -> None:
-    """The norm layers that the next forward of `module` uses."""
+    """Select the norm layers that the next forward of `module` uses."""
     assert route in ROUTES, route
     for child in module.modules():
         if isinstance(child, RoutedNorm):
@@ -157,15 +157,15 @@ def set_route(module: nn.Module, route: Route) -> None:
 
 
 def route_parameters(module: nn.Module, route: Route) -> list[nn.Parameter]:
-    """The parameters that only this route uses."""
+    """Parameters that only this route uses."""
     return [p for child in module.modules() if isinstance(child, RoutedNorm) for p in getattr(child, route).parameters()]
 
 
 @contextmanager
 def untouched_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, forwards in training mode use batch statistics and leave every running statistic as it is."""
+    """Context in which forwards in training mode use batch statistics and do not change running statistics."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    # Without running statistics torch 2.15's SyncBatchNorm counts rows in float32, which its kernel refuses with bfloat16 rows.
+    # Without running statistics, torch 2.15's SyncBatchNorm counts rows in float32; its kernel refuses that for bfloat16.
     on_copies = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
     untracked = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]
     for norm in untracked:
@@ -180,7 +180,7 @@ def untouched_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def statistics_on_copies(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Inside, what forwards do to the running statistics of these layers they do to copies."""
+    """Context in which forwards change copies of the running statistics of these layers, not the originals."""
     own = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         norm._buffers.update({name: value.clone() for name, value in norm._buffers.items() if value is not None})
@@ -192,7 +192,7 @@ def statistics_on_copies(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 
 
 def single_route_state(state: dict[str, torch.Tensor], route: Route = "clean") -> dict[str, torch.Tensor]:
-    """The state of a routed encoder under the names of the plain one: one route's norm layers, unwrapped."""
+    """The state of one route of an encoder, under the names of the encoder without routes."""
     plain: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         parts = key.split(".")
@@ -209,7 +209,7 @@ def statistics(module: nn.Module) -> list[torch.Tensor]:
 
 
 def has_batch_statistics(module: nn.Module) -> bool:
-    """Whether an image's embedding depends on the images beside it."""
+    """True if an image's embedding depends on the other images of its batch."""
     return any(isinstance(child, _BatchNorm) for child in module.modules())
 
 
@@ -224,5 +224,5 @@ def random_layers(module: nn.Module) -> list[str]:
 
 
 def routes_are_one_function(module: nn.Module) -> bool:
-    """Whether both routes compute the same: no norm layers with two routes or batch statistics, and nothing random."""
+    """True if both routes compute the same function: no batch statistics, and nothing random."""
     return not has_batch_statistics(module) and not random_layers(module)

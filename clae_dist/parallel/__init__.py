@@ -1,4 +1,4 @@
-"""What wraps the encoder across ranks. One file a backend; nothing outside this package knows which one runs."""
+"""Backends that wrap the model across ranks, one file each; nothing outside this package asks which one is in use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BACKENDS = {"ddp": "DdpBackend", "fsdp2": "Fsdp2Backend", "deepspeed": "DeepSpe
 
 
 def make_backend(config: Config, model: PretrainModel, world: World) -> Backend:
-    """The backend that `parallel.backend` names, around `model` (moved to the rank's device).
+    """Wrap `model`, moved to the rank's device, in the backend that `parallel.backend` names.
 
-    Raises ConfigError for what it cannot honour, and where it is not installed.
+    Raises ConfigError if the backend is not installed or does not support a setting.
     """
     name = config.parallel.backend
     module = importlib.import_module(f"clae_dist.parallel.{name}")

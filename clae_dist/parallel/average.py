@@ -1,4 +1,4 @@
-"""The exponential average of the weights (Polyak & Juditsky 1992), for evaluation."""
+"""Exponential moving average of the weights, for evaluation. Reference: Polyak & Juditsky 1992."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class WeightAverage:
-    """average ← decay · average + (1 - decay) · weights, of whatever part of the weights this rank holds.
+    """average ← decay · average + (1 - decay) · weights, for this rank's shards of the weights.
 
     Running statistics are not averaged: those of the model are used. With decay 0 there is no average.
     """
@@ -27,12 +27,12 @@ class WeightAverage:
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """The average of each shard; none without an average."""
+        """The average of each shard; empty without an average."""
         return self._average
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model's weights are the averaged ones."""
+        """Context in which the model has the averaged weights."""
         self._swap()
         try:
             yield

@@ -1,8 +1,8 @@
-"""What training asks of whatever wraps the model across ranks; one file a backend implements it.
+"""Interface of the wrapper of a model across ranks; every backend implements it in a file of its own.
 
-Traps that every backend avoids, each with a test in tests/parallel: an attack through the wrapper (its bookkeeping would
-take it for training), a reduction a backward pass rather than one a step, gradients of a left-out route, running statistics
-that drift apart, a recomputed block that takes another route or counts its statistics twice.
+Known traps, each with a test in tests/parallel: an attack through the wrapper (whose bookkeeping would take it for training),
+one reduction per backward pass instead of one per step, gradients of an unused route, running statistics that drift apart
+between ranks, a recomputed block that takes another route or counts its statistics twice.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from clae_dist.world import World
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The precision that a run uses, and why."""
+    """The precision of a run and the reason for it."""
     if wanted != "auto":
-        return wanted, "asked for"
+        return wanted, "requested"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         reason = f"auto: compute capability {major}.{minor}"
@@ -37,15 +37,15 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 class Backend(ABC):
-    """The model across ranks. `model` is what it was, moved to the device; a backend may shard its parameters in place.
+    """A model across ranks. `model` is moved to the device; a backend may shard its parameters in place.
 
-    Collectives, which every rank must call alike: backward (outside of reduction_held), update, discard, gradients,
-    gradient_norms, state, weights, full_model, average_local_statistics; with sharded parameters embed and attack_embed, too.
+    Collective: backward (outside of reduction_held), update, discard, gradients, gradient_norms, state, weights, full_model,
+    average_local_statistics; with sharded parameters also embed and attack_embed.
     """
 
     def __init__(self, config: Config, model: PretrainModel, world: World) -> None:
         self.config, self.world = config, world
-        # Interleaved channels: on this project's CPUs a third faster than planes, and what tensor cores want.
+        # Channels last: a third faster than planes on this project's CPUs, and the layout that tensor cores prefer.
         self.model: PretrainModel = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision, self.precision_reason = choose_precision(config.train.precision, world.device)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -56,15 +56,15 @@ class Backend(ABC):
         self._wrap()
         self.average = WeightAverage(self._shards(), config.train.ema_decay)
 
-    # ---- what a backend implements ----
+    # ---- implemented by a backend ----
 
     @abstractmethod
     def _wrap(self) -> None:
-        """Wraps or shards self.model and makes the optimiser. Raises ConfigError for what this backend cannot honour."""
+        """Wrap or shard self.model and make the optimiser. Raises ConfigError for settings that are not supported."""
 
     @abstractmethod
     def _shards(self) -> list[torch.Tensor]:
-        """What this rank holds of every parameter, as plain tensors that may be written to."""
+        """This rank's shard of every parameter, as plain tensors that may be written to."""
 
     @abstractmethod
     def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
@@ -72,50 +72,53 @@ class Backend(ABC):
 
     @abstractmethod
     def reduction_held(self) -> AbstractContextManager[Any]:
-        """Forwards and backwards inside add to this rank's gradients; the next backward outside reduces all of it, once.
+        """Context in which backward passes accumulate local gradients; the next backward outside reduces all of them, once.
 
         The last forward before that backward must be outside as well.
         """
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss`; outside of reduction_held they are then averaged over ranks."""
+        """Add the gradients of `loss`; outside of reduction_held, then average them over ranks."""
 
     @abstractmethod
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Whole gradients by parameter name, averaged over ranks: between backward and update, on every rank."""
+        """Unsharded gradients by parameter name, averaged over ranks. Valid between backward and update. Collective."""
 
     @abstractmethod
     def _step(self) -> torch.Tensor:
-        """Clips, steps, clears; returns the norm of the gradient before clipping. Where that is not finite, nothing changes."""
+        """Clip, step and clear the gradients; skip the step if the gradient's norm is non-finite.
+
+        Returns the norm before clipping.
+        """
 
     @abstractmethod
     def discard(self) -> None:
-        """Forgets the gradients of a step that is left out, on every rank: after backward, or after an update."""
+        """Clear the gradients of a skipped step, after backward or after update. Collective."""
 
     @abstractmethod
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Whose param_groups hold the learning rate."""
+        """The optimiser whose param_groups hold the learning rate."""
 
     @abstractmethod
     def _optimizer_pieces(self) -> Iterator[Piece]:
-        """This rank's pieces of optimizer/PARAMETER/exp_avg (and the like); none before the first step."""
+        """This rank's pieces of optimizer/PARAMETER/exp_avg and the like; none before the first step."""
 
     @abstractmethod
     def _load_optimizer_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """The opposite, of parameter name -> {"exp_avg": whole tensor, …}."""
+        """Load the optimiser state from parameter name -> {"exp_avg": unsharded tensor, …}."""
 
-    # ---- what all have in common ----
+    # ---- shared by all backends ----
 
     def describe(self) -> str:
-        """The backend in a few words, for the console."""
+        """A short description of the backend for the console."""
         return self.config.parallel.backend
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) beside the wrapper, whose bookkeeping a forward without its own backward would upset."""
+        """Unit rows (B, D), bypassing the wrapper, whose bookkeeping expects a backward for every forward."""
         with self.autocast():
             return self.model(images, route)
 
@@ -123,34 +126,36 @@ class Backend(ABC):
         return list(self.model.parameters())
 
     def untouched(self) -> AbstractContextManager[None]:
-        """Inside, forwards leave no trace in the running statistics."""
+        """Context in which forwards do not change the running statistics."""
         return untouched_statistics(self.model)
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Inside, parameters ask for no gradient where attack.freeze wants that: compiled blocks would compute it."""
+        """Context in which parameters require no gradient, if attack.freeze says so: compiled blocks would compute it."""
         freeze = self.config.attack.freeze
         if freeze == "always" or (freeze == "auto" and self.config.train.compile):
             return _without_gradients(self.model)
         return nullcontext()
 
     def shares_forward(self) -> bool:
-        """Whether the attack may use the graph of the clean forward of x, and the backward pass use it again."""
-        return not self.config.train.compile  # compiled blocks give their buffers away in the first backward
+        """True if the attack may use the graph of the clean forward of x and the backward pass may use it again."""
+        return not self.config.train.compile  # compiled blocks free their buffers in the first backward
 
     def update(self) -> torch.Tensor:
-        """One optimiser step; returns the gradient's norm before clipping. Where that is not finite, nothing has changed, and
-        `discard` is to be called."""
+        """Take one optimiser step, unless the gradient's norm is non-finite: then call `discard`.
+
+        Returns the norm before clipping.
+        """
         norm = self._step()
         if not self.average.decay or norm.isfinite():
             self.average.update()
         return norm
 
     def gradient_norms(self) -> dict[str, float]:
-        """The norm of every parameter's gradient, where there still is one. A collective."""
+        """Gradient norm of every parameter that still has a gradient. Collective."""
         return {name: gradient.norm().item() for name, gradient in self.gradients().items()}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole model's state_dict on the CPU, under the names of the bare model, on every rank. A collective."""
+        """The unsharded state_dict on the CPU of every rank, under the names of the unwrapped model. Collective."""
         parts = zip(self.model.named_parameters(), self._shards(), strict=True)
         whole = dict(gather_whole((self._place(p).piece(name, part) for (name, p), part in parts), self.world))
         return {**{name: value.detach().to("cpu", copy=True) for name, value in self._buffers().items()}, **whole}
@@ -160,8 +165,8 @@ class Backend(ABC):
             group["lr"] = value
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank holds of what a checkpoint keeps: the same names in the same order on every rank."""
-        shards = self._shards()  # first: it may put parts in the place of whole parameters
+        """This rank's pieces of a checkpoint: the same names in the same order on every rank."""
+        shards = self._shards()  # first: it may replace unsharded parameters by shards
         weights = dict(self.model.named_parameters())
         parts = dict(zip(weights, shards, strict=True))
         for name, value in self.model.state_dict().items():
@@ -172,20 +177,20 @@ class Backend(ABC):
         yield from self._optimizer_pieces()
 
     def _place(self, parameter: nn.Parameter) -> Place:
-        """Where this rank's shard of a parameter lies in the whole."""
+        """Position of this rank's shard within the unsharded parameter."""
         return everywhere(parameter, self.world)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        """What else the model's state_dict holds, the same on every rank."""
+        """The model's buffers, replicated on every rank."""
         parameters = {name for name, _ in self.model.named_parameters()}
         return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
 
     def state(self) -> dict[str, Any]:
-        """What `pieces` are parts of, whole, on every rank (see `sections`); checkpoints are written without it."""
+        """The unsharded state on every rank (see `sections`). Checkpoints are written without it. Collective."""
         return sections(dict(gather_whole(self.pieces(), self.world)))
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` returned, under this or another backend. Whole tensors are asked for one at a time."""
+        """Load the result of `state` under this or another backend. Unsharded tensors are read one at a time."""
         for section, parts in (("model", self._shards()), ("average", self.average.parts)):
             if parts:
                 for (name, parameter), part in zip(self.model.named_parameters(), parts, strict=True):
@@ -195,12 +200,12 @@ class Backend(ABC):
         self._weights_written()
         self._load_optimizer_state(state["optimizer"])
 
-    def _weights_written(self) -> None:  # noqa: B027 - most have nothing to do
-        """After others have been written into the shards."""
+    def _weights_written(self) -> None:  # noqa: B027 - optional
+        """Called after new weights have been written into the shards."""
 
     @contextmanager
     def full_model(self) -> Iterator[PretrainModel]:
-        """The model with whole weights (the averaged ones, if any), on which a rank may run whatever it likes."""
+        """The model with unsharded weights (averaged, if there is an average). Forwards of it are not collective."""
         with self.average.in_place():
             if not self._sharded():
                 yield self.model
@@ -211,11 +216,11 @@ class Backend(ABC):
         yield model
 
     def _sharded(self) -> bool:
-        """Whether a rank holds only a part of the parameters."""
+        """True if parameters are sharded."""
         return False
 
     def average_local_statistics(self) -> None:
-        """Running statistics as the mean over ranks (they differ where model.norm is "local"); before saving and evaluating."""
+        """Average running statistics over ranks if model.norm is "local". Called before saving and evaluating. Collective."""
         if self.world.group is None or self.config.model.norm != "local":
             return
         for buffer in statistics(self.model):

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: every rank holds the model; gradients are averaged over ranks."""
+"""DistributedDataParallel: the model is replicated on every rank; gradients are averaged over ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LEAVE_BUFFERS: dict[str, Any] = {
 
 
 class DdpBackend(Backend):
-    """Backend over DDP; a single process goes without the wrapper."""
+    """Backend over DDP; a single process uses no wrapper."""
 
     def _wrap(self) -> None:
         self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
@@ -39,18 +39,19 @@ class DdpBackend(Backend):
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:
-        """DDP orders its buckets anew after the first backward, and the order decides the last bit of a sum over ranks.
+        """Run one backward on blank images, so that DDP rebuilds its buckets before training.
 
-        One backward on blank images before training settles it, so that a resumed run adds in the order of the first.
+        DDP reorders its buckets after the first backward, and the order decides the last bit of a sum over ranks. A resumed
+        run must add in the same order as the first.
         """
-        # As many images as in training where they are compiled for; otherwise two will do.
+        # As many images as in training if blocks are compiled for their number; otherwise two suffice.
         rows = self.config.batch.micro_size or self.config.rows_per_rank(self.world.size) if self.config.train.compile else 2
         shape = (rows, 3, self.config.data.image_size, self.config.data.image_size)
         blank = torch.zeros(shape, device=self.world.device, dtype=next(self.model.parameters()).dtype)
         with self.untouched():
             for _ in range(2):  # the second forward rebuilds the buckets
                 self.backward(sum((self.embed(blank, route).sum() for route in ("clean", *ROUTES)), blank.new_zeros(())))
-        # To None, as after every step: DDP averages a gradient that it finds in its bucket by another rounding.
+        # To None, as after every step: DDP rounds differently when it averages a gradient that is already in its bucket.
         self.optimizer.zero_grad()
 
     def _shards(self) -> list[torch.Tensor]:
@@ -67,8 +68,8 @@ class DdpBackend(Backend):
         return self._wrapped.no_sync() if isinstance(self._wrapped, DistributedDataParallel) else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of `loss`, averaged over ranks."""
-        # DDP waits for every parameter: those of a route that this backward leaves out get a gradient of zero.
+        """Add the gradients of `loss`, averaged over ranks."""
+        # DDP waits for every parameter: parameters of a route that this backward does not use get a gradient of zero.
         for route in set(ROUTES) - self._routes_used:
             for parameter in route_parameters(self.model, route):
                 loss = loss + 0 * parameter.sum().to(loss.dtype)

@@ -1,11 +1,11 @@
-"""DeepSpeed: ZeRO shares optimiser state (stage 1), gradients too (2) and parameters too (3) among ranks; 0 shares nothing.
+"""DeepSpeed: ZeRO shards the optimiser state (stage 1), also gradients (2), also parameters (3); stage 0 shards nothing.
 
-Forwards go through the bare module, never through the engine, whose forward would take an attack for training: stages 0 to 2
-then raise, and stage 3 trains on wrong gradients (tests/parallel/test_deepspeed.py shows both). Weights and optimiser state
-are float32, and bfloat16 is our autocast around them, as under DDP.
+Forwards call the unwrapped module, never the engine, whose forward would take an attack for training: stages 0 to 2 then
+raise, and stage 3 trains on wrong gradients (tests/parallel/test_deepspeed.py shows both). Weights and optimiser state are
+float32; bfloat16 is our autocast around them, as under DDP.
 
-One reduction a step: a step with a single backward pass reduces while it runs, as DeepSpeed does. Passes in reduction_held()
-keep whole local gradients, at stages 2 and 3 as well, until the first pass outside reduces them all.
+Gradients are reduced once per step: a step with a single backward pass reduces during that pass, as DeepSpeed does. Passes in
+reduction_held() accumulate unsharded local gradients, also at stages 2 and 3, until the first pass outside reduces them all.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _PERSISTENT = 100_000  # stage 3: smaller parameters stay whole on every rank
 
 
 def _refuse(config: Config, world: World, precision: str) -> None:
-    """Raises ConfigError for what ZeRO cannot honour."""
+    """Raise ConfigError for settings that ZeRO does not support."""
     stage = config.parallel.zero_stage
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "parallel.backend is 'deepspeed', which is not installed; pip install 'deepspeed>=0.19.8', "
-            "or use parallel.backend=ddp or fsdp2, under which the same run goes on."
+            "or use parallel.backend=ddp or fsdp2, under which the same run resumes."
         )
     if world.group is None:
         raise ConfigError(
-            "parallel.backend is 'deepspeed', but this run has one process, and nobody to share with; "
-            "use parallel.backend=ddp (a run may go on under another backend), or launch.workers=2 or more."
+            "parallel.backend is 'deepspeed', but this run has a single rank; "
+            "use parallel.backend=ddp (a run may resume under another backend), or launch.workers=2 or more."
         )
     if precision == "float64":
         raise ConfigError(
@@ -58,8 +58,8 @@ def _refuse(config: Config, world: World, precision: str) -> None:
         )
     if stage >= 1 and config.optim.name == "lars":
         raise ConfigError(
-            f"optim.name is 'lars', which needs the norm of every whole layer, but parallel.zero_stage {stage} gives a rank's "
-            "optimiser a slice of all layers in one; use optim.name=sgd or adamw, parallel.zero_stage=0, or "
+            f"optim.name is 'lars', which needs the norm of every layer, but at parallel.zero_stage {stage} a rank's optimiser "
+            "has a flat slice of all layers; use optim.name=sgd or adamw, parallel.zero_stage=0, or "
             "parallel.backend=ddp or fsdp2."
         )
     if stage == 3 and config.train.compile:
@@ -70,7 +70,7 @@ def _refuse(config: Config, world: World, precision: str) -> None:
 
 
 def zero_config(config: Config, world: World, num_parameters: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Every value that matters is written out: defaults change (clipping became 1.0)."""
+    """DeepSpeed's configuration. Every value that matters is explicit: defaults change (clipping became 1.0)."""
     stage = config.parallel.zero_stage
     rows = max(1, config.batch.global_size // world.size)
     bucket = max(1, min(_BUCKET, num_parameters))
@@ -112,7 +112,7 @@ def zero_config(config: Config, world: World, num_parameters: int) -> dict[str, 
 
 
 def _prepare(world: World) -> Any:
-    """The deepspeed package, on this rank's device, with the process group that runs already, and quiet."""
+    """Import deepspeed for this rank's device and the existing process group, without its log output."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if world.local_rank == 0:
@@ -124,8 +124,8 @@ def _prepare(world: World) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU it would compile an extension for a minute, whose only function, an all-reduce for inference, training never
-    # calls; and hang where an earlier compile was killed. DeepSpeed compiles it where this table says that it would work.
+    # On a CPU, DeepSpeed would spend a minute on compiling an extension whose only function, an all-reduce for inference,
+    # training never calls; and it would hang if an earlier compile was killed. This table decides if it compiles.
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
@@ -136,10 +136,10 @@ class DeepSpeedBackend(Backend):
 
     def _wrap(self) -> None:
         _refuse(self.config, self.world, self.precision)
-        assert self.world.size == dist.get_world_size(), "DeepSpeed shares among all ranks of torch.distributed"
+        assert self.world.size == dist.get_world_size(), "DeepSpeed shards over all ranks of torch.distributed"
         deepspeed = _prepare(self.world)
         self.stage = self.config.parallel.zero_stage
-        # DeepSpeed sends weights as bytes in a row, which interleaved channels are not.
+        # DeepSpeed sends weights as contiguous bytes; channels-last weights are not contiguous.
         self.model.to(memory_format=torch.contiguous_format)
         self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
         self.engine, *_ = deepspeed.initialize(
@@ -154,11 +154,11 @@ class DeepSpeedBackend(Backend):
         self._full_gradient = deepspeed.utils.safe_get_full_grad
         self._zero = ZeroState(self.engine, self.optimizer, self.model, self.world) if self.stage else None
         self._held = False
-        self._has_gradients = False  # of a backward that no step has used or left out
+        self._has_gradients = False  # of a backward that no step has used or skipped
         self._coalescing: ExitStack | None = None  # open from the first backward of a held reduction to the one that reduces
 
     def describe(self) -> str:
-        """The backend in a few words, for the console."""
+        """A short description of the backend for the console."""
         return f"deepspeed, ZeRO stage {self.stage}"
 
     def _sharded(self) -> bool:
@@ -173,17 +173,17 @@ class DeepSpeedBackend(Backend):
         return super().shares_forward() and self.stage < 3
 
     def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) of a training forward: beside the engine, as an attack's."""
+        """Unit rows (B, D) of a training forward, bypassing the engine like an attack's forward."""
         return self.attack_embed(images, route)
 
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) beside the engine."""
-        # ZeRO's flat buffers lay weights out in planes again, so it is the images that make channels interleaved.
+        """Unit rows (B, D), bypassing the engine."""
+        # ZeRO's flat buffers make weights contiguous again, so the images must be channels last.
         return super().attack_embed(images.contiguous(memory_format=torch.channels_last), route)
 
     @contextmanager
     def reduction_held(self) -> Iterator[None]:
-        """Backwards inside add to whole local gradients, at every stage; the next outside reduces all of it, once."""
+        """Context in which backward passes accumulate unsharded local gradients, at every stage; the next outside reduces."""
         before, self._held = self._held, True
         try:
             yield
@@ -191,7 +191,7 @@ class DeepSpeedBackend(Backend):
             self._held = before
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of `loss`, averaged over ranks; parameters that it leaves out get zeros, as under DDP."""
+        """Add the gradients of `loss`, averaged over ranks; unused parameters get zeros, as under DDP."""
         self._has_gradients = True
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(not self._held)
@@ -209,7 +209,7 @@ class DeepSpeedBackend(Backend):
         return {name: self._full_gradient(p).detach().clone() for name, p in self.model.named_parameters()}
 
     def _step(self) -> torch.Tensor:
-        """Clips, steps, clears. ZeRO leaves the step out where a gradient is not finite; the norm is then infinite."""
+        """Clip, step and clear. ZeRO skips the step if a gradient is non-finite; the norm is then infinite."""
         if self.stage == 0:
             before = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             if before.isfinite():
@@ -221,13 +221,13 @@ class DeepSpeedBackend(Backend):
         self.engine.step()
         self._has_gradients = False
         if self.stage == 3:
-            # The next step would find this step's gradient where it makes none: that of a left-out route.
+            # Otherwise a route that the next step does not use would keep this step's gradient.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else float("inf")
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
 
     def discard(self) -> None:
-        """ZeRO forgets gradients where a step finds one that is not finite, and nowhere else: it is given one."""
+        """Clear ZeRO's gradients. It does so only when a step finds a non-finite gradient, so set one."""
         if self.stage == 0:
             self.engine.optimizer.zero_grad()
             self._has_gradients = False
@@ -236,7 +236,7 @@ class DeepSpeedBackend(Backend):
                 for gradient in gradients:
                     gradient.fill_(float("nan"))
             norm = self._step()
-            assert not norm.isfinite(), "ZeRO took a step that was to be left out"
+            assert not norm.isfinite(), "ZeRO took a step that should have been skipped"
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

@@ -1,7 +1,7 @@
 """Locks that a killed compile of a DeepSpeed extension left behind.
 
-torch compiles an extension under a lock file: whoever made it holds it open until the compile is done and then removes it. A
-process killed in between leaves the file, and everyone who wants that extension later waits for it, forever, without a word.
+torch compiles an extension under a lock file, which the compiling process keeps open until it is done and then removes. A
+process killed in between leaves the file, and every process that loads the extension later waits for it forever, silently.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def stale_locks() -> list[Path]:
 
 
 def explain(lock: Path) -> str:
-    """What a stale lock is, since when it lies there, and the way out."""
+    """Message about a stale lock: its age and the way out."""
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(lock.stat().st_mtime))
     return (
         f"DeepSpeed: {lock} is the lock of a compile that was killed (made {since}, and no process on this machine holds it). "
-        "This run compiles nothing and goes on; a program that loads this extension would wait for ever: remove the file."
+        "This run compiles nothing and continues; a program that loads this extension would wait forever: remove the file."
     )
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process on this machine has the file open, as far as this user may see."""
+    """True if a process on this machine has the file open, as far as this user can see."""
     if not os.path.isdir("/proc/self/fd"):
         return time.time() - lock.stat().st_mtime < 3600  # without /proc: no compile takes an hour
     wanted = lock.stat()

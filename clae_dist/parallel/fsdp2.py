@@ -1,8 +1,8 @@
-"""Fully sharded data parallelism (Zhao et al. 2023) by torch's fully_shard: a rank keeps a part of every parameter.
+"""Fully sharded data parallelism by torch's fully_shard: every parameter is sharded over ranks. Reference: Zhao et al. 2023.
 
-Units, each gathered and reduced as one: every block of the encoder, what else the encoder has, the projector; the model
-around them holds nothing of its own. Under bfloat16 parameters are gathered in bfloat16 and gradients summed in float32;
-batch norms, which want their weights in the type of their statistics, are units of their own in float32.
+Units that are gathered and reduced together: every block of the encoder, the rest of the encoder, the projector; the model
+around them has no parameters of its own. Under bfloat16, parameters are gathered in bfloat16 and gradients summed in float32.
+Batch norms need weights in the dtype of their statistics, so they are separate units in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from clae_dist.world import World
 
 
 class Fsdp2Backend(Backend):
-    """Backend over fully_shard; a single process goes without, as under DDP."""
+    """Backend over fully_shard; a single process uses no wrapper, as under DDP."""
 
     def _wrap(self) -> None:
         mesh = _mesh(self.world, self.config.parallel.shard_size)
@@ -47,7 +47,7 @@ class Fsdp2Backend(Backend):
         self._last_forward = -1  # at which a backward in progress switches reduction on
 
     def describe(self) -> str:
-        """The backend in a few words, for the console."""
+        """A short description of the backend for the console."""
         settings = self.config.parallel
         kept = "freed" if settings.reshard_after_forward else "kept"
         return f"fsdp2, parameters in {settings.shard_size or self.world.size} parts, {kept} between forward and backward"
@@ -74,14 +74,14 @@ class Fsdp2Backend(Backend):
         self._set_reduction(False)  # but in backward: nothing that an attack does may reduce what is held
 
     def _norms_apart(self) -> bool:
-        """Whether the batch norms of a block are a unit: they raise where their weights are of a lower precision."""
+        """True if the batch norms of a block need units of their own: they raise if their weights have a lower precision."""
         return self.precision == "bfloat16"
 
     def _set_reduction(self, on: bool) -> None:
         self._units[0].set_requires_gradient_sync(on)  # the model around the others, and with it all of them
 
     def _reshard(self) -> None:
-        """Parts again, where a forward without a backward has left whole parameters in the model's place."""
+        """Reshard parameters that a forward without a backward has left unsharded."""
         for unit in self._units:
             unit.reshard()
 
@@ -95,10 +95,10 @@ class Fsdp2Backend(Backend):
     # ---- forward ----
 
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D). The units gather their parameters; what a backward of it reduces is nothing."""
+        """Unit rows (B, D). The units gather their parameters; a backward of it reduces nothing."""
         if not self._units:
             return super().attack_embed(images, route)
-        # Recomputation that stops early would leave a norm unit within the block as if its forward went on.
+        # Recomputation that stops early would leave a norm unit within the block as if its forward had not ended.
         with set_checkpoint_early_stop(False):
             return self.model(images.contiguous(memory_format=torch.channels_last), route)
 
@@ -113,7 +113,7 @@ class Fsdp2Backend(Backend):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, parameters ask for no gradient where attack.freeze wants that."""
+        """Context in which parameters require no gradient, if attack.freeze says so."""
         self._reshard()  # whole parameters take over what their parts ask for when they are gathered
         with super().frozen():
             yield
@@ -123,7 +123,7 @@ class Fsdp2Backend(Backend):
 
     @contextmanager
     def reduction_held(self) -> Iterator[None]:
-        """Inside, backward adds to whole gradients, which stay on this rank."""
+        """Context in which backward accumulates unsharded gradients on this rank."""
         held, self._held = self._held, True
         try:
             yield
@@ -131,10 +131,11 @@ class Fsdp2Backend(Backend):
             self._held = held
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of `loss`; outside of reduction_held all that were added up are averaged over ranks, unit by unit.
+        """Add the gradients of `loss`; outside of reduction_held, average the accumulated ones over ranks, unit by unit.
 
-        fully_shard reduces what a unit has whenever the backward of a forward leaves it, first of all what was held. Autograd
-        comes to the earliest forward last: reduction is switched on there, to happen once and still beside computation.
+        fully_shard reduces a unit's gradients whenever the backward of a forward leaves the unit, accumulated ones included.
+        Autograd reaches the earliest forward last: reduction is switched on there, so that it happens once and still overlaps
+        with computation.
         """
         if self._units:
             self._backward(loss)
@@ -157,7 +158,7 @@ class Fsdp2Backend(Backend):
             del self._unused[node]
 
     def _fill_left_out(self) -> None:
-        """A route that the step leaves out has a gradient of zero, as under DDP: momentum and decay go on."""
+        """Give an unused route a gradient of zero, as under DDP, so that momentum and weight decay still apply."""
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -174,7 +175,7 @@ class Fsdp2Backend(Backend):
         return norm
 
     def discard(self) -> None:
-        """Gradients are None, and no forward waits for its backward."""
+        """Set gradients to None and forget forwards that wait for their backward."""
         self._reshard()
         self.optimizer.zero_grad()
         self._unused.clear()
@@ -185,7 +186,7 @@ class Fsdp2Backend(Backend):
     # ---- state ----
 
     def _place(self, parameter: nn.Parameter) -> Place:
-        """Rows of the parameter, as fully_shard deals them out; with a 2-D mesh, every copy's rank of this number has them."""
+        """This rank's rows of the parameter. On a 2-D mesh, the rank of the same number in every replica has the same rows."""
         if not isinstance(parameter, DTensor):
             return super()._place(parameter)
         parts = self.config.parallel.shard_size or self.world.size
@@ -202,7 +203,7 @@ class Fsdp2Backend(Backend):
 
 
 def _mesh(world: World, shard_size: int) -> DeviceMesh | None:
-    """The ranks in one row, or (copies, ranks that share a copy); None in a single process. Raises ConfigError."""
+    """The 1-D mesh of ranks, or the 2-D mesh (replicas, shards); None in a single process. Raises ConfigError."""
     size = shard_size or world.size
     if world.size % size:
         near = max(d for d in range(1, world.size + 1) if world.size % d == 0 and d <= size)
@@ -220,7 +221,7 @@ def _mesh(world: World, shard_size: int) -> DeviceMesh | None:
 
 
 def _unsharded_norms(module: nn.Module) -> list[nn.Module]:
-    """The outermost batch norms, or pairs of them, of `module` (which may be one) that are in no unit yet."""
+    """The outermost batch norms, or pairs of them, of `module` (or `module` itself) that are in no unit yet."""
     if isinstance(module, FSDPModule):
         return []
     if isinstance(module, (RoutedNorm, _BatchNorm)):
@@ -229,7 +230,7 @@ def _unsharded_norms(module: nn.Module) -> list[nn.Module]:
 
 
 def _nodes_below(loss: torch.Tensor, wanted: dict[Any, int]) -> set[Any]:
-    """Those of the autograd nodes `wanted` that `loss` depends on; the graph below them is not looked at."""
+    """The autograd nodes of `wanted` that `loss` depends on; the graph below them is not searched."""
     found: set[Any] = set()
     seen: set[Any] = set()
     ahead = [loss.grad_fn]
@@ -246,11 +247,11 @@ def _nodes_below(loss: torch.Tensor, wanted: dict[Any, int]) -> set[Any]:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a rank's part (a collective)."""
+    """The unsharded tensor of a rank's shard. Collective."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, as a plain one that may be written to."""
+    """This rank's shard as a plain tensor that may be written to."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""State by parameter name: what moves between backends and numbers of ranks."""
+"""Optimiser state by parameter name, which is independent of backend and number of ranks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ State = Mapping[str, Mapping[str, torch.Tensor]]  # parameter name -> {"exp_avg"
 
 
 def everywhere(tensor: torch.Tensor, world: World) -> Place:
-    """The place of what every rank has whole."""
+    """The place of a replicated tensor."""
     return Place(tuple(tensor.shape), 0, tensor.numel(), tuple(range(world.size)))
 
 
 def gather_whole(pieces: Iterable[Piece], world: World) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and copies of whole tensors on the CPU, on every rank, of the pieces that the ranks hold. A collective."""
+    """Yield the name and the unsharded tensor (on the CPU of every rank) of the ranks' pieces, one at a time. Collective."""
     for piece in pieces:
         if len(piece.holders) == world.size:
             yield piece.name, piece.tensor.to("cpu", copy=True)
@@ -43,7 +43,7 @@ def optimizer_pieces(
     place: Callable[[nn.Parameter], Place],
     part: Callable[[torch.Tensor], torch.Tensor] = _itself,
 ) -> Iterator[Piece]:
-    """What every parameter has; `part` is what this rank holds of a tensor that is placed as its parameter."""
+    """Pieces of the state of every parameter; `part` gives this rank's shard of a tensor that is sharded as its parameter."""
     for name, parameter in model.named_parameters():
         entries: dict[str, Any] = optimizer.state.get(parameter, {})
         for key, value in sorted(entries.items()):

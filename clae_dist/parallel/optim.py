@@ -11,7 +11,7 @@ from clae_dist.config import Optim
 
 
 def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, SGD or LARS (You et al. 2017) over the parameters of `model`.
+    """Make AdamW, SGD or LARS (You et al. 2017) over the parameters of `model`.
 
     With optim.decay "weights", biases and norm layers (parameters of one dimension) are neither decayed nor, under LARS,
     adapted, as in SimCLR.
@@ -33,7 +33,7 @@ def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> t
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torch.Tensor, clip_norm: float) -> bool:
-    """Takes the step unless `norm`, that of all gradients, is not finite; says whether. clip_norm 0: no clipping."""
+    """Clip and step unless `norm`, that of all gradients, is non-finite. Returns True if the step was taken."""
     if not norm.isfinite():
         return False
     if clip_norm:

@@ -1,4 +1,4 @@
-"""Whole tensors of what ZeRO keeps in slices, and back: what moves between stages, backends and numbers of ranks.
+"""Conversion between ZeRO's slices and unsharded tensors, which are independent of stage, backend and number of ranks.
 
 A flat tensor holds one slice of each parameter of a group, end to end. At stages 1 and 2 the whole group is cut into W equal
 runs, and a rank's run may begin and end inside a parameter; at stage 3 every parameter is cut into W equal parts, the last
@@ -21,7 +21,7 @@ from clae_dist.world import World
 
 @dataclass(frozen=True)
 class _Slice:
-    """`length` elements: from `start` in the parameter laid out in a row, from `offset` in the flat tensor."""
+    """`length` elements that begin at `start` in the flattened parameter and at `offset` in the flat tensor."""
 
     start: int
     offset: int
@@ -38,19 +38,19 @@ class ZeroState:
         self._group = {parameter: i for i, group in enumerate(groups) for parameter in group}
 
     def place(self, parameter: Any) -> Place:
-        """Where this rank's shard of a parameter lies in the whole."""
+        """Position of this rank's shard within the unsharded parameter."""
         if not self._by_parameter:
             return everywhere(parameter, self._world)
         return self._placed(parameter, self._part(parameter, 0))
 
     def weights_written(self) -> None:
-        """After others have been written into the shards."""
+        """Called after new weights have been written into the shards."""
         if self._by_parameter:
             self._engine.empty_partition_cache()  # what is whole on this rank at the moment is an old weight
         self._zero.refresh_fp32_params()
 
     def optimizer_pieces(self) -> Iterator[Piece]:
-        """This rank's slices, empty ones among them; none before the first step."""
+        """This rank's slices, including empty ones; none before the first step."""
         for name, p in self._model.named_parameters():
             flat, at = self._flat(p), self._slice(p)
             for key, value in sorted(self._optimizer.state.get(flat, {}).items()):
@@ -61,7 +61,7 @@ class ZeroState:
                 yield place.piece(f"optimizer/{name}/{key}", part)
 
     def load_optimizer_state(self, state: State) -> None:
-        """The opposite, also before the first step."""
+        """Load the optimiser state, also before the first step."""
         self._optimizer.state.clear()
         for name, p in self._model.named_parameters():
             flat = self._flat(p)
@@ -81,7 +81,7 @@ class ZeroState:
         return flat
 
     def _slice(self, parameter: Any) -> _Slice:
-        """Where this rank's slice of a parameter lies in the flat tensor of its group."""
+        """Position of this rank's slice of a parameter in the flat tensor of its group."""
         if self._by_parameter:
             _, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             return self._part(parameter, offset)

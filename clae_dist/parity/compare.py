@@ -16,7 +16,7 @@ import torch
 from clae_dist.config import Config
 from clae_dist.models import build_model
 from clae_dist.models.norms import has_batch_statistics, random_layers
-from clae_dist.parity.observe import SIGN_NOISE, Observation, Tensors
+from clae_dist.parity.observe import Observation, Tensors, sign_noise
 
 # What rounding may always do: largest absolute difference in float64, relative in the others.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
@@ -38,7 +38,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """What `clae parity --json` prints."""
+    """The result of `clae parity`, printed by --json."""
 
     loss: Difference
     param_grad: Difference
@@ -150,7 +150,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
     rounding: dict[str, float] = {}
     if dtype != "float64":
         rounding = {name: value.relative for name, value in _differences(single, one, dtype, {}).items()}
-    noise = SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
+    noise = sign_noise(one.input_grad, dtype)
     same = torch.ones(0)  # nothing is attacked
     if one.signs.numel():
         same = (many.signs == one.signs)[one.input_grad.abs() > noise]
@@ -177,7 +177,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
 
 
 def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], many: Observation, one: Observation) -> str:
-    """What the first of `wrong` usually comes from, the settings that explain it first."""
+    """The usual cause of the first difference in `wrong`; settings that explain it come first."""
     model = build_model(config).encoder
     if config.model.norm == "local" and has_batch_statistics(model):
         return (
@@ -219,7 +219,7 @@ def _flat(tensors: Tensors) -> torch.Tensor:
 
 def _gradient_cause(found: torch.Tensor, wanted: torch.Tensor, world_size: int) -> str:
     if found.shape != wanted.shape:
-        return "other parameters have a gradient: a route of norm layers, or a frozen part, is left out on one side."
+        return "other parameters have a gradient: a route of norm layers, or a frozen part, is unused on one side."
     scale = float(found @ wanted / (wanted @ wanted))
     cosine = float(found @ wanted / (found.norm() * wanted.norm()))
     measured = f"the parameter gradient has {scale:.3g} times the length along the right one, cosine {cosine:.4f}: "

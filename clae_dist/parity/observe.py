@@ -1,11 +1,11 @@
-"""What a world sees in each of its first steps: losses, gradients, the attack, and the parameters after it.
+"""Observe the first steps of a world: losses, gradients, attacks, and the parameters after each step.
 
 # B rows on this rank, N rows on all ranks, S side of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from clae_dist.config import Config
-from clae_dist.contrast.encoding import Embedding, Route, TrainingEncoding
-from clae_dist.contrast.step import Pretraining, adversarial_view, attacked_rows, pretrain_step
+from clae_dist.contrast.interface import Attacked, Moment
+from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.training.clock import Clock
@@ -26,16 +26,21 @@ Tensors = dict[str, torch.Tensor]
 SIGN_NOISE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}
 
 
+def sign_noise(gradient: torch.Tensor, dtype: str) -> float:
+    """The size below which rounding in `dtype` decides the sign of a gradient's element."""
+    return SIGN_NOISE[dtype] * float(gradient.abs().max()) if gradient.numel() else 0.0
+
+
 @dataclass(frozen=True)
 class Observation:
     """One step. On the CPU, whole, on every rank."""
 
     loss: torch.Tensor  # of the global batch
-    clean: torch.Tensor  # its part between clean views, which no gradient has touched yet
+    clean: torch.Tensor  # its first term, between clean views: no gradient has touched it yet
     grads: Tensors
-    input_grad: torch.Tensor  # (N, 3, S, S): of the global batch's attack loss
-    signs: torch.Tensor  # of δ, for the images that are attacked
-    attacked: torch.Tensor  # the images that training then saw of them
+    input_grad: torch.Tensor  # (n, 3, S, S): of the global batch's attack loss, where the attack starts; n 0 without attacks
+    signs: torch.Tensor  # of δ
+    attacked: torch.Tensor  # the attacked images
     params_after: Tensors
 
 
@@ -60,26 +65,26 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class _Watched(TrainingEncoding):
-    """Keeps the images that training attacked. With `start`, undecided pixels are the reference's.
+class _Watched(TrainingStep):
+    """Training with the images of its attacks. With `start`, undecided pixels are the reference's.
 
     Otherwise one sign that rounding has flipped, a whole 2ε in one pixel, would show in every gradient of the step.
     """
 
-    attacked: torch.Tensor | None = None
     start: Start | None = None
-    rank = 0
 
-    def embed(
-        self, images: torch.Tensor, route: Route, want_image_gradient: bool = False, beside: Embedding | None = None
-    ) -> Embedding:
-        if route == "adversarial":
-            self.attacked = images.detach().cpu()
-            if self.start is not None:
-                rows = slice(self.rank * len(images), (self.rank + 1) * len(images))
-                reference, undecided = (part[rows].to(images.device) for part in (self.start.attacked, self.start.undecided))
-                images = torch.where(undecided, reference.to(images.dtype), images.detach())
-        return super().embed(images, route, want_image_gradient, beside)
+    def _record(self, attacked: Attacked) -> torch.Tensor:
+        before = sum(len(one.start) for one in self.attacks)
+        images = super()._record(attacked)
+        if self.start is None:
+            return images
+        world = self.run.world
+        # The attacks of a step one after another, each of them in the order of ranks.
+        first = before * world.size + world.rank * len(images)
+        reference, undecided = (
+            part[first : first + len(images)].to(images.device) for part in (self.start.attacked, self.start.undecided)
+        )
+        return torch.where(undecided, reference.to(images.dtype), images)
 
 
 class _Run:
@@ -89,11 +94,8 @@ class _Run:
         self._config, self._world = config, world
         self._backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
         self._backend.model.train()
-        self._encoding = _Watched(self._backend, config.batch.micro_size)
-        self._encoding.rank = world.rank
         self._run = replace(
             make_pretraining(config, world, self._backend, Clock(world.device)),
-            encoding=self._encoding,
             augment=lambda batch: batch[:2],
             noise=lambda batch: batch[2],
         )
@@ -107,8 +109,7 @@ class _Run:
 
     def step(self, number: int, start: Start | None = None) -> Observation:
         """Step `number`, from `start` or from where the one before has ended."""
-        config, world, backend, encoding = self._config, self._world, self._backend, self._encoding
-        encoding.attacked, encoding.start = None, start
+        config, world, backend = self._config, self._world, self._backend
         if start is not None:
             self.load(start.state)
         torch.manual_seed(number)
@@ -116,22 +117,33 @@ class _Run:
         side, size = config.data.image_size, config.batch.global_size
         x, y = (self._own(view) for view in global_batch(number, size, side, dtype))
         noise = self._own(torch.rand((size, *x.shape[1:]), generator=_seeded(number), dtype=dtype))
-        with backend.untouched():
-            gradient = _input_gradient(self._run, x, y, noise)
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
-        metrics = pretrain_step(self._run, (x, y, noise), config.attack.alpha if config.attack.name != "none" else 0.0)
-        loss, clean = world.mean(torch.stack([metrics.loss, metrics.clean]).double()).cpu()
-        attacked = x.new_zeros(0) if encoding.attacked is None else encoding.attacked
+        seen: list[_Watched] = []
+
+        def watched(*arguments: Any) -> _Watched:
+            seen.append(_Watched(*arguments))
+            seen[0].start = start
+            return seen[0]
+
+        metrics = pretrain_step(self._run, (x, y, noise), Moment(number), watched)
+        (step,) = seen
+        clean = next(iter(metrics.terms.values()))
+        loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()
         return Observation(
             loss=loss,
             clean=clean,
             grads=grads,
-            input_grad=_everyones(gradient / world.size, world),  # the gradient contract, point 4
-            signs=_everyones(_signs(config, encoding, x, y), world),
-            attacked=_everyones(attacked, world),
+            input_grad=self._of_all(step, lambda one: one.found.gradient / world.size),  # the gradient contract, point 4
+            signs=self._of_all(step, lambda one: (one.found.images - one.start).sign()),
+            attacked=self._of_all(step, lambda one: one.found.images),
             params_after={name: value for name, value in backend.state()["model"].items() if name in grads},
         )
+
+    def _of_all(self, step: _Watched, part: Callable[[Attacked], torch.Tensor]) -> torch.Tensor:
+        """A part of every attack of the step, with the images of all ranks; empty without an attack."""
+        parts = [_everyones(part(attacked), self._world) for attacked in step.attacks]
+        return torch.cat(parts) if parts else torch.zeros(0)
 
     def _own(self, values: torch.Tensor) -> torch.Tensor:
         rows = self._config.rows_per_rank(self._world.size)
@@ -156,8 +168,7 @@ def reference(config: Config, world: World, steps: int, dtype: str) -> tuple[lis
         state = _rounded(run.state(), torch.float64 if dtype == "float64" else torch.float32) if number else {}
         run.load(state)
         one = run.step(number)
-        noise = SIGN_NOISE[dtype] * float(one.input_grad.abs().max())
-        undecided = one.input_grad.abs() <= noise if len(one.attacked) else torch.zeros(0, dtype=torch.bool)
+        undecided = one.input_grad.abs() <= sign_noise(one.input_grad, dtype)
         observations.append(one)
         starts.append(Start(state, one.attacked, undecided))
     return observations, starts
@@ -168,22 +179,6 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone().to(dtype if value.is_floating_point() else value.dtype)
     return {key: _rounded(part, dtype) for key, part in value.items()} if isinstance(value, Mapping) else value
-
-
-def _input_gradient(run: Pretraining, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Of the images that are attacked, where the attack starts."""
-    chosen = attacked_rows(run.attack, len(x))
-    if run.attack.cost == "fused":  # the whole batch's clean loss
-        return adversarial_view(run, x, y).gradient[chosen]
-    start = noise[chosen] if run.attack.random_start else None
-    return adversarial_view(run, x[chosen], y[chosen], noise=start).gradient
-
-
-def _signs(config: Config, encoding: _Watched, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    if encoding.attacked is None:
-        return x.new_zeros(0)
-    start = (y if config.attack.anchor == "other" else x)[attacked_rows(config.attack, len(x))]
-    return (encoding.attacked - start.detach().cpu()).sign()
 
 
 def _keep_gradients(backend: Backend) -> Tensors:

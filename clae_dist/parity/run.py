@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from clae_dist.world import World, connect
 FAILED = UNEXPECTED  # the exit code of a comparison that found a difference
 
 
-def parity(config: Config, origins: dict[str, str], world_size: int, rows: int, steps: int, as_json: bool) -> Ending:
+def parity(config: Config, origins: Mapping[str, str], world_size: int, rows: int, steps: int, as_json: bool) -> Ending:
     """Compares W ranks with one process. The ending's message is the report; code 0 when they agree, 1 when not.
 
     Started by torchrun, W is torchrun's number of ranks and `world_size` is not used. Raises ConfigError.
@@ -37,19 +37,24 @@ def parity(config: Config, origins: dict[str, str], world_size: int, rows: int, 
     return torchrun.say_once(_rank(config, steps, as_json))
 
 
-def tiny(config: Config, origins: dict[str, str], world_size: int, rows: int) -> Config:
+def tiny(config: Config, origins: Mapping[str, str], world_size: int, rows: int) -> Config:
     """The settings with `rows` rows a rank, in float64 (float32 for DeepSpeed) unless the command line names a precision."""
     precision = config.train.precision
     if origins.get("train.precision") != "command line" or precision == "auto":
         precision = "float32" if config.parallel.backend == "deepspeed" else "float64"
     micro = config.batch.micro_size
-    if rows % 2 and (micro or config.attack.fraction < 1):
-        raise ConfigError(f"--rows is {rows}; with batch.micro_size or attack.fraction use an even number.")
+    method = config.method.for_few_rows()
+    try:
+        method.check_rows(rows, max(1, rows // 2) if micro else 0)
+    except ConfigError as error:
+        raise ConfigError(f"--rows is {rows}, which does not suit the method ({error}); use an even number.") from None
+    if rows % 2 and micro:
+        raise ConfigError(f"--rows is {rows}; with batch.micro_size use an even number.")
     return replace(
         config,
         data=replace(config.data, streams=0),
         batch=replace(config.batch, global_size=rows * world_size, micro_size=max(1, rows // 2) if micro else 0),
-        attack=replace(config.attack, start_epoch=0.0, every=1, fraction=0.5 if config.attack.fraction < 1 else 1.0),
+        method=method,
         optim=replace(config.optim, scaling="none", learning_rate=config.learning_rate()),
         train=replace(config.train, precision=precision),
     )

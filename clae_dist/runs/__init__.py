@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, identity and checkpoints. Written by training, read by evaluation."""
+"""Run folders: layout, identity, trust, goodput and checkpoints. Written by training, read by evaluation."""

@@ -18,8 +18,10 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
 from clae_dist.files import write_together
+from clae_dist.keys import flatten, shapes_result
 from clae_dist.lease import WAIT_S, hold, refuse_if_held
-from clae_dist.recipe import flatten, from_yaml, shapes_result, to_yaml
+from clae_dist.plugins import source_digests
+from clae_dist.recipe import Recipe, from_yaml, to_yaml
 from clae_dist.runs.folder import Identity, RunFolder
 from clae_dist.storage import storage_error, writing
 from clae_dist.world import World
@@ -69,12 +71,21 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
     has_identity = folder.identity_file.exists()
     if not (folder.config_file.is_file() and (has_identity or folder.find_checkpoints())):
         return None
-    old, identity = from_yaml(folder.config_file), folder.read_identity() if has_identity else None
+    own = {config.method.name, config.objective.name}  # this command imports them anyway
+    old, identity = from_yaml(folder.config_file, own), folder.read_identity() if has_identity else None
     before, now = flatten(old), flatten(shareable(config))
-    differ = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if shapes_result(key) and before[key] != now[key]]
+    differ = [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        if shapes_result(key, config) and before.get(key) != value
+    ]
     if identity and manifest is not None and identity.manifest_digest != manifest.digest:
         old_digest, new_digest = identity.manifest_digest[:12], manifest.digest[:12]
         differ.append(f"the images were {old_digest} and are {new_digest} (digest of the manifest)")
+    digests = source_digests(own)
+    if identity and identity.plugins != digests:
+        changed = sorted(name for name in {*identity.plugins, *digests} if identity.plugins.get(name) != digests.get(name))
+        differ.append(f"the source of {', '.join(changed)} has changed")
     if differ:
         raise ConfigError(
             f"run_dir is {str(folder.path)!r}, which belongs to another configuration: {'; '.join(differ)}. {_OTHER_RUN}"
@@ -85,11 +96,12 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
 _OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
 
 
-def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest, world: World, run_key: str) -> Identity:
+def open_run_folder(recipe: Recipe, manifest: Manifest, world: World, run_key: str) -> Identity:
     """Create the run folder, or check that it belongs to this run; write config.yaml and run.json. Called on one rank.
 
     Raises: ConfigError if the folder belongs to another configuration or other images, StorageError if it cannot be written.
     """
+    config = recipe.config
     folder = RunFolder(config.folder)
     identity = check_run_folder(config, manifest)
     if identity is None:
@@ -102,6 +114,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
             collectives=world.collectives,
             run_key=run_key,
             started=time.time(),
+            plugins=source_digests((config.method.name, config.objective.name)),
         )
     make_folder(folder.path)
     current: dict[str, Any] = {
@@ -112,7 +125,7 @@ def open_run_folder(config: Config, origins: dict[str, str], manifest: Manifest,
     }
     write_together(
         {
-            folder.config_file: to_yaml(shareable(config), origins).encode(),
+            folder.config_file: to_yaml(shareable(config), recipe.origins).encode(),
             folder.identity_file: (json.dumps(current, indent=2) + "\n").encode(),
         }
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clae_dist.config import Config, ConfigError
-from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_number, is_text, read_object
+from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_list_of, is_number, is_text, read_object
 from clae_dist.recipe import from_yaml
 
 CONFIG_FILE = "config.yaml"
@@ -45,6 +45,7 @@ class Identity:
     collectives: str
     run_key: str
     started: float  # seconds since 1970, of the first start
+    plugins: dict[str, str] = field(default_factory=dict)  # sha256 of the source of each method or objective from outside
 
     @property
     def tags(self) -> dict[str, str]:
@@ -61,6 +62,7 @@ _FIELDS: dict[str, Check] = {
     "run_key": lambda value: isinstance(value, str) and value.isalnum() and value.isascii(),
     "world_size": lambda value: is_count(value) and value > 0,
     "started": lambda value: is_number(value) and 0 <= value < 1e11,
+    "plugins": lambda value: isinstance(value, dict) and is_list_of(is_text)(list(value.values())),
 }
 
 
@@ -184,6 +186,7 @@ class RunFolder:
         """The content of run.json. Raises ConfigError if it is missing or damaged."""
         try:
             content = read_object(self.identity_file, 1 << 20)
+            content.setdefault("plugins", {})  # runs of older versions have none
             expect(content, _FIELDS)
         except MissingError:
             raise ConfigError(f"RUN is {str(self.path)!r}, which holds no {IDENTITY_FILE}; name the folder of a run.") from None

@@ -1,7 +1,7 @@
-"""Goodput: where the time of a run went, over all its starts, from RUN/goodput.jsonl.
+"""Goodput: where the wall time of a run went, over all its starts, from RUN/goodput.jsonl.
 
-Each start appends a line when it begins, one when it has resumed, and further ones with the seconds that it has spent on each
-kind of thing so far. A kill -9 loses at most what came after the last line. What a later start trains again was lost.
+Each start appends a line when it begins, one when it has resumed, and further ones with the seconds spent on each kind of work
+so far. A kill -9 loses at most the time since the last line. Steps that a later start repeats count as lost.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 MEANING: dict[Kind, str] = {
     "training": "steps whose result was kept",
     "starting": "opening shards, building the model, loading a checkpoint, the first batch and step",
-    "data": "waiting for batches, on the rank that waited the longest",
+    "data": "waiting for batches, on the rank that waited longest",
     "checkpoint": "waiting for a checkpoint",
-    "evaluation": "kNN while training",
-    "lost": "whatever came after the checkpoint from which a later start went on, and was done again",
-    "idle": "between one start and the next: hung, killed, waiting for a place",
+    "evaluation": "kNN during training",
+    "lost": "work after the checkpoint from which a later start resumed, which was repeated",
+    "idle": "between one start and the next: hung, killed, waiting in a queue",
 }
 _EVENTS = ("start", "resume", "mark", "end")
 _EVERY_S = 30.0  # between lines
@@ -35,7 +35,7 @@ _EVERY_S = 30.0  # between lines
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of each kind since the first start; they add up to the wall time."""
+    """Seconds of each kind since the first start. They add up to the wall time."""
 
     spent: dict[Kind, float]
     starts: int
@@ -50,7 +50,7 @@ class Goodput:
         return {kind: 100 * seconds / max(self.wall_s, 1e-9) for kind, seconds in self.spent.items()}
 
     def metrics(self) -> dict[str, float]:
-        """For trackers, in percent: `goodput`, and the shares of what was not training."""
+        """Metrics for trackers, in percent: `goodput`, and the shares of everything except training."""
         return {"goodput": self.shares["training"], **{f"goodput_{kind}_share": self.shares[kind] for kind in KINDS[1:]}}
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,13 +61,15 @@ class Goodput:
         """A line for the console."""
         parts = ", ".join(f"{kind} {self.shares[kind]:.1f} %" for kind in KINDS[1:] if self.spent[kind] > 0)
         wall = f"{self.wall_s / 3600:.2f} h" if self.wall_s >= 3600 else f"{self.wall_s:.0f} s"
-        return f"goodput {self.shares['training']:.1f} % of {wall} in {self.starts} start(s)" + (f" ({parts})" if parts else "")
+        return f"goodput {self.shares['training']:.1f} % of {wall} in {self.starts} start{'s' * (self.starts != 1)}" + (
+            f" ({parts})" if parts else ""
+        )
 
 
 class Ledger:
-    """Rank 0's book of one start. `switch` ends one kind of thing and begins another; lines are written now and then.
+    """Time accounting of one start, on rank 0. `switch` ends one kind of work and begins another.
 
-    Nothing is written before `resumed`: until then the folder may turn out to be another run's.
+    Nothing is written before `resumed`: until then the folder may still turn out to belong to another run.
     """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time, write: bool = True) -> None:
@@ -76,44 +78,46 @@ class Ledger:
         self._kind: Kind = "starting"
         self._begun = self._since = self._written = clock()
         self._step = 0
-        self._earlier = Goodput(dict.fromkeys(KINDS, 0.0), 1)  # all starts before this one, and what it made of them
+        self._earlier = Goodput(
+            dict.fromkeys(KINDS, 0.0), 1
+        )  # all earlier starts, with the steps that this one repeats as lost
 
     def resumed(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
-        """This start goes on from the checkpoint of `step`; all that came after it was lost."""
+        """This start resumes from the checkpoint of `step`; all later work was lost."""
         self._step = step
         begin = {"event": "start", "at": self._begun}
-        # With nothing of this start in it yet, but knowing what it does again.
-        known = [
+        # Nothing of this start yet, except for the step from which it repeats.
+        earlier = [
             *(read_lines(self._folder, say) if self._write else []),
             begin,
             {"event": "resume", "at": self._begun, "step": step},
         ]
-        self._earlier = account(known)
+        self._earlier = account(earlier)
         self._append(begin)
         self._line("resume")
 
     def switch(self, kind: Kind, step: int) -> None:
-        """From now on it is `kind` that takes the time, after `step` steps."""
+        """Account the time from now on to `kind`, after `step` steps."""
         if kind != self._kind or step != self._step:
             before, self._step = self._kind, step
             self._take()
             self._kind = kind
-            # A line at a checkpoint is where a later start cuts what it does again.
+            # A later start counts repeated work from the line at a checkpoint.
             if (kind != before and "checkpoint" in (before, kind)) or self._since - self._written > _EVERY_S:
                 self._line("mark")
 
     def move(self, source: Kind, to: Kind, seconds: float) -> None:
-        """Seconds that went to `source` were `to` after all: this rank waited for one that waited for data."""
+        """Account seconds of `source` to `to`: this rank waited for a rank that waited for data."""
         seconds = max(0.0, min(seconds, self._spent.get(source, 0.0)))
         self._spent[source] = self._spent.get(source, 0.0) - seconds
         self._spent[to] = self._spent.get(to, 0.0) + seconds
 
     def close(self) -> None:
-        """The last line of this start."""
+        """Write the last line of this start."""
         self._line("end")
 
     def so_far(self) -> Goodput:
-        """Of the whole run, this start included."""
+        """The goodput of the run, including this start."""
         self._take()
         total = {kind: self._earlier.spent[kind] + self._spent.get(kind, 0.0) for kind in KINDS}
         return Goodput(total, self._earlier.starts)
@@ -131,9 +135,9 @@ class Ledger:
     def _append(self, line: dict[str, Any]) -> None:
         if not self._write:
             return
-        # A full disk ends a run by what it must write (metrics, checkpoints), with their reasons; not by this.
+        # A full disk is reported by checkpoints and metrics; it must not end the run here.
         with suppress(OSError), RunFolder(self._folder).goodput_file.open("a+b") as file:
-            torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"  # which a kill has cut off
+            torn = file.seek(0, os.SEEK_END) > 0 and _last_byte(file) != b"\n"  # cut off by a kill
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 
@@ -144,7 +148,7 @@ def _last_byte(file: Any) -> bytes:
 
 
 def read_lines(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
-    """The usable lines of a run's goodput.jsonl; [] without one. What is cut off or damaged is ignored, and said in a line."""
+    """The valid lines of a run's goodput.jsonl, [] without one. Damaged lines are skipped and reported in one line."""
     path = RunFolder(run_dir).goodput_file
     usable, ignored = [], 0
     try:
@@ -154,10 +158,10 @@ def read_lines(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> li
             else:
                 ignored += 1
     except ReadError as error:
-        say(f"{path} cannot be read ({error}): it is ignored, and what is known of the goodput begins anew.")
+        say(f"{path} cannot be read ({error}): it is ignored, and the goodput is counted from now on.")
         return usable
     if ignored:
-        say(f"{path}: {ignored} lines that are cut off or damaged are ignored; only what is known of the goodput is less.")
+        say(f"{path}: {ignored} lines that are cut off or damaged are ignored; the goodput covers less time.")
     return usable
 
 
@@ -179,14 +183,14 @@ def _is_time(value: Any) -> bool:
 
 
 def account(lines: Sequence[dict[str, Any]]) -> Goodput:
-    """What a run's lines add up to."""
+    """The goodput that a run's lines add up to."""
     starts: list[list[dict[str, Any]]] = []
     for line in lines:
         if line["event"] == "start" or not starts:
             starts.append([])
         starts[-1].append(line)
     total: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-    kept_up_to = float("inf")  # steps beyond were done again by a later start
+    kept_up_to = float("inf")  # later steps were repeated by a later start
     later: float | None = None  # when the next start began
     for start in reversed(starts):
         if later is not None:
@@ -198,7 +202,7 @@ def account(lines: Sequence[dict[str, Any]]) -> Goodput:
 
 
 def _add(start: Sequence[dict[str, Any]], kept_up_to: float, total: dict[Kind, float]) -> None:
-    """Adds the seconds between the lines of a start, those of steps that were done again as lost."""
+    """Add the seconds between the lines of a start; those of repeated steps count as lost."""
     before: dict[str, Any] = {"step": next((line["step"] for line in start if "step" in line), 0), "spent": {}}
     for line in start:
         if "spent" not in line:

@@ -23,6 +23,7 @@ from clae_dist.config import Config, ConfigError
 from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import redact_list, uri_without_secrets
 from clae_dist.files import write_atomically
+from clae_dist.plugins import AnyPlugin, is_plugin
 from clae_dist.reading import ReadError, read_object
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.folder import FILES, FOLDERS, PREFIXES, RunFolder
@@ -34,7 +35,7 @@ _MAX_SETTINGS = 20  # that a note holds, the newest
 
 @dataclass(frozen=True)
 class Permission:
-    """What the user allows beyond reading: `trust` is --trust, `store` the tracking server that the environment names."""
+    """Permissions beyond reading: `trust` is --trust, `store` the tracking server named in the environment."""
 
     trust: bool = False
     store: str = ""
@@ -45,7 +46,7 @@ NOTHING = Permission()
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run folder's settings. `config` is what config.yaml says; act on it through `to_read_images` and `to_track` only."""
+    """The settings of a run folder. Act on `config` (config.yaml) only through `to_read_images` and `to_track`."""
 
     run_dir: Path
     config: Config
@@ -53,10 +54,13 @@ class OpenedRun:
     store: str = ""
 
     def to_read_images(self, shards: str = "", mixture: bool = False) -> Config:
-        """The settings with which the run's images may be opened; `shards` is where the user says that they are.
+        """Settings with which the run's images may be opened.
 
-        Raises ConfigError where the run, which is not trusted, would run a command or contact a server for them. `mixture`:
-        also for the sets of data.mixture.
+        Args:
+            shards: the location that the user gives, if any.
+            mixture: include the sets of data.mixture.
+
+        Raises: ConfigError if an untrusted run would run a command or contact a server for them.
         """
         data = self.config.data
         if shards:
@@ -68,7 +72,7 @@ class OpenedRun:
         return replace(self.config, data=replace(data, cache=""))  # the user's own cache
 
     def to_track(self) -> tuple[Config, str]:
-        """The settings with which results may be sent to the run's tracking store, and "" or why nothing may be sent."""
+        """Settings with which results may be sent to the run's tracking store, and the reason if nothing may be sent, or ""."""
         tracking = self.config.tracking
         if tracking.name == "none":
             return self.config, ""
@@ -84,27 +88,27 @@ _NOT_YOURS = "no `clae train` of yours on this machine used these settings in th
 
 
 def open_run(run_dir: Path, permission: Permission = NOTHING) -> OpenedRun:
-    """Reads a run folder's settings, and checks its entries unless it is trusted.
+    """Read the settings of a run folder, and check its entries unless it is trusted.
 
-    Raises ConfigError without a run, and for an entry that leads out of the folder or is not a plain file or folder.
+    Raises: ConfigError without a run, and for an entry that leads out of the folder or is not a plain file or folder.
     """
     folder = RunFolder(run_dir)
     path = folder.config_file
     if not os.path.lexists(path):
         raise folder.missing()
     if permission.trust:
-        return OpenedRun(run_dir, from_yaml(path), True, permission.store)
+        return OpenedRun(run_dir, from_yaml(path, AnyPlugin()), True, permission.store)
     strange = next(strange_entries(run_dir), "")
     if strange and path.is_symlink():
         raise _strange(run_dir, strange)
-    opened = OpenedRun(run_dir, config := from_yaml(path), is_remembered(run_dir, config), permission.store)
+    opened = OpenedRun(run_dir, config := from_yaml(path, _plugins(run_dir)), is_remembered(run_dir, config), permission.store)
     if strange and not opened.trusted:
         raise _strange(run_dir, strange)
     return opened
 
 
 def check_folder(run_dir: Path, permission: Permission = NOTHING) -> None:
-    """Raises ConfigError for a folder that `open_run` would refuse; one that is not there is left to the caller."""
+    """Raise ConfigError for a folder that `open_run` would refuse; a missing one is reported by the caller."""
     if os.path.lexists(RunFolder(run_dir).config_file):
         open_run(run_dir, permission)
 
@@ -122,7 +126,7 @@ def check_settings(path: Path, config: Config, named: set[str], store: str) -> C
     Raises ConfigError where the file, unless it is that of a trusted run, names a command or a server.
     """
     try:
-        if is_remembered(path.resolve().parent, from_yaml(path)):
+        if is_remembered(path.resolve().parent, from_yaml(path, _plugins(path.resolve().parent))):
             return config
     except ConfigError:  # no run's: it extends another, say
         pass
@@ -151,7 +155,7 @@ def acts(text: str) -> bool:
 
 
 def strange_entries(run_dir: Path) -> Iterator[str]:
-    """In words, the entries of a run folder that lead out of it, or are neither files nor folders (a pipe, a device)."""
+    """Descriptions of entries that lead out of the run folder, or are neither files nor folders (a pipe, a device)."""
     root = os.path.realpath(run_dir)
     folders = [root]
     while folders:
@@ -171,17 +175,18 @@ def strange_entries(run_dir: Path) -> Iterator[str]:
                     yield f"{name} is neither a file nor a folder"
 
 
-# ---- what this user's own `clae train` used ----
+# ---- settings that this user's own `clae train` used ----
 
 
 def remember(config: Config) -> None:
-    """Notes that this user's command trains with these settings in `config.folder`. Raises OSError where it cannot."""
+    """Note that this user's command trains with these settings in `config.folder`. Raises OSError."""
     note = _note(config.folder)
     note.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
     if not _is_private(note.parent):
         note.parent.chmod(0o700)  # fails where it is another user's
     settings = [*(one for one in _remembered(note) if one != _digest(config)), _digest(config)][-_MAX_SETTINGS:]
-    content = {"run_dir": os.path.realpath(config.folder), "settings": settings}
+    plugins = sorted({*_plugins(config.folder), *filter(is_plugin, (config.method.name, config.objective.name))})
+    content = {"run_dir": os.path.realpath(config.folder), "settings": settings, "plugins": plugins}
     write_atomically(note, (json.dumps(content) + "\n").encode())
 
 
@@ -196,9 +201,15 @@ def _note(run_dir: Path) -> Path:
     return state_home() / "runs" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 
-def _remembered(note: Path) -> list[str]:
+def _plugins(run_dir: Path) -> list[str]:
+    """Methods and objectives from outside that this user's own `clae train` used in this folder."""
+    note = _note(run_dir)
+    return _remembered(note, "plugins") if _is_private(note.parent) else []
+
+
+def _remembered(note: Path, key: str = "settings") -> list[str]:
     try:
-        settings = read_object(note, _MAX_BYTES).get("settings")
+        settings = read_object(note, _MAX_BYTES).get(key)
     except ReadError:  # no note, or a damaged one: nothing is trusted
         return []
     return [one for one in settings if isinstance(one, str)] if isinstance(settings, list) else []
@@ -207,14 +218,14 @@ def _remembered(note: Path) -> list[str]:
 def _is_private(folder: Path) -> bool:
     """True if nobody but this user can have written the notes."""
     try:
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
 def _digest(config: Config) -> str:
-    """sha256 of the settings that make a command run, contact or write something, as config.yaml holds them."""
+    """sha256 of the settings that make a command run, contact or write something, as written in config.yaml."""
     kept = shareable(config)
     acting = [kept.data.shards, kept.data.mixture, kept.data.cache, kept.tracking.name, kept.tracking.uri]
     return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()

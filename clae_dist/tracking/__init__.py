@@ -1,4 +1,4 @@
-"""Where a run's metrics, artifacts and encoder go: the run folder, the console, MLflow."""
+"""Trackers of metrics, artifacts and encoder: the run folder, the console, MLflow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.files import MetricsFile, MetricsRows
-from clae_dist.tracking.null import NullTracker
 from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
 
 __all__ = [
     "MetricsFile",
-    "NullTracker",
     "Status",
     "TrackedSet",
     "Tracker",
@@ -30,12 +28,12 @@ __all__ = [
 
 
 def new_run_key() -> str:
-    """A name for a new run. Keep it in the run folder: by it a continued run finds its MLflow run."""
+    """A key for a new run, kept in run.json, by which a resumed run finds its MLflow run."""
     return uuid.uuid4().hex
 
 
 def check_tracking(config: Config, run_dir: Path) -> None:
-    """Raises ConfigError for tracking that cannot work on this machine; changes nothing and asks no server."""
+    """Raise ConfigError for tracking that cannot work on this machine; changes nothing and contacts no server."""
     if config.tracking.name == "mlflow":
         from clae_dist.tracking import mlflow
 
@@ -54,14 +52,16 @@ def continue_tracking(
     trained: bool = False,
     dataset: TrackedSet | None = None,
 ) -> Tracker:
-    """A tracker that adds results, a report or a model to a run beside or after its training. Raises ConfigError.
+    """A tracker that adds results, a report or a model to a run during or after its training. Raises ConfigError.
 
-    The run's status stays as it is there, whatever `close` says. `trained`: this run has been trained to its end; metrics that
-    could not be sent then are sent now, each once, and its status, if it is not there, too.
+    The status of the run in the store does not change.
+
+    Args:
+        trained: the run has been trained to its end; metrics and a status that could not be sent then are sent now.
     """
     check_tracking(config, run_dir)
     if config.tracking.name == "none":
-        return NullTracker()
+        return Tracker()
     from clae_dist.tracking import mlflow
     from clae_dist.tracking.background import BackgroundTracker
 
@@ -93,11 +93,15 @@ def build_trackers(
     stream: IO[str],
     dataset: TrackedSet | None = None,
 ) -> Trackers:
-    """The trackers of rank 0; other ranks use NullTracker. Building them again continues the training of the same run.
+    """The trackers of rank 0; other ranks use a plain Tracker. Building them again resumes the same run.
 
-    `tags` say what the run is (package_version, git_revision, manifest_digest); `resume_images_seen` is the checkpoint's,
-    0 for a new run; `stream` is the console; `dataset` is what it is trained on. Raises ConfigError for tracking that cannot
-    work on this machine.
+    Args:
+        tags: package_version, git_revision and manifest_digest.
+        resume_images_seen: that of the checkpoint, 0 for a new run.
+        stream: the console.
+        dataset: the training images.
+
+    Raises: ConfigError for tracking that cannot work on this machine.
     """
 
     check_tracking(config, run_dir)
@@ -116,7 +120,7 @@ def build_trackers(
         uri = mlflow.store_uri(config, run_dir)
         name, config_file = run_dir.resolve().name, RunFolder(run_dir).config_file
         store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, config_file=config_file, dataset=dataset)
-        # The process that was killed may not have sent all that it had written down.
+        # A killed process may not have sent all lines of the file.
         others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))
         page = mlflow.page_command(uri)
     return Trackers(file, others, say, page)

@@ -1,4 +1,4 @@
-"""BackgroundTracker: feeds a store that may be slow or away from a thread of its own, so that no step ever waits for it."""
+"""A tracker that sends to a slow or unreachable store from its own thread, so that no step waits for it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Protocol
 
 from clae_dist.data.urls import redact_text
 from clae_dist.tracking.files import MetricsRows
-from clae_dist.tracking.tracker import MetricsRow, Say, Status
+from clae_dist.tracking.tracker import MetricsRow, Say, Status, Tracker
 
 ROWS_AT_ONCE = 100
 
 
 class Refused(Exception):
-    """The store answered and will not take this; trying again is pointless."""
+    """The store rejected the request; a retry cannot succeed."""
 
 
 class Store(Protocol):
-    """Where things go. Called from one thread only; any exception other than Refused means "away, try again"."""
+    """The destination. Called from one thread only; any exception other than Refused is retried."""
 
     address: str
 
     def open(self) -> None:
-        """Find or make the run; may be called again after it failed."""
+        """Find or create the run; may be called again after a failure."""
 
     def log_rows(self, rows: list[MetricsRow]) -> None: ...
 
@@ -39,15 +39,17 @@ class Store(Protocol):
 
 
 class _GaveUp(Exception):
-    """The run is over and the store is still away."""
+    """The run has ended and the store is still unreachable."""
 
 
-class BackgroundTracker:
-    """A Tracker over a Store.
+class BackgroundTracker(Tracker):
+    """A Tracker that queues for a Store.
 
     Metrics wait in a queue of `capacity` rows; when it is full the oldest row is dropped and counted. Artifacts and the
-    model are few and are never dropped before the end. `close` waits `close_timeout_s` at most. `rows` were logged before this
-    process was started, and come first.
+    model are never dropped before the end. `close` waits at most `close_timeout_s`.
+
+    Args:
+        rows: logged before this process was started; sent first.
     """
 
     def __init__(
@@ -63,16 +65,16 @@ class BackgroundTracker:
     ) -> None:
         self._store, self._say, self._retry_s, self._close_timeout_s = store, say, retry_s, close_timeout_s
         self._rows: deque[MetricsRow] = deque()
-        self._earlier, self._num_earlier = iter(rows), len(rows)  # of an earlier start, read when they are sent
+        self._earlier, self._num_earlier = iter(rows), len(rows)  # of an earlier start; read when they are sent
         self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
-        self._taken_rows = 0  # what the thread has taken from the queue and not finished
+        self._taken_rows = 0  # taken from the queue by the thread and not finished
         self._taken_job: list[str] = []
         self._capacity = capacity
         self._lost_rows = 0
         self._lost_jobs: list[str] = []
         self._last_images_seen = images_seen
         self._status: Status | None = None
-        self._away = self._has_refused = False
+        self._unreachable = self._has_refused = False
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"tracking {store.address}", daemon=True)
@@ -136,13 +138,13 @@ class BackgroundTracker:
         except _GaveUp:
             pass  # `close` counts what is left in the queue
         except Refused as error:
-            self._say(f"{self._store.address} refused this run ({error}); metrics.jsonl goes on without it.")
+            self._say(f"{self._store.address} refused this run ({error}); metrics.jsonl is still written.")
         finally:
             with self._changed:
                 self._over.set()
 
     def _send_next(self) -> bool:
-        """Sends some of the queue, waiting for something to send. False when the run is over and the queue is empty."""
+        """Send a part of the queue, after waiting for one. Returns False when the run has ended and the queue is empty."""
         earlier = list(islice(self._earlier, ROWS_AT_ONCE)) if self._num_earlier else []
         with self._changed:
             self._num_earlier = max(0, self._num_earlier - len(earlier)) if earlier else 0
@@ -158,7 +160,7 @@ class BackgroundTracker:
             self._lose_taken()
             if not self._has_refused:
                 self._has_refused = True
-                self._say(f"{self._store.address} refused {name or 'metrics'} ({error}); it is left out there.")
+                self._say(f"{self._store.address} refused {name or 'metrics'} ({error}); it is missing there.")
         except _GaveUp:
             self._lose_taken()
             raise
@@ -173,7 +175,7 @@ class BackgroundTracker:
             self._taken_rows, self._taken_job = 0, []
 
     def _until_done(self, action: Callable[[], None]) -> None:
-        """Tries until the store takes it. Raises Refused when it never will, _GaveUp when the run is over before it does."""
+        """Retry until the store accepts it. Raises Refused for a rejection, _GaveUp if the run ends first."""
         while True:
             over = self._status is not None
             try:
@@ -181,21 +183,23 @@ class BackgroundTracker:
             except Refused:
                 raise
             except Exception as error:
-                if not self._away:
-                    self._away = True
-                    self._say(f"{self._store.address} is away ({brief(error)}); the run goes on and sends the rest later.")
+                if not self._unreachable:
+                    self._unreachable = True
+                    self._say(
+                        f"{self._store.address} is unreachable ({brief(error)}); the run continues and sends the rest later."
+                    )
                 if over:
                     raise _GaveUp from error
                 with self._changed:
                     self._changed.wait_for(lambda: self._status is not None, timeout=self._retry_s)
                 continue
-            if self._away:
-                self._away = False
-                self._say(f"{self._store.address} is back.")
+            if self._unreachable:
+                self._unreachable = False
+                self._say(f"{self._store.address} is reachable again.")
             return
 
 
 def brief(error: BaseException) -> str:
-    """The first line of an error, short enough for the console and without logins."""
+    """The first line of an error, shortened for the console, without credentials."""
     text = (redact_text(str(error)).strip().splitlines() or [type(error).__name__])[0]
     return text if len(text) <= 160 else text[:157] + "..."

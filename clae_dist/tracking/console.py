@@ -1,4 +1,4 @@
-"""ConsoleTracker: a run as aligned lines of text, of at most 100 characters as a rule; `read_line` reads them back."""
+"""Console output of a run as aligned lines of text, usually at most 100 characters; `read_line` parses them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from clae_dist.progress import duration
-from clae_dist.tracking.tracker import Status
+from clae_dist.tracking.tracker import Tracker
 
-STARTING = "starting: "  # begins a line about what goes on before the first step
-WAITING = 5  # percent of the time for data, above which a line says so
+STARTING = "starting: "  # prefix of lines about the time before the first step
+WAITING = 5  # percent of the time waiting for data, above which a line shows it
 _LINE = re.compile(
     r"step +(?P<step>\d+)/(?P<total>\d+)(  epoch +[\d.]+)?  "
     r"((?P<loss>loss [^ ]+( \([^)]*\))?)(  +(?P<speed>[\d,]+ images/s))?.*?(  (?P<left>left [\w :]+))?|(?P<note>kNN .*))$"
@@ -22,7 +21,7 @@ _LINE = re.compile(
 
 @dataclass(frozen=True)
 class StepLine:
-    """How far a run is, as a line says it; texts are "" where the line has none."""
+    """The content of a line of ConsoleTracker; texts are "" if the line has none."""
 
     step: int
     total: int
@@ -33,16 +32,16 @@ class StepLine:
 
 
 def read_line(line: str) -> StepLine | None:
-    """The content of a line that ConsoleTracker wrote; None for any other line."""
-    found = _LINE.fullmatch(line)
-    if found is None:
+    """Parse a line that ConsoleTracker wrote; None for any other line."""
+    match = _LINE.fullmatch(line)
+    if match is None:
         return None
-    texts = {name: found[name] or "" for name in ("loss", "speed", "left", "note")}
-    return StepLine(int(found["step"]), int(found["total"]), **texts)
+    texts = {name: match[name] or "" for name in ("loss", "speed", "left", "note")}
+    return StepLine(int(match["step"]), int(match["total"]), **texts)
 
 
-class ConsoleTracker:
-    """Writes a line for metrics that hold a loss, and one for a kNN accuracy.
+class ConsoleTracker(Tracker):
+    """Prints a line for metrics with a loss, and one for a kNN accuracy.
 
     step  120/1560  epoch  2.31  loss 5.123 (clean 5.012, attacked 5.235)     512 images/s  left 11:59
 
@@ -58,15 +57,6 @@ class ConsoleTracker:
         for parts in (self._training(metrics, images_seen), _evaluation(metrics)):
             if parts:
                 self._write("  ".join([*self._place(metrics), *parts]))
-
-    def log_artifacts(self, path: Path, name: str) -> None:
-        pass
-
-    def log_model(self, export_folder: Path, digest: str) -> None:
-        pass
-
-    def close(self, status: Status) -> None:
-        pass
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")

@@ -1,4 +1,4 @@
-"""The images of a run as a tracking page shows them: name, digest, where they lie, and how many there are."""
+"""The training images of a run for a tracking page: name, digest, location and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_DIGEST = 36  # characters that MLflow keeps
 
 @dataclass(frozen=True)
 class TrackedSet:
-    """A set of images in words. `source` is a JSON object without logins, tokens or commands."""
+    """Description of a set of images. `source` is a JSON object without credentials or commands."""
 
     name: str
     digest: str

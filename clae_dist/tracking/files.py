@@ -1,4 +1,4 @@
-"""metrics.jsonl: the truth about a run. One JSON object a line, written and flushed as it is logged."""
+"""metrics.jsonl, the complete metrics of a run: one JSON object per line, written as it is logged."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from clae_dist.files import write_atomically
 from clae_dist.reading import is_count, parse_line, raw_lines
 from clae_dist.storage import writing
-from clae_dist.tracking.tracker import MetricsRow, Say, Status
+from clae_dist.tracking.tracker import MetricsRow, Say, Status, Tracker
 
 
 class MetricsRows:
-    """The whole lines that such a file has now, as rows with now as their time; read when they are asked for, not kept."""
+    """The complete lines that the file has now, as rows with the current time; read on iteration, not kept."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._now_ms = path, int(time.time() * 1000)
         self._num_lines = sum(1 for _ in raw_lines(path))
 
     def __len__(self) -> int:
-        """The rows, and the lines that are none."""
+        """The number of lines, including damaged ones."""
         return self._num_lines
 
     def __iter__(self) -> Iterator[MetricsRow]:
@@ -37,13 +37,12 @@ class MetricsRows:
                 yield MetricsRow(metrics, seen, self._now_ms)
 
 
-class MetricsFile:
+class MetricsFile(Tracker):
     """Appends lines {"images_seen": n, …} to `path`.
 
-    Opening it for a run that goes on at `resume_images_seen` first takes away what a kill left behind: lines that are
-    cut off, and lines of steps after the checkpoint, which are trained and logged again. A run that starts at 0 has no
-    checkpoint: it keeps no line, not even those logged before its first step.
-    A disk that is full does not end the run: lines wait until it has room again.
+    A run that resumes at `resume_images_seen` first removes what a kill left behind: lines that are cut off, and lines of
+    steps after the checkpoint, which are trained and logged again. A run without a checkpoint (0) keeps no line.
+    A full disk does not end the run: lines wait in memory until it has room again.
     """
 
     def __init__(self, path: Path, resume_images_seen: int, say: Say) -> None:
@@ -51,34 +50,28 @@ class MetricsFile:
         self._trim(resume_images_seen, say)
         with writing(path):
             self._file = path.open("ab", buffering=0)
-        self._end = self._file.tell()  # of the last whole line
+        self._end = self._file.tell()  # of the last complete line
         self._waiting: list[bytes] = []
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        """Writes the line, and those before it that a full disk did not take."""
+        """Write the line, and earlier ones that are waiting for room on the disk."""
         self._waiting.append(json.dumps({"images_seen": images_seen, **metrics}).encode() + b"\n")
         data, late = b"".join(self._waiting), len(self._waiting) > 1
         try:
-            if self._file.write(data) < len(data):  # what fitted of it
+            if self._file.write(data) < len(data):  # a partial write
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._file.truncate(self._end)
             if not late:
                 self._say(
-                    f"{self.path} cannot be written ({error.strerror}): training goes on, and the metrics wait in memory; free "
-                    "some of that disk."
+                    f"{self.path} cannot be written ({error.strerror}): training continues and the metrics wait in memory; "
+                    "free some of that disk."
                 )
             return
         self._end += len(data)
         self._waiting.clear()
         if late:
-            self._say(f"{self.path} is written again; it has all metrics.")
-
-    def log_artifacts(self, path: Path, name: str) -> None:
-        pass  # they lie in the run folder already
-
-    def log_model(self, export_folder: Path, digest: str) -> None:
-        pass
+            self._say(f"{self.path} can be written again and has all metrics.")
 
     def close(self, status: Status) -> None:
         self._file.close()
@@ -86,20 +79,21 @@ class MetricsFile:
             self._say(f"{self.path} could not be written to the end: its last {len(self._waiting)} lines are missing.")
 
     def rows(self) -> MetricsRows:
-        """What the file holds now."""
+        """The lines that the file has now."""
         return MetricsRows(self.path)
 
     def _trim(self, resume_images_seen: int, say: Say) -> None:
         last = resume_images_seen or -1
-        taken = torn = 0
+        num_removed = torn = 0
         for line in raw_lines(self.path):
             seen = _images_seen(line)
             torn += seen is None
-            taken += seen is None or seen > last
-        if not taken:
+            num_removed += seen is None or seen > last
+        if not num_removed:
             return
+        lines = f"{num_removed} line{'s' * (num_removed != 1)}"
         note = f" ({torn} of them cut off)" if torn else ""
-        say(f"{self.path.name}: took away {taken} lines{note}; the run goes on at image {resume_images_seen}")
+        say(f"{self.path.name}: removed {lines}{note}; the run resumes at image {resume_images_seen}")
         seen_of = ((line, _images_seen(line)) for line in raw_lines(self.path))
         write_atomically(self.path, (line for line, seen in seen_of if seen is not None and seen <= last))
 
@@ -108,7 +102,7 @@ _WHOLE = re.compile(rb'\{"images_seen": (\d{1,15})[,}]')  # how `log` writes a l
 
 
 def _images_seen(line: bytes) -> int | None:
-    """The images_seen of a line, None where the line is not whole."""
+    """The images_seen of a line, None if the line is incomplete."""
     if (written := _WHOLE.match(line)) and line.endswith(b"}\n"):
         return int(written[1])
     content = parse_line(line)

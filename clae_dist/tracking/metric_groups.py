@@ -1,4 +1,4 @@
-"""Names of metrics on a tracking page, which groups them by the word before a slash: train/loss, evaluation/knn_accuracy."""
+"""Names of metrics on a tracking page, grouped by the word before a slash: train/loss, evaluation/knn_accuracy."""
 
 from __future__ import annotations
 

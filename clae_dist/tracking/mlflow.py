@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from clae_dist.config import Config, ConfigError
 from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import uri_without_secrets
-from clae_dist.recipe import flatten
+from clae_dist.keys import flatten
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.background import Refused, brief
 from clae_dist.tracking.dataset import TrackedSet
@@ -61,7 +61,7 @@ def _sqlite_uri(database: Path) -> str:
 
 
 def page_command(uri: str) -> str:
-    """What a user types to see the runs, on this machine alone as is MLflow's default; the password is theirs to add."""
+    """The command that shows the runs, on this machine only, as is MLflow's default; the user adds the password."""
     shown = uri_without_secrets(uri)
     if urlsplit(uri).scheme in ("http", "https"):
         return shown
@@ -134,19 +134,19 @@ class MlflowStore:
         self._client = connect(self._uri)
         with refusals():
             self._experiment_id = find_experiment(self._client, self._uri, self._experiment)
-            found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'", max_results=1)
-            if not found:
+            runs = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'", max_results=1)
+            if not runs:
                 self._create()
             elif self._training:
-                self._continue(found[0])
+                self._continue(runs[0])
             else:
-                self.run_id = found[0].info.run_id
+                self.run_id = runs[0].info.run_id
                 if self._trained:
-                    self._learn_known(found[0])
-                    self._ends_run = found[0].info.status != STATUS["finished"]
+                    self._learn_known(runs[0])
+                    self._ends_run = runs[0].info.status != STATUS["finished"]
         self._show_settings_and_images()
         if self._training:
-            self._start_monitor(resume=bool(found))
+            self._start_monitor(resume=bool(runs))
 
     def log_rows(self, rows: list[MetricsRow]) -> None:
         from mlflow.entities import Metric
@@ -246,7 +246,7 @@ class MlflowStore:
 
     def _learn_known(self, run: Any) -> None:
         ours = [key for key in run.data.metrics if not key.startswith("system/")]
-        self._known = {key: {found.step for found in self._client.get_metric_history(self.run_id, key)} for key in ours}
+        self._known = {key: {value.step for value in self._client.get_metric_history(self.run_id, key)} for key in ours}
 
     def _log_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param
@@ -291,14 +291,14 @@ def connect(uri: str) -> Any:
 
 def find_experiment(client: Any, uri: str, name: str) -> str:
     """The id of the experiment, made where it is missing, with its artifacts beside an sqlite file and not in the cwd."""
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         database = _sqlite_file(uri)
         location = (database.parent / "mlartifacts" / name).as_uri() if database else None
         return str(client.create_experiment(name, artifact_location=location))
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise Refused(f"experiment {name!r} was deleted there; restore it or choose another tracking.experiment")
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 @contextmanager

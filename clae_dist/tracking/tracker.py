@@ -1,13 +1,13 @@
-"""Tracker: where metrics, artifacts and the encoder go; Trackers hands them to several."""
+"""Receivers of metrics, artifacts and the encoder: the interface, and one that forwards to several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-Status = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be continued
+Status = Literal["finished", "stopped", "failed"]  # stopped: by a signal, can be resumed
 Say = Callable[[str], None]
 
 
@@ -20,14 +20,16 @@ class MetricsRow:
     time_ms: int  # since 1970
 
 
-class Tracker(Protocol):
-    """Something that takes what a run reports. Used on rank 0; `NullTracker` stands in on the other ranks."""
+class Tracker:
+    """A receiver of what a run reports, used on rank 0. This base class ignores everything, as other ranks do."""
+
+    page = ""  # the command that opens the tracking page, or ""
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Record metrics (plain numbers, no tensors) at the number of images that training has seen."""
 
     def log_artifacts(self, path: Path, name: str) -> None:
-        """Keep a file, or the content of a folder, under `name`. The path must stay there until `close`."""
+        """Keep a file, or the content of a folder, under `name`. The path must exist until `close`."""
 
     def log_model(self, export_folder: Path, digest: str) -> None:
         """Keep the exported encoder with the digest of the manifest it was trained on."""
@@ -36,14 +38,14 @@ class Tracker(Protocol):
         """Send what is left; nothing may be logged afterwards."""
 
 
-class Trackers:
-    """The metrics file, whose failure is the run's failure, and others, whose failure is said once and never stops a run."""
+class Trackers(Tracker):
+    """The metrics file, whose failure ends the run, and other trackers, which are dropped with a message when they fail."""
 
     def __init__(self, file: Tracker, others: Sequence[Tracker], say: Say, page: str = "") -> None:
         self._file = file
         self._others = list(others)
         self._say = say
-        self.page = page  # the command that opens the tracking page, or ""
+        self.page = page
 
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         self._file.log(metrics, images_seen)
@@ -67,9 +69,9 @@ class Trackers:
         for tracker in list(self._others):
             try:
                 getattr(tracker, method)(*arguments)
-            except Exception as error:  # a display that fails must not cost a run of days
+            except Exception as error:  # a failing display must not end a run of days
                 self._others.remove(tracker)
                 self._say(
                     f"{type(tracker).__name__} failed in {method} ({type(error).__name__}: {error}) and is off for the rest "
-                    f"of this run; metrics.jsonl goes on."
+                    f"of this run; metrics.jsonl is still written."
                 )

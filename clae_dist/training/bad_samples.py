@@ -1,4 +1,4 @@
-"""Samples that cannot be decoded: named, counted, and too many of them end the run. All ranks know the same ones."""
+"""Undecodable samples: named, counted, and the end of the run if they are too many. All ranks know the same ones."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class BadSamples:
         self.known = dict(known)  # sample: reason
 
     def new_in(self, found: dict[str, str]) -> bool:
-        """Whether one of them was not known."""
+        """True if one of them is new."""
         return not found.keys() <= self.known.keys()
 
     def add(self, found: dict[str, str], world: World, say: Callable[[str], None]) -> None:
-        """Takes what each rank found; a collective. Raises DataError on every rank when they are more than allowed."""
+        """Share the undecodable samples of all ranks. Collective. Raises DataError if they are more than allowed."""
         new = {sample: reason for part in world.gather_objects(found) for sample, reason in part.items()}
         for sample, reason in new.items():
             if sample not in self.known:
                 self.known[sample] = reason
                 if len(self.known) <= _SAID:
-                    say(f"{sample} cannot be decoded ({reason}); the next of its shard is in its place")
+                    say(f"{sample} cannot be decoded ({reason}); replaced by the next of its shard")
                 if len(self.known) == _SAID:
-                    say(f"further ones are named in {self._file} only")
+                    say(f"further ones are only in {self._file}")
         lines = [json.dumps({"sample": sample, "reason": reason}) + "\n" for sample, reason in sorted(self.known.items())]
         if world.is_main:
             try:
                 write_atomically(self._file, "".join(lines).encode())
             except OSError as error:  # the list is in the checkpoint, too, and is written with the next one that is found
-                say(f"{self._file} cannot be written ({error.strerror}): training goes on; free some of that disk.")
+                say(f"{self._file} cannot be written ({error.strerror}): training continues; free some of that disk.")
         if len(self.known) > self._budget:
             sample, reason = min(self.known.items())
             raise DataError(
                 f"{len(self.known)} of {self._num_samples} images cannot be decoded, more than the {self._budget} that "
                 f"data.max_bad allows, such as {sample} ({reason}); {self._file} lists them. `python -m data_prep verify` "
-                "says whether the shards have changed; a larger data.max_bad goes on without them."
+                "tells if the shards have changed; a larger data.max_bad skips these images."
             )

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by name."""
+"""Accounting of time: seconds by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Seconds spent, by name, since the last `read`. On a GPU by its own events: only `read` and `stopped` wait for it."""
+    """Seconds by name since the last `read`. On a GPU, measured by events: only `read` and `stopped` synchronise."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,7 +51,7 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What happens inside (evaluation, checkpoints) does not count."""
+        """Context (evaluation, checkpoints) whose time is not counted."""
         start = self._now()
         yield
         self._since += self._now() - start

@@ -1,4 +1,4 @@
-"""What comes after training: evaluation, report and export, each told to the run's tracker, too."""
+"""Evaluation, report and export of a finished run, each also sent to the run's tracker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clae_dist.evaluation.stored import read_summary
 from clae_dist.runs.claim import only_evaluation
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run
-from clae_dist.tracking import NullTracker, Tracker, continue_tracking
+from clae_dist.tracking import Tracker, continue_tracking
 
 Say = Callable[[str], None]
 
@@ -36,7 +36,7 @@ def evaluate(run_dir: Path, say: Say = escape.say, shards: str = "", permission:
 def report(
     run_dir: Path, compare: Sequence[Path] = (), say: Say = escape.say, shards: str = "", permission: Permission = NOTHING
 ) -> dict[str, Any]:
-    """write_report(), the report also in MLflow; says the table, beside those of the runs `compare`. Returns the summary.
+    """Write the report, log it to MLflow, and print the table beside those of the runs `compare`. Returns the summary.
 
     Raises ConfigError for a run that is named twice, and for one that has no report yet.
     """
@@ -57,7 +57,7 @@ def report(
 
 
 def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say, permission: Permission = NOTHING) -> Path:
-    """export_encoder(), the encoder also in MLflow, as a logged model."""
+    """Export the encoder, and log it to MLflow as a model."""
     folder = export_encoder(run_dir, destination, permission)
     identity, description = RunFolder(run_dir).read_identity(), json.loads((folder / CONFIG).read_text())
     with _tracker(run_dir, description["images_seen"], say, permission) as tracker:
@@ -74,7 +74,7 @@ def _tracker(run_dir: Path, images_seen: int, say: Say, permission: Permission) 
     config, refusal = open_run(run_dir, permission).to_track()
     if refusal:
         say(refusal)
-        yield NullTracker()
+        yield Tracker()
         return
     identity = RunFolder(run_dir).read_identity()
     tracker = continue_tracking(config, run_dir, identity.run_key, tags=identity.tags, images_seen=images_seen, say=say)

@@ -1,4 +1,4 @@
-"""Leaving in good order: signals and stop files become a question that every step asks."""
+"""Stop requests by signals and stop files, which every step checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ handed_on: Callable[[], int] = _nothing
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by a signal, or by a STOP file in the run folder."""
+    """A request to stop, by a signal or by a STOP file in the run folder."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = RunFolder(run_dir).stop_file
@@ -38,7 +38,7 @@ class StopRequest:
         return bool(self.reason)
 
     def make(self, reason: str) -> None:
-        """From now on the request is there, and time runs."""
+        """Record the request and its time."""
         if not self.reason:
             self._asked_at, self.reason = time.monotonic(), reason
 
@@ -59,15 +59,15 @@ class StopRequest:
 
 @contextmanager
 def listen_for_stop(run_dir: Path) -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM only set the request, unless this process ignores them; SIGUSR1, a scheduler's notice, always.
+    """Context in which SIGINT, SIGTERM and SIGUSR1 (a scheduler's notice) only set the request.
 
-    Outside of the main thread signals are the launcher's affair.
+    SIGINT and SIGTERM stay ignored if this process ignores them. Outside of the main thread, the launcher handles signals.
     """
     request = StopRequest(run_dir)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    # Launchers let ranks start with SIGUSR1 ignored, lest it kill those that do not listen yet.
+    # Launchers start ranks with SIGUSR1 ignored, so that it does not kill ranks that have no handler yet.
     heard = [n for n in STOP_SIGNALS if n == signal.SIGUSR1 or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, request.on_signal) for number in heard}
     try:

@@ -1,4 +1,4 @@
-"""What ranks that get no further say of themselves, and the one line that follows from it."""
+"""Reports of ranks without progress, and the line that names the cause."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXTS = ("host", "doing", "where", "stack")
 
 @dataclass(frozen=True)
 class Phase:
-    """What a rank does, in the step after `step` others. A new object whenever that begins: it is compared by identity."""
+    """The activity of a rank, in the step after `step` others. Compared by identity: a new object means progress."""
 
     doing: str
     step: int
@@ -27,7 +27,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Report:
-    """A rank that gets no further: its host, what it does and for how long, and its main thread's stack."""
+    """A rank without progress: host, activity and its duration, and the main thread's stack."""
 
     rank: int
     host: str
@@ -39,7 +39,7 @@ class Report:
 
 
 def read_report(path: Path) -> Report | None:
-    """What a rank wrote; None where that cannot be read, which must not keep the others from being heard."""
+    """A rank's report; None if it cannot be read, which must not hide the others."""
     fields = {"rank": is_count, "step": is_count, "quiet_s": is_number, **dict.fromkeys(_TEXTS, is_text)}
     try:
         content = read_object(path)
@@ -50,7 +50,7 @@ def read_report(path: Path) -> Report | None:
 
 
 def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], folder: Path) -> str:
-    """One line that names the rank that is the cause, its host and what it does. `hosts` are those of all ranks, or empty."""
+    """One line that names the rank at fault, its host and its activity. `hosts`: those of all ranks, or empty."""
     first = min(reports, key=lambda report: report.rank)
     silent = [rank for rank in range(num_ranks) if rank not in {report.rank for report in reports}]
     in_data = [report for report in reports if report.doing == "data"]
@@ -74,7 +74,7 @@ def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], fol
     stacks = RunFolder(folder).hang
     return (
         f"no progress for {first.quiet_s:.0f} s after step {first.step}: {cause}. Stacks of all ranks: {stacks}. "
-        "The same command goes on from the newest checkpoint."
+        "The same command resumes from the newest checkpoint."
     )
 
 
@@ -86,7 +86,7 @@ def stacks_by_ranks(reports: Sequence[Report]) -> str:
 
 
 def _outliers(reports: Sequence[Report]) -> list[Report]:
-    """Those that are where the fewest are; of two places with as many ranks, where rank 0 is not. [] if all are in one."""
+    """The reports at the least common place; of two equally common places, the one without rank 0. [] if all are at one."""
     places: dict[tuple[str, str], list[Report]] = {}
     for report in sorted(reports, key=lambda report: report.rank, reverse=True):
         places.setdefault((report.doing, report.where), []).append(report)

@@ -1,6 +1,6 @@
-"""An error in a helper thread of a rank (checkpoints, tracking, prefetch, watchdog, …) ends the rank at once, with its words.
+"""An error in a helper thread of a rank (checkpoints, tracking, prefetch, watchdog, …) ends the rank at once, with a message.
 
-Python would print a traceback, and the run would go on without the thread: wait for it for ever, or lose what it does.
+Otherwise Python would print a traceback, and the run would wait for the thread forever or lose its work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HERE = os.sep + "clae_dist" + os.sep
 
 @contextmanager
 def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]:
-    """Inside, an exception that leaves a thread of this package ends the process with code UNEXPECTED; others are as before."""
+    """Context in which an uncaught exception in a thread of this package ends the process with code UNEXPECTED."""
     before = threading.excepthook
 
     def end(failure: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run logs about its steps: losses of the global batch, speed, and advice where time is lost."""
+"""Metrics of the steps: losses of the global batch, speed, and advice if time is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clae_dist.config import Config
 from clae_dist.contrast.step import StepMetrics
 from clae_dist.data.loader import num_workers
 from clae_dist.runs.goodput import Ledger
-from clae_dist.tracking import NullTracker, Trackers
+from clae_dist.tracking import Tracker
 from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
@@ -24,14 +24,14 @@ MOST_WAIT = WAITING  # percent of the time for data, above which a run says what
 
 
 class Journal:
-    """Hands lines of metrics to the tracker. `train_s`: seconds that the steps before took; `first_step`: how many they are."""
+    """Sends metrics to the tracker. `first_step`, `train_s`: number and duration of the steps of earlier starts."""
 
     def __init__(
         self,
         config: Config,
         world: World,
         plan: Plan,
-        tracker: Trackers | NullTracker,
+        tracker: Tracker,
         bad: BadSamples,
         say: Callable[[str], None],
         ledger: Ledger,
@@ -53,25 +53,19 @@ class Journal:
         return time.perf_counter() - self._started
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A line about the run after `step` steps."""
+        """Log a line of metrics after `step` steps."""
         place = {"step": step, "epoch": step / self._plan.steps_per_epoch, "time_s": round(self.train_s, 3)}
         self._tracker.log({**place, **values}, self._plan.images_seen(step))
 
     def add(self, metrics: StepMetrics) -> None:
-        """Takes in a step's losses; nothing is waited for."""
-        named = {
-            "loss": metrics.loss,
-            "loss_clean": metrics.clean,
-            "loss_adversarial": metrics.adversarial,
-            "grad_norm": metrics.grad_norm,
-        }
-        for name, value in named.items():
-            if value is not None:
-                total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
-                self._sums[name] = total + value.detach().double(), steps + 1
+        """Add a step's losses, without synchronisation."""
+        terms = {f"loss_{name}": value for name, value in metrics.terms.items()}
+        for name, value in {"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm}.items():
+            total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
+            self._sums[name] = total + value.detach().double(), steps + 1
 
     def losses(self) -> dict[str, float]:
-        """Means over the steps since the last call that have them, and over the ranks: of the global batches. A collective."""
+        """Means over the ranks and over the steps since the last call that have the loss. Collective."""
         sums, self._sums = self._sums, {}
         if not sums:
             return {}
@@ -79,7 +73,7 @@ class Journal:
         return dict(zip(sums, means.tolist(), strict=True))
 
     def speed(self, step: int) -> dict[str, float]:
-        """Rates and shares (percent) of the time since the last call. A collective."""
+        """Rates, and shares (percent) of the time since the last call. Collective."""
         seconds, spent = self.clock.read()
         waited = self._world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
         self.ledger.move("training", "data", waited / 100 * seconds - spent.get("data", 0.0))
@@ -99,14 +93,14 @@ class Journal:
         }
 
     def close(self, step: int) -> None:
-        """The end of this start: where the time of the run went."""
+        """Log the goodput of the run at the end of this start."""
         self.ledger.close()
         goodput = self.ledger.so_far()
         self.log(step, goodput.metrics())
         self._say(goodput.describe())
 
     def _advise(self, waited: float) -> None:
-        """Says once what to change when data is waited for; the first lines are of a loader that has just been started."""
+        """Print advice once if the run waits for data; not in the first lines, while the loader starts."""
         self._lines += 1
         if waited > MOST_WAIT and self._lines > 2 and not self._advised:
             self._advised = True
@@ -115,5 +109,5 @@ class Journal:
                 f"{waited:.0f} % of the time is spent waiting for data, more than {MOST_WAIT} %: more loader processes "
                 f"(data.workers is {workers} a rank, this machine has {len(os.sched_getaffinity(0))} cores for "
                 f"{self._world.local_size} rank(s)), or smaller images (`python -m data_prep … --resize short=256`); "
-                "`clae bench data` says what a core can do."
+                "`clae bench data` measures a core's rate."
             )

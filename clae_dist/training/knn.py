@@ -1,4 +1,4 @@
-"""kNN accuracy while training, on parts of the splits."""
+"""kNN accuracy during training, on parts of the splits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from clae_dist.world import World
 def knn_while_training(
     config: Config, world: World, backend: Backend, manifest: Manifest, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """kNN accuracy (percent) of a part of the train split on the test split, of the images that have a label, and the ends of
-    its 95 % interval.
+    """kNN accuracy (percent) with its 95 % interval, of labelled images of parts of the train and test split.
 
-    {} without labels or a test split, and for a set of one class.
+    Returns {} without labels or a test split, and for a set of one class.
 
-    A collective. Raises DataError on every rank when one cannot read its images.
+    Collective. Raises DataError on every rank if one rank cannot read its images.
     """
     if not manifest.classes or config.data.test_split not in manifest.splits:
         return {}
@@ -41,7 +40,7 @@ def knn_while_training(
         assert share is not None
         found = gather(share, world)
         if len(found) < len(images):
-            say(f"{len(images) - len(found)} images of {split} cannot be decoded and are left out of the kNN")
+            say(f"{len(images) - len(found)} images of {split} cannot be decoded and are skipped in the kNN")
         return found
 
     with backend.full_model() as model:

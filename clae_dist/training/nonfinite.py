@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: written down so that they can be taken again, then left out, or the end.
+"""Steps with a non-finite loss or gradient: recorded for `clae replay`, then skipped, or the end of the run.
 
-A step that is left out changes nothing: weights, optimiser, average and running statistics stay as they were, and its images
-count as seen. All ranks agree, because the loss was reduced and the gradient's norm is that of the whole gradient.
+A skipped step changes nothing: weights, optimiser, average and running statistics stay as they were, and its images count as
+seen. All ranks agree, because the loss was reduced and the gradient's norm is that of the full gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORST = 20  # parameters whose gradients are written down
 
 
 class NonFiniteSteps:
-    """Leaves out up to guard.max_skipped steps of a run; `skipped` of them were left out before its last start."""
+    """Skips up to guard.max_skipped steps of a run; `skipped` of them were skipped before this start."""
 
     def __init__(
         self, config: Config, world: World, backend: Backend, manifest: Manifest, skipped: int, say: Callable[[str], None]
@@ -41,9 +41,9 @@ class NonFiniteSteps:
     def attempt(
         self, take_step: Callable[[], StepMetrics], batch: Batch, step: int, settings: dict[str, float]
     ) -> StepMetrics | None:
-        """take_step(), or None where it was left out. `settings` (learning rate, alpha) are written down with it.
+        """Run take_step(). Returns None if the step was skipped. `settings` (the learning rate) are recorded with it.
 
-        Raises RankError on every rank when no more may be left out.
+        Raises RankError on every rank if no more steps may be skipped.
         """
         may_skip = self.skipped < self._config.guard.max_skipped
         buffers = list(self._backend.model.buffers()) if may_skip else []
@@ -65,11 +65,11 @@ class NonFiniteSteps:
         if not may_skip:
             raise RankError(problem)
         self.skipped += 1
-        self._say(f"{problem}: left out ({self.skipped} of at most {self._config.guard.max_skipped}, guard.max_skipped)")
+        self._say(f"{problem}: skipped ({self.skipped} of at most {self._config.guard.max_skipped}, guard.max_skipped)")
         return None
 
     def _name_of(self, sample: int) -> str:
-        """Its shard and key, or its number where this rank alone cannot open the shard: the others wait for what it says."""
+        """Shard and key, or the number if this rank alone cannot open the shard: the other ranks wait for an answer."""
         try:
             return self._reader.name_of(sample)
         except DataError:
@@ -96,14 +96,13 @@ class NonFiniteSteps:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
                 write_atomically(folder / "step.json", (json.dumps(content, indent=1) + "\n").encode())
-            except (OSError, SafetensorError) as error:  # the step is left out as well without it
-                return f"step {step + 1} could not be written down: {error}"
-            return f"step {step + 1} is written down: `clae replay {folder}` takes it again"
+            except (OSError, SafetensorError) as error:  # the step is skipped without the record
+                return f"step {step + 1} could not be recorded: {error}"
+            return f"step {step + 1} was recorded: `clae replay {folder}` repeats it"
 
         self._say(self._world.run_on_main(write))
 
 
 def loss_parts(metrics: StepMetrics) -> dict[str, float]:
     """The parts of a rank's loss, as numbers."""
-    parts = {"loss": metrics.loss, "clean": metrics.clean, "adversarial": metrics.adversarial}
-    return {name: value.item() for name, value in parts.items() if value is not None}
+    return {name: value.item() for name, value in {"loss": metrics.loss, **metrics.terms}.items()}

@@ -1,4 +1,4 @@
-"""What a run is going to do, and saying so with the reasons."""
+"""The length of a run in steps, and the lines that describe a run before it starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from clae_dist.config import Attack, Config
+from clae_dist.config import Config
+from clae_dist.contrast.step import Moment
 from clae_dist.data.loader import num_workers
 from clae_dist.data.manifest import DataError
 from clae_dist.parallel import Backend
@@ -25,7 +26,6 @@ class Plan:
     steps_per_epoch: int
     total: int
     warmup: int
-    attack_from: int
     knn_every: int  # 0: never
 
     @staticmethod
@@ -48,7 +48,6 @@ class Plan:
             steps,
             total=in_steps(config.train.epochs, at_least=1),
             warmup=in_steps(config.optim.warmup_epochs),
-            attack_from=in_steps(config.attack.start_epoch),
             knn_every=in_steps(config.train.knn_every, at_least=1),
         )
 
@@ -56,11 +55,9 @@ class Plan:
         """The learning rate of a step."""
         return learning_rate_at(step, self.total, self.warmup, self.config.learning_rate(), self.config.optim.schedule)
 
-    def alpha(self, step: int) -> float:
-        """The weight of the adversarial term in a step; 0: nothing is attacked."""
-        attack = self.config.attack
-        on = attack.name != "none" and step >= self.attack_from and (step - self.attack_from) % attack.every == 0
-        return attack.alpha if on else 0.0
+    def moment(self, step: int) -> Moment:
+        """A step as the method sees it."""
+        return Moment(step, self.steps_per_epoch)
 
     def images_seen(self, step: int) -> int:
         return step * self.config.batch.global_size
@@ -69,7 +66,7 @@ class Plan:
 def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     """Lines for the console: decisions, with their reasons. A collective: every rank must exhaust it."""
     config = plan.config
-    size, rows, attack = config.batch.global_size, config.rows_per_rank(world.size), config.attack
+    size, rows = config.batch.global_size, config.rows_per_rank(world.size)
     micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
     streams = f"{1 + len(config.data.mixture)} sets" if config.data.mixture else f"{config.num_streams} canonical streams"
     hosts = sorted(set(world.gather_objects(platform.node())))
@@ -87,19 +84,10 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
         f"{num_workers(config, world.local_size)} loader process(es) a rank"
     )
     left_out = 0 if config.data.mixture else plan.num_samples - plan.steps_per_epoch * size
-    rest = f"; {left_out} sit out, other ones each epoch" if left_out else ""
+    rest = f"; {left_out} are skipped, different ones each epoch" if left_out else ""
     yield f"epoch: {plan.num_samples} images = {plan.steps_per_epoch} steps{rest}"
     yield (
         f"length: {plan.total} steps, {config.train.epochs:g} epochs; peak learning rate {config.learning_rate():.4g} "
         f"({config.optim.name}, {config.optim.scaling} scaling)"
     )
-    if attack.name != "none":
-        yield (
-            f"attack: {attack.name} ({attack.norm}), epsilon {attack.epsilon:.4g} ({attack.unit}), anchor {attack.anchor}, "
-            f"cost {attack.cost}, alpha {attack.alpha:g}, on the global batch's negatives{_less(attack)}"
-        )
-
-
-def _less(attack: Attack) -> str:
-    share = f"; on {attack.fraction:.0%} of the batch" if attack.fraction < 1 else ""
-    return share + (f"; every {attack.every} steps" if attack.every > 1 else "")
+    yield config.method.describe(config.attack)

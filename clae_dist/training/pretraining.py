@@ -1,4 +1,4 @@
-"""What the training step works with, from the parts of a run."""
+"""The parts of a run that the training step works with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from clae_dist.config import Config
+from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import TrainingEncoding
-from clae_dist.contrast.gather import Contrast
 from clae_dist.contrast.step import Pretraining
 from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
 from clae_dist.data.loader import Batch
 from clae_dist.data.noise import uniform_noise
+from clae_dist.methods import make_method
 from clae_dist.models.norms import routes_are_one_function
 from clae_dist.parallel import Backend
 from clae_dist.training.clock import Clock
@@ -22,22 +23,22 @@ from clae_dist.world import World
 
 
 def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
-    """What a step works with, from the parts of a run."""
+    """Collect what a training step needs from the parts of a run."""
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
 
     def view(batch: Batch, number: int) -> torch.Tensor:
         images = batch.views[number].to(world.device, non_blocking=True)
-        images = images.contiguous().float() / 255  # planar: what works on channels is half as fast on interleaved pixels
+        images = images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
         return augment(images, batch.draws[number], config.augment).to(dtype)
 
     def noise(batch: Batch) -> torch.Tensor:
         return uniform_noise(batch.draws[0], batch.views.shape[2:], world.device).to(dtype)
 
-    settings = config.objective
     return Pretraining(
         world=world,
+        method=make_method(config.method),
         attack=config.attack,
-        contrast=Contrast(settings.name, settings.temperature, world, settings.gather, settings.chunk),
+        contrast=Contrast(config.objective, world),
         encoding=TrainingEncoding(backend, config.batch.micro_size),
         pixel_std=backend.model.std,
         shared_norms=routes_are_one_function(backend.model),
@@ -49,5 +50,5 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
 
 
 def seed_step(config: Config, step: int, rank: int) -> None:
-    """Dropout and the like draw from the step's own seed: a resumed run draws what the first would have drawn."""
+    """Seed dropout and the like by step: a resumed run draws what an undisturbed one would have drawn."""
     torch.manual_seed(int(hashed(config.seed, step, rank)[0] >> np.uint64(1)))

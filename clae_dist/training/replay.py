@@ -1,5 +1,5 @@
-"""`clae replay RUN/nonfinite/step-…`: takes a step that was not finite once more, from what was written down, and says where
-the first number that is not finite comes from."""
+"""`clae replay RUN/nonfinite/step-…`: repeat a recorded step with a non-finite loss or gradient, and name the first module
+with a non-finite output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clae_dist.config import Config, ConfigError, Data, Parallel
-from clae_dist.contrast.step import NonFinite, pretrain_step
+from clae_dist.contrast.step import Moment, NonFinite, pretrain_step
 from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
 from clae_dist.escape import shown
@@ -48,7 +48,6 @@ def _is_rank(value: Any) -> bool:
 _FIELDS: dict[str, Check] = {
     "step": is_count,
     "world_size": lambda value: is_count(value) and 0 < value <= 1 << 20,
-    "alpha": is_number,
     "learning_rate": is_number,
     "problem": is_text,
     "precision": lambda value: is_text(value) and value in _CLOSE,
@@ -59,7 +58,7 @@ _FIELDS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Replay:
-    """What the step gave when it was taken again."""
+    """The result of the repeated step."""
 
     reproduced: bool
     text: str
@@ -102,6 +101,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])
     run = make_pretraining(config, world, backend, Clock(world.device))
+    moment = Moment(step, max(1, train.num_samples(config.data.train_split) // config.batch.global_size))
     (batch,) = load(train, config, world, step, step + 1)
     reader = ShardReader(train, config.data.train_split)
     mine = [reader.name_of(sample) for sample in batch.ids.tolist()]
@@ -110,7 +110,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     problem = ""
     with _first_not_finite(backend.model) as first:
         try:
-            metrics = pretrain_step(run, batch, wanted["alpha"])
+            metrics = pretrain_step(run, batch, moment)
             if not metrics.grad_norm.isfinite():
                 problem = "the gradient is not finite"
         except NonFinite as error:
@@ -121,7 +121,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     named = sorted(name for rank in wanted["ranks"] for name in rank["images"])
     checks = {
         "the images": sorted(images) == named,
-        "a number that is not finite": bool(problem),
+        "a non-finite number": bool(problem),
         "the parts of the loss": all(_same(parts.get(name), value, wanted["precision"]) for name, value in before.items()),
         "the gradients": all(_same(norms.get(name), value, wanted["precision"]) for name, value in _known(wanted, problem)),
     }
@@ -157,7 +157,7 @@ def _same(now: float | None, then: float, precision: str) -> bool:
 
 @contextmanager
 def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Fills a list with the first module whose output is not finite, and what else is not finite there."""
+    """Context that yields a list, filled with the first module whose output is non-finite, and its other non-finite tensors."""
     found: list[str] = []
 
     def look(name: str, kind: str) -> Any:

@@ -1,8 +1,7 @@
-"""When a run saves, and what its ranks must hear of each other for that.
+"""Schedule of checkpoints, and the coordination of ranks that save them.
 
-A save copies to host memory and goes on in a thread of each rank. Collectives stay in the loop: whether a write goes on
-or has failed travels with the flags that ranks exchange in every step; once all have written, rank 0 gives the checkpoint
-its name.
+A save copies to host memory; a thread of each rank writes. Collectives stay in the loop: the state of the write (in progress,
+failed) is part of the flags that ranks exchange in every step. Once all ranks have written, rank 0 renames the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from clae_dist.world import World
 
 @dataclass
 class _Pending:
-    """A checkpoint that has no name yet."""
+    """A checkpoint that is not committed yet."""
 
     step: int
     info: dict[str, Any]
@@ -34,7 +33,7 @@ class _Pending:
 
 
 class Saving:
-    """The checkpoints of a run. All ranks call alike, but for `flags`, which is no collective, and `close`."""
+    """The checkpoints of a run. Collective, except for `flags` and `close`."""
 
     def __init__(self, config: Config, world: World, backend: Backend, say: Callable[[str], None]) -> None:
         self._config, self._world, self._backend, self._say = config, world, backend, say
@@ -44,18 +43,18 @@ class Saving:
         self._waited = False
 
     def reserve(self) -> None:
-        """Makes room in host memory, in the background, once the optimiser has a state."""
+        """Reserve host memory in the background, once the optimiser has a state."""
         self._writer.reserve(self._backend.pieces())
 
     def flags(self) -> tuple[bool, bool, bool]:
-        """Whether, on this rank: it is time to save (rank 0's clock decides), a write goes on, a write has failed."""
+        """This rank's flags: time to save (by rank 0's clock), write in progress, write failed."""
         minutes = self._config.checkpoint.every_minutes
         due = self._world.is_main and 0 < minutes <= (time.monotonic() - self._last) / 60
         busy = self._writer.busy  # asked first: a thread says what failed before it ends
         return due, busy, bool(self._writer.problem)
 
     def hear(self, busy: bool, failed: bool) -> None:
-        """Takes the flags of any rank; a checkpoint that all have written gets its name. Raises CheckpointError."""
+        """Handle the flags of all ranks; commit a checkpoint that all have written. Raises CheckpointError."""
         if self._pending is None:
             return
         if failed:
@@ -77,7 +76,7 @@ class Saving:
             )
 
     def save(self, step: int, info: dict[str, Any]) -> float:
-        """Starts to save the state after `step` steps; the seconds that it held up training. Raises CheckpointError."""
+        """Begin to save the state after `step` steps. Returns the seconds that training waited. Raises CheckpointError."""
         start = time.perf_counter()
         if self._pending is not None:
             if not self._waited:
@@ -94,14 +93,14 @@ class Saving:
         return time.perf_counter() - start
 
     def settle(self) -> None:
-        """Waits until the checkpoint in flight, if any, has its name. Raises CheckpointError."""
+        """Wait until the checkpoint in progress, if any, is committed. Raises CheckpointError."""
         while self._pending is not None:
             self._writer.join()
             _, *raised = self.flags()
             self.hear(*self._world.flags_anywhere(*raised))
 
     def close(self) -> None:
-        """Ends this rank's thread; a checkpoint in flight is given up, and its leftovers go at the next start."""
+        """End this rank's thread. A checkpoint in progress is abandoned; the next start removes its files."""
         self._writer.cancel()
 
     def _give_up(self, pending: _Pending) -> None:
@@ -125,7 +124,7 @@ class Saving:
         )
 
     def _keep_traceback(self, failure: Exception | None) -> None:
-        """In the run folder, where a rank's other errors are kept: the thread that failed is gone."""
+        """Write the failed thread's traceback to the rank's error log in the run folder."""
         log = RunFolder(self._config.folder).error_log(self._world.rank, "checkpoint")
         with suppress(OSError):
             log.write_text(redact_text("".join(traceback.format_exception(failure))))

@@ -1,4 +1,4 @@
-"""The images of a run: opened and checked by all ranks together, mixed where the run asks for several sets."""
+"""The images of a run: opened and checked by all ranks together, and mixed if the run has several sets."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sets:
-    """`train` is trained on: `main`, or a mixture with `main` in it. `main` is what data.shards names, and evaluated on."""
+    """`main` is the set of data.shards, which is evaluated on; `train` is `main` or a mixture that contains it."""
 
     train: Manifest
     main: Manifest
 
 
 def check_sets(config: Config) -> Manifest | None:
-    """The manifest of what is trained on, from the manifests of the sets alone: before any rank is started.
+    """The manifest of the training set, from the manifests of the sets alone, before ranks start.
 
-    None for plain shards, whose samples are not known before they are indexed. Raises DataError or ConfigError, as open_sets.
+    None for plain shards, whose samples are unknown before they are indexed. Raises DataError or ConfigError, like open_sets.
     """
     names = [config.data.shards, *config.data.mixture]
     manifests = []
@@ -53,7 +53,7 @@ def check_sets(config: Config) -> Manifest | None:
 
 
 def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
-    """The first set, or the mixture of all at the shares of data.mixture."""
+    """The first set, or the mixture of all sets with the shares of data.mixture."""
     if len(sets) == 1:
         return sets[0]
     _check_different(sets)
@@ -62,11 +62,11 @@ def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
 
 
 def open_sets(config: Config, world: World, say: Say, progress: Callable[[], None] = lambda: None) -> Sets:
-    """Opens what the configuration names; the ranks check the shards between them. A collective.
+    """Open the sets that the configuration names; each rank checks a part of the shards. Collective.
 
-    `progress` is called again and again while that goes on.
+    `progress` is called repeatedly meanwhile.
 
-    Raises DataError or ConfigError, on every rank the same.
+    Raises the same DataError or ConfigError on every rank.
     """
     data, split = config.data, config.data.train_split
     main = open_shards(data, world, say, progress)
@@ -87,7 +87,7 @@ def open_sets(config: Config, world: World, say: Say, progress: Callable[[], Non
 
 
 def _check_different(sets: Sequence[Manifest]) -> None:
-    """Raises DataError for sets that are the same images by the sha256 of their shards."""
+    """Raise DataError for sets with the same images by the SHA-256 of their shards."""
     seen: dict[str, Manifest] = {}
     for manifest in sets:
         if not all(shard.sha256 for shards in manifest.splits.values() for shard in shards):
@@ -101,7 +101,7 @@ def _check_different(sets: Sequence[Manifest]) -> None:
 
 
 def _check(manifest: Manifest, config: Config, world: World, say: Say, progress: Callable[[], None]) -> None:
-    """Shards of this machine now; those from elsewhere are checked when they are fetched."""
+    """Check local shards; remote shards are checked when they are fetched."""
     shards = [shard for split in manifest.splits.values() for shard in split]
     if manifest.files is not None:
         say(f"data: {manifest.name}, {len(shards)} shards at {manifest.where}; {manifest.files.describe()}")

@@ -1,4 +1,4 @@
-"""The training run: everything between a World and a trained encoder. There is one loop, and it is here."""
+"""The training run, from a World to a trained encoder. The only training loop is here."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from clae_dist.deploy.export import export_encoder
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
 from clae_dist.runs.claim import only_run, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.tracking import (
-    NullTracker,
     Status,
     TrackedSet,
     Tracker,
-    Trackers,
     build_trackers,
     check_tracking,
     continue_tracking,
@@ -60,8 +59,8 @@ class TrainResult:
     step: int
 
 
-def train(config: Config, origins: dict[str, str], world: World, stream: TextIO = sys.stdout) -> TrainResult:
-    """Trains to the end of the configuration, or from where the run folder's newest checkpoint is.
+def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> TrainResult:
+    """Train to the end of the configuration, from the run folder's newest checkpoint if there is one. Collective.
 
     Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
     CheckpointError, on every rank the same.
@@ -71,6 +70,7 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
         if world.is_main:
             print(shown(text), file=stream, flush=True)
 
+    config = recipe.config
     config.rows_per_rank(world.size)
     with (
         failing_threads_end_the_rank(config, world),
@@ -78,12 +78,11 @@ def train(config: Config, origins: dict[str, str], world: World, stream: TextIO 
         Watch(config, world, stop) as watch,
         only_run(config.folder, world, say),
     ):
-        return _train(config, origins, world, stream, say, stop, watch)
+        return _train(recipe, world, stream, say, stop, watch)
 
 
-def _train(
-    config: Config, origins: dict[str, str], world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch
-) -> TrainResult:
+def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch) -> TrainResult:
+    config = recipe.config
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
@@ -94,7 +93,7 @@ def _train(
 
     def open_folder() -> Identity:
         check_tracking(config, config.folder)
-        return open_run_folder(config, origins, sets.train, world, new_run_key())
+        return open_run_folder(recipe, sets.train, world, new_run_key())
 
     identity: Identity = world.run_on_main(open_folder)
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
@@ -120,7 +119,7 @@ def _train(
         return TrainResult("finished", first_step)
 
     ledger.resumed(first_step, say)
-    tracker: Trackers | NullTracker = NullTracker()
+    tracker = Tracker()
     if world.is_main:
         seen = plan.images_seen(first_step)
         tracker = build_trackers(
@@ -153,7 +152,7 @@ def _train(
 
 
 def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say) -> None:
-    """The encoder as a logged model. The run is over and saved: what goes wrong here is said and does not undo it."""
+    """Log the encoder as a model. The run is complete and saved: a failure here is printed and does not undo it."""
     try:
         tracker.log_model(export_encoder(config.folder), manifest.digest)
     except (ConfigError, OSError) as error:
@@ -161,8 +160,10 @@ def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say)
 
 
 def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say: Say) -> tuple[int, float, dict[str, str], int]:
-    """Loads the newest whole checkpoint, if any; the steps that are done, the seconds that they took, their bad samples,
-    how many of them were left out."""
+    """Load the newest complete checkpoint, if any.
+
+    Returns the number of steps done, their seconds, their bad samples, and the number of skipped steps.
+    """
     world.run_on_main(lambda: remove_leftovers(config.folder))
     checkpoint = load_checkpoint(config.folder, say, world, shapes)
     if checkpoint is None:
@@ -173,7 +174,7 @@ def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say:
 
 
 def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None, str]:
-    """The next batch, or why this rank cannot have it."""
+    """The next batch, or the reason why this rank has none."""
     try:
         batch = next(batches)
     except DataError as error:
@@ -183,13 +184,13 @@ def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None,
     if len(batch.ids) != rows:
         return None, (
             f"rank {rank}'s batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make collectives "
-            "wait for ever. The loader (data/loader.py) must give every rank batch.global_size / number of ranks."
+            "wait forever. The loader (data/loader.py) must give every rank batch.global_size / number of ranks."
         )
     return batch, ""
 
 
 class _Loop:
-    """The loop over steps, with what happens every so often."""
+    """The loop over steps, with periodic logging, evaluation and checkpoints."""
 
     def __init__(
         self,
@@ -212,9 +213,9 @@ class _Loop:
         self.step = self.saved = self.first_step = 0
 
     def run(self, first_step: int) -> TrainResult:
-        """Steps first_step … plan.total - 1, or until all ranks know that one was asked to stop.
+        """Run steps first_step … plan.total - 1, or until all ranks know of a stop request. Collective.
 
-        Raises DataError on every rank when one cannot read its batch.
+        Raises DataError on every rank if one rank cannot read its batch.
         """
         try:
             return self._run(first_step)
@@ -265,7 +266,7 @@ class _Loop:
         self.journal.ledger.switch(what, self.step)
 
     def _batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """This rank's batch of the step; None on every rank when one was asked to stop. A collective."""
+        """This rank's batch of the step; None on every rank after a stop request to any of them. Collective."""
         self._doing("data")
         with self.clock.timed("data"):
             batch, problem = _next(batches, self.config.rows_per_rank(self.world.size), self.world.rank)
@@ -296,7 +297,7 @@ class _Loop:
         self._checkpoint(last=True)
         self._settle()
         self.say(
-            f"stopped after step {self.step} ({reason}); saved. The same command goes on from there. "
+            f"stopped after step {self.step} ({reason}); saved. The same command resumes from there. "
             f"That took {self.stop.waited_s:.1f} s (guard.stop_within_s {self.config.guard.stop_within_s:g})."
         )
         return TrainResult("stopped", self.step)
@@ -307,7 +308,7 @@ class _Loop:
             self.journal.log(self.step, knn_while_training(self.config, self.world, self.backend, self.sets.main, self.say))
 
     def _checkpoint(self, last: bool = False) -> None:
-        """Begins to save; what it holds up is a copy to memory."""
+        """Begin to save; training waits only for a copy to memory."""
         if self.saved == self.step:
             return
         self._doing("checkpoint")
@@ -325,18 +326,18 @@ class _Loop:
         self.journal.log(self.step, {"checkpoint_blocked_s": blocked_s})
 
     def _settle(self) -> None:
-        """Waits for the checkpoint in flight."""
+        """Wait for the checkpoint in progress."""
         self._doing("checkpoint")
         with self.clock.stopped():
             self.saving.settle()
 
     def _train_on(self, run: Pretraining, batch: Batch) -> float:
-        """One step, or none where loss or gradient are not finite and the step may be left out; its learning rate."""
-        rate, alpha = self.plan.learning_rate(self.step), self.plan.alpha(self.step)
+        """Take one step, or skip it if loss or gradient are non-finite. Returns its metrics and learning rate."""
+        rate, moment = self.plan.learning_rate(self.step), self.plan.moment(self.step)
         seed_step(self.config, self.step, self.world.rank)
         self.backend.set_learning_rate(rate)
-        settings = {"learning_rate": rate, "alpha": alpha}
-        metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, alpha), batch, self.step, settings)
+        settings = {"learning_rate": rate}
+        metrics = self.nonfinite.attempt(lambda: pretrain_step(run, batch, moment), batch, self.step, settings)
         if metrics is not None:
             self.journal.add(metrics)
         self.step += 1

@@ -1,8 +1,8 @@
-"""Nothing hangs: every rank has a thread that sees when the rank gets no further, and says which rank is the cause.
+"""Watchdog: a thread of every rank that notices when the rank makes no progress and names the rank at fault.
 
-Ranks go in lockstep, so when one hangs, all of them do. Each that still answers writes what it is doing, and every thread's
-stack, to RUN/hang; the lowest of these reads what the others wrote (hang_report.py) and says it in a line. Then they leave with
-an exit code that launchers take for a failure. Nothing is sent while all goes well.
+Ranks run in lockstep, so if one hangs, all of them do. Each rank that still responds writes its activity and the stack of
+every thread to RUN/hang. The lowest of them reads the reports of the others (hang_report.py) and prints a line. Then they exit
+with a code that launchers treat as a failure. Nothing is communicated in normal operation.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _HERE = os.sep + "clae_dist" + os.sep
 
 
 class Watch:
-    """`doing` says what the rank does; a thread looks whether that changes within guard.hang_s, and after a request to stop
-    whether the rank leaves within guard.stop_within_s."""
+    """`doing` sets the rank's activity. A thread checks that it changes within guard.hang_s, and that after a stop request the
+    rank exits within guard.stop_within_s."""
 
     def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
         self._config, self._world, self._stop = config, world, stop
@@ -59,11 +59,11 @@ class Watch:
         self._thread.join()
 
     def meet(self) -> None:
-        """Learns the hosts of all ranks, for when they no longer answer. A collective."""
+        """Exchange the hosts of all ranks, to name ranks that no longer respond. Collective."""
         self._hosts = self._world.gather_objects(f"{os.uname().nodename} (process {os.getpid()})")
 
     def doing(self, what: str, step: int) -> None:
-        """What this rank begins to do, in the step after `step` others; that is progress."""
+        """Set this rank's activity, in the step after `step` others. That is progress."""
         self._now = Phase(what, step)
 
     # ---- the thread ----
@@ -88,7 +88,7 @@ class Watch:
         return max(limit_s, ENDING_S) if limit_s and doing == ENDING else limit_s
 
     def _others_report(self, limit_s: float) -> bool:
-        """Whether another rank, whose patience is less, has given up."""
+        """True if another rank with a shorter limit has reported a hang."""
 
         def newest() -> float:
             return max((path.stat().st_mtime for path in self._folder.glob("rank-*.json")), default=0.0)
@@ -116,7 +116,7 @@ class Watch:
         abandon(HUNG)
 
     def _exchange(self, report: Report, text: str) -> list[Report]:
-        """Writes this rank's report, and reads those that others write within the grace."""
+        """Write this rank's report, and read those that others write within the grace period."""
         deadline = time.monotonic() + GRACE_S * 0.8
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"rank-{report.rank:05d}"
@@ -153,7 +153,7 @@ class Watch:
 
 
 def _newest(run_dir: Path) -> str:
-    """The name of the newest checkpoint; "" where there is none."""
+    """The name of the newest checkpoint; "" without one."""
     return next((path.name for path in RunFolder(run_dir).find_checkpoints()), "")
 
 
@@ -173,7 +173,7 @@ def _all_threads(frames: dict[int, FrameType], main: int) -> str:
 
 
 def _within(seconds: float, action: Callable[[], T]) -> T | None:
-    """What `action` returns, None if it fails or takes longer: storage may be what hangs."""
+    """The result of `action`; None if it fails or takes longer, since storage may be the cause of the hang."""
     found: list[T] = []
 
     def act() -> None:

@@ -1,1 +1,1 @@
-"""What is in prepared sets, and what two of them share: `python -m data_prep audit --help`."""
+"""Audit of prepared sets and of the overlap between them: `python -m data_prep audit --help`."""

@@ -1,4 +1,4 @@
-"""Which images are the same picture, and in which parts (splits of sets) the copies lie.
+"""Groups of images that show the same picture, and the parts (splits of sets) that hold the copies.
 
 n images, P parts, S sets, G groups: the images of a group have the same file, the same pixels or the same perceptual hash.
 """
@@ -129,7 +129,7 @@ class NearSamples:
 
     by_parts: dict[tuple[int, int], PairSample]
     conflicts: PairSample
-    complete: bool = True  # False: there are more than MAX_PAIRS, and the rest was left out
+    complete: bool = True  # False: there are more than MAX_PAIRS, and the rest was skipped
 
 
 def join_near(groups: Groups, hashes: np.ndarray, max_bits: int, limit: int) -> NearSamples:

@@ -1,4 +1,4 @@
-"""What one part holds: sizes, modes and classes, and what is odd about them."""
+"""Profile of one part: sizes, modes and classes, and oddities among them."""
 
 from __future__ import annotations
 

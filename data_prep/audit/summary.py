@@ -57,7 +57,7 @@ def _verb(name: str) -> str:
 
 
 def overlap_lines(audit: Audit) -> list[str]:
-    """What parts share, named as such; copies within a part; label conflicts."""
+    """Lines about the overlap between parts; copies within a part; label conflicts."""
     lines = []
     for s, t, found in audit.leaks():
         of, other = audit.parts[s], audit.parts[t]

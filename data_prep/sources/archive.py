@@ -80,7 +80,7 @@ def _in_folder(listing: Listing, folder: str) -> Listing:
 
 
 def _members(path: Path, unpacked: Path, report: Report) -> Listing:
-    """What is in one archive."""
+    """The members of one archive."""
     entries: dict[str, Entry] = {}
     folders: set[str] = set()
     ignored: list[str] = []

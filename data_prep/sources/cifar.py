@@ -53,7 +53,7 @@ _KINDS = (
 
 
 def is_cifar(path: Path) -> bool:
-    """Whether it is one of the binary archives. Raises DataError for those of Python's pickles."""
+    """True for one of the binary archives. Raises DataError for the archives of Python pickles."""
     top = first_member(path).removeprefix("./").split("/")[0]
     for kind in _KINDS:
         if top == kind.pickles:
@@ -65,7 +65,7 @@ def is_cifar(path: Path) -> bool:
 
 
 class CifarSource:
-    """One binary archive. Fine labels of CIFAR-100; its coarse ones are left out."""
+    """One binary archive. Fine labels of CIFAR-100; its coarse ones are skipped."""
 
     pixels = "PNG of raw pixels"
 

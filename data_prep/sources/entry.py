@@ -1,4 +1,4 @@
-"""What every source has in common: images as entries, how their bytes are read, and what a listing says about them."""
+"""Interface of sources: images as entries, access to their bytes, and the listing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def plain_name(paths: tuple[Path, ...]) -> str:
 
 
 def origin_of(source: Source) -> str:
-    """What the manifest names as the source where the user says nothing: the files' names."""
+    """The default for the manifest's origin: the names of the files."""
     return " and ".join(path.resolve().name for path in source.paths)
 
 

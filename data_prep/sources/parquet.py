@@ -153,7 +153,7 @@ def _group(group: Any, column: str) -> tuple[int, int]:
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
-    """What the `datasets` library has written about the columns; empty where it has not."""
+    """The columns' metadata of the `datasets` library; empty without any."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}

@@ -58,14 +58,14 @@ def label_of(value: Any, where: str, column: str) -> Label:
         raise DataError(f"{where} has {len(value)} labels in {column}; one label an image is expected: name another column.")
     if not isinstance(value, (int, str)):
         kind = "" if isinstance(value, float) else f" ({type(value).__name__})"
-        raise DataError(f"{where} has the label {str(value)[:40]}{kind} in {column}; a label is a whole number or a text.")
+        raise DataError(f"{where} has the label {str(value)[:40]}{kind} in {column}; expected an integer or a text.")
     if isinstance(value, int) and value < -1:
         raise DataError(f"{where} has the label {value} in {column}; labels are numbers from 0 on, and -1 for none.")
     return value
 
 
 def class_names(feature: dict[str, Any]) -> tuple[str, ...]:
-    """What a ClassLabel, or a list of one, calls 0, 1, …; () for other columns."""
+    """The class names of a ClassLabel, or of a list of one; () for other columns."""
     inner = feature.get("feature")
     names = (inner if isinstance(inner, dict) else feature).get("names") or ()
     if isinstance(names, dict):

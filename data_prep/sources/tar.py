@@ -1,4 +1,4 @@
-"""What is in a tar, and where: names, sizes and offsets, for plain tars, compressed ones and tars inside tars."""
+"""List the members of a tar with sizes and offsets, for plain tars, compressed ones and tars inside tars."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: 
             while (member := tar.next()) is not None:
                 count += 1
                 before, behind = behind, member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-                if behind <= before:  # a negative size: tarfile would read the same members for ever
+                if behind <= before:  # a negative size: tarfile would read the same members forever
                     raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 report(behind - before)
                 yield member
@@ -117,7 +117,7 @@ def walk(archive: Path, stream: IO[bytes], report: Report, start: int = 0, end: 
 
 
 def _is_end(stream: IO[bytes], behind: int, end: int | None) -> bool:
-    """Whether the last member is followed by a block of zeros and by nothing else."""
+    """True if the last member is followed by a block of zeros and nothing else."""
     stream.seek(behind)
     left = 1 << 62 if end is None else end - behind
     first = chunk = stream.read(max(0, min(512, left)))

@@ -1,4 +1,4 @@
-"""What is in a zip, and how a worker reads one member at its place: stored or deflated, checked against its CRC."""
+"""List the members of a zip, and read one of them by its offset: stored or deflated, checked against its CRC."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from clae_dist.bench import contrast, peers
 from clae_dist.bench.measure import UnequalError
 from clae_dist.bench.one_rank import OneRank
 from clae_dist.bench.peers import Loss
-from clae_dist.contrast.objectives import OBJECTIVES, Rows
+from clae_dist.objectives import find
+from clae_dist.objectives.dense import dense_loss
+from clae_dist.objectives.form import Rows
 
 CPU = torch.device("cpu")
 TINY = contrast.Shapes(beside=((16, 64),), growing=((16, 64),), dim=8, repeats=2)
@@ -57,14 +59,14 @@ def test_a_missing_peer_is_one_plain_line_and_the_rest_runs(
 @pytest.mark.parametrize("objective", ["nt_xent", "instance"])
 def test_the_reference_is_the_gradient_of_all_ranks_losses(objective: str) -> None:
     """By the definition: every rank's loss, summed, with one graph through all rows."""
-    place = OneRank.of(objective, 16, 64, 8, 0.2, CPU).in_float64().with_honest_lse()
+    place = OneRank.of(objective, 16, 64, 8, 0.2, CPU).in_float64().with_computed_shifts()
     a, b = (view.clone().requires_grad_() for view in place.views)
     losses = []
     for rank in range(place.size):
         mine = slice(rank * 8, rank * 8 + 8)
         rows = Rows(a[mine], a), Rows(b[mine], b)
         both = (rows, rows[::-1]) if objective == "instance" else (rows,)
-        losses.append(sum(OBJECTIVES[objective](*pair, mine.start, 0.2) for pair in both) / len(both))
+        losses.append(sum(dense_loss(find(objective), *pair, mine.start, place.settings) for pair in both) / len(both))
     truth = [grad[place.mine] for grad in torch.autograd.grad(sum(losses), (a, b))]
     alone, together = place.reference()
     assert torch.allclose(together[0], losses[place.rank].detach(), atol=1e-12)  # float64: only the order of sums differs
@@ -90,7 +92,7 @@ def wrong_in_the_gradient_alone(place: OneRank) -> Loss:
 
     def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         rows = [Rows(mine, place.received(view, mine).detach()) for view, mine in enumerate((a, b))]
-        return OBJECTIVES["nt_xent"](rows[0], rows[1], place.mine.start, place.temperature)
+        return dense_loss(find("nt_xent"), rows[0], rows[1], place.mine.start, place.settings)
 
     return loss
 
@@ -104,10 +106,10 @@ def test_a_contender_that_computes_something_else_is_refused(wrong: object) -> N
         contrast.beside("nt_xent", 16, 64, TINY, CPU, silent, contenders)
 
 
-def test_ours_with_a_wrong_log_sum_exp_of_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = OneRank.with_honest_lse
+def test_ours_with_wrong_shifts_of_other_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = OneRank.with_computed_shifts
     monkeypatch.setattr(
-        OneRank, "with_honest_lse", lambda self: replace(made := honest(self), lse=tuple(t + 1 for t in made.lse))
+        OneRank, "with_computed_shifts", lambda self: replace(made := honest(self), shifts=tuple(t + 1 for t in made.shifts))
     )
     with pytest.raises(UnequalError, match="log_sum_exp differs"):
         contrast.beside("nt_xent", 16, 64, TINY, CPU, silent)

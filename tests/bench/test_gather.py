@@ -12,7 +12,8 @@ from clae_dist import cli
 from clae_dist.bench import gather, peers
 from clae_dist.bench.measure import Row, UnequalError
 from clae_dist.bench.wire import Traffic, fit
-from clae_dist.contrast import log_sum_exp
+from clae_dist.contrast import distributed
+from clae_dist.objectives import names
 from clae_dist.world import World
 from tests.ranks import RankPool
 
@@ -68,15 +69,15 @@ def test_what_ours_sends(ranks: RankPool, size: int) -> None:
 
 
 def _forgetful(world: World) -> str:
-    """Ours with a gather that gives every rank its own log-sum-exp."""
-    right = log_sum_exp._everyones
-    log_sum_exp._everyones = lambda lse, group: lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+    """Ours with a gather that gives every rank its own shifts."""
+    right = distributed._shifts_of_all_ranks
+    distributed._shifts_of_all_ranks = lambda shift, group: shift.repeat(dist.get_world_size(group), 1, 1)
     try:
         gather.measure(world, TINY, lambda text: None)
     except UnequalError as error:
         return str(error)
     finally:
-        log_sum_exp._everyones = right
+        distributed._shifts_of_all_ranks = right
     return ""
 
 
@@ -103,6 +104,10 @@ def test_bytes_beside_the_peers(capsys: pytest.CaptureFixture[str], monkeypatch:
     ratios: dict[str, float] = {}
     for row in rows:
         ratios |= row["bytes_ratio_to"] if row["what"].startswith("log_sum_exp") else {}
+    lean = {row["case"].split(":")[0]: row["wire_bytes"] for row in rows if row["what"].startswith("log_sum_exp")}
+    full = [row["wire_bytes"] for row in rows if row["what"].startswith(("open_clip", "reduce_scatter: ours"))]
+    assert len(lean) == len(names())
+    assert all(sent <= 0.52 * min(full) for sent in lean.values())
     bars = {"reduce_scatter": 0.52, "open_clip": 0.52, "lightly": 0.35}
     assert all(ratios[name] <= bar for name, bar in bars.items() if name in ratios)
     assert all(name in ratios for name in peers.PACKAGES if peers.is_installed(name))

@@ -23,5 +23,5 @@ def test_a_killed_run_is_measured_part_by_part() -> None:
 
 def test_a_run_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restart, "_RECIPE", "nonsense: 1\n")
-    with pytest.raises(restart.RunEndedError, match=r"got no further:\n(.|\n)*nonsense"):
+    with pytest.raises(restart.RunEndedError, match=r"made no progress:\n(.|\n)*nonsense"):
         restart.bench(restart.QUICK, lambda text: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from clae_dist import cli
 from clae_dist.bench import step, steps
 from clae_dist.bench.measure import UnequalError
-from clae_dist.contrast import step as training_step
+from clae_dist.contrast.interface import Step
 
 CPU = torch.device("cpu")
 RESNET = steps.Kind("small residual network", "small_resnet", 16, 4)
@@ -41,24 +42,22 @@ def test_steps_are_what_they_are_said_to_be(kind: steps.Kind) -> None:
 
 
 def test_an_attack_of_another_direction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = training_step._original_gradient
+    right = Step._gradient_with_weights
 
-    def descends(*arguments: object) -> object:
-        loss, gradient = right(*arguments)  # type: ignore[arg-type]
-        return loss, -gradient
+    def descends(*arguments: Any) -> Any:
+        def gradient_of(images: torch.Tensor) -> Any:
+            loss, gradient = right(*arguments)(images)
+            return loss, -gradient
 
-    monkeypatch.setattr(training_step, "_original_gradient", descends)
+        return gradient_of
+
+    monkeypatch.setattr(Step, "_gradient_with_weights", descends)
     with pytest.raises(UnequalError, match="exact's perturbation differs"):
         steps.check(replace(RESNET, precision="float64"), CPU)
 
 
 def test_a_fused_step_with_another_perturbation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own view y unperturbed: the loss is near, the gradients are others."""
-    right = training_step._fused_step
-
-    def without_attack(run: training_step.Pretraining, *arguments: object) -> object:
-        return right(replace(run, attack=replace(run.attack, epsilon=0.0)), *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(training_step, "_fused_step", without_attack)
+    monkeypatch.setattr(Step, "move", lambda s, start, gradient, loss: start)
     with pytest.raises(UnequalError, match="fused differs"):
         steps.check(replace(RESNET, precision="float64"), CPU)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clae_dist.config import Batch, Data, Train
+from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.parallel.ddp import DdpBackend
@@ -42,9 +43,7 @@ def test_one_step_of_clae_original(monkeypatch) -> None:
         return embed(images, route)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backend, "embed", watched)
-    metrics = pretrain_step(
-        replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4, {}), config.attack.alpha
-    )
+    metrics = pretrain_step(replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4, {}), Moment())
 
     wanted_loss, wanted_delta = reference.clae_loss_and_delta(initial, x, y, 0.03, 0.5, 0.5, 0.5, 1.0)
     assert abs(metrics.loss - wanted_loss) < 1e-12  # float64: only the order of summation differs
@@ -82,13 +81,13 @@ def test_one_step_of_clae_original(monkeypatch) -> None:
 @pytest.mark.parametrize(("cost", "moves"), [("original", 3), ("exact", 2)])
 def test_how_often_a_step_moves_the_adversarial_statistics(cost: str, moves: int) -> None:
     """`exact` has one attack forward, so with attack.statistics=updated its adversarial running statistics are others."""
-    config, _ = resolve(RECIPE, [f"attack.cost={cost}"])
+    config, _ = resolve(RECIPE, [f"method.cost={cost}"])
     config = replace(config, data=Data(image_size=SIDE), batch=Batch(global_size=N), train=Train(precision="float64"))
     world = World.single("cpu")
     backend = DdpBackend(config, small_model("batch", 3).train(), world)
     run = make_pretraining(config, world, backend, Clock(world.device))
     x, y = (torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
-    pretrain_step(replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4, {}), config.attack.alpha)
+    pretrain_step(replace(run, augment=lambda batch: (x, y)), ViewBatch(*[torch.empty(0)] * 4, {}), Moment())
     norms = {name: m for name, m in backend.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert [m.num_batches_tracked for name, m in norms.items() if "adversarial" in name] == [moves]
     assert [m.num_batches_tracked for name, m in norms.items() if "clean" in name] == [2]

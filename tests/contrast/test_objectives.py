@@ -1,16 +1,23 @@
-"""Objectives against the double loop, and what must hold for any of them."""
+"""Objectives against the double loops of tests/reference.py, properties of all of them, identities between them."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clae_dist.contrast.adversary import Ball, perturb
-from clae_dist.contrast.log_sum_exp import LOG_SUM_EXP
-from clae_dist.contrast.objectives import OBJECTIVES, Rows
+from clae_dist.config import Objective
+from clae_dist.contrast.distributed import Contrast, per_anchor_loss
+from clae_dist.errors import ConfigError
+from clae_dist.objectives import PerAnchor, find, names
+from clae_dist.objectives.dense import dense_loss
+from clae_dist.objectives.form import Rows, dense_objective
+from clae_dist.world import World
 from tests import reference
 
 N, D = 6, 5
@@ -21,18 +28,20 @@ def unit_rows(seed: int, dtype: torch.dtype = torch.float64, count: int = N) -> 
     return F.normalize(rows, dim=1).to(dtype)
 
 
-def loss_of(form: str, name: str, a: torch.Tensor, b: torch.Tensor, temperature: float, chunk: int = 0) -> torch.Tensor:
-    """Of one rank that has all rows, in either form."""
-    rows = Rows(a, a), Rows(b, b)
-    if form == "log_sum_exp":
-        return LOG_SUM_EXP[name](*rows, 0, temperature, chunk, None)
-    return OBJECTIVES[name](*rows, 0, temperature, chunk)
+def loss_of(form: str, settings: Objective, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """On one rank that has all rows, in either form."""
+    rows, objective = (Rows(a, a), Rows(b, b)), find(settings.name)
+    if form == "dense":
+        return dense_loss(objective, *rows, 0, settings)
+    assert isinstance(objective, PerAnchor)
+    return per_anchor_loss(objective, *rows, 0, settings, None)
 
 
-# An objective may have the form of log_sum_exp.py, too; only then must it go through the matrix a few columns at a time.
-FORMS = [*(("plain", name) for name in OBJECTIVES), *(("log_sum_exp", name) for name in LOG_SUM_EXP)]
+# Objectives of the form Dense have no log-sum-exp form, and only that one goes through the matrix in chunks.
+PER_ANCHOR = [name for name in names() if isinstance(find(name), PerAnchor)]
+FORMS = [*(("dense", name) for name in names()), *(("log_sum_exp", name) for name in PER_ANCHOR)]
 every = pytest.mark.parametrize(("form", "name"), FORMS)
-chunked = pytest.mark.parametrize(("form", "name"), [(form, name) for form, name in FORMS if name in LOG_SUM_EXP])
+per_anchor = pytest.mark.parametrize("name", PER_ANCHOR)
 
 
 @every
@@ -40,59 +49,76 @@ chunked = pytest.mark.parametrize(("form", "name"), [(form, name) for form, name
 @pytest.mark.parametrize("chunk", [0, 1, 4])
 def test_value_and_gradient_equal_the_double_loop(form: str, name: str, temperature: float, chunk: int) -> None:
     a, b = unit_rows(0).requires_grad_(), unit_rows(1).requires_grad_()
-    fast, slow = loss_of(form, name, a, b, temperature, chunk), reference.OBJECTIVES[name](a, b, temperature)
+    settings = reference.settings_of(name, temperature, chunk=chunk)
+    fast, slow = loss_of(form, settings, a, b), reference.OBJECTIVES[name](a, b, settings)
     tight = 1e-12 / temperature  # float64: only the order of summation differs
     assert abs(fast - slow) < tight
-    for got, wanted in zip(torch.autograd.grad(fast, (a, b)), torch.autograd.grad(slow, (a, b)), strict=True):
-        torch.testing.assert_close(got, wanted, atol=tight, rtol=0)
+    for got, expected in zip(torch.autograd.grad(fast, (a, b)), torch.autograd.grad(slow, (a, b)), strict=True):
+        torch.testing.assert_close(got, expected, atol=tight, rtol=0)
 
 
 @every
-def test_a_constant_view_leaves_the_others_gradient_as_it_is(form: str, name: str) -> None:
-    """What the attack asks for: the anchors are constants."""
-    a, b = unit_rows(0), unit_rows(1).requires_grad_()
-    (fast,) = torch.autograd.grad(loss_of(form, name, a, b, 0.2), b)
-    (slow,) = torch.autograd.grad(reference.OBJECTIVES[name](a, b, 0.2), b)
+@pytest.mark.parametrize("constant", [0, 1])
+def test_a_constant_view_does_not_change_the_other_views_gradient(form: str, name: str, constant: int) -> None:
+    """In an attack the anchors are constants."""
+    settings = reference.settings_of(name, 0.2)
+    views = [unit_rows(0), unit_rows(1)]
+    view = views[1 - constant].requires_grad_()
+    (fast,) = torch.autograd.grad(loss_of(form, settings, *views), view)
+    (slow,) = torch.autograd.grad(reference.OBJECTIVES[name](*views, settings), view)
     torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_the_mean_over_ranks_is_the_whole(name: str) -> None:
-    """Positives of a later rank at the wrong offset would leave the loss near log N."""
+@pytest.mark.parametrize("name", names())
+def test_the_mean_over_ranks_is_the_loss_of_the_global_batch(name: str) -> None:
+    """With positives of a later rank at the wrong offset the loss would stay near log N."""
     a, b = unit_rows(0), unit_rows(1)
-    parts = [OBJECTIVES[name](Rows(a[r : r + 2], a), Rows(b[r : r + 2], b), r, 0.2) for r in (0, 2, 4)]
-    torch.testing.assert_close(torch.stack(parts).mean(), reference.OBJECTIVES[name](a, b, 0.2), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("form", ["plain", "log_sum_exp"])
-def test_nt_xent_does_not_know_which_view_came_first(form: str) -> None:
-    a, b = unit_rows(0), unit_rows(1)
-    torch.testing.assert_close(loss_of(form, "nt_xent", a, b, 0.2), loss_of(form, "nt_xent", b, a, 0.2), atol=1e-12, rtol=0)
+    settings = reference.settings_of(name, 0.2)
+    parts = [dense_loss(find(name), Rows(a[r : r + 2], a), Rows(b[r : r + 2], b), r, settings) for r in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), reference.OBJECTIVES[name](a, b, settings), atol=1e-12, rtol=0)
 
 
 @every
-def test_the_order_of_images_does_not_matter(form: str, name: str) -> None:
+def test_the_order_of_views_and_of_images_does_not_matter(form: str, name: str) -> None:
     a, b = unit_rows(0), unit_rows(1)
-    order = torch.tensor([3, 1, 5, 0, 2, 4])
-    torch.testing.assert_close(loss_of(form, name, a, b, 0.2), loss_of(form, name, a[order], b[order], 0.2), atol=1e-12, rtol=0)
+    settings, order = reference.settings_of(name, 0.2), torch.tensor([3, 1, 5, 0, 2, 4])
+    loss = loss_of(form, settings, a, b)
+    torch.testing.assert_close(loss, loss_of(form, settings, a[order], b[order]), atol=1e-12, rtol=0)
+    objective = find(name)
+    if isinstance(objective, PerAnchor) and objective.columns == "both views":
+        torch.testing.assert_close(loss, loss_of(form, settings, b, a), atol=1e-12, rtol=0)
 
 
 @every
 def test_small_temperatures_and_bfloat16_stay_finite(form: str, name: str) -> None:
     a, b = (unit_rows(seed, torch.bfloat16, 64).requires_grad_() for seed in (0, 1))
-    loss = loss_of(form, name, a, b, 0.01, chunk=7)
+    settings = reference.settings_of(name, 0.01, chunk=7)
+    loss = loss_of(form, settings, a, b)
     assert loss.isfinite()
     assert loss.dtype == torch.float32
-    wanted = loss_of(form, name, a.detach().double(), b.detach().double(), 0.01)
-    torch.testing.assert_close(loss.double(), wanted, atol=1e-3, rtol=1e-4)  # float32 sums over the same bfloat16 rows
-    for gradient in torch.autograd.grad(loss, (a, b)):
-        assert gradient.isfinite().all()
+    wide = [rows.detach().double().requires_grad_() for rows in (a, b)]
+    expected = loss_of("dense", settings, *wide)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-3, rtol=1e-4)  # float32 sums over the same bfloat16 rows
+    pairs = zip(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(expected, wide), strict=True)
+    for gradient, exact in pairs:
         assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - exact).norm() < 0.01 * exact.norm()  # bfloat16 has 8 bits
 
 
-@chunked
-def test_the_whole_similarity_matrix_never_exists(form: str, name: str) -> None:
-    """Memory grows with the rows, not with their square: no tensor of a step is larger than a chunk, or all rows."""
+@per_anchor
+def test_one_image_alone_has_no_nan(name: str) -> None:
+    """Of objectives that are defined without negatives: their log-sum-exp is -inf."""
+    if name not in ("nt_xent", "instance", "ifm"):
+        return
+    a, b = (unit_rows(seed, count=1).requires_grad_() for seed in (0, 1))
+    loss = loss_of("log_sum_exp", reference.settings_of(name, 0.2), a, b)
+    assert loss == 0
+    assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, (a, b)))
+
+
+@per_anchor
+def test_the_whole_similarity_matrix_never_exists(name: str) -> None:
+    """No tensor of a step is larger than a chunk, or than all rows: memory does not grow with the square of the rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -108,98 +134,130 @@ def test_the_whole_similarity_matrix_never_exists(form: str, name: str) -> None:
     rows, chunk = 512, 16
     a, b = (unit_rows(seed, torch.float32, rows).requires_grad_() for seed in (0, 1))
     with Largest() as largest:
-        loss_of(form, name, a, b, 0.2, chunk).backward()
+        loss_of("log_sum_exp", reference.settings_of(name, 0.2, chunk=chunk), a, b).backward()
     assert largest.elements == max(rows * chunk, rows * D)
 
 
-# ---- the attack ----
+# ---- identities between objectives ----
 
 
-def gradient(loss):  # type: ignore[no-untyped-def]
-    def of(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = images.detach().requires_grad_()
-        value = loss(images)
-        return value, torch.autograd.grad(value, images)[0]
-
-    return of
-
-
-def test_perturb_stays_within_epsilon_and_the_valid_range_and_touches_nothing() -> None:
-    x = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    weight = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    found = perturb(x, gradient(lambda image: (image * weight).sum()), Ball(0.1))
-    assert (found.images - x).abs().max() <= 0.1 + 1e-7  # one rounding of x + ε
-    assert found.images.min() >= 0
-    assert found.images.max() <= 1
-    assert weight.grad is None
-    assert not found.images.requires_grad
-    torch.testing.assert_close(found.images, (x + 0.1 * weight.detach().sign()).clamp(0, 1))
+def same(one: Objective, other: Objective, tolerance: float = 1e-12) -> None:
+    """Both have the same loss and gradients."""
+    results = []
+    for settings in (one, other):
+        views = [unit_rows(seed).requires_grad_() for seed in (0, 1)]
+        loss = loss_of("log_sum_exp", settings, *views)
+        results.append([loss.detach(), *torch.autograd.grad(loss, views)])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_perturb_by_nothing_returns_the_images(norm: str) -> None:
-    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(perturb(x, gradient(lambda image: image.square().sum()), Ball(0.0, norm)).images, x)  # type: ignore[arg-type]
+def test_objectives_without_their_effect_are_nt_xent() -> None:
+    nt_xent = Objective("nt_xent", 0.2)
+    same(Objective("debiased", 0.2, tau_plus=0.0), nt_xent)
+    same(Objective("hard", 0.2, tau_plus=0.0, beta=0.0), nt_xent)
+    same(Objective("ifm", 0.2, margin=0.0), nt_xent)
+    same(Objective("ifm", 0.2, mix=0.0), nt_xent)
 
 
-def test_perturb_with_an_epsilon_a_channel() -> None:
-    x = torch.full((1, 3, 2, 2), 0.5)
-    epsilon = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
-    torch.testing.assert_close(perturb(x, gradient(torch.sum), Ball(epsilon, valid=None)).images, x + epsilon)
+@pytest.mark.parametrize("tau_plus", [0.02, 0.1])
+def test_hard_without_concentration_is_debiased(tau_plus: float) -> None:
+    same(Objective("hard", 0.2, tau_plus=tau_plus, beta=0.0), Objective("debiased", 0.2, tau_plus=tau_plus))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("start", [False, True])
-def test_many_steps_stay_in_the_ball_and_get_further_than_one(norm: str, start: bool) -> None:
-    draw = torch.Generator().manual_seed(3)
-    x, goal, noise = (torch.rand(4, 3, 6, 6, generator=draw, dtype=torch.float64) for _ in range(3))
-    epsilon = 0.05 if norm == "linf" else 0.4
-
-    def loss(images: torch.Tensor) -> torch.Tensor:
-        return -((images - goal) ** 4).sum()
-
-    found = perturb(
-        x,
-        gradient(loss),
-        Ball(epsilon, norm),
-        steps=20,
-        step_length=epsilon / 5,
-        noise=noise if start else None,  # type: ignore[arg-type]
-    ).images
-    delta = (found - x).flatten(1)
-    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    assert (size <= epsilon * (1 + 1e-12)).all()
-    assert (size > 0.9 * epsilon).all()
-    assert loss(found) > loss(perturb(x, gradient(loss), Ball(epsilon / 4, norm)).images)  # type: ignore[arg-type]
+def per_anchor_losses(settings: Objective, pos: torch.Tensor, lse: torch.Tensor, num_negatives: int = 10) -> torch.Tensor:
+    objective = find(settings.name)
+    assert isinstance(objective, PerAnchor)
+    return objective.function(pos, lse, num_negatives, settings)
 
 
-def test_the_length_of_the_gradient_does_not_matter_in_l2() -> None:
-    """It arrives multiplied by the number of ranks; and a gradient of zero must not become a NaN."""
-    x = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weight = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    weight[2] = 0
-    one, many = (
-        perturb(x, gradient(lambda image, times=times: times * (image * weight).sum()), Ball(0.3, "l2", None)).images
-        for times in (1.0, 1e6)
+def test_decoupled_and_ifm_are_functions_of_nt_xent() -> None:
+    """Per anchor, with L that of nt_xent: decoupled = L + log(1 - exp -L); exp L_margin - 1 = exp(2 margin/τ) (exp L - 1)."""
+    pos, lse = unit_rows(0).flatten() * 5, 1 + unit_rows(1).flatten()[:, None] * 5
+    plain = per_anchor_losses(Objective("nt_xent", 0.2), pos, lse)
+    decoupled = per_anchor_losses(Objective("decoupled", 0.2), pos, lse)
+    torch.testing.assert_close(decoupled, plain + (-torch.expm1(-plain)).log(), atol=1e-12, rtol=0)
+    modified = per_anchor_losses(Objective("ifm", 0.2, margin=0.15, mix=1.0), pos, lse)
+    torch.testing.assert_close(modified.expm1(), math.exp(2 * 0.15 / 0.2) * plain.expm1(), atol=0, rtol=1e-12)
+
+
+def test_hard_in_the_limit_sees_the_hardest_negative_alone() -> None:
+    """As beta grows, the sum over negatives tends to n exp(max s)."""
+    a, b = unit_rows(0), unit_rows(1)
+    settings = Objective("hard", 0.2, tau_plus=0.0, beta=1e5)
+    z = torch.cat([a, b])
+    s = z @ z.T / 0.2
+    pos = s[torch.arange(2 * N), torch.arange(2 * N).roll(N)]
+    negatives = s.clone().fill_diagonal_(-math.inf)
+    negatives[torch.arange(2 * N), torch.arange(2 * N).roll(N)] = -math.inf
+    expected = (torch.logaddexp(pos, math.log(2 * N - 2) + negatives.amax(1)) - pos).mean()
+    torch.testing.assert_close(loss_of("log_sum_exp", settings, a, b), expected, atol=1e-9, rtol=0)
+    views = [unit_rows(seed, torch.float32).requires_grad_() for seed in (0, 1)]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss_of("log_sum_exp", settings, *views), views))
+
+
+@pytest.mark.parametrize("name", ["debiased", "hard"])
+def test_where_the_correction_is_clamped_negatives_have_no_gradient(name: str) -> None:
+    """Positives are so close that nearly all of the sum over negatives is attributed to them."""
+    pos = torch.full((3,), 5.0, dtype=torch.float64, requires_grad=True)
+    lse = torch.zeros(3, 2 if name == "hard" else 1, dtype=torch.float64, requires_grad=True)
+    losses = per_anchor_losses(Objective(name, 0.2, tau_plus=0.5), pos, lse)
+    torch.testing.assert_close(losses, torch.logaddexp(pos, math.log(10) - 1 / pos.new_tensor(0.2)) - pos)
+    grad_pos, grad_lse = torch.autograd.grad(losses.sum(), (pos, lse))
+    assert grad_lse.eq(0).all()
+    assert grad_pos.isfinite().all()
+    a = unit_rows(0)
+    views = [a.clone().requires_grad_(), a.clone().requires_grad_()]  # identical views, all anchors clamped
+    loss = loss_of("log_sum_exp", Objective(name, 0.05, tau_plus=0.5), *views)
+    for gradient in torch.autograd.grad(loss, views):  # of the positive alone, along the row itself
+        torch.testing.assert_close(gradient, (gradient * a).sum(1, keepdim=True) * a, atol=1e-12, rtol=0)
+
+
+def test_a_wrongly_declared_sign_is_no_silent_error() -> None:
+    """It makes the gradient NaN, and not merely wrong."""
+    objective = replace(find("nt_xent"), signs=(-1,))
+    a, b = unit_rows(0).requires_grad_(), unit_rows(1).requires_grad_()
+    loss = per_anchor_loss(objective, Rows(a, a), Rows(b, b), 0, Objective(), None)  # type: ignore[arg-type]
+    assert torch.autograd.grad(loss, a)[0].isnan().any()
+
+
+# ---- names ----
+
+
+def test_names_and_settings_that_no_objective_has() -> None:
+    with pytest.raises(ConfigError, match=r"objective.name is 'nt_xnet'; expected one of .*\(did you mean nt_xent\?\)"):
+        Objective("nt_xnet")
+    with pytest.raises(ConfigError, match="objective.beta is 2.0; objective.name=nt_xent does not use it"):
+        Objective("nt_xent", beta=2.0)
+    with pytest.raises(ConfigError, match="objective.tau_plus is 1.0; use 0 or more and below 1"):
+        Objective("debiased", tau_plus=1.0)
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        find("no_such_package:objective")
+    with pytest.raises(ConfigError, match="which is not an objective"):
+        find("math:log")
+
+
+@dense_objective()
+def alignment(a: Rows, b: Rows, start: int, settings: Objective) -> torch.Tensor:
+    """An objective of another form, for the next test."""
+    return (a.mine - b.mine).square().sum(1).mean() + 0.1 * (a.all @ b.all.T).square().mean()
+
+
+def test_an_objective_of_a_module_is_used_by_its_name() -> None:
+    settings, world = Objective(f"{__name__}:alignment"), World.single("cpu")
+    contrast = Contrast(settings, world)
+    a, b = unit_rows(0), unit_rows(1)
+    rows = contrast.rows(a), contrast.rows(b)
+    torch.testing.assert_close(contrast(*rows), (a - b).square().sum(1).mean() + 0.1 * (a @ b.T).square().mean())
+    with pytest.raises(ConfigError, match=r"objective.gather is 'log_sum_exp', but .* is a dense objective"):
+        Contrast(replace(settings, gather="log_sum_exp"), world)
+    per_anchor = Contrast(Objective("clae_dist.objectives.nt_xent:nt_xent"), world)
+    assert torch.equal(per_anchor(*rows), Contrast(Objective("nt_xent"), world)(*rows))
+
+
+def test_reading_settings_imports_no_torch() -> None:
+    """The built-in objectives import it only while type checking."""
+    code = (
+        "import sys; from clae_dist.objectives import find, names; list(map(find, names())); assert 'torch' not in sys.modules"
     )
-    torch.testing.assert_close(one, many, atol=1e-12, rtol=0)
-    torch.testing.assert_close((one - x).flatten(1).norm(dim=1), torch.tensor([0.3, 0.3, 0.0], dtype=torch.float64))
-
-
-def test_random_starts_of_large_images_in_float32_are_not_all_the_middle() -> None:
-    """A sum of 150,528 numbers in float32 has no digits behind the point: every start was x itself."""
-    x = torch.full((4, 3, 224, 224), 0.5)
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    lengths = (Ball(3.0, "l2").random_point(x, noise) - x).flatten(1).norm(dim=1)
-    assert (lengths > 0.9 * 3.0).all()
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_random_starts_fill_the_ball(norm: str) -> None:
-    x = torch.full((4000, 1, 1, 2), 0.5, dtype=torch.float64)
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    delta = (Ball(0.1, norm).random_point(x, noise) - x).flatten(1) / 0.1  # type: ignore[arg-type]
-    assert abs(delta.mean()) < 0.05
-    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    assert size.max() <= 1 + 1e-9
-    assert abs((size < math.sqrt(0.5)).double().mean() - 0.5) < 0.05  # half of the area lies within √½ of the middle
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 
 from clae_dist import collectives
-from clae_dist.config import Attack, Batch, Config, ConfigError, Data, Objective, Optim, Train
-from clae_dist.contrast import gather, log_sum_exp
-from clae_dist.contrast.gather import Contrast
-from clae_dist.contrast.objectives import OBJECTIVES
-from clae_dist.contrast.step import adversarial_view, attacked_rows, pretrain_step
+from clae_dist.config import Batch, Config, Data, Optim, Train
+from clae_dist.contrast import distributed
+from clae_dist.contrast.interface import Moment, evenly_spaced
+from clae_dist.contrast.look import look
+from clae_dist.contrast.step import pretrain_step
+from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
+from clae_dist.objectives import names
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.world import World
 from tests import reference, steps
@@ -73,32 +75,33 @@ def run_step(world: World, norm: str, config: Config, wrong: str = "") -> Found:
             return embed(images, *settings, **more)
 
         run.encoding.embed = watched  # type: ignore[method-assign]
-        metrics = pretrain_step(run, (x, y), ALPHA)
+        metrics = pretrain_step(run, (x, y), Moment())
     return Found(metrics.loss, backend.grads, input_grad, seen[2].detach())
 
 
-def settings(attack: Attack, objective: str = "nt_xent", gather: str = "auto", micro: int = 0) -> Config:
+def settings(variant: steps.Variant, objective: str = "nt_xent", gather: str = "auto", micro: int = 0) -> Config:
     return Config(
         data=Data(image_size=SIDE),
         batch=Batch(global_size=N, micro_size=micro),
-        objective=Objective(objective, TEMPERATURE, gather=gather, chunk=5),  # type: ignore[arg-type]  # 5 divides nothing
-        attack=attack,
+        objective=reference.settings_of(objective, TEMPERATURE, gather=gather, chunk=5),  # 5 divides nothing
+        method=variant.method,
+        attack=variant.attack,
         optim=Optim(name="sgd", warmup_epochs=0),
         train=Train(precision="float64"),
     )
 
 
-FGSM = Attack(epsilon=EPSILON)
+FGSM = steps.variant(alpha=ALPHA, epsilon=EPSILON)
 
 
 def expected(norm: str, config: Config, world_size: int = 1) -> Found:
     """The same by one process on the concatenated batch, with the double-loop objective and no backend."""
-    model, attack = small_model(norm, 3).train(), config.attack
+    model, attack = small_model(norm, 3).train(), steps.Variant(config.method, config.attack)
     objective = reference.OBJECTIVES[config.objective.name]
     groups = batches_of_statistics(world_size, config.batch.micro_size)
 
     def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return objective(a, b, TEMPERATURE)
+        return objective(a, b, config.objective)
 
     def embed(images: torch.Tensor, route: Any, groups: Any = groups) -> torch.Tensor:
         return embed_by_groups(model, images, route, groups)
@@ -130,11 +133,11 @@ def embed_by_groups(model: PretrainModel, images: torch.Tensor, route: Any, grou
     return z[torch.argsort(torch.tensor(order))]
 
 
-def attacked_images(attack: Attack, embed: Any, contrast: Any, chosen: list[int], groups: Any) -> torch.Tensor:
+def attacked_images(variant: steps.Variant, embed: Any, contrast: Any, chosen: list[int], groups: Any) -> torch.Tensor:
     """Projected gradient ascent, written from the formulas, on the rows `chosen`."""
-    fused = attack.cost == "fused"
+    fused, attack = variant.fused, variant.attack
     route = "clean" if fused else "adversarial"
-    start = (Y if attack.anchor == "other" else X)[chosen]
+    start = (Y if variant.other_anchor else X)[chosen]
     inside = groups if len(chosen) == N else [list(range(len(chosen)))]
     anchor = embed(X if fused else X[chosen], route, groups if fused else inside).detach()
     at = start
@@ -188,16 +191,16 @@ def test_ranks_compute_the_gradient_of_one_process(ranks: RankPool, gather: str,
 
 
 VARIANTS = {
-    "other anchor": replace(FGSM, anchor="other"),
-    "original cost": replace(FGSM, cost="original"),
-    "fused": replace(FGSM, cost="fused", anchor="other"),
-    "pgd": replace(FGSM, name="pgd", steps=3),
-    "pgd from a random start": replace(FGSM, name="pgd", steps=2, step_size=0.02, random_start=True),
-    "pgd of the other view": replace(FGSM, name="pgd", steps=2, anchor="other"),
-    "l2": replace(FGSM, norm="l2"),
-    "pgd in l2": replace(FGSM, name="pgd", steps=3, norm="l2"),
-    "half of the batch": replace(FGSM, fraction=0.5),
-    "fused on half of the batch": replace(FGSM, cost="fused", anchor="other", fraction=0.5),
+    "other anchor": steps.variant(anchor="other"),
+    "original cost": steps.variant(cost="original"),
+    "fused": steps.variant(ClaeFused.Settings),
+    "pgd": steps.variant(attack_name="pgd", steps=3),
+    "pgd from a random start": steps.variant(attack_name="pgd", steps=2, step_size=0.02, random_start=True),
+    "pgd of the other view": steps.variant(attack_name="pgd", steps=2, anchor="other"),
+    "l2": steps.variant(norm="l2"),
+    "pgd in l2": steps.variant(attack_name="pgd", steps=3, norm="l2"),
+    "half of the batch": steps.variant(fraction=0.5),
+    "fused on half of the batch": steps.variant(ClaeFused.Settings, fraction=0.5),
 }
 
 
@@ -210,15 +213,14 @@ def test_variants_of_the_attack(ranks: RankPool, variant: str, norm: str) -> Non
 
 
 @pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "nt_xent"])  # that one is in all other tests
+@pytest.mark.parametrize("objective", [name for name in names() if name != "nt_xent"])  # that one is in all other tests
 def test_other_objectives(ranks: RankPool, objective: str, gather: str) -> None:
-    if gather == "log_sum_exp" and objective not in log_sum_exp.LOG_SUM_EXP:
-        with pytest.raises(ConfigError, match=f"a form that objective.name '{objective}' does not have"):
-            Contrast(objective, TEMPERATURE, World.single("cpu"), gather)
-        return
-    for attack in (FGSM, VARIANTS["fused"]):
-        config = settings(attack, objective, gather)
-        assert_equal(2, ranks.run(2, run_step, "batch", config), expected("batch", config))
+    fused = settings(VARIANTS["fused"], objective, gather)
+    assert_equal(2, ranks.run(2, run_step, "batch", fused), expected("batch", fused))
+    config = settings(FGSM, objective, gather)
+    one_process = expected("batch", config)
+    for world_size in (1, 2, 3, 4) if gather == "log_sum_exp" else (2,):
+        assert_equal(world_size, ranks.run(world_size, run_step, "batch", config), one_process)
 
 
 @pytest.mark.parametrize("variant", ["fgsm", "fused", "pgd", "other anchor", "half of the batch"])
@@ -241,7 +243,7 @@ def test_batch_statistics_of_micro_batches_are_those_of_all_ranks(ranks: RankPoo
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_exact_is_original_bit_for_bit(ranks: RankPool, norm: str) -> None:
     exact, original = (
-        ranks.run(2, run_step, norm, settings(replace(FGSM, cost=cost)))  # type: ignore[arg-type]
+        ranks.run(2, run_step, norm, settings(steps.variant(cost=cost)))  # type: ignore[arg-type]
         for cost in ("exact", "original")
     )
     for one, other in zip(exact, original, strict=True):
@@ -252,12 +254,11 @@ def test_exact_is_original_bit_for_bit(ranks: RankPool, norm: str) -> None:
 
 
 def test_which_rows_are_attacked_does_not_depend_on_the_ranks() -> None:
-    attack = replace(FGSM, fraction=0.5)
-    whole = attacked_rows(attack, 12).tolist()
-    assert whole == steps.attacked(attack, 12)
+    whole = evenly_spaced(6, 12).tolist()
+    assert whole == steps.attacked(steps.variant(fraction=0.5), 12)
     for world_size in (2, 3):
         rows = 12 // world_size
-        assert [r * rows + i for r in range(world_size) for i in attacked_rows(attack, rows).tolist()] == whole
+        assert [r * rows + i for r in range(world_size) for i in evenly_spaced(rows // 2, rows).tolist()] == whole
 
 
 def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,11 +267,11 @@ def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.T
     run = steps.pretraining(config, world, backend)
     x, y = steps.share(world, X), steps.share(world, Y)
     with backend.untouched():
-        alone = adversarial_view(run, x, y).images
+        alone = look(run, (x, y), x, y).attacks[0].found.images
     seen: list[torch.Tensor] = []
     embed = backend.embed
     backend.embed = lambda images, route: (seen.append(images.detach()), embed(images, route))[1]  # type: ignore[method-assign]
-    pretrain_step(run, (x, y), ALPHA)
+    pretrain_step(run, (x, y), Moment())
     return alone, seen[2]
 
 
@@ -309,7 +310,7 @@ def count_reductions(world: World, config: Config) -> tuple[int, int]:
 
     collectives.reduce_scatter = counted
     try:
-        pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), ALPHA)
+        pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), Moment())
     finally:
         collectives.reduce_scatter = right
     return reduced, scattered
@@ -326,7 +327,7 @@ def test_gradients_are_reduced_once_a_step(ranks: RankPool, variant: str) -> Non
 # ---- gathers that are wrong on purpose; the forward loss of each is right ----
 
 
-class _AllReduceOwnSlot(gather._GatherRows):
+class _AllReduceOwnSlot(distributed._GatherRows):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = len(grads[0]) // dist.get_world_size(ctx.group)
@@ -335,7 +336,7 @@ class _AllReduceOwnSlot(gather._GatherRows):
         return own, None
 
 
-class _OwnRowsOnly(gather._GatherRows):
+class _OwnRowsOnly(distributed._GatherRows):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = len(grads[0]) // dist.get_world_size(ctx.group)
@@ -343,7 +344,7 @@ class _OwnRowsOnly(gather._GatherRows):
 
 
 _WRONG: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
-    "detached": lambda rows, group: gather._GatherRows.apply(rows, group).detach(),
+    "detached": lambda rows, group: distributed._GatherRows.apply(rows, group).detach(),
     "own rows only": _OwnRowsOnly.apply,
     "all-reduce of own slot": _AllReduceOwnSlot.apply,
 }
@@ -351,23 +352,23 @@ _WRONG: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
 
 @contextmanager
 def wrong_gather(name: str) -> Iterator[None]:
-    right, everyones = gather.gather_rows, log_sum_exp._everyones
-    if name == "own log-sum-exp for everyone's":
-        log_sum_exp._everyones = lambda lse, group: lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+    right, shifts = distributed.gather_rows, distributed._shifts_of_all_ranks
+    if name == "own shifts for everyone's":
+        distributed._shifts_of_all_ranks = lambda shift, group: shift.repeat(dist.get_world_size(group), 1, 1)
     elif name:
-        gather.gather_rows = _WRONG[name]
+        distributed.gather_rows = _WRONG[name]
     try:
         yield
     finally:
-        gather.gather_rows, log_sum_exp._everyones = right, everyones
+        distributed.gather_rows, distributed._shifts_of_all_ranks = right, shifts
 
 
-@pytest.mark.parametrize("wrong", [*_WRONG, "own log-sum-exp for everyone's"])
+@pytest.mark.parametrize("wrong", [*_WRONG, "own shifts for everyone's"])
 def test_a_wrong_gather_is_caught(ranks: RankPool, wrong: str) -> None:
     """Each leaves the forward loss as it is, so that only gradients can tell."""
     config = settings(FGSM, gather="reduce_scatter" if wrong in _WRONG else "log_sum_exp")
     got = differences(4, ranks.run(4, run_step, "group", config, wrong), expected("group", config))
-    # Another's log-sum-exp is close to one's own: that error is smaller, and still a thousand times the bar above.
+    # Another's shift is close to one's own: that error is smaller, and still a thousand times the bar above.
     subtle = wrong not in _WRONG
     assert got["parameter gradients"] > (1e-4 if subtle else 1e-3)
     assert got["input gradient"] > (1e-7 if subtle else 1e-5)

@@ -15,11 +15,14 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from clae_dist.config import Attack, Batch, Config, Data, Objective, Optim, Parallel, Train
+from clae_dist.config import Batch, Config, Data, Objective, Optim, Parallel, Train
 from clae_dist.contrast import encoding
 from clae_dist.contrast.adversary import LossAndGradient
 from clae_dist.contrast.encoding import Embedding, LossOf, Route, TrainingEncoding, _Part
+from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
+from clae_dist.methods.clae_fused import ClaeFused
+from clae_dist.methods.simclr import SimClr
 from clae_dist.models.model import PretrainModel
 from clae_dist.models.norms import random_layers
 from clae_dist.parallel import make_backend
@@ -28,7 +31,7 @@ from clae_dist.world import World
 from tests import steps
 from tests.ranks import RankPool
 
-N, SIDE, WIDTH, ALPHA = 12, 8, 8, 0.7
+N, SIDE, WIDTH = 12, 8, 8
 TOLERANCE = 1e-10  # float64: only the order of summation differs
 X, Y = steps.images(1, N, SIDE), steps.images(2, N, SIDE)
 NOISE = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -73,12 +76,13 @@ class OnePass(TrainingEncoding):
             return loss.detach(), torch.cat(torch.autograd.grad(loss, parts))
 
 
-def settings(attack: Attack, backend: str, recompute: bool = False) -> Config:
+def settings(variant: steps.Variant, backend: str, recompute: bool = False) -> Config:
     return Config(
         data=Data(image_size=SIDE),
         batch=Batch(global_size=N, micro_size=3),
         objective=Objective(temperature=0.2),
-        attack=attack,
+        method=variant.method,
+        attack=variant.attack,
         optim=Optim(name="sgd", warmup_epochs=0),
         train=Train(precision="float64", activation_checkpointing=recompute),
         parallel=Parallel(backend=backend),  # type: ignore[arg-type]
@@ -114,8 +118,7 @@ def run_step(world: World, config: Config, way: str) -> dict[str, torch.Tensor]:
             encoding._drawing_again = drawing_anew  # type: ignore[assignment]
         try:
             seed_step(config, 5, world.rank)
-            alpha = 0.0 if config.attack.name == "none" else ALPHA
-            metrics = pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), alpha)
+            metrics = pretrain_step(run, (steps.share(world, X), steps.share(world, Y)), Moment())
         finally:
             encoding._drawing_again = right
         return {**result, "loss": metrics.loss, "last view": seen[-1], "next draw": torch.rand(4)}
@@ -126,12 +129,12 @@ def drawing_anew(state: list[torch.Tensor], device: torch.device) -> AbstractCon
     return nullcontext()
 
 
-FGSM = Attack(epsilon=0.03)
+FGSM = steps.variant()
 ATTACKS = {
     "fgsm": FGSM,
-    "pgd": replace(FGSM, name="pgd", steps=2, step_size=0.02, random_start=True),
-    "fused": replace(FGSM, cost="fused", anchor="other"),
-    "none": replace(FGSM, name="none"),
+    "pgd": steps.variant(attack_name="pgd", steps=2, step_size=0.02, random_start=True),
+    "fused": steps.variant(ClaeFused.Settings),
+    "none": steps.variant(SimClr.Settings),
 }
 
 

@@ -175,7 +175,7 @@ def test_what_is_dropped_is_said(prepared: Manifest, tmp_path: Path, cache: Path
     lines: list[str] = []
     packed(tmp_path / "x.tar", images(prepared)[0][0], ["1 3 5", "0", "2.5"])
     opened(str(tmp_path / "x.tar"), cache, lines)
-    text = "labels that are neither names nor whole numbers from 0 on, ignored: 2, such as \"0.cls (several labels: '1 3 5')\""
+    text = "labels that are neither names nor non-negative integers, ignored: 2, such as \"0.cls (several labels: '1 3 5')\""
     assert f"data: {text}" in lines
 
 

@@ -132,7 +132,7 @@ def held_bytes(cache: Path) -> int:
 def test_a_cache_smaller_than_what_is_in_use_is_said_and_works(local: Manifest, server: FaultyServer, tmp_path: Path) -> None:
     config = settings(server.url, tmp_path / "cache", cache_bytes=20_000, streams=4, shuffle_shards=2)
     (line,) = advice(config, open_shards(config.data), World.single("cpu"))
-    assert "shards will be fetched again and again. data.cache_bytes=" in line
+    assert "shards will be fetched again and again. Try data.cache_bytes=" in line
     assert_same(batches(config), batches(settings(str(local.folder), tmp_path / "none")))
 
 

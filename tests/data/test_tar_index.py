@@ -201,13 +201,14 @@ def test_labels_of_every_kind(
     assert (found.rows[:, 2].tolist(), found.names) == (labels, names)
 
 
-def test_mutations_end_in_samples_or_in_a_dataerror(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mutations", [300, pytest.param(1500, marks=pytest.mark.slow)])
+def test_mutations_end_in_samples_or_in_a_dataerror(tmp_path: Path, mutations: int) -> None:
     """No crash, no endless loop, no place outside of the file, whatever the bytes are."""
     rng = random.Random(1)
     files = [(f"{LONG if number == 2 else number}.jpg", rng.randbytes(300)) for number in range(5)] + [("9.cls", b"1")]
     wholes = [tar_of(files, format) for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     path, refused = tmp_path / "mutated", 0
-    for _ in range(1500):
+    for _ in range(mutations):
         content = bytearray(rng.choice(wholes))
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(content) // 512) * 512 + rng.choice([0, 124, 135, 148, 156, 257, rng.randrange(512)])
@@ -225,7 +226,7 @@ def test_mutations_end_in_samples_or_in_a_dataerror(tmp_path: Path) -> None:
             assert (rows[:, 0] + rows[:, 1] <= len(content)).all()
         except DataError:
             refused += 1
-    assert refused > 500
+    assert refused > mutations // 3
 
 
 def test_ten_thousand_samples_take_no_time(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_labels_that_are_names(tmp_path: Path, encoded: Callable[..., bytes]) ->
         for shard in manifest.splits["train"]
     ]
     assert found == [["dog", "cat"], ["ant", "dog", "ant"], ["7", ""]]
-    assert "Labels that are neither names nor whole numbers from 0 on, ignored: 1, such as '1.cls (-2 is negative)'." in lines
+    assert "Labels that are neither names nor non-negative integers, ignored: 1, such as '1.cls (-2 is negative)'." in lines
     assert "Images of train without a label (-1): 1 of 7." in lines
     assert verify(tmp_path / "to") == []
     with pytest.raises(DataError, match=r"train-1\.tar has the label 'ant', which --classes does not name"):

@@ -132,7 +132,7 @@ def test_shards_that_are_gone_are_named(make_run: MakeRun, tmp_path: Path) -> No
 
 
 def test_runs_in_double_precision_too(make_run: MakeRun) -> None:
-    found = evaluate_run(make_run("train.precision=float64", "attack.name=none"), _quiet)
+    found = evaluate_run(make_run("train.precision=float64", "method.name=simclr"), _quiet)
     assert torch.tensor(found["results"]["knn"]["accuracy"]["after"]).isfinite()
 
 

@@ -214,7 +214,7 @@ def test_shards_that_have_moved_are_no_obstacle(
 
 
 def test_plain_simclr_is_shown_under_the_default_attack(make_run: MakeRun) -> None:
-    page = Page(write_report(make_run("attack.name=none"), _quiet))
+    page = Page(write_report(make_run("method.name=simclr"), _quiet))
     assert "SimCLR" in page.text
     assert "the default attack, because this run has none" in page.text
     assert len(page.pictures()) == 1
@@ -239,7 +239,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     [
         ["attack.epsilon=0.02"],
         ["attack.epsilon=0.1", "attack.unit=normalised", "model.std=[0.2,0.2,0.2]"],
-        ["attack.anchor=other"],
+        ["method.anchor=other"],
     ],
 )
 def test_the_pictured_attack_keeps_to_epsilon_and_raises_the_loss(overrides: list[str]) -> None:

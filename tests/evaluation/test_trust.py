@@ -17,10 +17,10 @@ import pytest
 from clae_dist.cli import main
 from clae_dist.config import Config, ConfigError, Evaluation, Train
 from clae_dist.data.urls import expand, scheme
-from clae_dist.recipe import from_yaml, read_recipe
+from clae_dist.recipe import Recipe, from_yaml, read_recipe
 from clae_dist.runs.folder import FILES, FOLDERS
 from clae_dist.runs.trust import Permission, acts, is_remembered, open_run, remember
-from clae_dist.tracking import NullTracker
+from clae_dist.tracking import Tracker
 from clae_dist.training import finish
 from tests.small_run import small_run
 
@@ -146,7 +146,7 @@ def test_no_database_is_made_where_a_strangers_run_says(make_run: MakeRun, tmp_p
     assert not list(tmp_path.rglob("*.db"))
 
 
-class Sent(NullTracker):
+class Sent(Tracker):
     """Stands for MLflow's tracker: which store was told."""
 
     stores: list[str]
@@ -318,7 +318,7 @@ def test_every_entry_of_a_run_is_known(tmp_path: Path, labelled_shards: Path) ->
     fast = Evaluation(linear_iterations=1, linear_penalty=1.0)
     config = small_run(labelled_shards, tmp_path / "run", train=Train(epochs=0.2, knn_every=0), evaluation=fast)
     assert claim(config) == ""
-    assert start(config, {}).code == 0
+    assert start(Recipe(config)).code == 0
     finish.evaluate(tmp_path / "run", lambda text: None)
     finish.report(tmp_path / "run", say=lambda text: None)
     finish.export(tmp_path / "run", say=lambda text: None)

@@ -53,7 +53,7 @@ def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, sha
             ["--nodes", "3:2", "--head", "127.0.0.1", "configs/quickstart.yaml"],
             "--nodes is 3:2; the smaller number comes first",
         ),
-        (["--nodes", "two", "--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is 'two'; use a whole number from 1"),
+        (["--nodes", "two", "--head", "127.0.0.1", "configs/quickstart.yaml"], "--nodes is 'two'; use an integer from 1"),
         (["--nodes", "2", "--head", "127.0.0.1:x", "configs/quickstart.yaml"], "the port of --head is 'x'"),
         (["--nodes", "2", "--head", "127.0.0.1", "nowhere.yaml"], "nowhere.yaml is no file here"),
         (["--nodes", "2", "--head", "127.0.0.1"], "no recipe was named"),

@@ -122,7 +122,7 @@ def test_it_runs_what_it_shows_and_a_dry_run_runs_nothing(quickstart: Quickstart
     assert clae["seed"] == simclr["seed"] == "4"
     assert clae["train.epochs"] == "6"
     assert float(simclr["train.epochs"]) == pytest.approx(11)
-    assert simclr["attack.name"] == "none"
+    assert simclr["method.name"] == "simclr"
     folder = str(quickstart.home / "runs" / "quickstart")
     assert quickstart.ran()[-1] == ["clae", "report", folder, "--compare", f"{folder}/simclr"]
 
@@ -238,7 +238,7 @@ def test_mlflows_page_is_named_where_there_is_one_here(quickstart: Quickstart, w
 def test_a_step_that_fails_is_named_and_ends_it(quickstart: Quickstart) -> None:
     code, said = quickstart(FAILS="evaluate")
     assert code == 3
-    assert said.splitlines()[-1] == 'quickstart: "Evaluation" failed (exit code 3); the reason stands above.'
+    assert said.splitlines()[-1] == 'quickstart: "Evaluation" failed (exit code 3); see the reason above.'
     assert quickstart.ran()[-1][1] == "evaluate"
 
 
@@ -263,7 +263,7 @@ def test_ctrl_c_lets_the_run_save_and_ends_with_its_exit_code(quickstart: Quicks
         ("--minutes 0", "--minutes is 0; use a number above 0"),
         ("--minutes four", "--minutes is four; use"),
         ("--minutes 2 train.epochs=1", "--minutes and train.epochs= both say how long; keep one."),
-        ("--workers two", "--workers is two; use a whole number from 1."),
+        ("--workers two", "--workers is two; use an integer from 1."),
         ("--workers 0", "--workers is 0; use"),
         ("--compare moco", "--compare moco is not known; use --compare simclr."),
         ("train.epochs=8 train.epochs=4", "train.epochs is given twice; keep one."),

@@ -14,9 +14,10 @@ from torch.distributed import DistBackendError
 from clae_dist.config import Batch, Config, ConfigError, Launch
 from clae_dist.data.manifest import DataError
 from clae_dist.errors import BAD_CONFIG, BAD_DATA, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED
+from clae_dist.keys import flatten
 from clae_dist.launchers import local, rank, ray, torchrun
 from clae_dist.launchers.rank import Ending, RankBroke
-from clae_dist.recipe import flatten
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import CheckpointError
 from clae_dist.world import RankError, told
 
@@ -41,7 +42,7 @@ def under_local(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[int, b
         return local._ending(work, *arguments)
 
     monkeypatch.setattr(local, "spawn", spawn)
-    code = local.launch(config, {}, False).code
+    code = local.launch(Recipe(config)).code
     assert len(starts) in (1, 2)
     return code, len(starts) == 2
 
@@ -64,7 +65,7 @@ def under_torchrun(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[int
     ending = config.folder / "ending"
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "CLAE_ENDING": str(ending)}.items():
         monkeypatch.setenv(name, value)
-    code = told(torchrun.launch(config, {}, False).code)
+    code = told(torchrun.launch(Recipe(config)).code)
     return (int(ending.read_text()), False) if code == OK else (code, True)
 
 

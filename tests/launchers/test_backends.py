@@ -22,7 +22,7 @@ name: small
 data: {image_size: 16, workers: 0}
 batch: {global_size: 16, micro_size: 4}
 model: {encoder: small_resnet, projector_dim: 16}
-attack: {name: fgsm, cost: fused, anchor: other}
+method: {name: clae_fused}
 optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0, clip_norm: 1}
 train: {epochs: 2, log_every: 1, diagnose_every: 4, knn_every: 1, ema_decay: 0.9}
 checkpoint: {every_steps: 4}

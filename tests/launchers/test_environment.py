@@ -28,7 +28,7 @@ def _no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment; expected a whole number from 1."),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment; expected an integer from 1."),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
         ({"LOCAL_RANK": "", "RANK": "0"}, "LOCAL_RANK is ''"),

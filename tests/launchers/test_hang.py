@@ -20,6 +20,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import HUNG, OK
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import train as training
 from tests.small_run import small_run
@@ -44,14 +45,14 @@ def recipe(shards: Manifest, run_dir: Path, **launch: Any) -> Config:
     )
 
 
-def _rank(config: Config, origins: dict[str, str], debug: bool, how: str = "") -> Ending:
+def _rank(recipe: Recipe, debug: bool, how: str = "") -> Ending:
     """A rank; number 1 hangs in step 5, once in the life of a run."""
     import torch._dynamo  # noqa: F401  (what an optimiser does first takes seconds on a busy machine)
 
-    mark = config.folder / "has-hung"
+    mark = recipe.config.folder / "has-hung"
     if os.environ["RANK"] == "1" and how and not mark.exists():
         _hang_at(5, how, mark)
-    return local._train(config, origins, debug)
+    return local._train(recipe, debug)
 
 
 def _hang_at(step: int, how: str, mark: Path) -> None:
@@ -98,9 +99,9 @@ def in_a_collective(*arguments: Any) -> Ending:
     return _rank(*arguments, how="collective")
 
 
-def always_in_data(config: Config, origins: dict[str, str], debug: bool) -> Ending:
-    (config.folder / "has-hung").unlink(missing_ok=True)
-    return in_data(config, origins, debug)
+def always_in_data(recipe: Recipe, debug: bool) -> Ending:
+    (recipe.config.folder / "has-hung").unlink(missing_ok=True)
+    return in_data(recipe, debug)
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +115,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def undisturbed(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = recipe(shards, tmp_path_factory.mktemp("undisturbed") / "run")
     config.folder.mkdir()
-    assert local.launch(config, {}, False, _rank) == Ending(OK, "")
+    assert local.launch(Recipe(config), work=_rank) == Ending(OK, "")
     return config.folder
 
 
@@ -131,7 +132,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
 ) -> None:
     config = recipe(shards, tmp_path / "run")
     config.folder.mkdir()
-    assert local.launch(config, {}, False, work) == Ending(OK, "")
+    assert local.launch(Recipe(config), work=work) == Ending(OK, "")
     said = capfd.readouterr()
     (line,) = [line for line in said.err.splitlines() if "no progress for" in line]
     rank = line.partition("rank 1 on ")[2]
@@ -156,6 +157,6 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
 def test_a_run_that_hangs_again_and_again_ends(shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run", max_failures=0)
     config.folder.mkdir()
-    ending = local.launch(config, {}, False, always_in_data)
+    ending = local.launch(Recipe(config), work=always_in_data)
     assert ending.code == HUNG
-    assert "The same command goes on from the newest checkpoint" in ending.message
+    assert "The same command resumes from the newest checkpoint" in ending.message

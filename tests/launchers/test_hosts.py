@@ -28,6 +28,7 @@ from clae_dist.launchers.ray_elastic import WorkingSizes
 from clae_dist.launchers.route import route_to
 from clae_dist.launchers.torchrun import launch as launch_torchrun
 from clae_dist.launchers.versions import differences, versions
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training.guard import listen_for_stop
 from clae_dist.world import told
@@ -60,7 +61,7 @@ def test_min_workers_is_checked_where_it_is_written() -> None:
     with pytest.raises(ConfigError, match="launch.min_workers is 5; use 0"):
         Launch(workers=4, min_workers=5)
     with pytest.raises(ConfigError, match="it is Ray's"):
-        start(Config(launch=Launch(launcher="local", workers=2, min_workers=1)), {})
+        start(Recipe(Config(launch=Launch(launcher="local", workers=2, min_workers=1))))
 
 
 def test_versions_differ_with_both_named() -> None:
@@ -97,7 +98,7 @@ def test_torchrun_is_not_made_to_start_again_what_would_end_the_same(tmp_path: P
 def test_numbers_of_hosts_that_cannot_share_a_batch_end_a_rank_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "CLAE_NODES": "2:3"}.items():
         monkeypatch.setenv(name, value)
-    assert launch_torchrun(Config(batch=Batch(global_size=16)), {}, False) == Ending(BAD_CONFIG, "")  # rank 0 says it
+    assert launch_torchrun(Recipe(Config(batch=Batch(global_size=16)))) == Ending(BAD_CONFIG, "")  # rank 0 says it
 
 
 def test_collectives_wait_longer_than_the_watch() -> None:
@@ -152,20 +153,20 @@ def test_a_run_folder_that_hosts_do_not_share(tmp_path: Path, monkeypatch: pytes
 
     told = {"_internal_kv_get": lambda *_, **__: json.dumps(vars(Ending(OK, ""))), "_internal_kv_del": lambda *_, **__: 1}
     monkeypatch.setattr(ray, "_store", lambda: SimpleNamespace(**told))
-    monkeypatch.setattr(ray, "_trainer", lambda *arguments: RanksElsewhere())
+    monkeypatch.setattr(ray, "_trainer", lambda *arguments, **named: RanksElsewhere())
     with pytest.raises(ConfigError, match="run_dir is .* nothing for this host; name a folder on storage that all hosts share"):
-        ray._fit(None, Config(run_dir=str(tmp_path / "run")), {}, [1], False, ray._StopFile(tmp_path / "STOP"))
+        ray._fit(None, Recipe(Config(run_dir=str(tmp_path / "run"))), [1], ray._StopFile(tmp_path / "STOP"), debug=False)
 
 
 def test_ranks_of_ray_that_do_not_heed_a_request_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that wait for a host, say, have nobody to hear it."""
     never = threading.Event()
-    monkeypatch.setattr(ray, "_trainer", lambda *arguments: SimpleNamespace(fit=never.wait))
+    monkeypatch.setattr(ray, "_trainer", lambda *arguments, **named: SimpleNamespace(fit=never.wait))
     monkeypatch.setattr(ray, "_GRACE_S", 0.1)
     config = Config(run_dir=str(tmp_path), guard=Guard(stop_within_s=0.2))
     with ray._StopFile(tmp_path / STOP_FILE) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        ending = ray._fit(None, config, {}, [1], False, stop)
+        ending = ray._fit(None, Recipe(config), [1], stop, debug=False)
     never.set()
     assert ending.code == STOPPED
     assert "did not leave within 0.2 s (guard.stop_within_s)" in ending.message

@@ -181,7 +181,7 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
         code, said = finish(process)
     assert code == FAILED, said
     assert "was killed by SIGKILL" in said or "ray" in launcher, said
-    assert "The same command goes on from the newest checkpoint" in said
+    assert "The same command resumes from the newest checkpoint" in said
     assert len(said.splitlines()) < 12, said  # readable
     assert 4 <= int(RunFolder(tmp_path / "run").find_checkpoints()[0].name.removeprefix("step-")) < 24
     assert "resuming after step" in run(arguments)
@@ -233,7 +233,7 @@ def test_a_signal_saves_and_leaves(
             os.killpg(process.pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
         code, said = finish(process)
     assert code == STOPPED, said
-    assert "saved. The same command goes on from there." in said
+    assert "saved. The same command resumes from there." in said
     if launcher == "local":  # which hands on SIGTERM, whatever it was sent
         assert f"({how.split()[0]})" in said
     (checkpoint,) = RunFolder(tmp_path / "run").find_checkpoints()

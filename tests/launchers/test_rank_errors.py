@@ -10,6 +10,7 @@ import pytest
 from clae_dist.config import Config
 from clae_dist.launchers import rank
 from clae_dist.launchers.versions import differences
+from clae_dist.recipe import Recipe
 
 
 def test_neither_the_line_nor_the_traceback_of_a_broken_rank_holds_a_login(
@@ -23,7 +24,7 @@ def test_neither_the_line_nor_the_traceback_of_a_broken_rank_holds_a_login(
 
     monkeypatch.setattr(rank, "train", train)
     with pytest.raises(rank.RankBroke, match="rank 0 of 1: RuntimeError: cannot read https://") as broke:
-        rank.run_rank(Config(run_dir=str(tmp_path)), {}, False, None)
+        rank.run_rank(Recipe(Config(run_dir=str(tmp_path))), None)
     log = (tmp_path / "error-rank-0.log").read_text()
     assert "canary" not in str(broke.value) + log
     assert log.count("https://") >= 2  # both errors are there, without their logins

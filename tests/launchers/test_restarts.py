@@ -15,10 +15,11 @@ from clae_dist.errors import BAD_DATA, FAILED, OK
 from clae_dist.launchers import local, start
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import _StopFile
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import STOP_FILE
 from tests.small_run import small_run
 
-LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command goes on from the newest checkpoint.", again=True)
+LOST = Ending(FAILED, "rank 1 of 2 was killed by SIGKILL. The same command resumes from the newest checkpoint.", again=True)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_ranks_are_started_again_as_often_as_requested(
 
     monkeypatch.setattr(local, "spawn", spawn)
     config = Config(run_dir=str(tmp_path), batch=Batch(global_size=16), launch=Launch(workers=2, max_failures=max_failures))
-    assert local.launch(config, {}, False) == endings[starts - 1]
+    assert local.launch(Recipe(config)) == endings[starts - 1]
     assert len(given) == starts
     console = (tmp_path / "console.log").read_text() if (tmp_path / "console.log").exists() else ""
     assert console.count("Starting again (failure ") == starts - 1
@@ -56,8 +57,8 @@ def test_a_request_to_stop_that_was_left_behind_is_none_of_a_new_start(
     seen: list[bool] = []
     launcher = importlib.import_module(f"clae_dist.launchers.{name}")
 
-    def launch(config: Config, *arguments: Any) -> Ending:
-        seen.append((config.folder / STOP_FILE).exists())
+    def launch(recipe: Recipe, *, debug: bool) -> Ending:
+        seen.append((recipe.config.folder / STOP_FILE).exists())
         return Ending(OK, "")
 
     monkeypatch.setattr(launcher, "launch", launch)
@@ -65,7 +66,7 @@ def test_a_request_to_stop_that_was_left_behind_is_none_of_a_new_start(
     config = small_run(shards, tmp_path / "run", launch=Launch(launcher=name, workers=1))  # type: ignore[arg-type]
     config.folder.mkdir()
     (config.folder / STOP_FILE).write_text("SIGTERM")
-    start(config, {})
+    start(Recipe(config))
     assert seen == [False]
 
 

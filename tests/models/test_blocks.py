@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clae_dist.config import Batch, Config, Data, Model, Optim, Train
+from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.models import build_model
 from clae_dist.models.blocks import encoder_blocks
@@ -34,7 +35,7 @@ def two_steps(world: World, config: Config) -> dict[str, torch.Tensor]:
     for seed in (1, 3):
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         x, y = (steps.share(world, steps.images(number, N, SIDE, dtype)) for number in (seed, seed + 1))
-        pretrain_step(run, (x, y), 1.0)
+        pretrain_step(run, (x, y), Moment())
     return backend.state()["model"]
 
 

@@ -54,13 +54,14 @@ def test_what_takes_its_own_size_needs_no_argument_and_draws_the_same_weights() 
 @pytest.mark.parametrize(
     ("encoder", "image_size", "way_out"),
     [
-        ("timm/efficientformer_l1", 64, "use data.image_size=224, or an encoder of any size"),
+        ("timm/efficientformer_l1", 64, "use data.image_size=224, or an encoder for any size"),
         ("torchvision/vit_b_16", 100, "use data.image_size=224, or"),
         ("torchvision/maxvit_t", 128, "use data.image_size=224, or"),
     ],
 )
 def test_a_size_that_an_encoder_does_not_take(encoder: str, image_size: int, way_out: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"data\.image_size is {image_size}, which model\.encoder {encoder} does not take \(.+\); {way_out}"
+        ConfigError,
+        match=rf"data\.image_size is {image_size}, which model\.encoder {encoder} does not support \(.+\); {way_out}",
     ):
         check_model(config_of(encoder, image_size))

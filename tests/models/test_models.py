@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clae_dist.config import Attack, Config, ConfigError, Data, Model
+from clae_dist.config import Config, ConfigError, Data, Model
+from clae_dist.methods.simclr import SimClr
 from clae_dist.models import build_model
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import (
@@ -77,7 +78,7 @@ def test_drop_rates_reach_the_encoder(encoder: str, key: str) -> None:
     [
         ("small_resnet", "drop_rate", r"model.drop_rate is 0.1, but model.encoder is 'small_resnet'; use 0, or .* timm"),
         ("torchvision/resnet18", "drop_path_rate", "model.drop_path_rate is 0.1, but model.encoder is 'torchvision/resnet18'"),
-        ("timm/vgg11", "drop_path_rate", "model.drop_path_rate is 0.1, which timm/vgg11 has no setting for; use 0, or"),
+        ("timm/vgg11", "drop_path_rate", "model.drop_path_rate is 0.1, which timm/vgg11 does not support; use 0, or"),
     ],
 )
 def test_a_drop_rate_without_effect_is_refused(encoder: str, key: str, message: str) -> None:
@@ -167,7 +168,7 @@ def test_untouched_statistics_of_torchs_sync_batch_norm(monkeypatch: pytest.Monk
 
 
 def test_simclr_without_attack_has_one_route() -> None:
-    model = build_model(Config(data=Data(image_size=32), model=Model(encoder="small_resnet"), attack=Attack(name="none")))
+    model = build_model(Config(data=Data(image_size=32), model=Model(encoder="small_resnet"), method=SimClr.Settings()))
     assert not any(isinstance(m, RoutedNorm) for m in model.modules())
 
 

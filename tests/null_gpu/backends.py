@@ -20,6 +20,7 @@ from clae_dist.config import Checkpointing, Config, Evaluation, Launch, Parallel
 from clae_dist.errors import OK
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint.write import delete_folder
 from clae_dist.runs.folder import RunFolder
 from tests.null_gpu import program
@@ -63,7 +64,7 @@ def train_and_resume(runs: list[Config], ports: list[int], folder: Path) -> Endi
             _forget_groups()
             before = len(program.STEPS)
             try:
-                ending = run_rank(config, {}, False, None)
+                ending = run_rank(Recipe(config), None)
                 endings.append(ending.message)
             except RankBroke as error:
                 endings.append(str(error))

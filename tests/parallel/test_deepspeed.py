@@ -233,7 +233,7 @@ def test_lars_works_where_nothing_is_shared(pair: RankPool) -> None:
 
 def test_one_process_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match="parallel.backend is 'deepspeed', but this run has one process.*parallel.backend=ddp"
+        ConfigError, match="parallel.backend is 'deepspeed', but this run has a single rank.*parallel.backend=ddp"
     ):
         setup_of(2).backend(World.single("cpu"))
 

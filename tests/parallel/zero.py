@@ -15,7 +15,7 @@ from tests.parallel.step_kinds import Setup, take_step
 
 STAGES = [0, 1, 2, 3]
 # For parametrize: 1 and 3 are the most used and the most different; the others in CI.
-EVERY_STAGE = [stage if stage in (1, 3) else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+EVERY_STAGE = [stage if stage == 3 else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
 TOLERANCE = 1e-5  # of the largest element: float32 against float64
 SGD = Optim(name="sgd", learning_rate=0.05, momentum=0.9, weight_decay=0.1, scaling="none", warmup_epochs=0)
 ADAMW = Optim(name="adamw", learning_rate=0.01, weight_decay=0.1, scaling="none", warmup_epochs=0)

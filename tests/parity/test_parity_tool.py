@@ -15,12 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
-from clae_dist.contrast import gather, log_sum_exp
+from clae_dist.config import Batch, Config, Data, Model, Optim, Train
+from clae_dist.contrast import distributed
+from clae_dist.methods.clae_fused import ClaeFused
+from clae_dist.methods.simclr import SimClr
 from clae_dist.parity.compare import Parity, compare, compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
 from clae_dist.parity.run import alone
 from clae_dist.world import World
+from tests import steps
 from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -40,15 +43,15 @@ def on_ranks(world: World, config: Config, wrong: str) -> Parity:
     return compare_steps(config, world.size, "float64", many, one, one)
 
 
-def _own(lse: torch.Tensor, group: Any) -> torch.Tensor:
-    return lse.repeat(dist.get_world_size(group), *[1] * (lse.dim() - 1))
+def _own(shift: torch.Tensor, group: Any) -> torch.Tensor:
+    return shift.repeat(dist.get_world_size(group), 1, 1)
 
 
 @contextmanager
 def broken(how: str) -> Iterator[None]:
     changes: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-        "own log-sum-exp for everyone's": (log_sum_exp, "_everyones", _own),
-        "detached": (gather, "gather_rows", lambda rows, group: gather._GatherRows.apply(rows, group).detach()),
+        "own shifts for everyone's": (distributed, "_shifts_of_all_ranks", _own),
+        "detached": (distributed, "gather_rows", lambda rows, group: distributed._GatherRows.apply(rows, group).detach()),
     }
     if not how:
         yield
@@ -82,18 +85,22 @@ def test_what_is_right_passes(ranks: RankPool, world_size: int, encoder: str) ->
 
 
 @pytest.mark.parametrize(
-    "attack",
-    [Attack(cost="fused", anchor="other", fraction=0.5), Attack(name="pgd", steps=2, random_start=True), Attack(name="none")],
+    "variant",
+    [
+        steps.variant(ClaeFused.Settings, fraction=0.5),
+        steps.variant(attack_name="pgd", steps=2, random_start=True),
+        steps.variant(SimClr.Settings),
+    ],
 )
-def test_attacks_pass(ranks: RankPool, attack: Attack) -> None:
-    found = ranks.run(2, on_ranks, replace(CONFIG, attack=attack), "")[0]
+def test_methods_pass(ranks: RankPool, variant: steps.Variant) -> None:
+    found = ranks.run(2, on_ranks, replace(CONFIG, method=variant.method, attack=variant.attack), "")[0]
     assert found.passed, found
 
 
 @pytest.mark.parametrize(
     ("wrong", "way", "cause"),
     [
-        ("own log-sum-exp for everyone's", "log_sum_exp", "rows of other ranks get no gradient, or the wrong one"),
+        ("own shifts for everyone's", "log_sum_exp", "rows of other ranks get no gradient, or the wrong one"),
         ("detached", "reduce_scatter", "rows of other ranks get no gradient, or the wrong one"),
     ],
 )

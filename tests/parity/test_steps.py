@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.contrast import step as contrast_step
+from clae_dist.contrast.adversary import Ball
+from clae_dist.methods.clae import Clae
 from clae_dist.parity import observe as observing
 from clae_dist.parity.compare import compare_steps, difference, table
 from clae_dist.parity.observe import Observation, Start, Tensors, observe, reference
@@ -34,21 +35,13 @@ def runs(starts_from_reference: bool) -> tuple[list[Observation], list[Observati
 
 def with_flipped_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As another order of summation does it: training's δ is turned round in the pixels with the smallest gradients."""
-    step, perturb = observing.pretrain_step, contrast_step.perturb
+    right = Ball.step
 
-    def flipping(start: torch.Tensor, gradient_of: Any, *arguments: Any, **settings: Any) -> Any:
-        def flipped_gradient(images: torch.Tensor) -> Any:
-            loss, gradient = gradient_of(images)
-            return loss, torch.where(gradient.abs() < 0.5 * NOISE * gradient.abs().max(), -gradient, gradient)
+    def flipping(ball: Ball, x: torch.Tensor, at: torch.Tensor, gradient: torch.Tensor, length: Any) -> torch.Tensor:
+        flipped = torch.where(gradient.abs() < 0.5 * NOISE * gradient.abs().max(), -gradient, gradient)
+        return right(ball, x, at, flipped, length)
 
-        return perturb(start, flipped_gradient, *arguments, **settings)
-
-    def step_with_flips(*arguments: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(contrast_step, "perturb", flipping)
-            return step(*arguments)
-
-    monkeypatch.setattr(observing, "pretrain_step", step_with_flips)
+    monkeypatch.setattr(Ball, "step", flipping)
 
 
 def test_signs_that_rounding_flips_pass_where_every_step_starts_at_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +80,7 @@ def test_a_wrong_attack_is_not_hidden() -> None:
     """Only pixels whose sign rounding decides are taken from the reference."""
     (one,), (start,) = reference(alone(FLOAT32), HERE, 1, "float32")
     assert 0 < start.undecided.double().mean() < 0.1
-    wrong = replace(FLOAT32, attack=replace(FLOAT32.attack, anchor="other"))
+    wrong = replace(FLOAT32, method=Clae.Settings(anchor="other"))
     many, single = observe(wrong, HERE, 1, [start]), observe(alone(FLOAT32), HERE, 1, [start])
     found = compare_steps(FLOAT32, 1, "float32", many, single, [one])
     assert found.delta_sign_agreement < 1

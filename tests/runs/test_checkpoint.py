@@ -215,7 +215,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an odd dtype": (set_tensor("dtype", "object"), "odd shape or dtype"),
     "a piece too few": (set_pieces(lambda runs: runs[:1]), "the pieces of model/linear.weight end at 39 of 77"),
     "a piece twice": (set_pieces(lambda runs: [*runs, runs[0]]), "overlap"),
-    "a hole": (set_pieces(lambda runs: [[runs[0][0], 0, 38, 0], runs[1]]), "leave out elements at 38"),
+    "a hole": (set_pieces(lambda runs: [[runs[0][0], 0, 38, 0], runs[1]]), "skip elements at 38"),
     "a piece of nowhere": (set_pieces(lambda runs: [["rank-00009.safetensors", 0, 77, 0]]), "is not one of the files"),
     "an endless piece": (
         lambda path: rewrite_index(path, lambda c: c["tensors"]["model/linear.weight"].update(ENDLESS)),
@@ -249,7 +249,7 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
         flip(INDEX, 50)(write_checkpoint(tmp_path, step, tensors()))
     with pytest.raises(
         ConfigError,
-        match="none of the 2 checkpoints can be read; put copies of one back, or give another run_dir",
+        match="none of the 2 checkpoints can be read; restore one from a copy, or give another run_dir",
     ):
         load_checkpoint(tmp_path, lambda text: None)
 
@@ -364,8 +364,8 @@ def test_the_list(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(R1, -1)(run_dir / "checkpoints" / "step-00000003")
     assert main(["checkpoints", str(run_dir), "--verify", "--json"]) == 1
     newest, oldest = json.loads(capsys.readouterr().out)
-    assert (newest["step"], newest["whole"], newest["images_seen"]) == (60_000, True, 1_920_000)
-    assert (oldest["step"], oldest["whole"]) == (3, False)
+    assert (newest["step"], newest["intact"], newest["images_seen"]) == (60_000, True, 1_920_000)
+    assert (oldest["step"], oldest["intact"]) == (3, False)
     assert "rank-00001.safetensors has sha256" in oldest["problem"]
     flip(INDEX, 40)(run_dir / "checkpoints" / "step-00000003")
     assert main(["checkpoints", str(run_dir)]) == 1

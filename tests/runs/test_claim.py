@@ -17,6 +17,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import OK
 from clae_dist.launchers import start
 from clae_dist.lease import hold
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import EVALUATION_LEASE, STOP_FILE, TRAINING_LEASE
 from clae_dist.training.finish import evaluate
 from clae_dist.training.train import train
@@ -45,13 +46,13 @@ def test_a_second_training_is_refused_before_it_has_done_anything(launcher: str,
     with hold(config.folder / TRAINING_LEASE, "another command", ConfigError, ""):
         before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING_LEASE}
         with pytest.raises(ConfigError, match=HELD):
-            start(replace(config, launch=replace(config.launch, launcher=launcher)), {})
+            start(Recipe(replace(config, launch=replace(config.launch, launcher=launcher))))
         assert {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != TRAINING_LEASE} == before
 
 
 def refused(world: World, config: Config) -> str:
     with pytest.raises(ConfigError) as error:
-        train(config, {}, world)
+        train(Recipe(config), world)
     return str(error.value)
 
 
@@ -76,7 +77,7 @@ def test_a_run_whose_process_was_killed_resumes_at_once(shards: Manifest, tmp_pa
     killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -signal.SIGKILL
     assert path.exists()
-    assert start(config, {}).code == OK
+    assert start(Recipe(config)).code == OK
     assert not path.exists()
     with hold(config.folder / EVALUATION_LEASE, "another command", ConfigError, ""), pytest.raises(ConfigError, match=HELD):
         evaluate(config.folder)

@@ -45,7 +45,7 @@ def checkpoint(ledger: Ledger, time: Time, step: int, seconds: float = 2.0) -> N
 
 
 def killed_and_resumed(folder: Path) -> tuple[Goodput, Time]:
-    """Ten steps, killed five after a checkpoint; after 100 s it goes on from there, to the end."""
+    """Ten steps, killed five after a checkpoint; after 100 s it resumes from there, to the end."""
     time = Time()
     first = start(folder, time, 0)
     steps(first, time, 0, 5)
@@ -133,7 +133,7 @@ def test_a_wait_for_a_rank_that_waited_for_data_is_one(tmp_path: Path) -> None:
     found = ledger.so_far()
     assert (found.spent["training"], found.spent["data"]) == (60, 40)
     assert found.metrics().keys() == {"goodput", *(f"goodput_{kind}_share" for kind in KINDS if kind != "training")}
-    assert found.describe() == "goodput 57.1 % of 105 s in 1 start(s) (starting 4.8 %, data 38.1 %)"
+    assert found.describe() == "goodput 57.1 % of 105 s in 1 start (starting 4.8 %, data 38.1 %)"
 
 
 def test_a_clock_that_is_set_back_makes_nothing_negative(tmp_path: Path) -> None:

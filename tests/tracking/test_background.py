@@ -112,8 +112,8 @@ def test_away_is_said_once_and_what_fits_is_sent_when_it_is_back() -> None:
     tracker.close("finished")
     assert seen(store) == list(range(10, 60))  # the oldest gave way
     assert said == [
-        "the store is away (nobody home); the run goes on and sends the rest later.",
-        "the store is back.",
+        "the store is unreachable (nobody home); the run continues and sends the rest later.",
+        "the store is reachable again.",
         "the store did not get 10 rows of metrics; the run folder has all of it.",
     ]
 
@@ -153,7 +153,7 @@ def test_what_the_store_refuses_is_left_out_and_the_rest_goes_on() -> None:
     tracker.log({"loss": 1.0}, 7)
     tracker.close("finished")
     assert seen(store) == [7]
-    assert said[0] == "the store refused report (no such thing here); it is left out there."
+    assert said[0] == "the store refused report (no such thing here); it is missing there."
     assert store.calls[-1] == ("close", "finished")
 
 
@@ -164,5 +164,5 @@ def test_a_refused_run_is_said_and_later_rows_are_counted() -> None:
     wait_for(lambda: said)
     tracker.log({"loss": 1.0}, 7)
     tracker.close("finished")
-    assert said[0] == "the store refused this run (no such thing here); metrics.jsonl goes on without it."
+    assert said[0] == "the store refused this run (no such thing here); metrics.jsonl is still written."
     assert said[1].startswith("the store did not get 1 rows")

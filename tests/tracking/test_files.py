@@ -32,7 +32,7 @@ def test_a_line_cut_off_by_a_kill_is_taken_away(tmp_path: Path, torn: str) -> No
     file.log({"loss": 1.0}, images_seen=192)
     file.close("finished")
     assert [line["images_seen"] for line in lines(path)] == [64, 128, 192]
-    assert said == ["metrics.jsonl: took away 1 lines (1 of them cut off); the run goes on at image 1000"]
+    assert said == ["metrics.jsonl: removed 1 line (1 of them cut off); the run resumes at image 1000"]
 
 
 def test_lines_after_the_checkpoint_are_not_doubled_by_the_replay(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_full_disk_costs_no_line_and_no_run(tmp_path: Path) -> None:
     file.log({"step": 6, "loss": 1.25}, 256 * 6)
     file.close("finished")
     assert [row.images_seen for row in file.rows()] == [256 * step for step in range(1, 7)]
-    assert said[1:] == [f"{path} is written again; it has all metrics."]
+    assert said[1:] == [f"{path} can be written again and has all metrics."]
 
 
 def test_lines_that_a_full_disk_never_took_are_counted(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from clae_dist.config import Batch, Checkpointing, Config, Tracking, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.metric_groups import grouped
@@ -119,16 +120,16 @@ def test_a_server_that_fails_mid_run_costs_no_step_and_no_metric(
         {
             4: lambda: proxy.set(mode),
             5: lambda: wait_for(lambda: proxy.asked > 0, "a request"),
-            11: lambda: wait_for(lambda: "is away" in script.getvalue(), "a word about it"),
+            11: lambda: wait_for(lambda: "is unreachable" in script.getvalue(), "a word about it"),
             12: back,
-            14: lambda: wait_for(lambda: "is back" in script.getvalue(), "that it is back"),
+            14: lambda: wait_for(lambda: "is reachable again" in script.getvalue(), "that it is back"),
         }
     )
-    outcome = train(recipe(shards, tmp_path / "run", proxy.uri), {}, World.single("cpu"), script)
+    outcome = train(Recipe(recipe(shards, tmp_path / "run", proxy.uri)), World.single("cpu"), script)
     assert (outcome.status, outcome.step) == ("finished", STEPS)
     assert passed[0] > 0
-    said = [line for line in script.getvalue().splitlines() if "is away" in line or "is back" in line]
-    assert ["is back" in line for line in said] == [False, True], said
+    said = [line for line in script.getvalue().splitlines() if "is unreachable" in line or "is reachable again" in line]
+    assert ["is reachable again" in line for line in said] == [False, True], said
     assert_all_there(team[1], tmp_path / "run")
 
 
@@ -138,17 +139,17 @@ def test_away_at_the_start_and_the_database_gone_for_a_while(
     database, server = team
 
     def lose_database() -> None:
-        wait_for(lambda: "is back" in script.getvalue(), "that it is back")
+        wait_for(lambda: "is reachable again" in script.getvalue(), "that it is back")
         database.stop()
 
     def find_database() -> None:
-        wait_for(lambda: script.getvalue().count("is away") == 2, "a word about the database")
+        wait_for(lambda: script.getvalue().count("is unreachable") == 2, "a word about the database")
         database.start()
 
     script = Script({3: lambda: proxy.set("through"), 6: lose_database, 12: find_database})
     proxy.set("refuse")
-    train(recipe(shards, tmp_path / "run", proxy.uri), {}, World.single("cpu"), script)
-    assert (script.getvalue().count("is away"), script.getvalue().count("is back")) == (2, 2)
+    train(Recipe(recipe(shards, tmp_path / "run", proxy.uri)), World.single("cpu"), script)
+    assert (script.getvalue().count("is unreachable"), script.getvalue().count("is reachable again")) == (2, 2)
     assert_all_there(server, tmp_path / "run")
     assert PASSWORD not in script.getvalue()
 
@@ -166,13 +167,13 @@ def test_a_kill_leaves_nothing_twice_and_nothing_out(team: tuple[Postgres, Serve
     os.kill(first.pid or 0, signal.SIGKILL)
     first.join()
     console = io.StringIO()
-    train(config, {}, World.single("cpu"), console)
+    train(Recipe(config), World.single("cpu"), console)
     assert "resuming after step 4" in console.getvalue()
     assert_all_there(server, tmp_path / "run")
 
 
 def _until_step_6(config: Config, pipe: Any) -> None:
-    train(config, {}, World.single("cpu"), Script({6: lambda: [pipe.send("two steps after the checkpoint"), pipe.recv()]}))
+    train(Recipe(config), World.single("cpu"), Script({6: lambda: [pipe.send("two steps after the checkpoint"), pipe.recv()]}))
 
 
 def _has(server: Server, run_dir: Path, images_seen: int) -> bool:

@@ -36,7 +36,7 @@ def report(rank: int, doing: str = "training", where: str = "flags_anywhere (wor
 def test_the_line_names_rank_host_and_what_it_does(reports: list[Report], cause: str) -> None:
     line = verdict(reports, 4, HOSTS, Path("runs/x"))
     assert line.startswith(f"no progress for 300 s after step 7: {cause}")
-    assert line.endswith("Stacks of all ranks: runs/x/hang. The same command goes on from the newest checkpoint.")
+    assert line.endswith("Stacks of all ranks: runs/x/hang. The same command resumes from the newest checkpoint.")
     assert "\n" not in line
 
 

@@ -20,6 +20,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED
 from clae_dist.launchers.replay import replay_step
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import train as training
 from clae_dist.world import RankError, World
@@ -75,23 +76,23 @@ def broken(world: World, how: str, steps: tuple[int, ...] = (BROKEN,)) -> Iterat
     """Inside, those steps of training are not finite."""
     real, count = training.pretrain_step, -1
 
-    def step(run: Any, batch: Any, alpha: float) -> StepMetrics:
+    def step(run: Any, batch: Any, moment: Any) -> StepMetrics:
         nonlocal count
         count += 1
         if count not in steps:
-            return real(run, batch, alpha)
+            return real(run, batch, moment)
         if how == "left out by hand":
             nothing = torch.tensor(torch.nan)
-            raise NonFinite("by hand", StepMetrics(nothing, nothing, None, nothing))
+            raise NonFinite("by hand", StepMetrics(nothing, {"clean": nothing}, nothing))
         if how == "gradient":
-            return real(replace(run, contrast=_Infinite(run.contrast)), batch, alpha)
+            return real(replace(run, contrast=_Infinite(run.contrast)), batch, moment)
         if how == "weight":
             next(run.encoding.backend.model.encoder.parameters()).data[0] = torch.inf
-            return real(run, batch, alpha)
+            return real(run, batch, moment)
         poison = torch.nan if world.rank == world.size - 1 else 1.0
         x, y = run.augment(batch)
         x[0, 0, 0, 0] *= poison
-        return real(replace(run, augment=lambda batch: (x, y)), batch, alpha)
+        return real(replace(run, augment=lambda batch: (x, y)), batch, moment)
 
     training.pretrain_step = step
     try:
@@ -105,7 +106,7 @@ def train(world: World, config: Config, how: str, steps: tuple[int, ...] = (BROK
     said = io.StringIO()
     with broken(world, how, steps):
         try:
-            training.train(config, {}, world, said)
+            training.train(Recipe(config), world, said)
         except RankError as error:
             return f"RankError: {error}"
     return said.getvalue()
@@ -124,7 +125,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(pair: RankPool, shards: Manifes
     for how in ("left out by hand", "pixel", "gradient"):
         config = recipe(shards, tmp_path / how.replace(" ", "-"), parallel)
         said = pair.run(2, train, config, how)[0]
-        assert "left out (1 of at most 1, guard.max_skipped)" in said
+        assert "skipped (1 of at most 1, guard.max_skipped)" in said
         assert "finished: 4 steps" in said
         states[how] = trained(config)
         assert states[how]["skipped_steps"] == 1
@@ -158,7 +159,7 @@ def test_more_than_allowed_end_the_run_also_after_a_restart(ranks: RankPool, sha
     assert trained(config)["step"] == 3
     assert ranks.run(2, train, config, "pixel", (0,))[0].startswith("RankError: the loss is not finite")  # the count goes on
     more = replace(config, guard=Guard(max_skipped=2))
-    assert "left out (2 of at most 2" in ranks.run(2, train, more, "gradient", (0,))[0]
+    assert "skipped (2 of at most 2" in ranks.run(2, train, more, "gradient", (0,))[0]
 
 
 @pytest.mark.parametrize("norm", ["global", "local"])
@@ -191,4 +192,4 @@ def test_what_the_weights_and_images_do_not_explain_is_not_reproduced(
     ranks.run(2, train, config, "pixel")
     ending = replay_step(config.folder / "nonfinite" / "step-00000003")
     assert ending.code == UNEXPECTED, ending.message
-    assert "not reproduced: a number that is not finite, the parts of the loss" in ending.message
+    assert "not reproduced: a non-finite number, the parts of the loss" in ending.message

@@ -18,6 +18,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import STOPPED
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
+from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
 from clae_dist.training import train as training
 from clae_dist.training.saving import Saving
@@ -57,14 +58,14 @@ def signalled(world: World, config: Config, where: str, number: int) -> tuple[st
     setattr(holder, where, then)
     said = io.StringIO()
     try:
-        outcome = training.train(config, {}, world, said)
+        outcome = training.train(Recipe(config), world, said)
     finally:
         setattr(holder, where, real)
     return outcome.status, outcome.step, said.getvalue()
 
 
 def finished(world: World, config: Config) -> str:
-    return training.train(config, {}, world, io.StringIO()).status
+    return training.train(Recipe(config), world, io.StringIO()).status
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(
     assert ranks.run(2, finished, config) == ["finished", "finished"]
 
 
-def _stuck(config: Config, origins: dict[str, str], debug: bool) -> Ending:
+def _stuck(recipe: Recipe, debug: bool) -> Ending:
     """Rank 1 is asked to stop in its third step, which does not end."""
     real, count = training.pretrain_step, 0
 
@@ -103,7 +104,7 @@ def _stuck(config: Config, origins: dict[str, str], debug: bool) -> Ending:
         return real(*arguments)
 
     training.pretrain_step = step
-    return local._train(config, origins, debug)
+    return local._train(recipe, debug)
 
 
 def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
@@ -111,9 +112,9 @@ def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
 ) -> None:
     config = replace(recipe(shards, tmp_path / "run"), checkpoint=Checkpointing(every_steps=1), guard=Guard(stop_within_s=1.0))
     config.folder.mkdir()
-    ending = local.launch(config, {}, False, _stuck)
+    ending = local.launch(Recipe(config), work=_stuck)
     assert ending.code == STOPPED
-    assert "left with nothing new saved. The same command goes on from the newest checkpoint." in ending.message
+    assert "left with nothing new saved. The same command resumes from the newest checkpoint." in ending.message
     line = (
         "rank 1 was asked to stop (SIGTERM) and is still at training, after step 2, 1 s later (guard.stop_within_s); it leaves"
     )

@@ -16,6 +16,7 @@ import torch
 from clae_dist.config import Batch, Checkpointing, Config, Data, Train
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training.train import train
 from clae_dist.world import World
@@ -45,7 +46,7 @@ def recipe(shards: str, run_dir: Path, **data: Any) -> Config:
 def train_on(world: World, config: Config) -> str:
     console = io.StringIO()
     try:
-        train(config, {}, world, console)
+        train(Recipe(config), world, console)
     except DataError as error:
         return str(error)
     return console.getvalue()

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import Attack, Batch, Checkpointing, Config, ConfigError, Model, Optim, Train
+from clae_dist.config import Batch, Checkpointing, Config, ConfigError, Model, Optim, Train
 from clae_dist.data.loader import Batch as ViewBatch
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.methods.clae import Clae
+from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
@@ -79,7 +81,7 @@ def train_on(world: World, config: Config, lose_at: int = 0, stop_at: int = 0) -
     flags = Saving.flags
     Saving.flags = _after_writing  # type: ignore[method-assign]
     try:
-        return training.train(config, {}, world, io.StringIO()).status
+        return training.train(Recipe(config), world, io.StringIO()).status
     except InterruptedError:
         return "lost"
     finally:
@@ -244,14 +246,14 @@ def test_a_finished_run_says_so(ranks: RankPool, undisturbed: Callable[[int], Co
 
 def test_a_delayed_attack_is_plain_simclr_before_it(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     """A step that leaves out one route made DDP's next forward raise."""
-    config = replace(recipe(shards, tmp_path / "run"), attack=Attack(start_epoch=1.0))
+    config = replace(recipe(shards, tmp_path / "run"), method=Clae.Settings(start_epoch=1.0))
     assert ranks.run(2, train_on, config) == ["finished"] * 2
     assert [line["step"] for line in logged(config) if "loss_adversarial" in line] == [5, 6, 7, 8]
 
 
 def test_lines_are_about_attacked_steps(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run", log_every=4, diagnose_every=100, knn_every=0)
-    ranks.run(1, train_on, replace(config, attack=Attack(every=2)))
+    ranks.run(1, train_on, replace(config, method=Clae.Settings(every=2)))
     assert [line["step"] for line in logged(config) if line.get("loss_adversarial", 0) > 0] == [
         1,
         4,
@@ -264,7 +266,7 @@ def test_a_line_has_the_mean_of_the_steps_since_the_last(ranks: RankPool, shards
     every = {}
     for log_every in (1, 4):
         config = recipe(shards, tmp_path / str(log_every), log_every=log_every, diagnose_every=100, knn_every=0, threads=1)
-        ranks.run(1, train_on, replace(config, attack=Attack(every=2)))
+        ranks.run(1, train_on, replace(config, method=Clae.Settings(every=2)))
         every[log_every] = {line["step"]: line for line in logged(config) if "loss" in line}
     assert sorted(every[4]) == [1, 4, 8]  # the first is diagnosed
     for key, steps in (("loss", [5, 6, 7, 8]), ("loss_clean", [5, 6, 7, 8]), ("loss_adversarial", [5, 7])):
@@ -299,10 +301,10 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     if action == "one rank's loss is not finite":
         real = training.pretrain_step
 
-        def step(run: Any, batch: Any, alpha: float) -> Any:
+        def step(run: Any, batch: Any, moment: Any) -> Any:
             poison = torch.nan if world.rank == 1 else 1.0
             views = run.augment(batch)
-            return real(replace(run, augment=lambda batch: (views[0] * poison, views[1])), batch, alpha)
+            return real(replace(run, augment=lambda batch: (views[0] * poison, views[1])), batch, moment)
 
         training.pretrain_step = step
     load = training.load
@@ -320,10 +322,10 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     if action == "one gradient is not finite":
         real, count = training.pretrain_step, 0
 
-        def broken(run: Any, batch: Any, alpha: float) -> Any:
+        def broken(run: Any, batch: Any, moment: Any) -> Any:
             nonlocal count
             count += 1
-            metrics = real(run, batch, alpha)
+            metrics = real(run, batch, moment)
             return replace(metrics, grad_norm=torch.tensor(torch.inf)) if count == 3 else metrics
 
         training.pretrain_step = broken
@@ -331,7 +333,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
     if action == "the disk is full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a rank's file has more bytes, nothing else has
     try:
-        training.train(config, {}, world, io.StringIO())
+        training.train(Recipe(config), world, io.StringIO())
     except (RankError, CheckpointError, ConfigError, DataError) as error:
         return type(error).__name__, str(error)
     finally:
@@ -430,7 +432,7 @@ def test_slow_storage_holds_up_the_next_save_and_is_said_once(
     monkeypatch.setattr(Writer, "join", waiting)
     config = replace(recipe(shards, tmp_path / "run", knn_every=0), checkpoint=Checkpointing(every_steps=2))
     said = io.StringIO()
-    assert training.train(config, {}, World.single("cpu"), said).status == "finished"
+    assert training.train(Recipe(config), World.single("cpu"), said).status == "finished"
     assert said.getvalue().count("waits for that of step 2 to be written: storage is slower") == 1
     assert said.getvalue().count("waits for") == 1
     assert [int(path.name[-2:]) for path in RunFolder(config.folder).find_checkpoints()] == [8, 6, 4]
@@ -448,7 +450,7 @@ def test_a_run_that_data_ends_keeps_the_checkpoint_it_was_writing(
     monkeypatch.setattr(training, "load", ends)
     config = recipe(shards, tmp_path / "run", knn_every=0)
     with pytest.raises(DataError, match="no more"):
-        training.train(config, {}, World.single("cpu"), io.StringIO())
+        training.train(Recipe(config), World.single("cpu"), io.StringIO())
     assert [path.name for path in RunFolder(config.folder).find_checkpoints()] == ["step-00000003"]
 
 
@@ -547,7 +549,7 @@ def test_a_run_that_waits_for_data_says_once_what_to_change(
 ) -> None:
     monkeypatch.setattr(journal, "MOST_WAIT", -1)
     said = io.StringIO()
-    assert training.train(recipe(shards, tmp_path / "run"), {}, World.single("cpu"), said).step == STEPS
+    assert training.train(Recipe(recipe(shards, tmp_path / "run")), World.single("cpu"), said).step == STEPS
     assert said.getvalue().count("of the time is spent waiting for data") == 1
     assert "data.workers is 0 a rank" in said.getvalue()
 

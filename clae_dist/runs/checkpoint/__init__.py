@@ -1,6 +1,6 @@
-"""Checkpoints: a folder a step, a file a rank, whole or not there at all; nothing is ever unpickled.
+"""Checkpoints: one folder per step, one safetensors file per rank, committed by a rename; nothing is unpickled.
 
-pieces (what a rank holds of which tensor), write (in the background), index (checkpoint.json), read (whole tensors by name).
+pieces: parts of tensors and the ranks that hold them. write: in the background. index: checkpoint.json. read: full tensors.
 """
 
 from clae_dist.runs.checkpoint.index import CheckpointError

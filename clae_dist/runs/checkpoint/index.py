@@ -1,4 +1,4 @@
-"""checkpoint.json: what is in a checkpoint's files. Read as if an enemy had written it.
+"""checkpoint.json, the index of a checkpoint's files. Its reader trusts nothing in it.
 
 {"format", "step", "saved", "world_size", "backend", "info", "files": {name: {"bytes", "sha256"}},
  "tensors": {name: {"shape", "dtype", "pieces": [[file, start, length, crc32], …]}}, "sha256" of all the rest}
@@ -24,7 +24,7 @@ from clae_dist.reading import ReadError, is_number, is_text, parse_object, read_
 
 INDEX = "checkpoint.json"
 FORMAT = 1
-_MAX_BYTES = 128 << 20  # a thousand tensors on a thousand ranks have 50 MB
+_MAX_BYTES = 128 << 20  # 50 MB for a thousand tensors on a thousand ranks
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,7 +46,7 @@ def data_file(rank: int) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """What a file must be."""
+    """Size and digest of a file."""
 
     num_bytes: int
     sha256: str
@@ -54,7 +54,7 @@ class File:
 
 @dataclass(frozen=True)
 class Extent:
-    """Elements start … start + length of a tensor, laid out in a row, which `file` holds under the tensor's name."""
+    """Elements start … start + length of a flattened tensor, stored in `file` under the tensor's name."""
 
     file: str
     start: int
@@ -75,7 +75,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Index:
-    """A checkpoint in words. `info` is what else the run keeps: images_seen, train_s, bad_samples."""
+    """The content of checkpoint.json. `info` holds images_seen, train_s, bad_samples and the like."""
 
     step: int
     saved: float  # seconds since 1970
@@ -115,7 +115,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def read_index(folder: Path) -> Index:
-    """The checkpoint.json of a folder, checked in itself. Raises DamagedError."""
+    """Read and check the checkpoint.json of a folder. Raises DamagedError."""
     try:
         index = parse_index(read_bytes(folder / INDEX, _MAX_BYTES, follow=False))
         named = re.fullmatch(r"step-(\d+).*", folder.name)
@@ -128,7 +128,7 @@ def read_index(folder: Path) -> Index:
 
 
 def parse_index(text: str | bytes) -> Index:
-    """The index that a text says. Raises DamagedError."""
+    """Parse and check an index. Raises DamagedError."""
     try:
         return _parsed(parse_object(text.encode() if isinstance(text, str) else text))
     except DamagedError:
@@ -140,12 +140,12 @@ def parse_index(text: str | bytes) -> Index:
 
 
 def open_inside(folder: Path, name: str) -> int:
-    """A descriptor of a plain file of the folder, never of what a link there points to. Raises OSError, DamagedError."""
-    found = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(found).st_mode):
-        os.close(found)
+    """Open a plain file of the folder without following links; return its descriptor. Raises OSError, DamagedError."""
+    descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise DamagedError(f"{name} is not a plain file")
-    return found
+    return descriptor
 
 
 def _demand(condition: bool, otherwise: str) -> None:
@@ -161,8 +161,8 @@ def _count(value: Any, what: str) -> int:
 def _parsed(content: dict[str, Any]) -> Index:
     digest = content.pop("sha256")
     _demand(content.get("format") == FORMAT, f"its format is {str(content.get('format'))[:20]}, this package reads {FORMAT}")
-    found = _digest(content)
-    _demand(digest == found, f"its content has sha256 {found[:12]}…, not {str(digest)[:12]}… as written in it")
+    actual = _digest(content)
+    _demand(digest == actual, f"its content has sha256 {actual[:12]}…, not {str(digest)[:12]}… as written in it")
     files = {}
     for name, file in content["files"].items():
         _demand(bool(_FILE.fullmatch(name)), f"file {name[:60]!r} has a name that no rank writes")
@@ -185,7 +185,7 @@ def _check_info(info: dict[str, Any]) -> None:
 
 
 def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:
-    """Raises DamagedError unless the pieces cover the whole tensor, each element once, and can be in their files."""
+    """Parse one tensor. Raises DamagedError unless its pieces cover each element once and fit into their files."""
     shape = tuple(_count(size, f"a size of {name}") for size in entry["shape"])
     _demand(len(shape) <= 16 and entry["dtype"] in DTYPES, f"{name} has an odd shape or dtype")
     extents = sorted(
@@ -196,7 +196,7 @@ def _tensor(name: str, entry: dict[str, Any], files: dict[str, File]) -> Tensor:
     for extent in extents:
         _demand(extent.file in files, f"{name} has a piece in {extent.file[:60]!r}, which is not one of the files")
         _demand(extent.length * size <= files[extent.file].num_bytes, f"{name} has a piece longer than its file {extent.file}")
-        kind = "overlap" if extent.start < end else "leave out elements"
+        kind = "overlap" if extent.start < end else "skip elements"
         _demand(extent.start == end, f"the pieces of {name} {kind} at {min(extent.start, end)}")
         end = extent.start + extent.length
     _demand(end == math.prod(shape), f"the pieces of {name} end at {end} of {math.prod(shape)} elements")

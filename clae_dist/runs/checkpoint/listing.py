@@ -1,4 +1,4 @@
-"""`clae checkpoints RUN`: what there is, whether it is whole, and one of them as one file."""
+"""`clae checkpoints RUN`: list checkpoints, verify them, and export one as a single file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Line:
-    """A checkpoint of the list. None: not known, because checkpoint.json is damaged; `whole`: because nobody looked."""
+    """A checkpoint in the list. None: unknown, since checkpoint.json is damaged; `intact`: not verified."""
 
     step: int
     path: str
@@ -33,7 +33,7 @@ class Line:
     num_bytes: int | None = None
     world_size: int | None = None
     backend: str | None = None
-    whole: bool | None = None
+    intact: bool | None = None
     problem: str = ""
 
 
@@ -47,8 +47,8 @@ def list_checkpoints(run_dir: Path, verify: bool) -> list[Line]:
 def _line(path: Path, verify: bool) -> Line:
     line = Line(step_of(path), str(path))
     try:
-        found = Checkpoint(path)
-        index = found.index
+        checkpoint = Checkpoint(path)
+        index = checkpoint.index
         line = dataclasses.replace(
             line,
             images_seen=index.info["images_seen"],
@@ -58,15 +58,15 @@ def _line(path: Path, verify: bool) -> Line:
             backend=index.backend,
         )
         if verify:
-            found.verify()
-            line = dataclasses.replace(line, whole=True)
+            checkpoint.verify()
+            line = dataclasses.replace(line, intact=True)
     except DamagedError as error:
-        line = dataclasses.replace(line, whole=False, problem=str(error))
+        line = dataclasses.replace(line, intact=False, problem=str(error))
     return line
 
 
 def say_checkpoints(run_dir: Path, verify: bool, as_json: bool, say: Say) -> int:
-    """Says the list as a table or as one JSON array; 1 where one is damaged, 0 otherwise."""
+    """Print the list as a table or one JSON array; returns 1 if one is damaged, else 0."""
     lines = list_checkpoints(run_dir, verify)
     if as_json:
         say(json.dumps([dataclasses.asdict(line) for line in lines], indent=1))
@@ -76,13 +76,13 @@ def say_checkpoints(run_dir: Path, verify: bool, as_json: bool, say: Say) -> int
             say(_text(line))
         if not lines:
             say("no checkpoint yet")
-    return 1 if any(line.whole is False for line in lines) else 0
+    return 1 if any(line.intact is False for line in lines) else 0
 
 
 def _text(line: Line) -> str:
     if line.saved is None or line.num_bytes is None:
         return f"{line.step:>10,}  damaged: {line.problem}"
-    state = "" if line.whole is None else "; whole" if line.whole else f"; damaged: {line.problem}"
+    state = "" if line.intact is None else "; intact" if line.intact else f"; damaged: {line.problem}"
     ranks = f"{line.world_size} rank{'' if line.world_size == 1 else 's'}"
     return (
         f"{line.step:>10,}{line.images_seen:>15,}{_age(time.time() - line.saved):>10}{line.num_bytes / 1e6:>9,.1f} MB"
@@ -98,20 +98,19 @@ def _age(seconds: float) -> str:
 
 
 def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
-    """Writes whole tensors of the checkpoint of `step` (or of the NEWEST) as one safetensors file, one at a time.
+    """Write the full tensors of the checkpoint of `step` (or the NEWEST) as one safetensors file, atomically.
 
-    The file appears whole or not at all. Raises ConfigError for a step that there is not, or a damaged checkpoint;
-    StorageError when the file cannot be written.
+    Raises: ConfigError for a step without a checkpoint or a damaged one, StorageError if the file cannot be written.
     """
-    found = {step_of(path): path for path in RunFolder(run_dir).find_checkpoints()}
-    wanted = max(found, default=NEWEST) if step == NEWEST else step
-    if wanted not in found:
-        there = f"it has {', '.join(map(str, sorted(found)))}" if found else "it has none"
+    paths = {step_of(path): path for path in RunFolder(run_dir).find_checkpoints()}
+    chosen = max(paths, default=NEWEST) if step == NEWEST else step
+    if chosen not in paths:
+        there = f"it has {', '.join(map(str, sorted(paths)))}" if paths else "it has none"
         asked = "" if step == NEWEST else f" of step {step}"
         raise ConfigError(f"RUN is {str(run_dir)!r}, which has no checkpoint{asked}; {there}.")
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
-        checkpoint = Checkpoint(found[wanted])
+        checkpoint = Checkpoint(paths[chosen])
         checkpoint.verify()
         specs = [Spec(name, tensor.shape, tensor.dtype) for name, tensor in checkpoint.index.tensors.items()]
         about = {"step": str(checkpoint.step), "images_seen": str(checkpoint.info["images_seen"])}
@@ -121,7 +120,7 @@ def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
             partial.replace(destination)
     except DamagedError as error:
         raise ConfigError(
-            f"the checkpoint of step {wanted} is damaged: {error}; `clae checkpoints {run_dir} --verify` shows which are whole."
+            f"the checkpoint of step {chosen} is damaged: {error}; `clae checkpoints {run_dir} --verify` lists the intact ones."
         ) from None
     finally:
         with suppress(OSError):

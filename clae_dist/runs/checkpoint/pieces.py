@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: runs of whole tensors, each held by one or more ranks, and the whole tensors by name.
+"""Parts of tensors in a checkpoint, each held by one or more ranks, and full tensors by name.
 
 Names: model/PARAMETER or BUFFER, optimizer/PARAMETER/exp_avg (and the like), average/PARAMETER.
 """
@@ -14,9 +14,9 @@ import torch
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `start` … of the whole tensor `name`, laid out in a row; `holders` are all ranks that hold the same ones.
+    """Consecutive elements of the flattened tensor `name`, from `start` on; `holders` are all ranks that hold them.
 
-    `tensor`, in whatever layout, has them in this order: a whole tensor in its shape, a part as one row (which may be empty).
+    `tensor` is either the full tensor in its shape, or a part as one row, which may be empty.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank's part of a tensor lies in the whole, laid out in a row, and which ranks hold the same part."""
+    """The position of a rank's part in the flattened tensor, and the ranks that hold the same part."""
 
     shape: tuple[int, ...]
     start: int
@@ -36,14 +36,14 @@ class Place:
     holders: tuple[int, ...]
 
     def piece(self, name: str, part: torch.Tensor) -> Piece:
-        """`part`, which may have padding behind its elements, as a piece of `name`."""
-        held = part.detach()
-        return Piece(name, self.shape, self.start, held if self._is_all(part) else held.view(-1)[: self.length], self.holders)
+        """`part`, which may be padded at its end, as a piece of `name`."""
+        tensor = part.detach() if self._is_all(part) else part.detach().view(-1)[: self.length]
+        return Piece(name, self.shape, self.start, tensor, self.holders)
 
     @torch.no_grad()
     def fill(self, part: torch.Tensor, whole: torch.Tensor) -> None:
-        """This rank's part, of a whole tensor."""
-        assert whole.shape == self.shape, f"{tuple(whole.shape)} where {self.shape} belongs"
+        """Copy this rank's part of the full tensor into `part`."""
+        assert whole.shape == self.shape, f"shape {tuple(whole.shape)}, expected {self.shape}"
         if self._is_all(part):
             part.copy_(whole)
         else:
@@ -54,24 +54,24 @@ class Place:
 
 
 def share_of(pieces: Sequence[Piece], rank: int) -> list[Piece]:
-    """Which of its pieces `rank` writes: what several ranks hold is shared among them by bytes, each piece written once.
+    """The pieces that `rank` writes. Replicated pieces are divided among their holders by bytes; each is written once.
 
-    All holders of a piece come to the same answer without asking, since they hold the same of what they share.
+    All holders of a piece compute the same division without communication, since they hold the same replicated pieces.
     """
     loads: dict[tuple[int, ...], dict[int, int]] = {}
-    mine = set()
+    assigned = set()
     for i in sorted(range(len(pieces)), key=lambda i: (-pieces[i].tensor.nbytes, i)):
         piece = pieces[i]
         load = loads.setdefault(piece.holders, dict.fromkeys(piece.holders, 0))
         writer = min(load, key=lambda holder: (load[holder], holder))
         load[writer] += piece.tensor.nbytes
         if writer == rank and (piece.tensor.numel() or 0 in piece.shape):
-            mine.add(i)
-    return [piece for i, piece in enumerate(pieces) if i in mine]
+            assigned.add(i)
+    return [piece for i, piece in enumerate(pieces) if i in assigned]
 
 
 class StateSection(Mapping[str, torch.Tensor]):
-    """Some of the tensors of a mapping, under shorter names; each is read when it is asked for."""
+    """A section of the tensors of a mapping, under shorter names; each is read on access."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: dict[str, str]) -> None:
         self._tensors, self._names = tensors, names
@@ -103,10 +103,10 @@ def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         elif section == "optimizer":
             parameter, _, key = rest.rpartition("/")
             optimizer.setdefault(parameter, {})[key] = name
-    found: dict[str, Any] = {
+    state: dict[str, Any] = {
         "model": StateSection(tensors, model),
         "optimizer": {parameter: StateSection(tensors, keys) for parameter, keys in optimizer.items()},
     }
     if average:
-        found["average"] = StateSection(tensors, {**model, **average})
-    return found
+        state["average"] = StateSection(tensors, {**model, **average})
+    return state

@@ -1,4 +1,4 @@
-"""Reading checkpoints, under any number of ranks and any backend: whole tensors by name, one at a time."""
+"""Reader of checkpoints for any number of ranks and any backend: full tensors by name, one at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from clae_dist.world import World
 _CHUNK = 8 << 20
 Say = Callable[[str], None]
 
-_LAG_S = 60.0  # for which a host may see an older list of files on network storage
+_LAG_S = 60.0  # a host may see an outdated list of files on network storage for as long
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """A checkpoint on disk. Tensors are whole, on the CPU, read when asked for, and must not be written to.
+    """A checkpoint on disk: full tensors on the CPU, read on access, which must not be written to.
 
-    Raises DamagedError when checkpoint.json is not what was written; `verify` looks at the other files.
+    Raises: DamagedError if checkpoint.json is damaged; `verify` checks the other files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,11 +45,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the run keeps beside tensors: images_seen, train_s, bad_samples."""
+        """State other than tensors: images_seen, train_s, bad_samples."""
         return self.index.info
 
     def state(self) -> dict[str, Any]:
-        """What Backend.load_state takes."""
+        """The state for Backend.load_state."""
         return sections(self)
 
     def __iter__(self) -> Iterator[str]:
@@ -72,59 +72,59 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return whole.view(tensor.shape)
 
     def _read(self, name: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
-        """Its elements in a row, in memory that is mapped from the file."""
+        """The elements of one extent, memory-mapped from the file."""
         try:
             if extent.file not in self._files:
                 os.close(open_inside(self.path, extent.file))  # a plain file of this folder
                 self._files[extent.file] = safe_open(self.path / extent.file, framework="pt")
-            found: torch.Tensor = self._files[extent.file].get_tensor(name).reshape(-1)
+            row: torch.Tensor = self._files[extent.file].get_tensor(name).reshape(-1)
         except (SafetensorError, OSError) as error:
             raise DamagedError(f"{extent.file}: {name} cannot be read ({error})") from None
-        if (found.dtype, found.numel()) != (dtype, extent.length):
-            raise DamagedError(f"{extent.file}: {name} has {found.numel()} of {found.dtype}, not {extent.length} of {dtype}")
-        return found
+        if (row.dtype, row.numel()) != (dtype, extent.length):
+            raise DamagedError(f"{extent.file}: {name} has {row.numel()} of {row.dtype}, not {extent.length} of {dtype}")
+        return row
 
     def verify(self, share: int = 0, of: int = 1) -> None:
-        """Checks size and sha256 of every `of`-th file. Raises DamagedError with the file, what was expected and found."""
+        """Check size and sha256 of every `of`-th file. Raises DamagedError."""
         for name in sorted(self.index.files)[share::of]:
-            wanted = self.index.files[name]
+            expected = self.index.files[name]
             try:
                 with open(open_inside(self.path, name), "rb", buffering=0) as file:
                     size = os.fstat(file.fileno()).st_size
-                    if size != wanted.num_bytes:
-                        raise DamagedError(f"{name} has {size:,} bytes, expected {wanted.num_bytes:,}")
+                    if size != expected.num_bytes:
+                        raise DamagedError(f"{name} has {size:,} bytes, expected {expected.num_bytes:,}")
                     sha256 = hashlib.sha256()
                     buffer = memoryview(bytearray(_CHUNK))
                     while count := file.readinto(buffer):
                         sha256.update(buffer[:count])
             except OSError as error:
                 raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-            if sha256.hexdigest() != wanted.sha256:
+            if sha256.hexdigest() != expected.sha256:
                 where = self._damaged_tensors(name)
-                raise DamagedError(f"{name} has sha256 {sha256.hexdigest()[:12]}…, expected {wanted.sha256[:12]}…{where}")
+                raise DamagedError(f"{name} has sha256 {sha256.hexdigest()[:12]}…, expected {expected.sha256[:12]}…{where}")
             self._check_header(name)
 
     def _check_header(self, file: str) -> None:
-        """Whether a file holds the tensors that the index says: digests that fit prove only that nothing has changed."""
+        """Check that a file holds the tensors in the index; a correct digest only proves that nothing has changed."""
         for name, tensor in self.index.tensors.items():
             for extent in tensor.extents:
                 if extent.file == file:
                     self._read(name, extent, DTYPES[tensor.dtype])
 
     def _damaged_tensors(self, file: str) -> str:
-        """Which tensors of a file are not what was written, in words."""
+        """The damaged tensors of a file, in words."""
         damaged = []
         for name, tensor in self.index.tensors.items():
             for extent in tensor.extents:
                 if extent.file == file:
                     try:
-                        found = zlib.crc32(bytes_of(self._read(name, extent, DTYPES[tensor.dtype])))
+                        crc32 = zlib.crc32(bytes_of(self._read(name, extent, DTYPES[tensor.dtype])))
                     except DamagedError:
-                        return " (nothing in it can be read)"
-                    if found != extent.crc32:
+                        return " (nothing in it is readable)"
+                    if crc32 != extent.crc32:
                         damaged.append(name)
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        return f" (damaged: {damaged[0]}{more})" if damaged else " (its header; the tensors are whole)"
+        return f" (damaged: {damaged[0]}{more})" if damaged else " (its header; the tensors are intact)"
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -136,7 +136,7 @@ def shapes_of(model: torch.nn.Module) -> Shapes:
 
 
 def _misfit(checkpoint: Checkpoint, shapes: Shapes) -> str:
-    """Why a checkpoint does not fit a model of these shapes; "" where it does."""
+    """The reason why a checkpoint does not fit a model of these shapes, or ""."""
     missing = {f"model/{name}" for name in shapes} - set(checkpoint)
     if missing:
         return f"{min(missing)} is not in it"
@@ -153,21 +153,23 @@ def _misfit(checkpoint: Checkpoint, shapes: Shapes) -> str:
 
 
 def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes: Shapes | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint, or None without any; damaged ones are named. All ranks of `world` call, and share the work.
+    """The newest intact checkpoint, or None without any; damaged ones are reported. Collective; ranks share the work.
 
-    With `shapes`, those of the model, a checkpoint that does not fit them counts as damaged. Raises ConfigError when there are
-    checkpoints and none is whole, RankError when ranks see different ones.
+    Args:
+        shapes: those of the model; a checkpoint that does not fit them counts as damaged.
+
+    Raises: ConfigError if there are checkpoints and all are damaged, RankError if ranks see different ones.
     """
     world = world or World.single("cpu")
-    found = RunFolder(run_dir).find_checkpoints()
-    names = world.broadcast([path.name for path in found])
+    paths = RunFolder(run_dir).find_checkpoints()
+    names = world.broadcast([path.name for path in paths])
     deadline = time.monotonic() + _LAG_S
-    while [path.name for path in found] != names and time.monotonic() < deadline:
+    while [path.name for path in paths] != names and time.monotonic() < deadline:
         time.sleep(1.0)
-        found = RunFolder(run_dir).find_checkpoints()
-    same = [path.name for path in found] == names
+        paths = RunFolder(run_dir).find_checkpoints()
+    same = [path.name for path in paths] == names
     world.agree(same, f"ranks found different checkpoints; is {run_dir} on storage that all hosts share?")
-    for path in found:
+    for path in paths:
         problem, checkpoint = "", None
         try:
             checkpoint = Checkpoint(path)
@@ -179,10 +181,10 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes:
         if not problems:
             return checkpoint
         say(f"{path} is damaged: {problems[0]}; trying the one before.")
-    if found:
+    if paths:
         raise ConfigError(
-            f"run_dir is {str(run_dir)!r}, where none of the {len(found)} checkpoints can be read; "
-            "put copies of one back, or give another run_dir to start anew."
+            f"run_dir is {str(run_dir)!r}, where none of the {len(paths)} checkpoints can be read; "
+            "restore one from a copy, or give another run_dir for a new run."
         )
     return None
 

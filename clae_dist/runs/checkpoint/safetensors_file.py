@@ -1,4 +1,4 @@
-"""Writing the safetensors format as a stream: each byte is hashed and written once, from where it lies."""
+"""Streaming writer of the safetensors format: each byte is hashed and written once, without a copy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 8 << 20  # bytes that are hashed and written at a time; both let other 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor to come: its name in the file, shape and dtype."""
+    """Name, shape and dtype of a tensor that will be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Spec:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A CPU tensor's bytes, in the order of its elements; where they lie, if it is contiguous."""
+    """The bytes of a CPU tensor in the order of its elements; a view if it is contiguous."""
     row: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(row)
 
@@ -64,10 +64,15 @@ def write_safetensors(
     metadata: dict[str, str] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[File, list[int]]:
-    """Writes CPU tensors, taken one by one as `specs` announces them; size and sha256 of the file, crc32 of each tensor.
+    """Write CPU tensors one by one, in the order of `specs`; the bytes are on the disk on return.
 
-    Only a tensor that is not contiguous is copied, for as long as it is written. The bytes are on the disk on return.
-    `check` is called every few megabytes, and what it raises ends the writing. Raises OSError.
+    Only a tensor that is not contiguous is copied, while it is written.
+
+    Args:
+        check: called every few megabytes; an exception from it ends the writing.
+
+    Returns: size and sha256 of the file, crc32 of each tensor.
+    Raises: OSError.
     """
     sha256, crcs, total = hashlib.sha256(), [], 0
 
@@ -85,7 +90,7 @@ def write_safetensors(
     with path.open("wb") as file:
         put(file, memoryview(_header(specs, metadata or {})))
         for spec, tensor in zip(specs, tensors, strict=True):
-            assert Spec.of(spec.name, tensor) == spec, f"{spec} is announced, {Spec.of(spec.name, tensor)} came"
+            assert Spec.of(spec.name, tensor) == spec, f"expected {spec}, got {Spec.of(spec.name, tensor)}"
             crcs.append(put(file, bytes_of(tensor)))
         file.flush()
         os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""One rank's part in writing checkpoints: a copy to host memory, then a thread that writes it while training goes on.
+"""One rank's share of writing a checkpoint: copy to host memory, then write from a thread while training continues.
 
-A checkpoint is written in checkpoints/step-00000123.partial-ATTEMPT/, a file a rank, and gets its name when all ranks are done:
-whatever happens before, older ones stay the newest. No collective here: training.saving carries what ranks must hear.
+A checkpoint is written to checkpoints/step-00000123.partial-ATTEMPT/, one file per rank, and committed by a rename when all
+ranks are done. No collective here; training/saving.py coordinates the ranks.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ _Move = tuple[int, int, int]  # to, from (addresses), bytes
 
 
 class _CancelledError(Exception):
-    """The rank that writes was told to stop."""
+    """Writing was cancelled."""
 
 
 class HostMemory:
-    """Memory that one save after another is copied to; pinned where the copies come from a GPU."""
+    """Host memory reused by every save; pinned if tensors are on a GPU."""
 
     def __init__(self, pin: bool) -> None:
         self._pin = pin
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, pieces: Sequence[Piece]) -> None:
-        """Room for them, its pages touched: the first copy into fresh memory takes three times as long."""
+        """Allocate and touch the memory: the first copy into fresh pages takes three times as long."""
         needed = sum(_room(piece.tensor) for piece in pieces)
         if self._bytes.numel() < needed:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old memory first
             self._bytes = torch.empty(needed, dtype=torch.uint8, pin_memory=self._pin).zero_()
 
     def copy(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        """A copy of each, with the strides of the original: one straight copy, whatever the order of its dimensions.
+        """Copies of the tensors with their strides, so that any memory format is one contiguous copy.
 
-        On a GPU the copies are only queued, ahead of whatever the present stream does next.
+        On a GPU the copies are only queued on the current stream.
         """
         self.reserve(pieces)
         copies, moves, offset = [], deque[_Move](), 0
         for piece in pieces:
-            held = piece.tensor
-            row = self._bytes[offset : offset + held.nbytes].view(held.dtype)
-            copy = row.as_strided(held.shape, torch.empty_like(held, device="meta").stride())
-            if held.device.type == "cpu" and held.stride() == copy.stride():  # no gaps: the copy has none
-                for start in range(0, held.nbytes, _MOVE):
-                    length = min(_MOVE, held.nbytes - start)
-                    moves.append((copy.data_ptr() + start, held.data_ptr() + start, length))
+            tensor = piece.tensor
+            row = self._bytes[offset : offset + tensor.nbytes].view(tensor.dtype)
+            copy = row.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
+            if tensor.device.type == "cpu" and tensor.stride() == copy.stride():  # no gaps: the copy has none
+                for start in range(0, tensor.nbytes, _MOVE):
+                    length = min(_MOVE, tensor.nbytes - start)
+                    moves.append((copy.data_ptr() + start, tensor.data_ptr() + start, length))
             else:
-                copy.copy_(held, non_blocking=True)
+                copy.copy_(tensor, non_blocking=True)
             copies.append(copy)
-            offset += _room(held)
+            offset += _room(tensor)
         _move(moves)
         return copies
 
@@ -77,8 +77,10 @@ def _room(tensor: torch.Tensor) -> int:
 
 
 def _move(moves: deque[_Move]) -> None:
-    """Copies by as many threads as torch has. Each takes the next when it has done one: torch's own wait for each other at
-    every tensor, ten times as long where the cores have other work."""
+    """Copy with as many threads as torch has, each taking the next block when it has finished one.
+
+    Torch's own threads wait for each other at every tensor, which takes ten times as long on busy cores.
+    """
 
     def work() -> None:
         with suppress(IndexError):
@@ -94,10 +96,10 @@ def _move(moves: deque[_Move]) -> None:
 
 
 class Writer:
-    """Writes what `rank` of `size` has to write. `attempt` tells this start of a run from others, which may still write.
+    """Writes the share of `rank` of `size`. `attempt` distinguishes this start of a run from others that may still write.
 
-    `begin`, then, once no rank is `busy`, `commit` on rank 0. `failure` is why the last of them failed: a StorageError where
-    storage did, with its way out.
+    Call `begin` on every rank and, once no rank is `busy`, `commit` on rank 0. `failure` is the error of the last of them; a
+    StorageError names its way out.
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, attempt: str, device: torch.device) -> None:
@@ -110,7 +112,7 @@ class Writer:
 
     @property
     def problem(self) -> str:
-        """The failure as a line that names the rank; "" without one."""
+        """The failure as one line that names the rank, or ""."""
         if self.failure is None:
             return ""
         kind = "" if isinstance(self.failure, StorageError) else f"{type(self.failure).__name__}: "
@@ -121,25 +123,25 @@ class Writer:
         return self._thread is not None and self._thread.is_alive()
 
     def join(self) -> None:
-        """Waits for what goes on."""
+        """Wait for the background thread."""
         if self._thread is not None:
             self._thread.join()
 
     def cancel(self) -> None:
-        """Ends what goes on, and waits for it; what it has written stays without a name."""
+        """Cancel the background thread and wait for it; what it has written is not committed."""
         self._cancelled.set()
         self.join()
 
     def reserve(self, pieces: Iterable[Piece]) -> None:
-        """Makes room for the next save in the background."""
-        mine = share_of(list(pieces), self._rank)
-        self._start(lambda: self._memory.reserve(mine))
+        """Allocate memory for the next save, in the background."""
+        share = share_of(list(pieces), self._rank)
+        self._start(lambda: self._memory.reserve(share))
 
     def begin(self, step: int, pieces: Iterable[Piece]) -> None:
-        """Copies this rank's share of the pieces, and writes the copy in the background."""
+        """Copy this rank's share of the pieces, and write the copy in the background."""
         self.join()
-        mine = share_of(list(pieces), self._rank)
-        copies = self._memory.copy(mine)
+        share = share_of(list(pieces), self._rank)
+        copies = self._memory.copy(share)
         copied = None
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
@@ -149,12 +151,12 @@ class Writer:
             if copied is not None:
                 torch.cuda.set_device(self._device)  # a thread begins with the first one; the device has an index
                 copied.synchronize()
-            self._write(step, mine, copies)
+            self._write(step, share, copies)
 
         self._start(write)
 
     def commit(self, step: int, backend: str, info: dict[str, Any], keep: int, keep_every_s: float) -> None:
-        """In the background: gives the checkpoint its name, when all ranks have written, and deletes what is not to be kept."""
+        """Commit the checkpoint when all ranks have written, and delete old ones; in the background."""
 
         def commit() -> None:
             _commit(self._partial(step), self._folder.checkpoint(step), self._size, step, backend, info)
@@ -164,7 +166,7 @@ class Writer:
         self._start(commit)
 
     def discard(self, step: int) -> None:
-        """Removes what was written of a checkpoint that could not be; no rank may be busy."""
+        """Remove a checkpoint that could not be completed; no rank may be busy."""
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
     def _partial(self, step: int) -> Path:
@@ -178,20 +180,20 @@ class Writer:
                     work()
             except _CancelledError:
                 pass
-            except Exception as error:  # told to all ranks by whoever asks for `failure` or `problem`
+            except Exception as error:  # reported to all ranks by the caller, through `failure` or `problem`
                 self.failure = error
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write(self, step: int, mine: Sequence[Piece], copies: Sequence[torch.Tensor]) -> None:
+    def _write(self, step: int, share: Sequence[Piece], copies: Sequence[torch.Tensor]) -> None:
         partial, name = self._partial(step), data_file(self._rank)
         partial.mkdir(parents=True, exist_ok=True)
-        specs = [Spec.of(piece.name, copy) for piece, copy in zip(mine, copies, strict=True)]
+        specs = [Spec.of(piece.name, copy) for piece, copy in zip(share, copies, strict=True)]
         file, crcs = write_safetensors(partial / name, specs, copies, check=self._check)
         tensors = {
             piece.name: [list(piece.shape), spec.dtype, piece.start, piece.tensor.numel(), crc]
-            for piece, spec, crc in zip(mine, specs, crcs, strict=True)
+            for piece, spec, crc in zip(share, specs, crcs, strict=True)
         }
         written = {"file": name, "bytes": file.num_bytes, "sha256": file.sha256, "tensors": tensors}
         write_atomically(_part_of(partial, self._rank), json.dumps(written).encode())
@@ -202,12 +204,12 @@ class Writer:
 
 
 def _part_of(partial: Path, rank: int) -> Path:
-    """What a rank says of its file, for rank 0 to put together."""
+    """The entry of one rank's file, from which rank 0 builds the index."""
     return partial / f"rank-{rank:05d}.json"
 
 
 def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info: dict[str, Any]) -> None:
-    """Puts together what the ranks say of their files, and renames the folder."""
+    """Write the index from the entries of all ranks, and rename the folder."""
     index = Index(step, time.time(), size, backend, info)
     extents: dict[str, list[Extent]] = {}
     for rank in range(size):
@@ -219,29 +221,29 @@ def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info:
     for name, tensor in index.tensors.items():
         index.tensors[name] = Tensor(tensor.shape, tensor.dtype, tuple(sorted(extents[name], key=lambda extent: extent.start)))
     text = index.as_json()
-    parse_index(text)  # what could not be read is not to be named a checkpoint
+    parse_index(text)  # never commit an index that cannot be read
     write_atomically(partial / INDEX, text.encode())
     for rank in range(size):
         _part_of(partial, rank).unlink()
     sync_folder(partial)
-    delete_folder(path)  # a damaged one, which this run has passed over
+    delete_folder(path)  # a damaged checkpoint that this run has skipped
     partial.rename(path)
     sync_folder(path.parent)
 
 
 def delete_old(folder: RunFolder, step: int, keep: int, keep_every_s: float) -> None:
-    """Deletes all but the newest `keep` up to `step` and, where keep_every_s is not 0, the first of every so many seconds.
+    """Delete all but the newest `keep` checkpoints up to `step` and, unless keep_every_s is 0, one per that many seconds.
 
-    Later ones are damaged: the run has passed over them, and will write them again.
+    Checkpoints after `step` are damaged; the run has skipped them and will write them again.
     """
-    found = [path for path in folder.find_checkpoints() if step_of(path) <= step]
-    for path in outdated([(path, _saved(path) if keep_every_s else None) for path in found], keep, keep_every_s):
-        with suppress(OSError):  # the new one is whole; what could not be deleted is tried again after the next
+    paths = [path for path in folder.find_checkpoints() if step_of(path) <= step]
+    for path in outdated([(path, _saved(path) if keep_every_s else None) for path in paths], keep, keep_every_s):
+        with suppress(OSError):  # the new one is committed; the next save tries to delete again
             delete_folder(path)
 
 
 def outdated(newest_first: Sequence[tuple[Path, float | None]], keep: int, keep_every_s: float) -> list[Path]:
-    """Which checkpoints (with the time they were saved at, None where that cannot be read) are not to be kept."""
+    """The checkpoints to delete, given those that exist with their save time (None if it cannot be read)."""
     old, last = [], float("-inf")
     for path, saved in reversed(newest_first):
         if keep_every_s and saved is not None and saved >= last + keep_every_s:
@@ -260,7 +262,7 @@ def _saved(path: Path) -> float | None:
 
 
 def delete_folder(path: Path) -> None:
-    """Deletes a checkpoint. It loses its name first: one that is half deleted must not look like one."""
+    """Delete a checkpoint, renaming it first: a partly deleted one must not look committed."""
     if path.exists():
         nameless = path.with_name(f"{path.name}.partial-deleted")
         shutil.rmtree(nameless, ignore_errors=True)
@@ -269,6 +271,6 @@ def delete_folder(path: Path) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Removes what killed runs have left behind without a name."""
+    """Remove uncommitted checkpoints of killed runs."""
     for path in RunFolder(run_dir).checkpoints.glob("step-*.partial-*"):
         shutil.rmtree(path, ignore_errors=True)

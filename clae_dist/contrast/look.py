@@ -1,0 +1,85 @@
+"""A step that trains nothing: the method's losses on constant embeddings, with all pairs and attacks recorded.
+
+# B rows on this rank, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clae_dist.contrast.encoding import Route
+from clae_dist.contrast.interface import Attacked, Attacking, Moment, Step
+from clae_dist.objectives.form import Rows
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Rows with the images and the route that they come from."""
+
+    rows: Rows
+    images: torch.Tensor
+    route: Route
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sets of rows that the method's loss contrasts."""
+
+    anchors: Rows
+    keys: Rows
+    route: Route  # of the keys
+    loss: torch.Tensor
+
+
+class Look(Step):
+    """`look` runs a method's losses; `pairs` and `attacks` then hold what it contrasted and attacked, in order."""
+
+    def __init__(self, run: Attacking, batch: Any) -> None:
+        super().__init__(run, batch, Moment())
+        self._embedded: list[Embedded] = []
+        self.pairs: list[Pair] = []
+
+    def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
+        rows = self.run.contrast.rows(self.run.encoding.constant(images, route))
+        self._embedded.append(Embedded(rows, images, route))
+        return rows
+
+    def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
+        loss = super().contrast(anchors, keys)
+        route = next((one.route for one in self._embedded if one.rows is keys), None)
+        if route is not None:  # not an attempt of an attack
+            self.pairs.append(Pair(anchors, keys, route, loss))
+        return loss
+
+    def image_gradient(self, loss: torch.Tensor, rows: Rows) -> torch.Tensor:
+        pair = next(pair for pair in self.pairs if pair.loss is loss)
+        embedded = next(one for one in self._embedded if one.rows is rows)
+
+        def loss_of(z: torch.Tensor) -> torch.Tensor:
+            return self.run.contrast(pair.anchors, self.run.contrast.rows(z))
+
+        return self.run.encoding.input_gradient(embedded.images, embedded.route, loss_of)[1]
+
+    def loss_after(self, attacked: Attacked) -> torch.Tensor:
+        """The loss that the attack raised, at the images that it found; for one that took the gradient of another loss, the
+        first loss along the adversarial route. Collective."""
+        if attacked.loss_of is None or attacked.anchor is None:
+            return next(pair.loss for pair in self.pairs if pair.route != "clean")
+        anchor, rows = (
+            self.run.contrast.rows(self.run.encoding.constant(images, attacked.route))
+            for images in (attacked.anchor, attacked.found.images)
+        )
+        return attacked.loss_of(anchor, rows)
+
+
+def look(run: Attacking, batch: Any, x: torch.Tensor, y: torch.Tensor) -> Look:
+    """Run the method's losses on two views as they are from the first step on, and train nothing. Collective.
+
+    The caller protects running statistics.
+    """
+    seen = Look(run, batch)
+    run.method.from_the_start().losses(seen, x, y)
+    return seen

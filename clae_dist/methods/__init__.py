@@ -1,0 +1,38 @@
+"""One file per pretraining method (README.md here shows how to add one)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from functools import cache
+
+from clae_dist.config import ConfigError, MethodSettings
+from clae_dist.contrast.method import Method
+
+METHODS = {
+    "clae": "clae_dist.methods.clae:Clae",
+    "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
+    "simclr": "clae_dist.methods.simclr:SimClr",
+}
+
+
+@cache
+def method_class(name: str) -> type[Method]:
+    """The class behind `method.name`: a name of METHODS or package.module:Class. Raises ConfigError."""
+    module, colon, attribute = METHODS.get(name, name).partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"method.name is {name!r}; expected one of {', '.join(METHODS)}, or package.module:Class{hint}.")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method.name is {name!r}, which cannot be imported ({error}).") from None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"method.name is {name!r}, which is not a subclass of clae_dist.contrast.method.Method.")
+    return found
+
+
+def make_method(settings: MethodSettings) -> Method:
+    """The method of a run, from the `method.*` settings of its Config."""
+    return method_class(settings.name)(settings)

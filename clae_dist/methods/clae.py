@@ -1,0 +1,75 @@
+"""CLAE: SimCLR with adversarial images as a third view.
+
+Reference: Ho & Vasconcelos 2020, Contrastive Learning with Adversarial Examples, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from clae_dist.config import ConfigError
+from clae_dist.config.rules import setting
+from clae_dist.contrast.method import Method, Terms
+from clae_dist.methods.adversarial_term import AdversarialTerm
+
+if TYPE_CHECKING:
+    import torch
+
+    from clae_dist.contrast.interface import Step
+
+
+@dataclass(frozen=True)
+class ClaeSettings(AdversarialTerm):
+    """The keys `method.*` of CLAE."""
+
+    title: ClassVar[str] = "CLAE"
+    name: str = setting("clae", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+    anchor: Literal["same", "other"] = setting(
+        "same", help="View that is attacked: the anchor's own (same), or the other view of its image (other)."
+    )
+    cost: Literal["exact", "original"] = setting(
+        "exact",
+        help="exact: the paper's gradient at the lowest cost. original: the same, with the anchor's forward and the weight "
+        "gradients that the paper's code computes and discards.",
+    )
+
+    def describe_attack(self) -> str:
+        return f", anchor {self.anchor}, cost {self.cost}"
+
+    def check_rows(self, rows: int, micro_size: int) -> None:
+        if micro_size and self.cost == "original":
+            raise ConfigError(
+                "method.cost is 'original', which keeps a rank's whole share in one graph, as the paper's code does; "
+                "use method.cost=exact (the same gradient) with batch.micro_size."
+            )
+        super().check_rows(rows, micro_size)
+
+
+class Clae(Method):
+    """L(z(x), z(y)) + α · L(z(x), z(x_adv)), where x_adv raises L(z(x), z(x')) on the global batch the most within ε of x.
+
+    At x' = x the positive pair cannot get closer: the negatives, on every rank, drive the attack.
+    """
+
+    Settings = ClaeSettings
+    settings: ClaeSettings
+
+    def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
+        settings = self.settings
+        if not settings.present(s):
+            return {"clean": (1.0, s.contrast(s.embed(x), s.embed(y)))}
+        rows = s.choose(settings.num_attacked(len(x)), len(x))
+        # Where both routes are the same function, the attack uses the clean forward of x and costs no forward of its own.
+        shared = settings.cost == "exact" and settings.anchor == "same" and settings.fraction == 1 and s.can_share_forward()
+        a = s.embed(x, image_gradient=True) if shared else None
+
+        anchor = x[rows]
+        start = y[rows] if settings.anchor == "other" else anchor
+        live = settings.cost == "original"
+        x_adv = s.attack(start, s.contrast, anchor=anchor, rows=rows, through=a, live_anchor=live)
+
+        if a is None:
+            a = s.embed(x)
+        b, c = s.embed(y), s.embed(x_adv, "adversarial")
+        return {"clean": (1.0, s.contrast(a, b)), "adversarial": (settings.alpha, s.contrast(s.select(a, rows), c))}

@@ -1,0 +1,35 @@
+"""SimCLR: two views of an image are each other's positives.
+
+Reference: Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from clae_dist.config import MethodSettings
+from clae_dist.config.rules import setting
+from clae_dist.contrast.method import Method, Terms
+
+if TYPE_CHECKING:
+    import torch
+
+    from clae_dist.contrast.interface import Step
+
+
+@dataclass(frozen=True)
+class SimClrSettings(MethodSettings):
+    """SimCLR has no settings of its own."""
+
+    title: ClassVar[str] = "SimCLR"
+    name: str = setting("simclr", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+
+
+class SimClr(Method):
+    """L(z(x), z(y))."""
+
+    Settings = SimClrSettings
+
+    def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
+        return {"clean": (1.0, s.contrast(s.embed(x), s.embed(y)))}

@@ -1,0 +1,137 @@
+"""Softmax statistics over all rows, computed in column chunks so that the full similarity matrix is never materialised.
+
+# K rows, M columns, D embedding width, S scales. s(k, l) = z_k · z_l / temperature. Memory O(K · chunk + M · D).
+
+Similarities are computed again in the backward pass instead of being stored. A log-sum-exp is subtracted before every exp, so
+that exponents are not positive and a temperature of 0.01 does not overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of a chunk: fits into a CPU's cache, fills a GPU
+
+
+def chunk_size(num_rows: int, device: torch.device, requested: int = 0) -> int:
+    """Columns of a chunk: `requested`, or chosen by the device if that is 0."""
+    return requested or max(128, min(8192, _BUFFER.get(device.type, 1 << 24) // max(1, num_rows)))
+
+
+def at_least_float32(rows: torch.Tensor) -> torch.Tensor:
+    """The rows in float32 if they have less precision: a cosine over a small temperature is too coarse in bfloat16."""
+    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+
+
+def similarities(
+    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, excluded: int, chunk: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (columns, similarities of all rows to these columns) chunk by chunk; every chunk uses the same buffer.
+
+    The pair of row k and column excluded + k has similarity -inf, so that no softmax counts it.
+    """
+    scaled = rows_KD / temperature
+    buffer = scaled.new_empty(len(rows_KD) * min(chunk, len(columns_MD)))
+    for first in range(0, len(columns_MD), chunk):
+        last = min(first + chunk, len(columns_MD))
+        s = buffer[: len(rows_KD) * (last - first)].view(len(rows_KD), last - first)
+        torch.mm(scaled, columns_MD[first:last].T, out=s)
+        low, high = max(first, excluded), min(last, excluded + len(rows_KD))
+        if low < high:
+            s[low - excluded : high - excluded, low - first : high - first].diagonal().fill_(-torch.inf)
+        yield slice(first, last), s
+
+
+def log_sum_exps(
+    rows_KD: torch.Tensor,
+    blocks: Sequence[torch.Tensor],
+    temperature: float,
+    scales: Sequence[float],
+    excluded: int,
+    chunk: int,
+) -> torch.Tensor:
+    """log sum exp(c s) of each row over the columns of all blocks but column excluded + k of each, for each scale c. (K, S)"""
+    totals: list[torch.Tensor | None] = [None] * len(scales)
+    spare = rows_KD.new_empty(0)
+    for block in blocks:
+        for _, s in similarities(rows_KD, block, temperature, excluded, chunk):
+            # torch.logsumexp in place. The maximum of a row without negatives is -inf; minus itself it would be NaN.
+            largest = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+            s.sub_(largest)
+            for index, scale in enumerate(scales):
+                if scale == 0:
+                    continue
+                last = index == len(scales) - 1
+                spare = spare if last else _like(s, spare)
+                exponents = s if last and scale == 1 else torch.mul(s, scale, out=s if last else spare)
+                part = exponents.exp_().sum(1).log_().add_(largest[:, 0], alpha=scale)
+                before = totals[index]
+                totals[index] = part if before is None else torch.logaddexp(before, part)
+    count = rows_KD.new_full((len(rows_KD),), float(sum(map(len, blocks)) - len(blocks))).log()  # at scale 0
+    return torch.stack([count if total is None else total for total in totals], 1)
+
+
+def log_sum_exp_and_mean(
+    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, excluded: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_sum_exps` at scale 1 and, in the same pass, the softmax-weighted mean of the columns, 0 without any. (K,), (K, D)"""
+    largest = rows_KD.new_full((len(rows_KD), 1), torch.finfo(rows_KD.dtype).min)
+    total, mean = torch.zeros_like(largest), torch.zeros_like(rows_KD)
+    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk):
+        before, largest = largest, torch.maximum(largest, s.amax(1, keepdim=True))
+        fade = (before - largest).exp_()
+        weights = s.sub_(largest).exp_()
+        total.mul_(fade).add_(weights.sum(1, keepdim=True))
+        mean.mul_(fade).addmm_(weights, columns_MD[columns])
+    return total.log().add_(largest)[:, 0], mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny))
+
+
+def _like(s: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    return spare if spare.shape == s.shape else torch.empty_like(s)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One part of the weight of a pair (k, l): sign · exp(c s(k, l) + shift), the shift being row k's or column l's."""
+
+    scale: float  # c
+    sign: int
+    row_shift: torch.Tensor | None = None  # (K,)
+    column_shift: torch.Tensor | None = None  # (M,), if row_shift is None
+
+    def shift(self, columns: slice) -> torch.Tensor:
+        """The shift of these columns or of all rows, for broadcasting over (K, columns)."""
+        if self.row_shift is not None:
+            return self.row_shift[:, None]
+        assert self.column_shift is not None
+        return self.column_shift[columns]
+
+
+def pull(
+    rows_KD: torch.Tensor,
+    columns_MD: torch.Tensor,
+    temperature: float,
+    excluded: int,
+    chunk: int,
+    parts: Sequence[Weights],
+    out_KD: torch.Tensor,
+) -> None:
+    """Add to `out_KD` the sum of all columns z_l, weighted by w(k, l), the sum of all parts."""
+    total = spare = rows_KD.new_empty(0)
+    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk):
+        for index, part in enumerate(parts):
+            if index == len(parts) - 1:  # nothing needs the similarities after it
+                buffer = s
+            elif index == 0:
+                buffer = total = _like(s, total)
+            else:
+                buffer = spare = _like(s, spare)
+            torch.add(part.shift(columns), s, alpha=part.scale, out=buffer).exp_()
+            if index:
+                total.add_(buffer, alpha=part.sign)
+            elif part.sign < 0:
+                buffer.neg_()
+        out_KD.addmm_(total if len(parts) > 1 else s, columns_MD[columns])
