@@ -27,6 +27,10 @@ def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **
         from clae_dist.bench import restart  # with psutil, of the extra `bench`
 
         outcome = restart.bench(restart.QUICK if quick else restart.RestartBench(), progress)
+    elif name == "start":
+        from clae_dist.bench import start  # with psutil, of the extra `bench`
+
+        outcome = start.bench(start.QUICK if quick else start.StartBench(), progress)
     elif name == "data":
         from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
 
