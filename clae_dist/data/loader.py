@@ -7,7 +7,6 @@ number of loader processes, and resuming means starting at another step.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
@@ -19,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clae_dist.config import Config
+from clae_dist.cores import loader_processes
 from clae_dist.data import transport
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
@@ -97,7 +97,7 @@ def num_workers(config: Config, local_size: int) -> int:
     """Loader processes for each of `local_size` ranks on this machine: as requested, or a share of the free cores."""
     if config.data.workers >= 0:
         return config.data.workers
-    return max(0, min(8, len(os.sched_getaffinity(0)) // local_size - 1))
+    return loader_processes(local_size)
 
 
 def forkserver() -> BaseContext:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from clae_dist.config import ConfigError
+from clae_dist.cores import loader_processes
 from clae_dist.data.evaluation_set import read_ahead
 from clae_dist.data.images import FileImages, Images, Source, open_dataset
 from clae_dist.data.manifest import DataError
@@ -84,12 +84,12 @@ def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_worker
 
 
 def _choose_workers(images: Images, image_size: int) -> int:
-    """None for few images, for images in memory, and for sets of small images, whose decoding is cheap."""
+    """Choose no processes for few images, for images in memory, and for sets of small images, whose decoding is cheap."""
     if isinstance(images, FileImages):
         cheap = images.in_memory
     else:
         cheap = image_size <= 64
-    return 0 if cheap or len(images) < _MANY else max(0, min(8, len(os.sched_getaffinity(0)) - 1))
+    return 0 if cheap or len(images) < _MANY else loader_processes()
 
 
 def embed(

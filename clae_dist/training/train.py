@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from clae_dist.config import Config, ConfigError
 from clae_dist.contrast.diagnostics import diagnose
 from clae_dist.contrast.step import Pretraining, pretrain_step
+from clae_dist.cores import threads_per_rank
 from clae_dist.data.loader import Batch, load
 from clae_dist.data.manifest import DataError, Manifest
 from clae_dist.data.transfer import Transfer
@@ -85,7 +85,7 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
     config = recipe.config
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(config.train.threads or threads_per_rank(world.local_size))
     say(f"{STARTING}opening and checking the shards")
     sets = open_sets(config, world, say, progress=lambda: watch.doing("starting", 0))
     watch.doing("starting", 0)
