@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
+from clae_dist.cores import usable_cores
 from clae_dist.options import Parser, user_path
 
 _QUALITY = 90
@@ -145,7 +145,7 @@ def _parser() -> Parser:
     common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
 
     def command(name: str, help: str, description: str) -> Parser:
         return commands.add_parser(name, help=help, description=description, epilog=_EXIT_CODES, parents=[common])

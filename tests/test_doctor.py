@@ -50,7 +50,7 @@ def test_a_missing_package_says_what_then_does_not_work(monkeypatch: pytest.Monk
             raise importlib.metadata.PackageNotFoundError(name)
         return "2.1.0+cu118" if name == "torch" else real(name)
 
-    monkeypatch.setattr(software.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     found = {finding.what: finding for finding in software.packages()}
     assert (found["ray"].level, found["timm"].level, found["torch"].level) == ("warning", "problem", "warning")
     assert "torchrun and local work without" in found["ray"].advice

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from clae_dist.config import Batch, Config, Data
+from clae_dist.cores import usable_cores
 from clae_dist.data.decode import decode_rgb
 from clae_dist.data.draws import uniforms
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
-from clae_dist.doctor.machine import usable_cores
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +15,8 @@ import torch
 
 from clae_dist import __version__
 from clae_dist.bench.measure import Row
-from clae_dist.doctor.machine import usable_cores
+from clae_dist.cores import usable_cores
+from clae_dist.versions import package_version
 
 _PACKAGES = ("torchvision", "timm", "lightly", "open_clip_torch")
 
@@ -43,15 +43,9 @@ class Outcome:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch, this package, and of those others that are installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "clae-dist": __version__}
-    installed = {distribution.metadata["Name"].replace("-", "_"): distribution for distribution in _distributions()}
-    return found | {name: installed[name].version for name in _PACKAGES if name in installed}
-
-
-def _distributions() -> Iterator[importlib.metadata.Distribution]:
-    for name in _PACKAGES:
-        yield from importlib.metadata.distributions(name=name)
+    """Versions of Python, torch, this package, and of the compared packages that are installed."""
+    ours = {"python": platform.python_version(), "torch": torch.__version__, "clae-dist": __version__}
+    return ours | {name: version for name in _PACKAGES if (version := package_version(name))}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -22,10 +22,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     set_option(arguments, "launcher", "launch.launcher")
-    config, origins = check_trust(arguments, resolved(arguments))
+    recipe = check_trust(arguments, resolved(arguments))
     from clae_dist.launchers.dry_run import dry_run
 
-    ending = dry_run(config, origins, arguments.debug)
+    ending = dry_run(recipe, debug=arguments.debug)
     if ending.code:
         say(redact_text(f"clae: {ending.message}"), file=sys.stderr)
     else:

@@ -53,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
     set_option(arguments, "backend", "parallel.backend")
-    config, origins = resolved(arguments, () if arguments.config else DEMO)
+    recipe = resolved(arguments, () if arguments.config else DEMO)
     from clae_dist.parity.run import parity
 
-    ending = parity(config, origins, arguments.world_size, arguments.rows, arguments.steps, arguments.json)
+    ending = parity(recipe, world_size=arguments.world_size, rows=arguments.rows, steps=arguments.steps, as_json=arguments.json)
     if ending.message:
         print(redact_text(ending.message), file=sys.stderr if ending.message.startswith("clae: ") else sys.stdout)
     return ending.code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clae_dist.config.images import Augment, Batch, Data
@@ -21,7 +21,6 @@ __all__ = [
     "Batch",
     "Checkpointing",
     "Config",
-    "ConfigError",
     "Data",
     "Evaluation",
     "Guard",
@@ -114,6 +113,16 @@ class Config(Section):
         except ConfigError:
             return False
         return True
+
+    def with_few_rows(self, rows: int, world_size: int) -> Config:
+        """These settings with `rows` rows a rank and every term of the loss from the first step, for a trial of a few steps."""
+        micro = max(1, rows // 2) if self.batch.micro_size else 0
+        return replace(
+            self,
+            data=replace(self.data, streams=0),
+            batch=replace(self.batch, global_size=rows * world_size, micro_size=micro),
+            method=self.method.for_few_rows(),
+        )
 
     def learning_rate(self) -> float:
         """The peak learning rate at this global batch (Goyal et al. 2017 for linear, Chen et al. 2020 B.1 for sqrt)."""

@@ -6,7 +6,6 @@ number of loader processes, and resuming means starting at another step.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -17,16 +16,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clae_dist.config import Config
+from clae_dist.cores import loader_processes
 from clae_dist.data import transport
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.server import forkserver
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
+from clae_dist.errors import DataError
 from clae_dist.lifetime import begin_forked_process
 from clae_dist.world import World
 
@@ -96,7 +97,7 @@ def num_workers(config: Config, local_size: int) -> int:
     """Loader processes for each of `local_size` ranks on this machine: as requested, or a share of the free cores."""
     if config.data.workers >= 0:
         return config.data.workers
-    return max(0, min(8, len(os.sched_getaffinity(0)) // local_size - 1))
+    return loader_processes(local_size)
 
 
 def start_loader_process(worker: int = 0) -> None:

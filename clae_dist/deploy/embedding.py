@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clae_dist.config import ConfigError
+from clae_dist.cores import loader_processes
 from clae_dist.data.evaluation_set import read_ahead
 from clae_dist.data.images import FileImages, Images, Source, open_dataset
-from clae_dist.data.manifest import DataError
 from clae_dist.data.shards import BadSampleError
 from clae_dist.data.views import centre_view
 from clae_dist.deploy.encoder import Encoder
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import frozen
 
 _MANY = 512  # images, above which loader processes gain more time than their start takes
@@ -84,12 +83,12 @@ def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_worker
 
 
 def _choose_workers(images: Images, image_size: int) -> int:
-    """None for few images, for images in memory, and for sets of small images, whose decoding is cheap."""
+    """Choose no processes for few images, for images in memory, and for sets of small images, whose decoding is cheap."""
     if isinstance(images, FileImages):
         cheap = images.in_memory
     else:
         cheap = image_size <= 64
-    return 0 if cheap or len(images) < _MANY else max(0, min(8, len(os.sched_getaffinity(0)) - 1))
+    return 0 if cheap or len(images) < _MANY else loader_processes()
 
 
 def embed(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from clae_dist.cores import usable_cores
 from clae_dist.doctor.finding import GIB, Finding
 
 SHM_BYTES_A_WORKER = 256 * 1024**2  # two prefetched batches of decoded 224-pixel views
@@ -35,10 +36,6 @@ def devices() -> Iterator[Finding]:
         )
         yield Finding("warning", "gpu", "none usable", advice)
     yield Finding("ok", "device", f"CPU, {usable_cores()} cores usable, {torch.get_num_threads()} torch threads")
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:

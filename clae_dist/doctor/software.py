@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clae_dist.doctor.finding import Finding
+from clae_dist.versions import package_version
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,13 @@ def python() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     for package in PACKAGES:
-        try:
-            version = importlib.metadata.version(package.name)
-        except importlib.metadata.PackageNotFoundError:
-            wanted = f"{package.name}>={'.'.join(map(str, package.oldest))}"
+        version, oldest = package_version(package.name), ".".join(map(str, package.oldest))
+        if not version:
             level: Literal["warning", "problem"] = "problem" if package.required else "warning"
-            yield Finding(level, package.name, "not installed", f"needed for {package.needed_for}; pip install '{wanted}'.")
-            continue
-        if _numbers(version) < package.oldest:
-            wanted = ".".join(map(str, package.oldest))
-            yield Finding("warning", package.name, version, f"tested from {wanted} on; pip install -U {package.name}.")
+            advice = f"needed for {package.needed_for}; pip install '{package.name}>={oldest}'."
+            yield Finding(level, package.name, "not installed", advice)
+        elif _numbers(version) < package.oldest:
+            yield Finding("warning", package.name, version, f"tested from {oldest} on; pip install -U {package.name}.")
         else:
             yield Finding("ok", package.name, version)
     yield from _import_check("torch", "torchvision")

@@ -1,13 +1,11 @@
-"""`clae dry-run`: everything of a run, one step long and tiny, in a folder that is removed."""
+"""`clae dry-run`: a run of one step with few rows, in a folder that is removed."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from clae_dist.config import Config
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.data.urls import redact_list
@@ -21,11 +19,12 @@ from clae_dist.training.plan import Plan
 _ROWS = 4  # a rank
 
 
-def dry_run(config: Config, origins: Mapping[str, str], debug: bool) -> Ending:
-    """One step of `config` on its own launcher, encoder and shards, with 4 rows a rank and nothing left behind.
+def dry_run(recipe: Recipe, *, debug: bool = False) -> Ending:
+    """Run one step of a recipe on its own launcher, encoder and shards, with 4 rows a rank, in a folder that is removed.
 
-    Without data.shards it makes a few images of noise. Raises ConfigError and DataError.
+    Without data.shards, the images are noise. Raises ConfigError and DataError.
     """
+    config = recipe.config
     workers = config.launch.workers or default_workers(config.launch.device)
     check_run(config, with_images=bool(config.data.shards))
     with tempfile.TemporaryDirectory(prefix="clae-dry-run-") as folder:
@@ -39,18 +38,17 @@ def dry_run(config: Config, origins: Mapping[str, str], debug: bool) -> Ending:
             manifest = write_synthetic_set(Path(folder) / "shards", 2 * size, config.data.image_size)
             images = "images of noise (data.shards is empty)"
         total = manifest.num_samples(config.data.train_split)
+        few_rows = config.with_few_rows(_ROWS, workers)
         tiny = replace(
-            config,
+            few_rows,
             run_dir=str(Path(folder) / "run"),
-            data=replace(config.data, streams=0, verify="size", mixture={}),
-            batch=replace(config.batch, global_size=size, micro_size=_ROWS // 2 if config.batch.micro_size else 0),
-            method=config.method.for_few_rows(),
+            data=replace(few_rows.data, verify="size", mixture={}),
             optim=replace(config.optim, warmup_epochs=0.0),
             train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1),
             launch=replace(config.launch, max_failures=0),
             tracking=replace(config.tracking, name="none"),
         )
-        ending = start(Recipe(tiny, origins), debug=debug)
+        ending = start(recipe._replace(config=tiny), debug=debug)
     alone = ", without the other sets of data.mixture" if config.data.mixture else ""
     what = f"one step of {size} {images}{alone}"
     message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were skipped"

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clae_dist.config import Config, ConfigError
-from clae_dist.errors import FAILED, OK, STOPPED
+from clae_dist.config import Config
+from clae_dist.cores import usable_cores
+from clae_dist.errors import FAILED, OK, STOPPED, ConfigError
 from clae_dist.escape import shown
 from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers
@@ -119,8 +120,13 @@ def _init(ray: Any, workers: int, debug: bool) -> None:
         return
     os.environ["PYTHONPATH"] = path
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # as ray_security has it, also where Ray was imported before
-    cores = len(os.sched_getaffinity(0))
-    ray.init(address="local", num_cpus=max(cores, workers), include_dashboard=False, object_store_memory=128 * 2**20, **common)
+    ray.init(
+        address="local",
+        num_cpus=max(usable_cores(), workers),
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        **common,
+    )
 
 
 def _quieten(ray: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clae_dist.launchers.versions import differences, versions
+from clae_dist.versions import differences, host_versions
 
 _NAMESPACE, _KEY = b"clae-dist", b"versions"
 _WAY_OUT = "install the same on all hosts (launch/env.sh of the same checkout does), then start this one again."
@@ -20,7 +20,7 @@ _WAY_OUT = "install the same on all hosts (launch/env.sh of the same checkout do
 
 def announce(address: str) -> str:
     """On the head: writes down its versions for those that want to join."""
-    told = json.dumps({**versions(), "host": platform.node()})
+    told = json.dumps({**host_versions(), "host": platform.node()})
     _store(address).internal_kv_put(_KEY, told.encode(), True, _NAMESPACE)
     return ""
 
@@ -32,7 +32,7 @@ def check(address: str) -> str:
         return f"the cluster at {address} was not started by ray-cluster.sh head, so versions cannot be compared; start it so."
     head = json.loads(told)
     name = head.pop("host")
-    different = differences(versions(), head, platform.node(), name)
+    different = differences(host_versions(), head, platform.node(), name)
     return f"{different}; {_WAY_OUT}" if different else ""
 
 
@@ -48,7 +48,7 @@ def compare(address: str) -> str:
             ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
             for node in nodes
         ]
-        here = versions()
+        here = host_versions()
         told = ray.get(asked, timeout=120)
         different = [text for there, name in told if (text := differences(there, here, name, platform.node()))]
         print(f"{len(nodes)} node(s), {ray.cluster_resources().get('CPU', 0):g} CPUs, ", end="")
@@ -86,7 +86,7 @@ def wait(address: str, num_nodes: str, timeout_s: str) -> str:
 
 
 def _versions_and_name() -> tuple[dict[str, str], str]:
-    return versions(), platform.node()
+    return host_versions(), platform.node()
 
 
 def _store(address: str) -> Any:

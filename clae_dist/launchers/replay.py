@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from clae_dist.cores import threads_per_rank
 from clae_dist.errors import OK, UNEXPECTED, ClaeError
 from clae_dist.escape import shown
 from clae_dist.launchers.local import spawn
@@ -26,7 +26,7 @@ def replay_step(folder: Path, shards: str = "", permission: Permission = NOTHING
 def _rank(folder: Path, shards: str, permission: Permission) -> Ending:
     try:
         with connect() as world:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+            torch.set_num_threads(threads_per_rank(world.local_size))
             found = replay(*read_step(folder, shards, permission), folder, world)
     except ClaeError as error:
         return Ending(error.exit_code, shown(f"clae: {error}"))

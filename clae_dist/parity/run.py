@@ -3,65 +3,64 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from clae_dist.config import Config, ConfigError, Parallel
-from clae_dist.errors import OK, UNEXPECTED, ClaeError
+from clae_dist.config import Config, Parallel
+from clae_dist.cores import threads_per_rank
+from clae_dist.errors import OK, UNEXPECTED, ClaeError, ConfigError
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.parity.compare import compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
+from clae_dist.recipe import Recipe
 from clae_dist.world import World, connect
 
 FAILED = UNEXPECTED  # the exit code of a comparison that found a difference
 
 
-def parity(config: Config, origins: Mapping[str, str], world_size: int, rows: int, steps: int, as_json: bool) -> Ending:
-    """Compares W ranks with one process. The ending's message is the report; code 0 when they agree, 1 when not.
+def parity(recipe: Recipe, *, world_size: int, rows: int, steps: int, as_json: bool = False) -> Ending:
+    """Compare W ranks with one process. The ending's message is the report; its code is 0 when they agree, 1 otherwise.
 
     Started by torchrun, W is torchrun's number of ranks and `world_size` is not used. Raises ConfigError.
     """
     started = torchrun.num_ranks()
     size = started or world_size
-    config = tiny(config, origins, size, rows)
+    config = tiny(recipe, world_size=size, rows=rows)
     config.rows_per_rank(size)
     if not started:
-        return spawn(size, _rank, config, steps, as_json)
-    return torchrun.say_once(_rank(config, steps, as_json))
+        return spawn(size, partial(_rank, as_json=as_json), config, steps)
+    return torchrun.say_once(_rank(config, steps, as_json=as_json))
 
 
-def tiny(config: Config, origins: Mapping[str, str], world_size: int, rows: int) -> Config:
+def tiny(recipe: Recipe, *, world_size: int, rows: int) -> Config:
     """The settings with `rows` rows a rank, in float64 (float32 for DeepSpeed) unless the command line names a precision."""
+    config = recipe.config
     precision = config.train.precision
-    if origins.get("train.precision") != "command line" or precision == "auto":
+    if recipe.origins.get("train.precision") != "command line" or precision == "auto":
         precision = "float32" if config.parallel.backend == "deepspeed" else "float64"
     micro = config.batch.micro_size
-    method = config.method.for_few_rows()
     try:
-        method.check_rows(rows, max(1, rows // 2) if micro else 0)
+        config.method.for_few_rows().check_rows(rows, max(1, rows // 2) if micro else 0)
     except ConfigError as error:
         raise ConfigError(f"--rows is {rows}, which does not suit the method ({error}); use an even number.") from None
     if rows % 2 and micro:
         raise ConfigError(f"--rows is {rows}; with batch.micro_size use an even number.")
     return replace(
-        config,
-        data=replace(config.data, streams=0),
-        batch=replace(config.batch, global_size=rows * world_size, micro_size=max(1, rows // 2) if micro else 0),
-        method=method,
+        config.with_few_rows(rows, world_size),
         optim=replace(config.optim, scaling="none", learning_rate=config.learning_rate()),
         train=replace(config.train, precision=precision),
     )
 
 
 def alone(config: Config) -> Config:
-    """The same run as plainly as it can be: one process, no wrapper, no cache, gradients of all columns."""
+    """The reference: one process, no wrapper, no micro-batches, the reduce-scatter gather."""
     return replace(
         config,
         batch=replace(config.batch, micro_size=0),
@@ -71,17 +70,17 @@ def alone(config: Config) -> Config:
     )
 
 
-def _rank(config: Config, steps: int, as_json: bool) -> Ending:
+def _rank(config: Config, steps: int, *, as_json: bool) -> Ending:
     try:
         with connect(device=config.launch.device) as world, _without_tf32():
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-            return _compare(config, world, steps, as_json)
+            torch.set_num_threads(threads_per_rank(world.local_size))
+            return _compare(config, world, steps, as_json=as_json)
     except ClaeError as error:
         return Ending(error.exit_code, f"clae: {error}")
 
 
-def _compare(config: Config, world: World, steps: int, as_json: bool) -> Ending:
-    """A collective: every rank has the same ending."""
+def _compare(config: Config, world: World, steps: int, *, as_json: bool) -> Ending:
+    """Compare on every rank; all return the same ending. Collective."""
     here, plain, dtype = World.single(world.device), alone(config), config.train.precision
     one, starts = world.run_on_main(lambda: reference(plain, here, steps, dtype))
     many = observe(config, world, steps, starts)
@@ -103,7 +102,7 @@ def _compare(config: Config, world: World, steps: int, as_json: bool) -> Ending:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Inside, products and convolutions of a GPU in float32 keep float32's 24 bits; cuDNN's have 11 by default."""
+    """Context in which a GPU computes float32 products and convolutions with 24 bits; cuDNN uses 11 by default."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:

@@ -6,7 +6,6 @@ Rank 0 holds training.lease while it trains, `clae evaluate` holds evaluation.le
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist import __version__
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
+from clae_dist.errors import ConfigError
 from clae_dist.files import write_together
 from clae_dist.keys import flatten, shapes_result
 from clae_dist.lease import WAIT_S, hold, refuse_if_held
@@ -24,27 +24,11 @@ from clae_dist.plugins import source_digests
 from clae_dist.recipe import Recipe, from_yaml, to_yaml
 from clae_dist.runs.folder import Identity, RunFolder
 from clae_dist.storage import storage_error, writing
+from clae_dist.versions import git_revision
 from clae_dist.world import World
 
 _WAY_OUT = "wait until it has ended or end it, or give another run_dir."
 _RESTART_WAIT_S = 60.0  # the rank 0 of an abandoned attempt may run on another host, and end after this one starts
-
-
-def git_revision() -> str:
-    """The commit of the checkout, with "+changes" if the working tree is dirty; "" outside a checkout."""
-    here = Path(__file__).parents[2]
-    try:
-        if not (here / ".git").exists():
-            return ""
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return revision + ("+changes" if dirty else "")
 
 
 def make_folder(folder: Path) -> None:

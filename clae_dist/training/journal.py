@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import torch
 
 from clae_dist.config import Config
 from clae_dist.contrast.step import StepMetrics
+from clae_dist.cores import usable_cores
 from clae_dist.data.loader import num_workers
 from clae_dist.runs.goodput import Ledger
 from clae_dist.tracking import Tracker
@@ -107,7 +107,7 @@ class Journal:
             workers = num_workers(self._config, self._world.local_size)
             self._say(
                 f"{waited:.0f} % of the time is spent waiting for data, more than {MOST_WAIT} %: more loader processes "
-                f"(data.workers is {workers} a rank, this machine has {len(os.sched_getaffinity(0))} cores for "
+                f"(data.workers is {workers} a rank, this machine has {usable_cores()} cores for "
                 f"{self._world.local_size} rank(s)), or smaller images (`python -m data_prep … --resize short=256`); "
                 "`clae bench data` measures a core's rate."
             )

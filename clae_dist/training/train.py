@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,13 +9,15 @@ from typing import Any, TextIO
 
 import torch
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.contrast.diagnostics import diagnose
 from clae_dist.contrast.step import Pretraining, pretrain_step
+from clae_dist.cores import threads_per_rank
 from clae_dist.data.loader import Batch, load
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
+from clae_dist.errors import ConfigError, DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
@@ -46,7 +47,7 @@ from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.saving import Saving
 from clae_dist.training.sets import Sets, open_sets
 from clae_dist.training.watch import ENDING, Watch
-from clae_dist.world import RankError, World
+from clae_dist.world import World
 
 Say = Callable[[str], None]
 
@@ -85,7 +86,7 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
     config = recipe.config
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(config.train.threads or threads_per_rank(world.local_size))
     say(f"{STARTING}opening and checking the shards")
     sets = open_sets(config, world, say, progress=lambda: watch.doing("starting", 0))
     watch.doing("starting", 0)

@@ -19,18 +19,18 @@ import pytest
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator_client
 
-from clae_dist.config import Batch, Config, ConfigError, Data, Guard, Launch
-from clae_dist.errors import BAD_CONFIG, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED
+from clae_dist.config import Batch, Config, Data, Guard, Launch
+from clae_dist.errors import BAD_CONFIG, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED, ConfigError
 from clae_dist.launchers import ray, start
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import working_sizes
 from clae_dist.launchers.ray_elastic import WorkingSizes
 from clae_dist.launchers.route import route_to
 from clae_dist.launchers.torchrun import launch as launch_torchrun
-from clae_dist.launchers.versions import differences, versions
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training.guard import listen_for_stop
+from clae_dist.versions import differences, host_versions
 from clae_dist.world import told
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_min_workers_is_checked_where_it_is_written() -> None:
 
 
 def test_versions_differ_with_both_named() -> None:
-    here = versions()
+    here = host_versions()
     assert set(here) == {"Python", "torch", "Ray", "clae-dist", "git revision"}
     assert differences(here, {**here, "Python": f"{here['Python'].rpartition('.')[0]}.99"}, "a", "b") == ""
     assert differences({**here, "torch": "2.11"}, here, "host1", "host0") == (

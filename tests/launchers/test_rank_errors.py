@@ -9,8 +9,8 @@ import pytest
 
 from clae_dist.config import Config
 from clae_dist.launchers import rank
-from clae_dist.launchers.versions import differences
 from clae_dist.recipe import Recipe
+from clae_dist.versions import differences
 
 
 def test_neither_the_line_nor_the_traceback_of_a_broken_rank_holds_a_login(

@@ -1,0 +1,32 @@
+"""Cores, threads and loader processes of a machine's ranks; versions of packages; trials with few rows."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from clae_dist import cores
+from clae_dist.config import Batch, Config, Data
+from clae_dist.versions import package_version
+
+
+@pytest.mark.parametrize(
+    ("usable", "ranks", "threads", "processes"), [(1, 1, 1, 0), (2, 1, 2, 1), (2, 4, 1, 0), (16, 2, 8, 7), (96, 1, 96, 8)]
+)
+def test_cores_are_divided_among_ranks(
+    monkeypatch: pytest.MonkeyPatch, usable: int, ranks: int, threads: int, processes: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)))
+    assert (cores.threads_per_rank(ranks), cores.loader_processes(ranks)) == (threads, processes)
+
+
+def test_versions_without_importing_the_package() -> None:
+    assert package_version("torch").startswith("2.")
+    assert package_version("clae-no-such-package") == ""
+
+
+@pytest.mark.parametrize(("micro_size", "expected"), [(0, 0), (64, 2)])
+def test_few_rows_keep_the_kind_of_step(micro_size: int, expected: int) -> None:
+    few = Config(batch=Batch(global_size=256, micro_size=micro_size), data=Data(streams=64)).with_few_rows(4, 3)
+    assert (few.batch.global_size, few.batch.micro_size, few.rows_per_rank(3)) == (12, expected, 4)
