@@ -23,11 +23,12 @@ from clae_dist.bench import start_peer
 from clae_dist.bench.measure import Row, Say, with_ratios
 from clae_dist.bench.outcome import Outcome
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.runs.folder import RunFolder
 
 _TIMEOUT_S = 600.0
 _SAMPLE_S = 0.02
 _RECIPE = """\
-model: {encoder: torchvision/resnet18}
+model: {encoder: torchvision/resnet18, stem: imagenet}
 method: {name: simclr}
 optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0}
 train: {log_every: 1, knn_every: 0, precision: float32}
@@ -112,7 +113,7 @@ def _contenders(folder: Path, settings: StartBench, repeat: int) -> list[_Conten
     train += [f"data.image_size={settings.image_size}", f"data.workers={settings.workers}", "train.epochs=1"]
     plain = [start_peer.__file__, str(folder / "images"), str(plain_steps), *map(str, sizes)]
     return [
-        _Contender("clae", "clae train", [*train, f"batch.global_size={settings.batch}"], run / "metrics.jsonl"),
+        _Contender("clae", "clae train", [*train, f"batch.global_size={settings.batch}"], RunFolder(run).metrics_file),
         _Contender("lightly", "the loop written with lightly", plain, plain_steps),
     ]
 

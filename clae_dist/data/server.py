@@ -45,7 +45,7 @@ def fork_server_from_here() -> None:
 
 
 def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-    """What multiprocessing would run in a new interpreter (`arguments` ends with `-c COMMAND`), in a fork of this one."""
+    """Fork and run the command that multiprocessing would give to a new interpreter (`arguments` ends with `-c COMMAND`)."""
     process = os.fork()
     if process == 0:
         _serve(arguments[-1], descriptors)
