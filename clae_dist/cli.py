@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from clae_dist import __version__
 from clae_dist.commands import NAMES, module_of
-from clae_dist.errors import INTERRUPTED, STOPPED, UNEXPECTED, exit_code, exit_codes_help
+from clae_dist.errors import INTERRUPTED, STOPPED, ClaeError, exit_code, exit_codes_help
 from clae_dist.escape import say, shown_lines
 from clae_dist.lifetime import end_with_parent
 from clae_dist.options import Parser, open_standard_streams
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         error = storage_error(raised) or raised
         code = exit_code(error)
         name, hint = "", ""
-        if code == UNEXPECTED:
+        if not isinstance(error, ClaeError):
             name, hint = f"{type(error).__name__}: ", "" if arguments.debug else " (--debug prints the traceback)"
         say(redact_text(f"clae: {name}{error}{hint}"), file=sys.stderr)
         return code

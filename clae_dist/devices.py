@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 
 Request = Literal["auto", "cpu", "cuda"]  # launch.device
 

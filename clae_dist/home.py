@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 
 _BEFORE = re.compile(r"(?:file:(?://)?|sqlite:///)?(?=~)")
 PATHS = ("run_dir", "data.shards", "data.mixture", "data.cache", "tracking.uri")

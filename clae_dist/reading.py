@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from clae_dist.errors import BAD_DATA, ClaeError
+
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 32
 _MAX_LINE_BYTES = 1 << 20
@@ -23,12 +25,15 @@ _MAX_DIGITS = 20  # of an integer: 64 bits and a sign
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class ReadError(ValueError):
-    """A file or a text is not what it should be. The message is the reason alone; callers add the file and the way out."""
+class ReadError(ClaeError, ValueError):
+    """A file or a text cannot be used. The message is only the reason; callers add the file and the way out."""
+
+    exit_code = BAD_DATA
+    on_all_ranks = False
 
 
 class MissingError(ReadError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 def open_regular(path: str | Path, follow: bool = True) -> IO[bytes]:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from clae_dist import core_yaml
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.config.conversion import convert
+from clae_dist.errors import ConfigError
 from clae_dist.home import expand_home
 from clae_dist.keys import FIELDS, MOVED, Fields, fields_with, flatten
 from clae_dist.methods import method_class

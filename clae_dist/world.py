@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.devices import Request, agree, local_device, look
-from clae_dist.errors import RankError as RankError
-from clae_dist.errors import restarts
+from clae_dist.errors import RankError, restarts
 
 
 @dataclass(frozen=True)

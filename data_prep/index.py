@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clae_dist.data.image_names import is_hidden
-from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, load_manifest, write_manifest
+from clae_dist.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
 from clae_dist.data.tar_index import Dropped, index_tar
 from clae_dist.data.urls import expand, local_path, redact, scheme
+from clae_dist.errors import DataError
 from clae_dist.files import make_folders, remove, write_atomically
 from clae_dist.progress import Progress
 from clae_dist.storage import writing

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from clae_dist.data.decode import inspect
-from clae_dist.data.manifest import DataError, Shard
+from clae_dist.data.manifest import Shard
 from clae_dist.data.tar_index import index_tar
+from clae_dist.errors import DataError
 from clae_dist.files import file_sha256, write_atomically
 from clae_dist.reading import ReadError, read_object
 from data_prep.write import REPORT_EVERY_S, write_index

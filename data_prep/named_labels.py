@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clae_dist.data.classes import classes_of, is_number, places_of, renumbered
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.files import file_sha256
 from clae_dist.storage import writing
 from data_prep.index_shard import IndexResult

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.settings import PrepareSettings
 from data_prep.sources.entry import Entry, Layout, Listing
 from data_prep.spelling import merge_spellings, one_spelling_each

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.lifetime import end_with_parent
 
 Task = TypeVar("Task")

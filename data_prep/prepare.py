@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from clae_dist.data.manifest import DataError, Manifest, check_shard, load_manifest, write_manifest
+from clae_dist.data.manifest import Manifest, check_shard, load_manifest, write_manifest
+from clae_dist.errors import DataError
 from clae_dist.files import make_folders
 from clae_dist.progress import Progress
 from data_prep.image import pixels_text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clae_dist.data.decode import PILLOW_MAX_PIXELS
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.entry import Entry, Listing
 from data_prep.split_names import split_of, splits_in, splits_of
 

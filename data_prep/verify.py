@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, Shard, check_shard, load_manifest
+from clae_dist.data.manifest import FILE_NAME, Manifest, Shard, check_shard, load_manifest
+from clae_dist.errors import DataError
 from clae_dist.progress import Progress
 
 

@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from clae_dist.data.manifest import FILE_NAME, DataError, Shard
+from clae_dist.data.manifest import FILE_NAME, Shard
+from clae_dist.errors import DataError
 from clae_dist.files import make_folders, sync_folder, write_atomically
 from clae_dist.lease import hold
 from clae_dist.reading import ReadError, expect, is_count, is_list_of, is_text, read_object

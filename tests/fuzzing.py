@@ -70,7 +70,7 @@ def image(rng: np.random.Generator, folder: Path) -> str:
 
 def archive(rng: np.random.Generator, folder: Path) -> str:
     """Images in are images kept and images set aside, or the archive is refused; nothing is written but the set."""
-    from clae_dist.data.manifest import DataError
+    from clae_dist.errors import DataError
     from data_prep.prepare import prepare
     from data_prep.settings import PrepareSettings
     from data_prep.sources import open_source
@@ -120,9 +120,10 @@ def _num_images(path: Path) -> int:
 
 def prepared_set(rng: np.random.Generator, folder: Path) -> str:
     """A damaged file of a prepared set: verify names it; loading and reading it give a DataError or what was there."""
-    from clae_dist.data.manifest import DataError, load_manifest
+    from clae_dist.data.manifest import load_manifest
     from clae_dist.data.shards import ShardReader
     from clae_dist.data.synthetic import write_synthetic_set
+    from clae_dist.errors import DataError
     from data_prep.verify import verify
 
     home = folder / "set"

@@ -115,7 +115,7 @@ def strange_value(rng: Rng, data: bytes) -> bytes:
 
 def read_everything(run: Path) -> int:
     """Every reader of a run's files; how many of them refused what is there."""
-    from clae_dist.config import ConfigError
+    from clae_dist.errors import ConfigError
     from clae_dist.evaluation.record import read_record, summarise, summary_table
     from clae_dist.evaluation.report import _values
     from clae_dist.evaluation.stored import read_summary

@@ -62,6 +62,15 @@ def test_vendors_are_imported_where_they_are_used_and_nowhere_else() -> None:
             assert any(name.startswith(home) for home in homes), f"{name}:{line} imports {module}; {homes} may"
 
 
+def test_errors_are_imported_from_their_home() -> None:
+    """A re-export would be a second home."""
+    errors = {node.name for node in OURS["clae_dist/errors.py"].body if isinstance(node, ast.ClassDef)}
+    for name, tree in OURS.items():
+        for line, module in imports(tree):
+            home, _, word = module.rpartition(".")
+            assert word not in errors or home == "clae_dist.errors", f"{name}:{line} imports {word} from {home}"
+
+
 def test_environment_variables_are_read_at_the_edges() -> None:
     """Inside, what a run does depends on its Config and World alone. Writing for a child or a vendor is something else."""
     for name, tree in OURS.items():

@@ -11,8 +11,8 @@ import yaml
 
 from clae_dist.cli import main
 from clae_dist.commands.train import exit_at_signals
-from clae_dist.config import ConfigError
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import ConfigError
 from clae_dist.recipe import from_yaml
 
 RECIPE = str(Path(__file__).parents[1] / "configs" / "cifar10" / "clae.yaml")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.config.rules import Rule
+from clae_dist.errors import ConfigError
 from clae_dist.keys import FIELDS, flatten, shapes_result
 from clae_dist.recipe import build, from_yaml, parse_overrides, recipe_names, resolve, to_yaml
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from clae_dist import core_yaml
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError
 from clae_dist.recipe import build, from_yaml, parse_overrides, resolve, to_yaml
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from clae_dist import world
-from clae_dist.config import ConfigError, Launch
+from clae_dist.config import Launch
 from clae_dist.devices import Sight, choose, local_device
-from clae_dist.errors import BAD_CONFIG
+from clae_dist.errors import BAD_CONFIG, ConfigError
 from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import _use_gpu

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from clae_dist.cli import main
-from clae_dist.config import Config, ConfigError
-from clae_dist.data.manifest import DataError
+from clae_dist.config import Config
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.launchers import start
 from clae_dist.recipe import parse_overrides, resolve
 from clae_dist.training.sets import open_sets

@@ -1,4 +1,4 @@
-"""`clae bench`: what loss, gather, step, data and a checkpoint cost on this machine, beside others' and the floor."""
+"""`clae bench`: the cost of loss, gather, step, data and checkpoints on this machine, beside other packages and a floor."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from clae_dist.bench.measure import Say
 from clae_dist.devices import local_device
 
 
-def run_bench(name: str, quick: bool, as_json: bool, say: Say, progress: Say, **of_data: Any) -> int:
-    """Measures, and says a table or JSON. Returns 0. Raises UnequalError when what is compared does not compute the same.
+def run_bench(name: str, *, quick: bool, as_json: bool, say: Say, progress: Say, **of_data: Any) -> int:
+    """Measure and print a table or JSON. Returns 0. Raises UnequalError when contenders compute different results.
 
-    `of_data`: `shards`, and fields of chunk.DataBench (`rate`, `split`), for the bench "data".
+    Args:
+        of_data: for the bench "data": `shards`, and fields of chunk.DataBench (`rate`, `split`).
     """
     device = local_device()
     if name == "contrast":

@@ -26,7 +26,7 @@ from clae_dist.bench.wire import CountTraffic, Network, fit
 from clae_dist.config import Objective
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device
-from clae_dist.errors import OK, UNEXPECTED
+from clae_dist.errors import OK, UNEXPECTED, ClaeError
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.objectives import names
@@ -49,8 +49,8 @@ KINDS = {"nt_xent": "NT-Xent", "instance": "instance discrimination across views
 QUICK = Settings(world_sizes=(2,), repeats=5, message_bytes=tuple(1 << power for power in range(12, 21, 4)))
 
 
-class RanksError(RuntimeError):
-    """Ranks that ended before they had measured."""
+class RanksError(ClaeError, RuntimeError):
+    """Ranks ended before they had measured."""
 
 
 def bench(settings: Settings, say: Say) -> Outcome | None:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from clae_dist.errors import ClaeError
+
 Say = Callable[[str], None]
 
 
-class UnequalError(RuntimeError):
-    """A contender computes something else: its time would say nothing."""
+class UnequalError(ClaeError, RuntimeError):
+    """A contender computes a different result, so its time cannot be compared."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 from clae_dist.bench.measure import Row, Say
 from clae_dist.bench.outcome import Outcome
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import ClaeError
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import read_lines
 
@@ -57,8 +58,8 @@ class RestartBench:
 QUICK = RestartBench(kills=1)
 
 
-class RunEndedError(RuntimeError):
-    """The run that was to be killed ended by itself."""
+class RunEndedError(ClaeError, RuntimeError):
+    """The run ended before it was killed."""
 
 
 def bench(settings: RestartBench, say: Say) -> Outcome:

@@ -21,7 +21,6 @@ __all__ = [
     "Batch",
     "Checkpointing",
     "Config",
-    "ConfigError",
     "Data",
     "Evaluation",
     "Guard",

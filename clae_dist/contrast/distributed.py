@@ -39,7 +39,8 @@ import torch
 import torch.distributed as dist
 
 from clae_dist import collectives
-from clae_dist.config import ConfigError, Objective
+from clae_dist.config import Objective
+from clae_dist.errors import ConfigError
 from clae_dist.objectives import Dense, PerAnchor, find
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows

@@ -17,8 +17,8 @@ import torch
 from clae_dist.contrast.encoding import Embedding, Route, TrainingEncoding
 from clae_dist.contrast.interface import Attacking, GradientOf, Moment, PairLoss, Step
 from clae_dist.contrast.method import Terms
+from clae_dist.errors import RankError
 from clae_dist.objectives.form import Rows
-from clae_dist.world import RankError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import PIPE, scheme
+from clae_dist.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 4 << 20  # what fsspec asks a store for at a time

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from clae_dist.data.manifest import DataError
 from clae_dist.data.room import FAILED, OWN, PART, ROOM, PartFile, Room
+from clae_dist.errors import DataError
 
 _LEFTOVER_S = 24 * 3600.0
 

@@ -16,8 +16,8 @@ from typing import IO
 from urllib.error import HTTPError, URLError
 
 from clae_dist.data.byte_streams import open_stream
-from clae_dist.data.manifest import DataError
 from clae_dist.data.urls import redact, redact_text
+from clae_dist.errors import DataError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 _LONGEST_WISH_S = 60.0  # of a server's Retry-After

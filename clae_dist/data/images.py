@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from clae_dist.config import ConfigError, Data
+from clae_dist.config import Data
 from clae_dist.data.decode import DecodeError, decode_rgb, pixels_of
 from clae_dist.data.image_names import is_hidden, is_image_name
-from clae_dist.data.manifest import FILE_NAME, DataError
+from clae_dist.data.manifest import FILE_NAME
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.urls import is_tar, redact_list, scheme
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.home import expand_home
 from clae_dist.reading import ReadError, open_regular
 

@@ -22,12 +22,13 @@ from clae_dist.cores import loader_processes
 from clae_dist.data import transport
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.draws import uniforms
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
+from clae_dist.errors import DataError
 from clae_dist.lifetime import begin_forked_process
 from clae_dist.world import World
 

@@ -21,11 +21,12 @@ import numpy as np
 
 from clae_dist.data.classes import classes_of, renumbered
 from clae_dist.data.fetch import digest_check, fetch
-from clae_dist.data.manifest import DataError, Manifest, Shard, content_digest
+from clae_dist.data.manifest import Manifest, Shard, content_digest
 from clae_dist.data.remote import MAX_OPEN, Fetching
 from clae_dist.data.tar_index import Dropped, TarIndex, begins_as_tar, index_tar
 from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
+from clae_dist.errors import DataError
 from clae_dist.progress import Progress
 from clae_dist.reading import Check, ReadError, expect, is_count, is_text, open_regular, parse_object, read_bytes
 from clae_dist.world import World

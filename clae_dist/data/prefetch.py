@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from clae_dist.config import Config
 from clae_dist.data.fetch import Stopped
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.mixture import MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.remote import Fetching
+from clae_dist.errors import DataError
 from clae_dist.world import World
 
 Item = TypeVar("Item")

@@ -13,8 +13,9 @@ from typing import IO
 from clae_dist.config import Data
 from clae_dist.data.cache import Cache
 from clae_dist.data.fetch import Patience, digest_check, fetch
-from clae_dist.data.manifest import FILE_NAME, DataError, Manifest, Shard, read_manifest
+from clae_dist.data.manifest import FILE_NAME, Manifest, Shard, read_manifest
 from clae_dist.data.urls import join, redact
+from clae_dist.errors import DataError
 from clae_dist.world import cache_home
 
 MAX_OPEN = 512

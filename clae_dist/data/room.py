@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 PART, FAILED, ROOM = ".part", ".failed", ".room"
 OWN = re.compile(r"(plain-)?[0-9a-f]{64}(\.labels)?\.(tar|npy|json)")  # names of the cache's files: nobody else's are like that

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clae_dist.config import ConfigError, Data
-from clae_dist.data.manifest import DataError, Manifest, load_manifest
+from clae_dist.config import Data
+from clae_dist.data.manifest import Manifest, load_manifest
 from clae_dist.data.plain import open_plain
 from clae_dist.data.remote import Fetching, load_remote_manifest
 from clae_dist.data.urls import HIDDEN, expand, is_tar, local_path, redact, redact_list, scheme
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.world import World
 
 

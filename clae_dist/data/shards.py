@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from clae_dist.data.decode import DecodeError, decode_rgb
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.tar_index import files_of
+from clae_dist.errors import DataError
 
 _OPEN_SHARDS = 512
 

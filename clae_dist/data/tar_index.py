@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from clae_dist.data.labels import NONE, OddLabelError, label_in_json, label_in_text
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 IMAGES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 img".split())
 NO_IMAGE = "samples without an image, skipped"

@@ -18,7 +18,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import Dataset
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each loader process makes ahead

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clae_dist.config import ConfigError
 from clae_dist.cores import loader_processes
 from clae_dist.data.evaluation_set import read_ahead
 from clae_dist.data.images import FileImages, Images, Source, open_dataset
-from clae_dist.data.manifest import DataError
 from clae_dist.data.shards import BadSampleError
 from clae_dist.data.views import centre_view
 from clae_dist.deploy.encoder import Encoder
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import frozen
 
 _MANY = 512  # images, above which loader processes gain more time than their start takes

@@ -14,10 +14,10 @@ from typing import IO, Any
 import numpy as np
 
 from clae_dist import escape
-from clae_dist.config import ConfigError
 from clae_dist.data.images import Images
 from clae_dist.deploy.embedding import Embedded, embedded
 from clae_dist.deploy.encoder import Encoder
+from clae_dist.errors import ConfigError
 from clae_dist.files import check_writable, replacing
 from clae_dist.progress import Progress
 from clae_dist.storage import writing

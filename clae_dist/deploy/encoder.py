@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from clae_dist.config import ConfigError, Model
+from clae_dist.config import Model
 from clae_dist.data.decode import pixels_of
 from clae_dist.data.views import centre_view
 from clae_dist.deploy.export import CONFIG, FORMAT, WEIGHTS
 from clae_dist.deploy.plain import exported_names, plain_encoder
+from clae_dist.errors import ConfigError
 from clae_dist.models.norms import Route, RoutedNorm, single_route_state
 from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_number, is_text, open_regular, read_object
 from clae_dist.runs.checkpoint import load_model

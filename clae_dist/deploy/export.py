@@ -15,10 +15,11 @@ from safetensors.torch import save
 from torch import nn
 
 from clae_dist import __version__
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.deploy.readme import readme
 from clae_dist.deploy.timm_layout import TIMM_WEIGHTS, difference, timm_settings, unsupported
+from clae_dist.errors import ConfigError
 from clae_dist.files import check_writable
 from clae_dist.keys import flatten, shapes_result
 from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, library_arguments

@@ -11,8 +11,9 @@ from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
-from clae_dist.config import Config, ConfigError, Data
+from clae_dist.config import Config, Data
 from clae_dist.doctor.finding import GIB, Finding
+from clae_dist.errors import ConfigError
 
 FREE_DISK_BYTES = 5 * GIB  # a ResNet-50 checkpoint with its optimiser is 0.2 GiB; three are kept, and a run has logs
 ROOM_FOR = {
@@ -89,9 +90,10 @@ def shards(config: Config | None) -> Iterator[Finding]:
     if not config.data.shards:
         yield Finding("warning", "shards", "data.shards is empty", "name the folder that `python -m data_prep` wrote.")
         return
-    from clae_dist.data.manifest import DataError, check_shard
+    from clae_dist.data.manifest import check_shard
     from clae_dist.data.shard_set import entries_of, open_shards
     from clae_dist.data.urls import is_tar
+    from clae_dist.errors import DataError
 
     try:
         entries = entries_of(config.data.shards)

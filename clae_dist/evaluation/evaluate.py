@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from clae_dist import escape
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.data.draws import permutation
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import num_workers
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
 from clae_dist.devices import local_device
+from clae_dist.errors import ConfigError
 from clae_dist.evaluation.features import Features, extract_each
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.knn import nearest

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject

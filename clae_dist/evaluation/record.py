@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError
 from clae_dist.escape import shown
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.metrics import Metrics, read_metrics

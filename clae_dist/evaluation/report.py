@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from clae_dist import __version__, escape
-from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.devices import local_device
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 from clae_dist.evaluation.protocol import FORMAT, WHEN
 from clae_dist.reading import (
     Check,

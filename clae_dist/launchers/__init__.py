@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from clae_dist.config import ConfigError
 from clae_dist.data.urls import absolute, redact_list
+from clae_dist.errors import ConfigError
 from clae_dist.recipe import Recipe
 from clae_dist.redact import redact_word
 

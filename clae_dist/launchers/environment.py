@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 
 _COUNTS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}  # and the least of each
 _WAY_OUT = "Start ranks with torchrun (launch/torchrun.sh), or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."

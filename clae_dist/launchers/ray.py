@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.cores import usable_cores
-from clae_dist.errors import FAILED, OK, STOPPED
+from clae_dist.errors import FAILED, OK, STOPPED, ConfigError
 from clae_dist.escape import shown
 from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers

@@ -10,7 +10,7 @@ import re
 import secrets
 from pathlib import Path
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 from clae_dist.launchers.loopback import use_loopback
 
 OLDEST = (2, 60)  # older ones start clusters without a token by default

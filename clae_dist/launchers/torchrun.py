@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from clae_dist.config import Config, ConfigError
-from clae_dist.errors import BAD_CONFIG
+from clae_dist.config import Config
+from clae_dist.errors import BAD_CONFIG, ConfigError
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
 from clae_dist.recipe import Recipe

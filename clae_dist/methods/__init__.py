@@ -6,8 +6,9 @@ import difflib
 import importlib
 from functools import cache
 
-from clae_dist.config import ConfigError, MethodSettings
+from clae_dist.config import MethodSettings
 from clae_dist.contrast.method import Method
+from clae_dist.errors import ConfigError
 
 METHODS = {
     "clae": "clae_dist.methods.clae:Clae",

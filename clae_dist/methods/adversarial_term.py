@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from clae_dist.config import Attack, ConfigError, MethodSettings
+from clae_dist.config import Attack, MethodSettings
 from clae_dist.config.rules import setting
+from clae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from clae_dist.contrast.interface import Step

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from clae_dist.config import ConfigError
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, Terms
+from clae_dist.errors import ConfigError
 from clae_dist.methods.adversarial_term import AdversarialTerm
 
 if TYPE_CHECKING:

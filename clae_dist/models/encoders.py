@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from clae_dist.config import ConfigError, Model
+from clae_dist.config import Model
+from clae_dist.errors import ConfigError
 
 SMALL_RESNET_WIDTHS = (32, 64, 128, 256)
 

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError
 from clae_dist.models.norms import Route
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.deepspeed_extensions import explain, stale_locks

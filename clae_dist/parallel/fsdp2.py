@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 from clae_dist.models.blocks import encoder_blocks
 from clae_dist.models.norms import Route, RoutedNorm
 from clae_dist.parallel.backend import Backend

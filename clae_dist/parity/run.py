@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from clae_dist.config import Config, ConfigError, Parallel
+from clae_dist.config import Config, Parallel
 from clae_dist.cores import threads_per_rank
-from clae_dist.errors import OK, UNEXPECTED, ClaeError
+from clae_dist.errors import OK, UNEXPECTED, ClaeError, ConfigError
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist import __version__
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
+from clae_dist.errors import ConfigError
 from clae_dist.files import write_together
 from clae_dist.keys import flatten, shapes_result
 from clae_dist.lease import WAIT_S, hold, refuse_if_held

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError
 from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_list_of, is_number, is_text, read_object
 from clae_dist.recipe import from_yaml
 

@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import redact_list, uri_without_secrets
+from clae_dist.errors import ConfigError
 from clae_dist.files import write_atomically
 from clae_dist.plugins import AnyPlugin, is_plugin
 from clae_dist.reading import ReadError, read_object

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.config.sharing import shareable
 from clae_dist.data.urls import uri_without_secrets
+from clae_dist.errors import ConfigError
 from clae_dist.keys import flatten
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.background import Refused, brief

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.files import write_atomically
 from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist import escape
-from clae_dist.config import ConfigError
 from clae_dist.deploy.export import CONFIG, export_encoder
+from clae_dist.errors import ConfigError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.protocol import flat_metrics
 from clae_dist.evaluation.record import summary_table

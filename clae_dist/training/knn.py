@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from clae_dist.config import Config
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.interval import wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, usable_k

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from clae_dist.config import Config
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.loader import Batch
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import ShardReader
+from clae_dist.errors import DataError, RankError
 from clae_dist.files import write_atomically
 from clae_dist.parallel import Backend
 from clae_dist.runs.folder import RunFolder
-from clae_dist.world import RankError, World
+from clae_dist.world import World
 
 _WORST = 20  # parameters whose gradients are written down
 

@@ -11,7 +11,7 @@ import torch
 from clae_dist.config import Config
 from clae_dist.contrast.step import Moment
 from clae_dist.data.loader import num_workers
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.parallel import Backend
 from clae_dist.parallel.optim import learning_rate_at
 from clae_dist.world import World

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from clae_dist.config import Config, ConfigError, Data, Parallel
+from clae_dist.config import Config, Data, Parallel
 from clae_dist.contrast.step import Moment, NonFinite, pretrain_step
 from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
+from clae_dist.errors import ConfigError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend

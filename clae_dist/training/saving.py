@@ -16,8 +16,9 @@ from typing import Any
 
 from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
+from clae_dist.errors import CheckpointError
 from clae_dist.parallel import Backend
-from clae_dist.runs.checkpoint import CheckpointError, Writer
+from clae_dist.runs.checkpoint import Writer
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import StorageError
 from clae_dist.world import World

@@ -10,12 +10,13 @@ from pathlib import Path
 from clae_dist.config import Config
 from clae_dist.data import transport
 from clae_dist.data.loader import shared_memory_bytes
-from clae_dist.data.manifest import DataError, Manifest, check_shard
+from clae_dist.data.manifest import Manifest, check_shard
 from clae_dist.data.mixture import mix
 from clae_dist.data.prefetch import advice
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.together import together
 from clae_dist.data.urls import is_tar, local_path, scheme
+from clae_dist.errors import DataError
 from clae_dist.training.plan import Plan
 from clae_dist.world import World
 

@@ -9,14 +9,15 @@ from typing import Any, TextIO
 
 import torch
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
 from clae_dist.contrast.diagnostics import diagnose
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.cores import threads_per_rank
 from clae_dist.data.loader import Batch, load
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
+from clae_dist.errors import ConfigError, DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
@@ -46,7 +47,7 @@ from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.saving import Saving
 from clae_dist.training.sets import Sets, open_sets
 from clae_dist.training.watch import ENDING, Watch
-from clae_dist.world import RankError, World
+from clae_dist.world import World
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from clae_dist.data.manifest import DataError, Manifest, load_manifest
+from clae_dist.data.manifest import Manifest, load_manifest
+from clae_dist.errors import DataError
 from clae_dist.progress import Progress
 from data_prep.audit.hashing import MAX_NEAR_BITS
 from data_prep.audit.overlap import KINDS, Groups, NearSamples, Pair, group_by, join_near

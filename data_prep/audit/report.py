@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.files import make_folders, write_atomically
 from clae_dist.page import data_uri, render
 from data_prep.audit.find import Audit

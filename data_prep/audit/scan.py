@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard
+from clae_dist.data.manifest import Manifest, Shard, check_shard
+from clae_dist.errors import DataError
 from data_prep.audit.hashing import digest, perceptual_hash
 from data_prep.pool import run_tasks
 

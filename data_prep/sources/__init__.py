@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clae_dist.data.image_names import is_hidden
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.archive import ArchiveSource
 from data_prep.sources.cifar import CifarSource, is_cifar
 from data_prep.sources.entry import Source

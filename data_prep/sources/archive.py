@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from clae_dist.data.image_names import is_hidden, is_image_name
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Listing, Report, plain_name, stamp
 from data_prep.sources.tar import plain_tar, tar_members
 from data_prep.sources.zip import is_zip, zip_members

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.entry import Entry, Layout, Report, changed, stamp
 from data_prep.sources.tar import first_member, plain_tar, tar_members
 

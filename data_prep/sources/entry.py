@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 ORIGINAL_BYTES = "original encoded bytes"
 Report = Callable[[int], None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.data.image_names import is_image_name
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, stamp
 from data_prep.sources.tar import first_member, plain_tar, walk
 

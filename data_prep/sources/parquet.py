@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.entry import ORIGINAL_BYTES, Entry, Layout, Report, UnreadableError, plain_name, stamp
 from data_prep.sources.parquet_labels import class_names, classes_in, label_column, label_of, partitions, without_partitions
 from data_prep.split_names import files_by_split, splits_in

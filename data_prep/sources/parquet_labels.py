@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from clae_dist.data.classes import classes_of
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 _NAMES = ("label", "labels", "fine_label")
 _OTHER_NAMES = ("class", "target", "cls", "class_id", "class_label", "class_name", "category")  # where no feature is a label

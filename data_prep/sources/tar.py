@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from clae_dist.data.image_names import is_image_name
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.storage import writing
 from data_prep.sources.entry import Entry, Report
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.sources.entry import Entry, UnreadableError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, …, then the lengths of the name and of the extra field

@@ -20,7 +20,7 @@ import pytest
 from clae_dist.data import cache as caching
 from clae_dist.data import room
 from clae_dist.data.cache import MARKER, Cache
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 
 NAMES = re.compile("[a-z0-9]+")  # of the files in these tests
 

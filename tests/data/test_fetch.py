@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from clae_dist.data import fetch as fetching
 from clae_dist.data.fetch import Patience, Stopped, digest_check, fetch
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from tests.http_faults import Fault, FaultyServer, serve
 
 DATA = bytes(range(256)) * 400

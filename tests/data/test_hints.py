@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.data.manifest import DataError, load_manifest
+from clae_dist.data.manifest import load_manifest
+from clae_dist.errors import DataError
 
 
 def image_folder(path: Path) -> None:

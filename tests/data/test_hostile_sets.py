@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from clae_dist.data.fetch import Patience, fetch
-from clae_dist.data.manifest import DataError, content_digest, load_manifest
+from clae_dist.data.manifest import content_digest, load_manifest
 from clae_dist.data.room import Room
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.data.tar_index import begins_as_tar
+from clae_dist.errors import DataError
 from clae_dist.files import file_sha256
 from data_prep.sources import tar as tars
 from data_prep.sources.entry import UnreadableError

@@ -23,10 +23,11 @@ from clae_dist.data.decode import as_tensor, torchvision_decoder
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch as Views
 from clae_dist.data.loader import load
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import DataError
 from clae_dist.world import World
 
 STEPS = 10  # an epoch (40 images, batches of 8: 5 steps) and the next

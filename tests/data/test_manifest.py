@@ -14,7 +14,8 @@ import pytest
 
 from clae_dist import __version__, files
 from clae_dist.data import manifest as manifests
-from clae_dist.data.manifest import DataError, Manifest, Shard, check_shard, load_manifest, write_manifest
+from clae_dist.data.manifest import Manifest, Shard, check_shard, load_manifest, write_manifest
+from clae_dist.errors import DataError
 from clae_dist.files import file_sha256
 
 SHARD = {"name": "train-000000.tar", "samples": 2, "bytes": 2560, "sha256": "", "index_sha256": ""}

@@ -11,10 +11,11 @@ import torch
 
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data.loader import load
-from clae_dist.data.manifest import DataError, Manifest, load_manifest, write_manifest
+from clae_dist.data.manifest import Manifest, load_manifest, write_manifest
 from clae_dist.data.mixture import MixedOrder, mix
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import DataError
 from clae_dist.world import World
 
 SIZES = ([7, 5, 8], [30, 31], [4])

@@ -19,10 +19,11 @@ from clae_dist.config import Batch, Config, Data
 from clae_dist.data import fetch as fetching
 from clae_dist.data import together
 from clae_dist.data.loader import load
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.remote import FOLDER
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import DataError
 from clae_dist.world import World
 from tests.http_faults import Fault, FaultyServer, serve
 from tests.ranks import RankPool

@@ -24,12 +24,13 @@ from clae_dist.data import fetch as fetching
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.loader import Batch as Views
 from clae_dist.data.loader import load
-from clae_dist.data.manifest import DataError, Manifest, content_digest, load_manifest
+from clae_dist.data.manifest import Manifest, content_digest, load_manifest
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import Prefetch, advice
 from clae_dist.data.remote import FOLDER, MAX_OPEN, Fetching
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import DataError
 from clae_dist.world import World
 from tests.http_faults import Fault, FaultyServer, serve
 from tests.ranks import RankPool

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.data.manifest import DataError
 from clae_dist.data.tar_index import NO_IMAGE, NO_SAMPLE, ODD_LABELS, SECOND_IMAGES, TarIndex, index_tar, members
+from clae_dist.errors import DataError
 
 LONG = "folder/" * 20 + "x" * 120
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from clae_dist.data.loader import Batch
-from clae_dist.data.manifest import DataError
 from clae_dist.data.transfer import SideStream, Transfer
+from clae_dist.errors import DataError
 
 
 def batch(number: int) -> Batch:

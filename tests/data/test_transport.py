@@ -24,7 +24,7 @@ import torch
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data import transport
 from clae_dist.data.loader import load, shared_memory_bytes
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.data.shard_set import open_shards
 from clae_dist.world import World
 

@@ -6,10 +6,11 @@ import os
 
 import pytest
 
-from clae_dist.config import Config, ConfigError, Data
+from clae_dist.config import Config, Data
 from clae_dist.config.sharing import shareable
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import absolute, join, redact, redact_list, redact_text, scheme, uri_without_secrets, without_secrets
+from clae_dist.errors import ConfigError
 
 
 def test_lists_are_written_as_in_webdataset() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 
 Run = Callable[..., Manifest]
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from clae_dist.data.decode import DecodeError, decode_rgb, inspect
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from data_prep.__main__ import main
 from data_prep.image import checked
 from data_prep.settings import PrepareSettings

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from clae_dist.data.decode import decode_rgb
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from tests.data_prep.published import CIFAR_CLASSES, add, make_cifar
 
 Run = Callable[..., Manifest]

@@ -13,7 +13,7 @@ from data_prep.__main__ import main
 
 WORKERS_FAIL = """
 import os
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.pool import run_tasks
 
 def work(task, report):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from data_prep import demo
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from clae_dist.data.decode import DecodeError, decode_rgb
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.image import checked
 from data_prep.settings import PrepareSettings
 from tests.data_prep.published import WNIDS, make_imagenet, make_parquet, make_zip

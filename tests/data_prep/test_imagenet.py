@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from tests.data_prep.published import WNIDS, add, make_imagenet
 
 Run = Callable[..., Manifest]

@@ -16,9 +16,10 @@ import pytest
 
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data.loader import load
-from clae_dist.data.manifest import DataError, load_manifest
+from clae_dist.data.manifest import load_manifest
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import DataError
 from clae_dist.world import World
 from data_prep import index as indexing
 from data_prep.index import IndexSettings, index

@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from data_prep.sources import parquet
 from data_prep.sources.parquet import ParquetFile, ParquetSource
 from tests.data_prep.published import make_parquet

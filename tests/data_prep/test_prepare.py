@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from clae_dist.data.decode import decode_rgb
-from clae_dist.data.manifest import DataError, Manifest, load_manifest
+from clae_dist.data.manifest import Manifest, load_manifest
+from clae_dist.errors import DataError
 from data_prep.verify import verify
 
 Run = Callable[..., Manifest]

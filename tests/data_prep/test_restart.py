@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from data_prep import workspace
 from data_prep.verify import verify
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from data_prep.__main__ import main
 from data_prep.sources import open_source
 from data_prep.sources.entry import origin_of

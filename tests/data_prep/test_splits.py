@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from data_prep.sources import open_source
 from data_prep.split_names import files_by_split, splits_of
 from tests.data_prep.published import make_parquet, make_zip

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from clae_dist.data import manifest as manifests
-from clae_dist.data.manifest import DataError, Manifest, check_shard
+from clae_dist.data.manifest import Manifest, check_shard
+from clae_dist.errors import DataError
 from data_prep.verify import verify
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
+from clae_dist.errors import DataError
 from tests.data_prep.published import make_zip
 
 Run = Callable[..., Manifest]

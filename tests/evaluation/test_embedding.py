@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from clae_dist.cli import main
-from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.images import open_dataset
-from clae_dist.data.manifest import DataError, load_manifest
+from clae_dist.data.manifest import load_manifest
 from clae_dist.deploy.embedding import embed
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import extract
 from clae_dist.runs.checkpoint import load_model
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import load_manifest
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
+from clae_dist.errors import ConfigError
 from clae_dist.runs.checkpoint import load_model
 
 MakeRun = Callable[..., Path]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from clae_dist.cli import main
-from clae_dist.config import ConfigError
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.manifest import DataError, load_manifest
+from clae_dist.data.manifest import load_manifest
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.features import Features, extract
 from clae_dist.evaluation.knn import knn_accuracy

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from clae_dist.config import ConfigError
 from clae_dist.deploy.export import config_digest, export_encoder
+from clae_dist.errors import ConfigError
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.training import finish

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.knn import classify, knn_accuracy, nearest
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.evaluation import linear
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.linear import linear_probe

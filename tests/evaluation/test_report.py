@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from clae_dist.cli import main
-from clae_dist.config import Attack, ConfigError
+from clae_dist.config import Attack
+from clae_dist.errors import ConfigError
 from clae_dist.evaluation import metrics as metrics_of_runs
 from clae_dist.evaluation.attacked import amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from clae_dist.cli import main
-from clae_dist.config import Config, ConfigError, Evaluation, Train
+from clae_dist.config import Config, Evaluation, Train
 from clae_dist.data.urls import expand, scheme
+from clae_dist.errors import ConfigError
 from clae_dist.recipe import Recipe, from_yaml, read_recipe
 from clae_dist.runs.folder import FILES, FOLDERS
 from clae_dist.runs.trust import Permission, acts, is_remembered, open_run, remember

@@ -11,15 +11,26 @@ from typing import Any
 import pytest
 from torch.distributed import DistBackendError
 
-from clae_dist.config import Batch, Config, ConfigError, Launch
-from clae_dist.data.manifest import DataError
-from clae_dist.errors import BAD_CONFIG, BAD_DATA, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED
+from clae_dist.config import Batch, Config, Launch
+from clae_dist.errors import (
+    BAD_CONFIG,
+    BAD_DATA,
+    FAILED,
+    HUNG,
+    OK,
+    STOPPED,
+    STORAGE,
+    UNEXPECTED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RankError,
+)
 from clae_dist.keys import flatten
 from clae_dist.launchers import local, rank, ray, torchrun
 from clae_dist.launchers.rank import Ending, RankBroke
 from clae_dist.recipe import Recipe
-from clae_dist.runs.checkpoint import CheckpointError
-from clae_dist.world import RankError, told
+from clae_dist.world import told
 
 # An error of training, the exit code of a run that is not started again, and whether its ranks are started again.
 TABLE: list[tuple[Exception, int, bool]] = [

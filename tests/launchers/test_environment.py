@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from clae_dist.cli import main
-from clae_dist.config import Config, ConfigError, Tracking
+from clae_dist.config import Config, Tracking
+from clae_dist.errors import ConfigError
 from clae_dist.launchers.environment import check_interface, check_ranks
 from clae_dist.tracking import check_tracking
 

@@ -19,8 +19,8 @@ import pytest
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator_client
 
-from clae_dist.config import Batch, Config, ConfigError, Data, Guard, Launch
-from clae_dist.errors import BAD_CONFIG, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED
+from clae_dist.config import Batch, Config, Data, Guard, Launch
+from clae_dist.errors import BAD_CONFIG, FAILED, HUNG, OK, STOPPED, STORAGE, UNEXPECTED, ConfigError
 from clae_dist.launchers import ray, start
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import working_sizes

@@ -12,8 +12,7 @@ import pytest
 import torch.distributed as dist
 from ray.train.torch import config as ray_config
 
-from clae_dist.config import ConfigError
-from clae_dist.errors import OK
+from clae_dist.errors import OK, ConfigError
 from clae_dist.launchers import ray_local
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.loopback import loopback_store, use_loopback

@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError
 from clae_dist.models import build_model, check_model
 from clae_dist.models.encoders import library_arguments
 from clae_dist.recipe import resolve

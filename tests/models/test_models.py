@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clae_dist.config import Config, ConfigError, Data, Model
+from clae_dist.config import Config, Data, Model
+from clae_dist.errors import ConfigError
 from clae_dist.methods.simclr import SimClr
 from clae_dist.models import build_model
 from clae_dist.models.encoders import build_encoder

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clae_dist.config import Attack, ConfigError, Optim, Train
+from clae_dist.config import Attack, Optim, Train
+from clae_dist.errors import ConfigError
 from clae_dist.world import World
 from tests.parallel.expected_steps import expected_steps
 from tests.parallel.step_kinds import KINDS, STEPS, Seen, Setup, compare, take_step, views

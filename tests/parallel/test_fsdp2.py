@@ -10,7 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from clae_dist.config import Attack, ConfigError, Optim, Parallel, Train
+from clae_dist.config import Attack, Optim, Parallel, Train
+from clae_dist.errors import ConfigError
 from clae_dist.parallel.fsdp2 import Fsdp2Backend
 from clae_dist.world import World
 from tests.parallel.expected_steps import check_steps, expected_steps, largest_difference

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from clae_dist.cli import main
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError, DamagedError
 from clae_dist.recipe import to_yaml
 from clae_dist.runs.checkpoint import Checkpoint, Piece, Writer, load_checkpoint
-from clae_dist.runs.checkpoint.index import DamagedError, _digest
+from clae_dist.runs.checkpoint.index import _digest
 from clae_dist.runs.checkpoint.pieces import share_of
 from clae_dist.runs.checkpoint.write import HostMemory, outdated
 from clae_dist.runs.folder import RunFolder

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import Checkpointing, Config, ConfigError, Launch, Train
+from clae_dist.config import Checkpointing, Config, Launch, Train
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.errors import OK
+from clae_dist.errors import OK, ConfigError
 from clae_dist.launchers import start
 from clae_dist.lease import hold
 from clae_dist.recipe import Recipe

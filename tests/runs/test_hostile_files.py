@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import ConfigError
+from clae_dist.errors import ConfigError
 from clae_dist.reading import MAX_BYTES, MissingError, ReadError, open_regular, parse_json, read_bytes, read_text
 from clae_dist.recipe import resolve
 from tests.fuzzing import fuzz

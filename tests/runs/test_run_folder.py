@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.config import ConfigError
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import ConfigError
 from clae_dist.recipe import Recipe
 from clae_dist.runs.claim import open_run_folder
 from clae_dist.runs.folder import RunFolder

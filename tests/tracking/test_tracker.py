@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from clae_dist.config import Config, ConfigError, Tracking
+from clae_dist.config import Config, Tracking
+from clae_dist.errors import ConfigError
 from clae_dist.tracking import Tracker, Trackers, build_trackers, new_run_key
 
 NO_MLFLOW = Config(tracking=Tracking(name="none"))
@@ -74,7 +75,8 @@ WITHOUT_MLFLOW = """
 import sys
 sys.modules["mlflow"] = None  # as if it were not installed
 from pathlib import Path
-from clae_dist.config import Config, ConfigError, Tracking
+from clae_dist.errors import ConfigError
+from clae_dist.config import Config, Tracking
 from clae_dist.tracking import build_trackers, new_run_key
 
 def build(name):

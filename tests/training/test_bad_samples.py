@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clae_dist.data.manifest import DataError
+from clae_dist.errors import DataError
 from clae_dist.runs.folder import BAD_SAMPLES_FILE
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.world import World

@@ -18,12 +18,12 @@ from clae_dist.config import Checkpointing, Config, Guard, Model, Optim, Paralle
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED
+from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED, RankError
 from clae_dist.launchers.replay import replay_step
 from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import train as training
-from clae_dist.world import RankError, World
+from clae_dist.world import World
 from tests.ranks import RankPool
 from tests.small_run import small_run
 

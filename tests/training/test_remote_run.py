@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from clae_dist.config import Batch, Checkpointing, Config, Data, Train
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import DataError
 from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training.train import train

@@ -15,18 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.config import Batch, Checkpointing, Config, ConfigError, Model, Optim, Train
+from clae_dist.config import Batch, Checkpointing, Config, Model, Optim, Train
 from clae_dist.data.loader import Batch as ViewBatch
-from clae_dist.data.manifest import DataError, Manifest
+from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.errors import CheckpointError, ConfigError, DataError, RankError
 from clae_dist.methods.clae import Clae
 from clae_dist.recipe import Recipe
-from clae_dist.runs.checkpoint import CheckpointError, Writer, load_checkpoint, load_model
+from clae_dist.runs.checkpoint import Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
 from clae_dist.training import train as training
 from clae_dist.training.saving import Saving
-from clae_dist.world import RankError, World
+from clae_dist.world import World
 from tests.parallel.expected_steps import largest_difference
 from tests.ranks import RankPool
 from tests.small_run import small_run

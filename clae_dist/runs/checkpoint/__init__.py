@@ -3,14 +3,12 @@
 pieces: parts of tensors and the ranks that hold them. write: in the background. index: checkpoint.json. read: full tensors.
 """
 
-from clae_dist.runs.checkpoint.index import CheckpointError
 from clae_dist.runs.checkpoint.pieces import Piece, Place, sections
 from clae_dist.runs.checkpoint.read import Checkpoint, Shapes, load_checkpoint, load_model, shapes_of
 from clae_dist.runs.checkpoint.write import Writer, remove_leftovers
 
 __all__ = [
     "Checkpoint",
-    "CheckpointError",
     "Piece",
     "Place",
     "Shapes",

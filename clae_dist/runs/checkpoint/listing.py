@@ -11,8 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from clae_dist.config import ConfigError
-from clae_dist.runs.checkpoint.index import DamagedError
+from clae_dist.errors import ConfigError, DamagedError
 from clae_dist.runs.checkpoint.read import Checkpoint
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 from clae_dist.runs.folder import RunFolder, step_of

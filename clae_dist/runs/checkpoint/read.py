@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clae_dist.config import Config, ConfigError
+from clae_dist.config import Config
+from clae_dist.errors import ConfigError, DamagedError
 from clae_dist.escape import say
 from clae_dist.models import PretrainModel, build_model
-from clae_dist.runs.checkpoint.index import DTYPES, DamagedError, Extent, open_inside, read_index
+from clae_dist.runs.checkpoint.index import DTYPES, Extent, open_inside, read_index
 from clae_dist.runs.checkpoint.pieces import sections
 from clae_dist.runs.checkpoint.safetensors_file import bytes_of
 from clae_dist.runs.folder import RunFolder

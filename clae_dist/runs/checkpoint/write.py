@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from clae_dist.errors import DamagedError
 from clae_dist.files import sync_folder, write_atomically
-from clae_dist.runs.checkpoint.index import INDEX, DamagedError, Extent, File, Index, Tensor, data_file, parse_index, read_index
+from clae_dist.runs.checkpoint.index import INDEX, Extent, File, Index, Tensor, data_file, parse_index, read_index
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 from clae_dist.runs.folder import RunFolder, step_of
