@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Ray cluster of plain hosts, and training on it.
+# Starts a Ray cluster on plain hosts, and trains on it.
 set -euo pipefail
 # shellcheck source=launch/hosts.sh
 source "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
@@ -7,33 +7,36 @@ source "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
 usage() {
   cat <<'TEXT'
 usage: ./launch/ray-cluster.sh head [options]                        on the first host
-       ./launch/ray-cluster.sh worker ADDRESS[:PORT] [options]       on each of the others; the head says ADDRESS:PORT
-       ./launch/ray-cluster.sh submit CONFIG [key=value …]           on the head, as often as you like
+       ./launch/ray-cluster.sh worker ADDRESS[:PORT] [options]       on each other host; the head prints ADDRESS:PORT
+       ./launch/ray-cluster.sh submit CONFIG [key=value …]           on the head, for each run
        ./launch/ray-cluster.sh status | stop [options]               stop: on every host, workers first
 
   ./launch/ray-cluster.sh submit configs/imagenet/clae.yaml data.shards=/shared/imagenet run_dir=/shared/runs/first \
       launch.workers=32 launch.min_workers=16
 
-submit ends when the run does; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 75), and the same line resumes the run.
-launch.min_workers=M: the run continues with as few as M ranks while hosts are missing, uses hosts that return, and leaves a
-host before it is taken away (`ray drain-node`, spot instances). CONFIG, shards and run_dir must be at the same path on all hosts.
+submit returns when the run ends. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop the run (exit code 75); the same
+command resumes it.
+With launch.min_workers=M the run continues on as few as M ranks while hosts are missing, uses hosts that return, and moves off
+a host that is being drained (`ray drain-node`, spot instances). CONFIG, shards and run_dir must be at the same path on all hosts.
 
-  --port N            head: of the cluster (default 6379; N + 1 and N + 2 are used, too, on every host)
-  --address A         head: its address for the others (default: this host's way out)
-  --interface NAME    network for the ranks (default: the one that has the address)
-  --gpus N, --cpus N  what the host lends (default: all GPUs, all cores); a rank takes one GPU, or without GPUs one core
-  --token-file FILE   the cluster's secret (default: RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token). The head makes it when it is
-                      missing, readable by you alone; bring it to the workers, for example by scp
-  --temp-dir DIR      this host's part of the cluster: its process, address, Ray's sockets and logs (default:
-                      /tmp/clae-ray-UID-PORT); yours alone (mode 700), at most 43 characters
-  --autoscaling-config FILE   head: of Ray's own cluster launcher (launch/ray-cluster.yaml), which starts the workers from there
-  --dry-run           print what would run on this host, and run nothing
-  --force             worker: join in spite of versions that differ
+  --port N            head: port of the cluster (default 6379); every host also uses N + 1 and N + 2
+  --address A         head: address that other hosts connect to (default: that of the default route)
+  --interface NAME    network interface of the ranks (default: the one with that address)
+  --gpus N, --cpus N  resources this host offers (default: all); a rank uses one GPU, or one core on hosts without GPUs
+  --token-file FILE   the cluster's secret (default: RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token). The head creates a
+                      missing one, readable only by you; copy it to the workers, for example with scp
+  --temp-dir DIR      folder of this host's process ID, address, Ray sockets and logs (default:
+                      /tmp/clae-ray-UID-PORT); private to you (mode 700), at most 43 characters
+  --autoscaling-config FILE   head: configuration of Ray's own cluster launcher (launch/ray-cluster.yaml), which
+                      then starts the workers
+  --dry-run           print the commands for this host without running them
+  --force             worker: join although versions differ
 
-Whoever has the token can run code on every host: anybody without it is refused. The dashboard listens on loopback alone,
-the head also on 10001 (Ray's client, which needs the token, too); launch/README.md lists what listens where. Ranks also connect to each other on ports that the system chooses, and Ray's workers to 10002-19999: open these between the hosts.
-CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
-exit codes: submit: those of `clae`; else 0, or 2 with the reason.
+Anyone who has the token can run code on every host; connections without it are refused. The dashboard listens on loopback only.
+The head also listens on port 10001 (Ray client, which needs the token as well). Ray's workers use ports 10002-19999, and ranks
+connect to each other on ports that the system chooses: open these between the hosts. launch/README.md lists all ports.
+CLAE_ENV names a Python environment to use instead of the one that launch/env.sh creates.
+exit codes: submit returns those of `clae`; the other commands return 0, or 2 after printing the reason.
 TEXT
 }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs every check: lint, format, types, import rules, shell scripts, tests.
 #
-#   ./launch/test.sh                    all of it (tests marked slow only where CI=true; longer still: `-m long`, `-m chaos`)
-#   ./launch/test.sh -k gather          what follows goes to pytest
+#   ./launch/test.sh                    all checks; slow tests only if CI=true, the longest only with `-m long` or `-m chaos`
+#   ./launch/test.sh -k gather          arguments are passed to pytest
 #
 # Stops at the first check that fails. The last lines are pytest's own.
 set -euo pipefail
@@ -18,7 +18,7 @@ env=$("$here/launch/env.sh" | tail -1)
 export PATH=$env/bin:$PATH
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # this checkout, wherever the environment points
 
-# A new machine of CI sets itself up; elsewhere the tests that need these are skipped, and say what to install.
+# A new machine of CI sets itself up; elsewhere the tests that need these are skipped with a message that names what to install.
 if [ "${CI:-}" = true ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   missing=()
   for pair in ip:iproute2 nsenter:util-linux slurmctld:slurm-wlm munged:munge psql:postgresql pgrep:procps; do
@@ -27,7 +27,7 @@ if [ "${CI:-}" = true ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null
   if [ ${#missing[@]} -gt 0 ]; then
     echo "== installing what tests of several hosts need: ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } ||
-      echo "== they could not be installed: those tests are skipped"
+      echo "== installation failed: those tests are skipped"
   fi
 fi
 
@@ -46,8 +46,7 @@ check types python -m mypy
 check "import rules" python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
 check "shell scripts" shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run
 
-# Known vulnerabilities of what is installed: a list to read and no failure. It asks the package index about every package, and not
-# every mirror of it can answer.
+# Known vulnerabilities of installed packages are listed and are not a failure: not every mirror of the package index can answer.
 if [ "${CLAE_AUDIT:-}" = true ]; then
   printf '\n== vulnerabilities: pip-audit\n'
   { timeout 600 python -m pip_audit --progress-spinner off --format json 2>/dev/null || true; } | python -c '

@@ -38,7 +38,7 @@ def run_bench(name: str, *, quick: bool, as_json: bool, say: Say, progress: Say,
         shards = of_data.pop("shards", "")
         outcome = data.bench(replace(chunk.QUICK if quick else chunk.DataBench(), **of_data), shards, device, progress)
     else:
-        on_main = gather.bench(gather.QUICK if quick else gather.Settings(), progress)
+        on_main = gather.bench(gather.QUICK if quick else gather.GatherBench(), progress)
         if on_main is None:  # a rank that torchrun started, other than the first
             return 0
         outcome = on_main
