@@ -6,6 +6,7 @@ Both are started as a user would, in turns, on the CPU, with the same encoder, i
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -122,10 +123,14 @@ def _measure(contender: _Contender, log: Path) -> _Start:
     """Run it to its end. Raises ContenderFailedError."""
     begun = time.monotonic()
     first, peak = math.nan, 0
+    ends_with_this = [sys.executable, "-m", "clae_dist.lifetime", str(os.getpid())]
     with log.open("w") as output:
         # In the folder where Python finds this package, installed or not; a script of it has its own folder first in the path.
         process = subprocess.Popen(
-            [sys.executable, *contender.command], stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2]
+            [*ends_with_this, sys.executable, *contender.command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],
         )
     try:
         while process.poll() is None and time.monotonic() - begun < _TIMEOUT_S:
