@@ -264,7 +264,7 @@ def test_a_signal_before_training_ends_with_the_code_for_another_start(
         process.send_signal(signal.SIGTERM)
         code, said = finish(process)
     assert code == STOPPED, said
-    assert "The same command goes on" in said or "the same command starts it" in said
+    assert "The same command resumes" in said or "the same command starts it" in said
     assert len(said.splitlines()) < 5, said
 
 
