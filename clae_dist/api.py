@@ -77,7 +77,7 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     check_credentials(recipe)
     with _quiet(quiet), main_module_hidden():
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            claim(recipe.config, trust)
+            claim(recipe.config, trust=trust)
         ending = start(recipe)
     if ending.code not in (OK, STOPPED):
         raise _ERRORS.get(ending.code, RankError)(ending.message)

@@ -36,7 +36,7 @@ class MissingError(ReadError):
     """The file does not exist."""
 
 
-def open_regular(path: str | Path, follow: bool = True) -> IO[bytes]:
+def open_regular(path: str | Path, *, follow: bool = True) -> IO[bytes]:
     """Open a plain file for reading, never a fifo or a device, which could block or have no end; `follow` symbolic links.
 
     Raises ReadError.
@@ -54,9 +54,9 @@ def open_regular(path: str | Path, follow: bool = True) -> IO[bytes]:
     return open(path, "rb", opener=lambda *_: descriptor)  # whose name is the path
 
 
-def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, follow: bool = True) -> bytes:
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES, *, follow: bool = True) -> bytes:
     """The content of a plain file of at most `max_bytes`. Raises ReadError."""
-    with open_regular(path, follow) as file:
+    with open_regular(path, follow=follow) as file:
         try:
             data = file.read(max_bytes + 1)
         except OSError as error:

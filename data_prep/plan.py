@@ -22,7 +22,7 @@ _WAY_OUT = "The folder should hold one folder of images a class, or train/ and t
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class PlannedSample:
     """One image to be written: where its bytes are, its key in the shard, its label (-1: none)."""
 
     entry: Entry
@@ -34,7 +34,7 @@ class Sample:
 class ShardPlan:
     name: str
     split: str
-    samples: tuple[Sample, ...]
+    samples: tuple[PlannedSample, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_plan(found: Listing | Layout, settings: PrepareSettings, where: str) ->
             raise DataError(f"{where} has the class {name!r}, whose name is not valid text; rename it.")
     labels = {"": -1, **{name: label for label, name in enumerate(layout.classes)}}
     samples = {
-        split: [Sample(entry, key, labels[name]) for name, key, entry in _with_keys(groups)]
+        split: [PlannedSample(entry, key, labels[name]) for name, key, entry in _with_keys(groups)]
         for split, groups in layout.images.items()
     }
     splits_from = "source" if layout.given else "drawn" if settings.test_share else "none"
@@ -211,9 +211,9 @@ def _rank(salt: str, settings: PrepareSettings, key: str) -> bytes:
     return hashlib.blake2b(f"{settings.seed}/{salt}/{key}".encode(errors="surrogateescape"), digest_size=16).digest()
 
 
-def _draw_test_split(samples: list[Sample], settings: PrepareSettings) -> dict[str, list[Sample]]:
+def _draw_test_split(samples: list[PlannedSample], settings: PrepareSettings) -> dict[str, list[PlannedSample]]:
     """The same share of every class, at least one image of each class that has two, never all of them."""
-    by_label: defaultdict[int, list[Sample]] = defaultdict(list)
+    by_label: defaultdict[int, list[PlannedSample]] = defaultdict(list)
     for sample in samples:
         by_label[sample.label].append(sample)
     train, test = [], []
@@ -225,14 +225,14 @@ def _draw_test_split(samples: list[Sample], settings: PrepareSettings) -> dict[s
     return {"train": train, "test": test} if test else {"train": train}
 
 
-def _place(split: str, settings: PrepareSettings, sample: Sample) -> tuple[bytes, int, bytes]:
+def _place(split: str, settings: PrepareSettings, sample: PlannedSample) -> tuple[bytes, int, bytes]:
     """Where a sample comes in a split's permutation; what is best read together stays together, in drawn order."""
     run, part = sample.entry.run
     drawn = _rank(split, settings, sample.key)
     return (_rank(split, settings, run), part, drawn) if run else (drawn, 0, b"")
 
 
-def _cut(split: str, samples: list[Sample], settings: PrepareSettings) -> list[ShardPlan]:
+def _cut(split: str, samples: list[PlannedSample], settings: PrepareSettings) -> list[ShardPlan]:
     """Shards of (almost) equal counts within both limits, in a seeded permutation of the samples."""
     samples = sorted(samples, key=lambda sample: _place(split, settings, sample))
     sizes = [2048 + -(-sample.entry.size // 512) * 512 for sample in samples]  # two headers and the label's block, rounded up

@@ -132,7 +132,7 @@ def read_everything(run: Path) -> int:
 
     def checkpoints() -> None:
         for as_json in (True, False):
-            say_checkpoints(run, True, as_json, lambda text: None)
+            say_checkpoints(run, verify=True, as_json=as_json, say=lambda text: None)
 
     def step() -> None:
         config, wanted = read_step(run / "nonfinite" / "step-00000007", "")

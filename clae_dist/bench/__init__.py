@@ -28,13 +28,17 @@ def run_bench(name: str, *, quick: bool, as_json: bool, say: Say, progress: Say,
         from clae_dist.bench import restart  # with psutil, of the extra `bench`
 
         outcome = restart.bench(restart.QUICK if quick else restart.RestartBench(), progress)
+    elif name == "start":
+        from clae_dist.bench import start  # with psutil, of the extra `bench`
+
+        outcome = start.bench(start.QUICK if quick else start.StartBench(), progress)
     elif name == "data":
         from clae_dist.bench import chunk, data  # with psutil, of the extra `bench`
 
         shards = of_data.pop("shards", "")
         outcome = data.bench(replace(chunk.QUICK if quick else chunk.DataBench(), **of_data), shards, device, progress)
     else:
-        on_main = gather.bench(gather.QUICK if quick else gather.Settings(), progress)
+        on_main = gather.bench(gather.QUICK if quick else gather.GatherBench(), progress)
         if on_main is None:  # a rank that torchrun started, other than the first
             return 0
         outcome = on_main

@@ -34,7 +34,7 @@ from clae_dist.world import World, connect
 
 
 @dataclass(frozen=True)
-class Settings:
+class GatherBench:
     world_sizes: Sequence[int] = (2, 4)
     images: int = 256  # a rank
     dim: int = 128
@@ -46,14 +46,14 @@ class Settings:
 
 KINDS = {"nt_xent": "NT-Xent", "instance": "instance discrimination across views, both directions"}
 
-QUICK = Settings(world_sizes=(2,), repeats=5, message_bytes=tuple(1 << power for power in range(12, 21, 4)))
+QUICK = GatherBench(world_sizes=(2,), repeats=5, message_bytes=tuple(1 << power for power in range(12, 21, 4)))
 
 
 class RanksError(ClaeError, RuntimeError):
     """Ranks ended before they had measured."""
 
 
-def bench(settings: Settings, say: Say) -> Outcome | None:
+def bench(settings: GatherBench, say: Say) -> Outcome | None:
     """On ranks of this machine, or on those that torchrun started: then every rank calls it, and all but rank 0 get None."""
     notes = peers.missing() if settings.with_peers else []
     for note in notes:
@@ -77,7 +77,7 @@ def _silent(text: str) -> None:
     """Of ranks other than 0."""
 
 
-def _on_a_rank(settings: Settings, device: Request) -> Ending:
+def _on_a_rank(settings: GatherBench, device: Request) -> Ending:
     with connect(device=device) as world:
         torch.set_num_threads(1)
         try:
@@ -87,7 +87,7 @@ def _on_a_rank(settings: Settings, device: Request) -> Ending:
         return Ending(OK, json.dumps([dataclasses.asdict(row) for row in rows]))
 
 
-def measure(world: World, settings: Settings, say: Say) -> list[Row]:
+def measure(world: World, settings: GatherBench, say: Say) -> list[Row]:
     """The rows of the network, then those of every objective; the same on every rank. Collective."""
     say("gather: the network")
     networks, rows = measure_network(world, settings)
@@ -100,7 +100,7 @@ def measure(world: World, settings: Settings, say: Say) -> list[Row]:
 # ---- the losses ----
 
 
-def measure_loss(objective: str, world: World, settings: Settings, networks: dict[str, Network]) -> list[Row]:
+def measure_loss(objective: str, world: World, settings: GatherBench, networks: dict[str, Network]) -> list[Row]:
     """Forward and backward of each contender: the same gradients first, then bytes, then time."""
     kind = KINDS.get(objective, objective)
     case = f"{kind}: {world.size} ranks ({world.collectives}), {settings.images} images each, D {settings.dim}"
@@ -136,7 +136,7 @@ def _alone(kind: str, num_bytes: float, networks: dict[str, Network], num_ranks:
     return like.seconds(num_bytes)
 
 
-def contenders(objective: str, world: World, settings: Settings) -> Iterator[tuple[str, str, Loss]]:
+def contenders(objective: str, world: World, settings: GatherBench) -> Iterator[tuple[str, str, Loss]]:
     temperature = settings.temperature
     for way in ("log_sum_exp", "reduce_scatter"):
         yield way, "ours", _ours(Contrast(Objective(objective, temperature, gather=way), world), both=objective == "instance")
@@ -155,7 +155,7 @@ def _ours(contrast: Contrast, both: bool) -> Loss:
     return loss
 
 
-def _views(world: World, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def _views(world: World, settings: GatherBench) -> tuple[torch.Tensor, torch.Tensor]:
     """Other rows on every rank."""
     generator = torch.Generator().manual_seed(world.rank)
     a, b = F.normalize(torch.randn(2, settings.images, settings.dim, generator=generator), dim=2).to(world.device).unbind()
@@ -165,7 +165,7 @@ def _views(world: World, settings: Settings) -> tuple[torch.Tensor, torch.Tensor
 # ---- the network ----
 
 
-def measure_network(world: World, settings: Settings) -> tuple[dict[str, Network], list[Row]]:
+def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Network], list[Row]]:
     """α and β of each collective by least squares over messages of growing size."""
     found, rows = {}, []
     for name, collective, share in (

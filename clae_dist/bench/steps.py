@@ -77,7 +77,9 @@ def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretrai
         train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
     )
     world = World.single(device)
-    model = _small_vit(config, _few_blocks(kind)) if _few_blocks(kind) else build_model(config, None, device.type == "cuda")
+    model = (
+        _small_vit(config, _few_blocks(kind)) if _few_blocks(kind) else build_model(config, None, on_gpu=device.type == "cuda")
+    )
     backend = make_backend(config, model, world)
     run = make_pretraining(config, world, backend, Clock(device))
     return replace(run, augment=lambda batch: batch, noise=lambda batch: torch.rand_like(batch[0]))

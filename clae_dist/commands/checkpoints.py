@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--export [STEP] and --to FILE belong together, but only one is given; give both.")
     check_folder(arguments.run, permission(arguments))
     if arguments.export is None:
-        return say_checkpoints(arguments.run, arguments.verify, arguments.json, print if arguments.json else say)
+        return say_checkpoints(
+            arguments.run, verify=arguments.verify, as_json=arguments.json, say=print if arguments.json else say
+        )
     say(f"wrote {export_checkpoint(arguments.run, arguments.export, arguments.to)}")
     return 0

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             from clae_dist.launchers.terminal import QUIET
 
             os.environ[QUIET] = "1"  # inherited by the ranks
-        if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(recipe.config, arguments.trust)):
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := claim(recipe.config, trust=arguments.trust)):
             text = f"clae: the run could not be recorded as yours ({problem}): opening it later may need --trust."
             say(text, file=sys.stderr)
         ending = start(recipe, debug=arguments.debug, before_ranks=exit_if_asked)

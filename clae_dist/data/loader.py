@@ -6,10 +6,8 @@ number of loader processes, and resuming means starting at another step.
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +24,7 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
+from clae_dist.data.server import forkserver
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.errors import DataError
@@ -37,7 +36,7 @@ _DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
-class Batch(NamedTuple):
+class LoadedBatch(NamedTuple):
     """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
 
     views: torch.Tensor  # uint8 (2, B, 3, S, S), each interleaved in memory: cropped, not yet augmented
@@ -48,7 +47,7 @@ class Batch(NamedTuple):
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
 
 
-class TwoViews(Dataset[Batch]):
+class TwoViews(Dataset[LoadedBatch]):
     """A map-style dataset: `self[step]` is one rank's share of the global batch of a step."""
 
     def __init__(self, reader: ShardReader, order: Order | MixedOrder, config: Config, rank: int, world_size: int) -> None:
@@ -63,7 +62,7 @@ class TwoViews(Dataset[Batch]):
         reader, config, rank, world_size = state
         self.__init__(reader, make_order(config, reader), config, rank, world_size)  # type: ignore[misc]
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> LoadedBatch:
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
         # One row of numbers per view and sample, on any rank: all world sizes train on the same pixels.
@@ -82,7 +81,7 @@ class TwoViews(Dataset[Batch]):
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
-        return Batch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, metadata)
+        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, metadata)
 
 
 def make_order(config: Config, reader: ShardReader) -> Order | MixedOrder:
@@ -99,13 +98,6 @@ def num_workers(config: Config, local_size: int) -> int:
     if config.data.workers >= 0:
         return config.data.workers
     return loader_processes(local_size)
-
-
-def forkserver() -> BaseContext:
-    """The context of the fork server, which has no threads of gloo or torch (forking those may deadlock)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.data.preload"])
-    return context
 
 
 def start_loader_process(worker: int = 0) -> None:
@@ -133,12 +125,12 @@ def _end_soon(number: int, frame: FrameType | None) -> None:
     signal.alarm(30)
 
 
-def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[Batch]:
+def load(manifest: Manifest, config: Config, world: World, first_step: int, last_step: int) -> Iterator[LoadedBatch]:
     """This rank's batches of the steps first_step … last_step - 1, in order."""
     workers = num_workers(config, world.local_size)
     reader = ShardReader(manifest, config.data.train_split, config.data.metadata, world.local_size * max(1, workers))
     order, steps = make_order(config, reader), range(first_step, last_step)
-    views: Dataset[Batch] = TwoViews(reader, order, config, world.rank, world.size)
+    views: Dataset[LoadedBatch] = TwoViews(reader, order, config, world.rank, world.size)
     if not transport.fits(shared_memory_bytes(config, world)):
         views = transport.ThroughPipes(views)
     batches = iter(

@@ -6,7 +6,7 @@ import torch
 
 
 def uniform_noise(draws_BK: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """float32 in [0, 1), (B, *shape), from two or more uniform numbers a sample (loader.Batch.draws).
+    """float32 in [0, 1), (B, *shape), from two or more uniform numbers a sample (loader.LoadedBatch.draws).
 
     SplitMix64 (Steele et al. 2014) of a counter, on the device.
     """

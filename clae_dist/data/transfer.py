@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
-from clae_dist.data.loader import Batch
+from clae_dist.data.loader import LoadedBatch
 
 
-class Copier(Protocol):
-    """Copies batches to a device while it computes."""
-
-    def start(self, batch: Batch) -> Batch:
-        """The batch with its views on the device; the copy may still be in progress."""
-
-    def hand_over(self, batch: Batch) -> None:
-        """Make all later work on the device wait for the copy."""
-
-
-class Transfer(Iterator[Batch]):
+class Transfer(Iterator[LoadedBatch]):
     """The batches of a loader, one ahead of the step with a copier; without one (on the CPU), as they come.
 
     An error of a batch is raised at that batch's turn, not during the step before.
     """
 
-    def __init__(self, batches: Iterator[Batch], copier: Copier | None) -> None:
+    def __init__(self, batches: Iterator[LoadedBatch], copier: SideStream | None) -> None:
         self._batches, self._copier = batches, copier
-        self._ahead: Batch | Exception | None = None
+        self._ahead: LoadedBatch | Exception | None = None
 
     @staticmethod
-    def to(device: torch.device, batches: Iterator[Batch]) -> Transfer:
+    def to(device: torch.device, batches: Iterator[LoadedBatch]) -> Transfer:
         """For batches in pinned memory where `device` is a GPU."""
         return Transfer(batches, SideStream(device) if device.type == "cuda" else None)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> LoadedBatch:
         if self._copier is None:
             return next(self._batches)
         found = self._take() if self._ahead is None else self._ahead
@@ -50,7 +39,7 @@ class Transfer(Iterator[Batch]):
         if self._copier is not None and self._ahead is None:
             self._ahead = self._take()
 
-    def _take(self) -> Batch | Exception:
+    def _take(self) -> LoadedBatch | Exception:
         assert self._copier is not None
         try:
             return self._copier.start(next(self._batches))
@@ -64,11 +53,11 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def start(self, batch: Batch) -> Batch:
+    def start(self, batch: LoadedBatch) -> LoadedBatch:
         with torch.cuda.stream(self._stream):
             return batch._replace(views=batch.views.to(self._device, non_blocking=True))
 
-    def hand_over(self, batch: Batch) -> None:
+    def hand_over(self, batch: LoadedBatch) -> None:
         working = torch.cuda.current_stream(self._device)
         working.wait_stream(self._stream)
         batch.views.record_stream(working)  # its memory is of the side stream, which must not take it back before

@@ -34,7 +34,7 @@ class Views(NamedTuple):
     bad: dict[int, str]
 
 
-class Embedded(NamedTuple):
+class EmbeddedBatch(NamedTuple):
     """The features of a batch, and what `Views` has beside the views."""
 
     features: np.ndarray  # float32 (b, F)
@@ -65,7 +65,7 @@ class _Batches(Dataset[Views]):
         return Views(torch.cat(views), torch.tensor(positions, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64), bad)
 
 
-def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_workers: int = -1) -> Iterator[Embedded]:
+def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_workers: int = -1) -> Iterator[EmbeddedBatch]:
     """The features of all images in their order, computed on the device of the encoder, in evaluation mode without gradients.
 
     `num_workers` processes decode ahead; 0 decodes in this process, -1 chooses. Raises ConfigError for a batch size below 1.
@@ -79,7 +79,7 @@ def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_worker
         pixels = batch.views.to(encoder.mean.device).to(encoder.mean.dtype) / 255
         with frozen(encoder):
             features = encoder(pixels) if len(pixels) else pixels.new_empty(0, encoder.num_features)
-        yield Embedded(features.float().cpu().numpy(), batch.positions.numpy(), batch.labels.numpy(), batch.bad)
+        yield EmbeddedBatch(features.float().cpu().numpy(), batch.positions.numpy(), batch.labels.numpy(), batch.bad)
 
 
 def _choose_workers(images: Images, image_size: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from clae_dist import escape
 from clae_dist.data.images import Images
-from clae_dist.deploy.embedding import Embedded, embedded
+from clae_dist.deploy.embedding import EmbeddedBatch, embedded
 from clae_dist.deploy.encoder import Encoder
 from clae_dist.errors import ConfigError
 from clae_dist.files import check_writable, replacing
@@ -157,5 +157,5 @@ def _skipped(bad: dict[int, str], num_images: int) -> str:
     return f"{len(bad):,} of {num_images:,} images cannot be decoded and {are} skipped: {named}"
 
 
-def _label_names(images: Images, batch: Embedded) -> list[str | None]:
+def _label_names(images: Images, batch: EmbeddedBatch) -> list[str | None]:
     return [images.classes[label] if label >= 0 else None for label in batch.labels.tolist()]

@@ -22,7 +22,7 @@ from clae_dist.world import World
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackedImages:
     """Clean and adversarial images (n, 3, S, S) in [0, 1], and the loss of the batch before and after."""
 
     clean: torch.Tensor
@@ -53,7 +53,7 @@ class _BareModel:
         return list(self._model.parameters())
 
 
-def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tensor) -> Attacked:
+def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tensor) -> AttackedImages:
     """The run's attack on uint8 images, as in training: batch statistics, all n images as negatives, no trace in the model.
 
     A run whose method has no attack borrows the default method's. The other view is the mirrored image.
@@ -78,7 +78,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         seen = look(run, None, clean, clean.flip(3))
         (attacked, *_), loss_after = seen.attacks, seen.loss_after(seen.attacks[0])
     model.train(training)
-    return Attacked(
+    return AttackedImages(
         clean=attacked.start.float().cpu(),
         adversarial=attacked.found.images.float().cpu(),
         loss_before=float(attacked.found.loss_before),
@@ -89,7 +89,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     )
 
 
-def amplification(attacked: Attacked) -> int:
+def amplification(attacked: AttackedImages) -> int:
     """The whole factor that makes the largest change a third of the pixel range."""
     largest = float((attacked.adversarial - attacked.clean).abs().max())
     return max(1, int(1 / 3 / largest)) if largest > 0 else 1

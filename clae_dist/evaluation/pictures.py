@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clae_dist.escape import shown
-from clae_dist.evaluation.attacked import Attacked, amplification
+from clae_dist.evaluation.attacked import AttackedImages, amplification
 from clae_dist.evaluation.curves import INK, RIGHT, WRONG, png
 
 NUM_TRIPLES = 8
 LONGEST_LABEL = 12
 
 
-def draw_triples(attacked: Attacked) -> bytes:
+def draw_triples(attacked: AttackedImages) -> bytes:
     """Rows clean, perturbation (amplified around grey) and adversarial; a column an image. PNG bytes."""
     count, factor = min(NUM_TRIPLES, len(attacked.clean)), amplification(attacked)
     delta = attacked.adversarial - attacked.clean

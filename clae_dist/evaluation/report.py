@@ -19,7 +19,7 @@ from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.devices import local_device
 from clae_dist.errors import ConfigError, DataError
-from clae_dist.evaluation.attacked import Attacked, amplification, attack_images
+from clae_dist.evaluation.attacked import AttackedImages, amplification, attack_images
 from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.interval import interval_text
@@ -239,7 +239,7 @@ def _attack(record: RunRecord, manifest: Manifest | None, say: Say) -> ReportSec
     return ReportSection(title, figures=(figure,))
 
 
-def _attack_caption(attacked: Attacked, info: dict[str, Any]) -> tuple[str, str]:
+def _attack_caption(attacked: AttackedImages, info: dict[str, Any]) -> tuple[str, str]:
     attack = attacked.attack
     epsilon = f"{attack.epsilon * 255:.3g}/255" if attack.unit == "pixel" else f"{attack.epsilon:g} in normalised units"
     used = "the default attack, because this run has none" if attacked.borrowed else "the run’s own attack"

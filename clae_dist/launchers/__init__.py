@@ -46,7 +46,7 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
-def claim(config: Config, trust: bool = False) -> str:
+def claim(config: Config, *, trust: bool = False) -> str:
     """Checks a run folder that exists already, and notes that this user trains in it, for the commands that open it later.
 
     Returns "" or why it could not be noted. Raises ConfigError for a folder of somebody else's whose entries lead elsewhere.

@@ -10,7 +10,7 @@ from clae_dist.tracking import check_tracking
 from clae_dist.training.sets import check_sets
 
 
-def check_run(config: Config, with_images: bool = True) -> None:
+def check_run(config: Config, *, with_images: bool = True) -> None:
     """Checks settings, images, encoder, tracking and run folder as far as that is possible without ranks.
 
     `with_images` False: the run has images of its own (a dry run without data.shards). Raises ConfigError and DataError.

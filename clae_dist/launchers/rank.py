@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from clae_dist.config import Config
+from clae_dist.data.loader import num_workers
+from clae_dist.data.server import fork_server_from_here
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import OK, STOPPED, STORAGE, UNEXPECTED, ClaeError, ConfigError, restarts
 from clae_dist.escape import shown_lines
@@ -94,6 +96,8 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> End
     try:
         if size > 1:
             check_interface()
+        if config.launch.launcher != "ray" and num_workers(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+            fork_server_from_here()  # Ray's workers have threads
         with connect(config.guard.timeout_s, config.launch.device) as world:
             return _train(recipe, world, Console(config, also), debug=debug)
     except ConfigError as error:  # of all ranks, before they communicate

@@ -84,7 +84,7 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     if left_out:
         announce(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
     try:
-        _init(ray, sizes[-1], debug)
+        _init(ray, sizes[-1], debug=debug)
     except SystemExit:  # while it starts, Ray ends this process at a SIGTERM
         return Ending(STOPPED, "SIGTERM before training began; the same command starts it.")
     if not debug:
@@ -110,7 +110,7 @@ def working_sizes(config: Config) -> list[int]:
     return [size for size in range(config.launch.min_workers or workers, workers) if config.works_on(size)] + [workers]
 
 
-def _init(ray: Any, workers: int, debug: bool) -> None:
+def _init(ray: Any, workers: int, *, debug: bool) -> None:
     # Workers import the package that this process runs, also from a checkout that is not installed.
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -39,7 +39,7 @@ class PretrainModel(nn.Module):
         return F.normalize(projection if projection.dtype == torch.float64 else projection.float(), dim=1)
 
 
-def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: bool = False) -> PretrainModel:
+def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gpu: bool = False) -> PretrainModel:
     """Build the model of a run. Initial weights are a pure function of config.model and config.seed, equal on every rank.
 
     Args:
@@ -60,7 +60,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, on_gpu: 
     if config.method.uses_attack:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
-        use_global_statistics(model.encoder, group, on_gpu)
+        use_global_statistics(model.encoder, group, on_gpu=on_gpu)
     return model.double() if config.train.precision == "float64" else model
 
 

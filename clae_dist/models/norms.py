@@ -136,7 +136,7 @@ def add_routes(module: nn.Module, adversarial_momentum: float) -> int:
     return _replace(module, routed)
 
 
-def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> None:
+def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None, *, on_gpu: bool) -> None:
     """Make every batch norm in `module` use statistics over all ranks of `group`, by torch's SyncBatchNorm or ours."""
     if group is None:
         return  # one rank's batch is the global batch

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from clae_dist.config import Config
 from clae_dist.contrast.step import NonFinite, StepMetrics
-from clae_dist.data.loader import Batch
+from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import ShardReader
 from clae_dist.errors import DataError, RankError
@@ -40,7 +40,7 @@ class NonFiniteSteps:
         self.skipped = skipped
 
     def attempt(
-        self, take_step: Callable[[], StepMetrics], batch: Batch, step: int, settings: dict[str, float]
+        self, take_step: Callable[[], StepMetrics], batch: LoadedBatch, step: int, settings: dict[str, float]
     ) -> StepMetrics | None:
         """Run take_step(). Returns None if the step was skipped. `settings` (the learning rate) are recorded with it.
 
@@ -76,7 +76,7 @@ class NonFiniteSteps:
         except DataError:
             return f"sample {sample}"
 
-    def _write_down(self, batch: Batch, step: int, parts: dict[str, float], settings: dict[str, Any]) -> None:
+    def _write_down(self, batch: LoadedBatch, step: int, parts: dict[str, float], settings: dict[str, Any]) -> None:
         folder = RunFolder(self._config.folder).nonfinite(step + 1)
         norms = self._backend.gradient_norms()
         worst = sorted(norms, key=lambda name: (torch.tensor(norms[name]).isfinite().item(), -norms[name]))[:_WORST]

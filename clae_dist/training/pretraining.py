@@ -13,7 +13,7 @@ from clae_dist.contrast.encoding import TrainingEncoding
 from clae_dist.contrast.step import Pretraining
 from clae_dist.data.augment import augment
 from clae_dist.data.draws import hashed
-from clae_dist.data.loader import Batch
+from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.noise import uniform_noise
 from clae_dist.methods import make_method
 from clae_dist.models.norms import routes_are_one_function
@@ -26,12 +26,12 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     """Collect what a training step needs from the parts of a run."""
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
 
-    def view(batch: Batch, number: int) -> torch.Tensor:
+    def view(batch: LoadedBatch, number: int) -> torch.Tensor:
         images = batch.views[number].to(world.device, non_blocking=True)
         images = images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
         return augment(images, batch.draws[number], config.augment).to(dtype)
 
-    def noise(batch: Batch) -> torch.Tensor:
+    def noise(batch: LoadedBatch) -> torch.Tensor:
         return uniform_noise(batch.draws[0], batch.views.shape[2:], world.device).to(dtype)
 
     return Pretraining(

@@ -13,7 +13,7 @@ from clae_dist.config import Config
 from clae_dist.contrast.diagnostics import diagnose
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.cores import threads_per_rank
-from clae_dist.data.loader import Batch, load
+from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
@@ -26,15 +26,7 @@ from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers,
 from clae_dist.runs.claim import only_run, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
-from clae_dist.tracking import (
-    Status,
-    TrackedSet,
-    Tracker,
-    build_trackers,
-    check_tracking,
-    continue_tracking,
-    new_run_key,
-)
+from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, check_tracking, continue_tracking, new_run_key
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
@@ -53,14 +45,14 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class LoopResult:
     """How a run ended: "finished", or "stopped" on request with everything saved."""
 
     status: Status
     step: int
 
 
-def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> TrainResult:
+def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResult:
     """Train to the end of the configuration, from the run folder's newest checkpoint if there is one. Collective.
 
     Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
@@ -82,7 +74,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> TrainRes
         return _train(recipe, world, stream, say, stop, watch)
 
 
-def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch) -> TrainResult:
+def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch) -> LoopResult:
     config = recipe.config
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
@@ -117,7 +109,7 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
             _log_encoder(config, late, sets.train, say)
             late.close("finished")
-        return TrainResult("finished", first_step)
+        return LoopResult("finished", first_step)
 
     ledger.resumed(first_step, say)
     tracker = Tracker()
@@ -174,7 +166,7 @@ def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say:
     return checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0)
 
 
-def _next(batches: Iterator[Batch], rows: int, rank: int) -> tuple[Batch | None, str]:
+def _next(batches: Iterator[LoadedBatch], rows: int, rank: int) -> tuple[LoadedBatch | None, str]:
     """The next batch, or the reason why this rank has none."""
     try:
         batch = next(batches)
@@ -213,7 +205,7 @@ class _Loop:
         self.saving = Saving(config, world, backend, say)
         self.step = self.saved = self.first_step = 0
 
-    def run(self, first_step: int) -> TrainResult:
+    def run(self, first_step: int) -> LoopResult:
         """Run steps first_step … plan.total - 1, or until all ranks know of a stop request. Collective.
 
         Raises DataError on every rank if one rank cannot read its batch.
@@ -226,7 +218,7 @@ class _Loop:
         finally:
             self.saving.close()
 
-    def _run(self, first_step: int) -> TrainResult:
+    def _run(self, first_step: int) -> LoopResult:
         plan, every = self.plan, self.config.train
         self.step = self.saved = self.first_step = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
@@ -257,7 +249,7 @@ class _Loop:
                 self._checkpoint(last=self.step == plan.total)
         self._settle()
         self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images")
-        return TrainResult("finished", self.step)
+        return LoopResult("finished", self.step)
 
     def _doing(self, what: Kind) -> None:
         # The first batch and step take as long as loaders, caches and compilers need to start.
@@ -266,7 +258,7 @@ class _Loop:
         self.watch.doing(what, self.step)
         self.journal.ledger.switch(what, self.step)
 
-    def _batch(self, batches: Iterator[Batch]) -> Batch | None:
+    def _batch(self, batches: Iterator[LoadedBatch]) -> LoadedBatch | None:
         """This rank's batch of the step; None on every rank after a stop request to any of them. Collective."""
         self._doing("data")
         with self.clock.timed("data"):
@@ -292,7 +284,7 @@ class _Loop:
             batches.look_ahead()
         self._doing("training")
 
-    def _stopped(self) -> TrainResult:
+    def _stopped(self) -> LoopResult:
         reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
         self.stop.make(reason)  # on the ranks that were not asked themselves: their time runs, too
         self._checkpoint(last=True)
@@ -301,14 +293,14 @@ class _Loop:
             f"stopped after step {self.step} ({reason}); saved. The same command resumes from there. "
             f"That took {self.stop.waited_s:.1f} s (guard.stop_within_s {self.config.guard.stop_within_s:g})."
         )
-        return TrainResult("stopped", self.step)
+        return LoopResult("stopped", self.step)
 
     def _evaluate(self) -> None:
         self._doing("evaluation")
         with self.clock.stopped():
             self.journal.log(self.step, knn_while_training(self.config, self.world, self.backend, self.sets.main, self.say))
 
-    def _checkpoint(self, last: bool = False) -> None:
+    def _checkpoint(self, *, last: bool = False) -> None:
         """Begin to save; training waits only for a copy to memory."""
         if self.saved == self.step:
             return
@@ -332,7 +324,7 @@ class _Loop:
         with self.clock.stopped():
             self.saving.settle()
 
-    def _train_on(self, run: Pretraining, batch: Batch) -> float:
+    def _train_on(self, run: Pretraining, batch: LoadedBatch) -> float:
         """Take one step, or skip it if loss or gradient are non-finite. Returns its metrics and learning rate."""
         rate, moment = self.plan.learning_rate(self.step), self.plan.moment(self.step)
         seed_step(self.config, self.step, self.world.rank)

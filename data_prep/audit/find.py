@@ -13,7 +13,7 @@ from clae_dist.data.manifest import Manifest, load_manifest
 from clae_dist.errors import DataError
 from clae_dist.progress import Progress
 from data_prep.audit.hashing import MAX_NEAR_BITS
-from data_prep.audit.overlap import KINDS, Groups, NearSamples, Pair, group_by, join_near
+from data_prep.audit.overlap import KINDS, Groups, NearSamples, SamplePair, group_by, join_near
 from data_prep.audit.profile import profile
 from data_prep.audit.scan import Part, scan
 
@@ -34,8 +34,8 @@ class Audit:
     overlaps: dict[str, np.ndarray]  # int64 (P, P): images of part s that have a copy in part t (its own: another one)
     copies: dict[str, np.ndarray]  # bool (n, P): which images these are
     conflicts: dict[str, np.ndarray]  # bool (n,): images whose copy in the same set has another label
-    pairs: tuple[Pair, ...]  # a sample to look at
-    conflict_pairs: tuple[Pair, ...]
+    pairs: tuple[SamplePair, ...]  # a sample to look at
+    conflict_pairs: tuple[SamplePair, ...]
 
     def leaks(self) -> Iterator[tuple[int, int, dict[str, int]]]:
         """(s, t, images by kind) for every two parts that share images.
@@ -135,7 +135,7 @@ class _Chooser:
     def __init__(self, table: np.ndarray, by_kind: dict[str, Groups], near: NearSamples, limit: int) -> None:
         self._table, self._by_kind, self._near, self._limit = table, by_kind, near, limit
 
-    def pairs(self, num_parts: int) -> Iterator[Pair]:
+    def pairs(self, num_parts: int) -> Iterator[SamplePair]:
         for s in range(num_parts):
             for t in range(s, num_parts):
                 for kind in KINDS[:2]:
@@ -143,7 +143,7 @@ class _Chooser:
                 same_hash = list(self._equal("near", s, t))
                 yield from [*same_hash, *self._close(s, t)][: self._limit]
 
-    def conflicts(self, sets: np.ndarray) -> Iterator[Pair]:
+    def conflicts(self, sets: np.ndarray) -> Iterator[SamplePair]:
         label, pixels = self._table["label"], self._table["pixels"]
 
         def fits(i: int, j: int) -> bool:
@@ -159,7 +159,7 @@ class _Chooser:
         for bits, a, b, turned in self._near.conflicts.rows():
             yield from _first(near.members(a), near.members(b), fits, "near", bits, bool(turned))
 
-    def _equal(self, kind: str, s: int, t: int) -> Iterator[Pair]:
+    def _equal(self, kind: str, s: int, t: int) -> Iterator[SamplePair]:
         """Pairs of one group of that kind which are not of the kind before it."""
         groups, shown = self._by_kind[kind], 0
         before = self._table[KINDS[KINDS.index(kind) - 1]] if kind != "file" else None
@@ -172,7 +172,7 @@ class _Chooser:
                 yield pair
                 shown += 1
 
-    def _close(self, s: int, t: int) -> Iterator[Pair]:
+    def _close(self, s: int, t: int) -> Iterator[SamplePair]:
         groups = self._by_kind["near"]
         for bits, a, b, turned in self._near.by_parts[s, t].rows():
             a, b = (a, b) if groups.count[a, s] and groups.count[b, t] else (b, a)
@@ -186,10 +186,10 @@ class _Chooser:
 
 def _first(
     first: np.ndarray, second: np.ndarray, fits: Callable[[int, int], bool], kind: str, bits: int = 0, mirrored: bool = False
-) -> Iterator[Pair]:
+) -> Iterator[SamplePair]:
     """The first pair of two different images that fits, if there is one."""
     for i in first[:_LOOKED_AT].tolist():
         for j in second[:_LOOKED_AT].tolist():
             if i != j and fits(i, j):
-                yield Pair(kind, i, j, bits, mirrored)
+                yield SamplePair(kind, i, j, bits, mirrored)
                 return

@@ -91,7 +91,7 @@ def group_by(keys: np.ndarray, chosen: np.ndarray, table: np.ndarray, set_of_par
 
 
 @dataclass(frozen=True)
-class Pair:
+class SamplePair:
     """Two images for the eye, by their position in the table. `bits`: the distance of their hashes; 0 for the same pixels."""
 
     kind: str  # file, pixels or near

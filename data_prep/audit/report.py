@@ -13,10 +13,10 @@ from clae_dist.errors import DataError
 from clae_dist.files import make_folders, write_atomically
 from clae_dist.page import data_uri, render
 from data_prep.audit.find import Audit
-from data_prep.audit.overlap import Pair
+from data_prep.audit.overlap import SamplePair
 from data_prep.audit.profile import oddities
 from data_prep.audit.summary import as_json, overlap_lines, profile_lines, write_list
-from data_prep.audit.thumbnails import Images
+from data_prep.audit.thumbnails import Thumbnails
 
 PAGE, DATA, LIST = "audit.html", "audit.json", "images.jsonl"
 _KINDS = {"file": "the same file", "pixels": "the same pixels", "near": "near"}
@@ -34,14 +34,14 @@ def check_target(folder: Path, sets: Sequence[Path]) -> None:
 def write_report(audit: Audit, folder: Path) -> Path:
     """Write audit.html, audit.json and images.jsonl into `folder`, each atomically; return the path of the page."""
     make_folders(folder)
-    images = Images(audit)
+    images = Thumbnails(audit)
     listed = write_list(folder / LIST, audit, images)
     write_atomically(folder / DATA, (json.dumps(as_json(audit, images), indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(folder / PAGE, _page(audit, images, listed).encode())
     return folder / PAGE
 
 
-def _page(audit: Audit, images: Images, num_listed: int) -> str:
+def _page(audit: Audit, images: Thumbnails, num_listed: int) -> str:
     names = " and ".join(dict.fromkeys(part.set_name for part in audit.parts))
     return render(
         "data_prep",
@@ -67,10 +67,10 @@ def _finding(line: str) -> dict[str, Any]:
     return {"text": text, "alarm": line.startswith(("LEAKAGE", "LABELS"))}
 
 
-def _pairs(audit: Audit, images: Images) -> dict[str, list[dict[str, Any]]]:
+def _pairs(audit: Audit, images: Thumbnails) -> dict[str, list[dict[str, Any]]]:
     """Pairs of copies by heading: which parts, and what the two have in common."""
     part = audit.table["part"]
-    pairs: dict[str, list[Pair]] = {}
+    pairs: dict[str, list[SamplePair]] = {}
     for pair in audit.pairs:
         s, t = audit.parts[part[pair.first]], audit.parts[part[pair.second]]
         where = f"Within {s.name}" if s == t else f"{s.name} and {t.name}"
@@ -80,12 +80,12 @@ def _pairs(audit: Audit, images: Images) -> dict[str, list[dict[str, Any]]]:
     return {title: [_pair(pair, images) for pair in some] for title, some in pairs.items()}
 
 
-def _pair(pair: Pair, images: Images) -> dict[str, Any]:
+def _pair(pair: SamplePair, images: Thumbnails) -> dict[str, Any]:
     how = f"{pair.bits} of 64 bits" + (", mirrored" if pair.mirrored else "") if pair.kind == "near" else _KINDS[pair.kind]
     return {"how": how, "first": _image(pair.first, images), "second": _image(pair.second, images)}
 
 
-def _odd(audit: Audit, images: Images) -> dict[str, list[dict[str, Any]]]:
+def _odd(audit: Audit, images: Thumbnails) -> dict[str, list[dict[str, Any]]]:
     """A few images of each oddity and part."""
     shown: dict[str, list[dict[str, Any]]] = {}
     for number, part in enumerate(audit.parts):
@@ -97,13 +97,13 @@ def _odd(audit: Audit, images: Images) -> dict[str, list[dict[str, Any]]]:
     return shown
 
 
-def _unreadable(audit: Audit, images: Images) -> Iterator[str]:
+def _unreadable(audit: Audit, images: Thumbnails) -> Iterator[str]:
     for at, reason in sorted(audit.unreadable.items())[: 5 * audit.limit_pictures]:
         place = images.place(at)
         yield f"{place['name']} ({place['shard']}, row {place['row']}): {reason}"
 
 
-def _image(at: int, images: Images, more: str = "") -> dict[str, Any]:
+def _image(at: int, images: Thumbnails, more: str = "") -> dict[str, Any]:
     place = images.place(at)
     words = (place["class"] or "no class", place["name"], f"{place['shard']}, row {place['row']}", more)
     return {"source": data_uri(images.thumbnail(at), "jpeg"), "words": [word for word in words if word]}

@@ -11,8 +11,8 @@ import numpy as np
 
 from clae_dist.files import write_atomically
 from data_prep.audit.find import Audit
-from data_prep.audit.overlap import KINDS, MAX_PAIRS, Pair
-from data_prep.audit.thumbnails import Images
+from data_prep.audit.overlap import KINDS, MAX_PAIRS, SamplePair
+from data_prep.audit.thumbnails import Thumbnails
 
 FORMAT = "clae-dist audit 1"
 _SHOWN = 8  # class names in a line
@@ -89,7 +89,7 @@ def counted(found: dict[str, int]) -> str:
     return ", ".join(f"{count} {how}" for count, how in parts if count)
 
 
-def as_json(audit: Audit, images: Images) -> dict[str, Any]:
+def as_json(audit: Audit, images: Thumbnails) -> dict[str, Any]:
     """The audit for scripts. Counts of "near" hold those of "pixels", and these those of "file"."""
     parts = [{"set": part.set_name, "split": part.split} for part in audit.parts]
     return {
@@ -110,12 +110,12 @@ def as_json(audit: Audit, images: Images) -> dict[str, Any]:
     }
 
 
-def _pair(pair: Pair, images: Images) -> dict[str, Any]:
+def _pair(pair: SamplePair, images: Thumbnails) -> dict[str, Any]:
     how = {"kind": pair.kind, "bits": pair.bits, "mirrored": pair.mirrored}
     return {**how, "first": images.place(pair.first), "second": images.place(pair.second)}
 
 
-def write_list(path: Path, audit: Audit, images: Images) -> int:
+def write_list(path: Path, audit: Audit, images: Thumbnails) -> int:
     """One JSON object a line for every image with a copy, a conflict or broken bytes. Returns the number of lines."""
     any_copy = audit.copies["near"].any(axis=1) | audit.conflicts["near"]
     any_copy[list(audit.unreadable)] = True
@@ -124,7 +124,7 @@ def write_list(path: Path, audit: Audit, images: Images) -> int:
     return len(listed)
 
 
-def _lines(listed: list[int], audit: Audit, images: Images) -> Iterator[str]:
+def _lines(listed: list[int], audit: Audit, images: Thumbnails) -> Iterator[str]:
     for at in listed:
         line = images.place(at)
         if at in audit.unreadable:

@@ -18,7 +18,7 @@ _SIDE = 160  # pixels of a thumbnail's long side
 _OPEN_SHARDS = 64
 
 
-class Images:
+class Thumbnails:
     """The images of an audit by their position in its table. Opens shards when they are asked for."""
 
     def __init__(self, audit: Audit) -> None:

@@ -17,7 +17,7 @@ from clae_dist.objectives import names
 from clae_dist.world import World
 from tests.ranks import RankPool
 
-TINY = gather.Settings(world_sizes=(2,), images=4, dim=8, repeats=2, message_bytes=(64, 1024, 4096), with_peers=False)
+TINY = gather.GatherBench(world_sizes=(2,), images=4, dim=8, repeats=2, message_bytes=(64, 1024, 4096), with_peers=False)
 
 
 def test_bytes_of_each_collective() -> None:
@@ -98,7 +98,7 @@ def test_the_command_on_processes_of_its_own(monkeypatch: pytest.MonkeyPatch, ca
 
 @pytest.mark.slow
 def test_bytes_beside_the_peers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "QUICK", gather.Settings(world_sizes=(2,), repeats=2, message_bytes=(4096, 65536)))
+    monkeypatch.setattr(gather, "QUICK", gather.GatherBench(world_sizes=(2,), repeats=2, message_bytes=(4096, 65536)))
     assert cli.main(["bench", "gather", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     ratios: dict[str, float] = {}

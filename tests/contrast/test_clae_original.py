@@ -11,7 +11,7 @@ import torch
 from clae_dist.config import Batch, Data, Train
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
-from clae_dist.data.loader import Batch as ViewBatch
+from clae_dist.data.loader import LoadedBatch as ViewBatch
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.recipe import resolve
 from clae_dist.training.clock import Clock

@@ -21,7 +21,7 @@ from clae_dist.data import decode, loader
 from clae_dist.data.augment import augment
 from clae_dist.data.decode import as_tensor, torchvision_decoder
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.loader import Batch as Views
+from clae_dist.data.loader import LoadedBatch as Views
 from clae_dist.data.loader import load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards

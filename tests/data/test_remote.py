@@ -22,7 +22,7 @@ import torch
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data import fetch as fetching
 from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.loader import Batch as Views
+from clae_dist.data.loader import LoadedBatch as Views
 from clae_dist.data.loader import load
 from clae_dist.data.manifest import Manifest, content_digest, load_manifest
 from clae_dist.data.order import Order

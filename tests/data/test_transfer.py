@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from clae_dist.data.loader import Batch
+from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.transfer import SideStream, Transfer
 from clae_dist.errors import DataError
 
 
-def batch(number: int) -> Batch:
+def batch(number: int) -> LoadedBatch:
     views = torch.full((2, 4, 3, 8, 8), number, dtype=torch.uint8)
-    return Batch(
+    return LoadedBatch(
         views, torch.zeros(2, 4, 10), torch.full((4,), number), torch.zeros(4, dtype=torch.int64), {f"bad {number}": "x"}
     )
 
@@ -26,15 +26,15 @@ class Recording:
     def __init__(self, events: list[Any]) -> None:
         self.events = events
 
-    def start(self, batch: Batch) -> Batch:
+    def start(self, batch: LoadedBatch) -> LoadedBatch:
         self.events.append(f"start {batch.ids[0]}")
         return batch
 
-    def hand_over(self, batch: Batch) -> None:
+    def hand_over(self, batch: LoadedBatch) -> None:
         self.events.append(f"use {batch.ids[0]}")
 
 
-def loader(events: list[Any], count: int, error: Exception | None = None) -> Iterator[Batch]:
+def loader(events: list[Any], count: int, error: Exception | None = None) -> Iterator[LoadedBatch]:
     for number in range(count):
         events.append(f"load {number}")
         yield batch(number)

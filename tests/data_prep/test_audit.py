@@ -20,7 +20,7 @@ from data_prep.audit.find import Audit, audit
 from data_prep.audit.report import write_report
 from data_prep.audit.scan import stored_mode
 from data_prep.audit.summary import as_json, describe
-from data_prep.audit.thumbnails import Images
+from data_prep.audit.thumbnails import Thumbnails
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -101,7 +101,7 @@ def test_planted_leaks_are_found_and_named(unlike: Path, leaky: Path) -> None:
     assert found.overlaps["near"][a_train, b_test] == 6
     line = "LEAKAGE  6 images of b's test split are in a's train split: 1 the same file, 1 the same pixels, 4 nearly."
     assert line in describe(found)
-    places = {Images(found).place(pair.second)["name"]: pair for pair in found.pairs}
+    places = {Thumbnails(found).place(pair.second)["name"]: pair for pair in found.pairs}
     assert {Path(name).stem for name in places} == {"file", "pixels", *(name.replace(" ", "_") for name in COPIES)}
     assert places["cat/mirrored.jpg"].mirrored
     assert not places["cat/squeezed.jpg"].mirrored
@@ -235,7 +235,7 @@ def test_the_report_is_whole_and_loads_nothing(tmp_path: Path, unlike: Path, lea
         "pixels": 2,
         "near": 6,
     }
-    assert facts == json.loads(json.dumps(as_json(found, Images(found))))
+    assert facts == json.loads(json.dumps(as_json(found, Thumbnails(found))))
     lines = [json.loads(line) for line in (tmp_path / "report" / "images.jsonl").read_text().splitlines()]
     leaked = [line for line in lines if line["set"] == "b"]
     assert len(leaked) == 7

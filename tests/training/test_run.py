@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from clae_dist.config import Batch, Checkpointing, Config, Model, Optim, Train
-from clae_dist.data.loader import Batch as ViewBatch
+from clae_dist.data.loader import LoadedBatch as ViewBatch
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import CheckpointError, ConfigError, DataError, RankError

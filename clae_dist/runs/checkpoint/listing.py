@@ -36,14 +36,14 @@ class Line:
     problem: str = ""
 
 
-def list_checkpoints(run_dir: Path, verify: bool) -> list[Line]:
+def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Line]:
     """The checkpoints of a run, newest first; `verify` reads every byte. Raises ConfigError without a run folder."""
     folder = RunFolder(run_dir)
     folder.require()
-    return [_line(path, verify) for path in folder.find_checkpoints()]
+    return [_line(path, verify=verify) for path in folder.find_checkpoints()]
 
 
-def _line(path: Path, verify: bool) -> Line:
+def _line(path: Path, *, verify: bool) -> Line:
     line = Line(step_of(path), str(path))
     try:
         checkpoint = Checkpoint(path)
@@ -64,9 +64,9 @@ def _line(path: Path, verify: bool) -> Line:
     return line
 
 
-def say_checkpoints(run_dir: Path, verify: bool, as_json: bool, say: Say) -> int:
+def say_checkpoints(run_dir: Path, *, verify: bool, as_json: bool, say: Say) -> int:
     """Print the list as a table or one JSON array; returns 1 if one is damaged, else 0."""
-    lines = list_checkpoints(run_dir, verify)
+    lines = list_checkpoints(run_dir, verify=verify)
     if as_json:
         say(json.dumps([dataclasses.asdict(line) for line in lines], indent=1))
     else:
