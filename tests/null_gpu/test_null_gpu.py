@@ -94,7 +94,7 @@ def test_one_gpu_trains_and_resumes(one: Trained, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["zero-0", "zero-1", "zero-2"])
 def test_deepspeed_needs_two_gpus(one: Trained, backend: str) -> None:
     (ending,) = one.ranks[0]["runs"][backend]["endings"]
-    assert "this run has one process" in ending
+    assert "this run has a single rank" in ending
 
 
 @pytest.mark.slow
