@@ -54,6 +54,7 @@ def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> 
 
 def _serve(command: str, descriptors: Sequence[int]) -> NoReturn:
     try:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # whatever replaced them may write to what is closed here
         for opened in os.listdir("/proc/self/fd"):  # as in a new interpreter; above all the pipe that tells of the rank's end
             if int(opened) > 2 and int(opened) not in descriptors:
                 os.closerange(int(opened), int(opened) + 1)  # ignores the one of the listing, which is closed

@@ -17,6 +17,7 @@ from clae_dist.escape import shown_lines
 from clae_dist.launchers.environment import check_interface
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
+from clae_dist.lifetime import owns_process
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import storage_error
@@ -96,8 +97,9 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> End
     try:
         if size > 1:
             check_interface()
-        if config.launch.launcher != "ray" and num_workers(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-            fork_server_from_here()  # Ray's workers have threads
+        workers = num_workers(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if workers and owns_process() and config.launch.launcher != "ray":  # Ray's workers have threads
+            fork_server_from_here()
         with connect(config.guard.timeout_s, config.launch.device) as world:
             return _train(recipe, world, Console(config, also), debug=debug)
     except ConfigError as error:  # of all ranks, before they communicate

@@ -13,7 +13,12 @@ from multiprocessing import forkserver as implementation
 import psutil
 import pytest
 
+from clae_dist.config import Config, Data
 from clae_dist.data.server import fork_server_from_here
+from clae_dist.errors import ConfigError
+from clae_dist.launchers import rank
+from clae_dist.lifetime import owns_process
+from clae_dist.recipe import Recipe
 
 _RANK = """
 import os, sys, threading
@@ -75,3 +80,20 @@ def test_a_process_with_threads_is_not_forked(monkeypatch: pytest.MonkeyPatch) -
     finally:
         end.set()
         thread.join()
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_callers_process_is_not_forked(monkeypatch: pytest.MonkeyPatch, owned: bool) -> None:
+    """A copy of a notebook or of pytest would hold locks of its threads and write to its redirected streams."""
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("enough")
+
+    forks: list[bool] = []
+    monkeypatch.setattr(rank, "fork_server_from_here", lambda: forks.append(True))
+    monkeypatch.setattr(rank, "owns_process", lambda: owned)
+    monkeypatch.setattr(rank, "connect", refuse)
+    config = Config(data=Data(shards="/none", workers=1))
+    assert rank.run_rank(Recipe(config, {}), None).message == "enough"
+    assert forks == [True] * owned
+    assert not owns_process()

@@ -95,7 +95,7 @@ def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     ("name", "says"),
     [
         ("env.sh", 'source "$(./launch/env.sh | tail -1)/bin/activate"'),
-        ("test.sh", "what follows goes to pytest"),
+        ("test.sh", "arguments are passed to pytest"),
         ("hosts.sh", "See their --help."),
         ("torchrun.sh", "usage:"),
         ("ray-cluster.sh", "usage:"),
