@@ -16,18 +16,6 @@ from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 1  # exit code of a process whose parent had died before
-_owns_process = False
-
-
-def own_process() -> None:
-    """Note that this process runs clae and nothing else: no computation of a caller, no test, precedes a run in it."""
-    global _owns_process
-    _owns_process = True
-
-
-def owns_process() -> bool:
-    """True after `own_process`."""
-    return _owns_process
 
 
 def end_with_parent(parent: int) -> None:
@@ -54,7 +42,6 @@ def begin_forked_process() -> None:
 
     from clae_dist.fork_server import PID  # imported by the server; imported here it would tie this process to its parent
 
-    own_process()
     end_with_parent(PID)
     owner = parent_process()
     if owner is not None and not owner.is_alive():  # it died before its server had asked the kernel

@@ -99,10 +99,13 @@ def _row(case: str, what: str, starts: list[_Start]) -> Row:
 
 def _write_images(folder: Path, settings: StartBench) -> None:
     write_synthetic_set(folder / "shards", settings.batch * settings.steps, settings.image_size, num_shards=4)
+    pictures = folder / "images" / "one"  # a class
+    pictures.mkdir(parents=True)
     for shard in (folder / "shards").glob("train-*.tar"):
         with tarfile.open(shard) as tar:
-            images = [member for member in tar if member.name.endswith(".jpg")]
-            tar.extractall(folder / "images" / "one", images, filter="data")
+            for member in tar:
+                if member.name.endswith(".jpg") and (file := tar.extractfile(member)) is not None:
+                    (pictures / Path(member.name).name).write_bytes(file.read())
     (folder / "recipe.yaml").write_text(_RECIPE)
 
 

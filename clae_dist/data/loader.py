@@ -6,8 +6,10 @@ number of loader processes, and resuming means starting at another step.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import NamedTuple, TypeVar
 
@@ -24,7 +26,6 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
-from clae_dist.data.server import forkserver
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.errors import DataError
@@ -98,6 +99,13 @@ def num_workers(config: Config, local_size: int) -> int:
     if config.data.workers >= 0:
         return config.data.workers
     return loader_processes(local_size)
+
+
+def forkserver() -> BaseContext:
+    """The context of the fork server, which has no threads of gloo or torch (forking those may deadlock)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.data.preload"])
+    return context
 
 
 def start_loader_process(worker: int = 0) -> None:

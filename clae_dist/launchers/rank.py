@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from clae_dist.config import Config
-from clae_dist.data.loader import num_workers
-from clae_dist.data.server import fork_server_from_here
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import OK, STOPPED, STORAGE, UNEXPECTED, ClaeError, ConfigError, restarts
 from clae_dist.escape import shown_lines
 from clae_dist.launchers.environment import check_interface
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
-from clae_dist.lifetime import owns_process
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import storage_error
@@ -97,9 +94,6 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> End
     try:
         if size > 1:
             check_interface()
-        workers = num_workers(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if workers and owns_process() and config.launch.launcher != "ray":  # Ray's workers have threads
-            fork_server_from_here()
         with connect(config.guard.timeout_s, config.launch.device) as world:
             return _train(recipe, world, Console(config, also), debug=debug)
     except ConfigError as error:  # of all ranks, before they communicate

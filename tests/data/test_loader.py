@@ -70,7 +70,7 @@ def test_batches_come_on_after_a_schedulers_sigterm(manifest: Manifest) -> None:
     config = Config(data=Data(image_size=16, streams=4, shuffle_shards=2, workers=1), batch=Batch(global_size=8))
     arriving = load(manifest, config, World.single("cpu"), 0, STEPS)
     found = [next(arriving)]
-    (server,) = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    (server,) = [child for child in psutil.Process().children() if "clae_dist.data.preload" in " ".join(child.cmdline())]
     try:
         assert server.children()
         for process in (server, *server.children()):
