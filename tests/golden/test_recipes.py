@@ -30,7 +30,7 @@ def lines(config: Config, without: Config | None = None) -> str:
 
 
 def golden() -> dict[Path, str]:
-    """What each golden file should hold."""
+    """The contents that each golden file is expected to have."""
     recipes = {HERE / recipe: lines(resolve(ROOT / "configs" / recipe)[0], Config()) for recipe in RECIPES}
     return {DEFAULTS: lines(Config()), **recipes}
 
