@@ -10,9 +10,13 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
 
 _PR_SET_PDEATHSIG = 1
 ORPHANED = 1  # exit code of a process whose parent had died before
@@ -31,6 +35,29 @@ def end_with_parent(parent: int) -> None:
         os._exit(ORPHANED)
 
 
+def fork_server(preload: str) -> ForkServerContext:
+    """The context of a fork server of this process that has imported `preload`; multiprocessing itself knows one server, with
+    the imports of its first user. One with other imports ends with the processes that it has forked."""
+    from multiprocessing import forkserver, get_context
+
+    modules = ["clae_dist.fork_server", preload]
+    server: Any = forkserver._forkserver
+    if server._preload_modules != modules:
+        if server._forkserver_pid is not None:  # else its entry in the table of processes would stay
+            threading.Thread(target=os.waitpid, args=(server._forkserver_pid, 0), daemon=True).start()
+        _let_go(server)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
+
+
+def _let_go(server: Any) -> None:
+    """The process that needs a fork server next starts its own."""
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+    server.__init__()
+
+
 def begin_forked_process() -> None:
     """Tie a child of a fork server to the process that asked for it, in whatever way that one dies.
 
@@ -46,10 +73,7 @@ def begin_forked_process() -> None:
     owner = parent_process()
     if owner is not None and not owner.is_alive():  # it died before its server had asked the kernel
         os._exit(ORPHANED)
-    server: Any = forkserver._forkserver
-    if server._forkserver_alive_fd is not None:
-        os.close(server._forkserver_alive_fd)
-    server.__init__()
+    _let_go(forkserver._forkserver)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
 

@@ -6,7 +6,6 @@ number of loader processes, and resuming means starting at another step.
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
@@ -29,7 +28,7 @@ from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.errors import DataError
-from clae_dist.lifetime import begin_forked_process
+from clae_dist.lifetime import begin_forked_process, fork_server
 from clae_dist.world import World
 
 Item = TypeVar("Item")
@@ -103,9 +102,7 @@ def num_workers(config: Config, local_size: int) -> int:
 
 def forkserver() -> BaseContext:
     """The context of the fork server, which has no threads of gloo or torch (forking those may deadlock)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.data.preload"])
-    return context
+    return fork_server("clae_dist.data.preload")
 
 
 def start_loader_process(worker: int = 0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from clae_dist.escape import say
 from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
-from clae_dist.lifetime import begin_forked_process
+from clae_dist.lifetime import begin_forked_process, fork_server
 from clae_dist.recipe import Recipe
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
@@ -78,14 +77,13 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
     """
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = loopback_store()
-    context = multiprocessing.get_context("forkserver")
+    context = _fork_server()
     ranks: list[_Rank] = []
     asked = context.Value("i", 0, lock=False)
     request = _Request(ranks, asked)
     # Ranks ignore the terminal's Ctrl-C: one request is handed on, by this process, once.
     before = {number: signal.signal(number, request.on_signal) for number in STOP_SIGNALS}
     try:
-        _start_fork_server(context)
         for rank in range(workers):
             ours, theirs = context.Pipe(duplex=False)
             spot = _Spot(rank, workers, store.port, dict(os.environ))
@@ -106,18 +104,19 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
             signal.signal(number, handler)
 
 
-def _start_fork_server(context: ForkServerContext) -> None:
+def _fork_server() -> ForkServerContext:
     """Start the process that ranks are forked from, unless it runs already.
 
     Signals to a whole terminal or job stay pending there: only the ranks act on them, once they have started.
     """
-    context.set_forkserver_preload(["clae_dist.fork_server", "clae_dist.launchers.preload"])
+    context = fork_server("clae_dist.launchers.preload")
     resource_tracker.ensure_running()  # which unblocks signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 class _Request:

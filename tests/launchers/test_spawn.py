@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+from torch.utils.data import DataLoader
 
+from clae_dist.data.loader import forkserver
 from clae_dist.errors import FAILED, OK
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending
@@ -89,3 +92,26 @@ def _signals_the_server() -> Ending:
 
 def test_a_signal_to_the_whole_job_ends_no_fork_server() -> None:
     assert spawn(1, _signals_the_server) == Ending(OK, "[] True")
+
+
+def _server() -> Ending:
+    return Ending(OK, psutil.Process(os.getppid()).cmdline()[-1])
+
+
+def _servers() -> str:
+    """The command lines of this process's fork servers that run."""
+    running = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    return " ".join(word for one in running for word in one.cmdline())
+
+
+def test_ranks_and_loaders_have_servers_of_their_own_in_one_process() -> None:
+    """A program that embeds images and then trains: multiprocessing keeps one server, with the imports of its first user."""
+    assert "clae_dist.launchers.preload" in spawn(1, _server).message
+    numbers = DataLoader(range(2), num_workers=1, batch_size=None, multiprocessing_context=forkserver())  # type: ignore[arg-type, var-annotated]
+    under_way = iter(numbers)
+    assert "clae_dist.launchers.preload" in spawn(1, _server).message
+    assert list(under_way) == [0, 1]
+    assert "clae_dist.launchers.preload" in _servers()
+    numbers = DataLoader(range(2), num_workers=1, batch_size=None, multiprocessing_context=forkserver())  # type: ignore[arg-type, var-annotated]
+    assert list(numbers) == [0, 1]
+    assert "clae_dist.data.preload" in _servers()
