@@ -64,7 +64,7 @@ def _run(size: int, case: LossCase) -> tuple[str, list[Measured]]:
 
 
 def _rank(case: LossCase) -> Ending:
-    with connect(device="cpu") as world:
+    with connect(device="cpu", group_of_one=True) as world:
         torch.set_num_threads(1)
         try:
             with warnings.catch_warnings():
@@ -131,20 +131,6 @@ def build(case: LossCase, world: World) -> Loss:
 
 def measure(case: LossCase, world: World) -> tuple[str, list[Measured]]:
     """(dtype of the loss's value, what each rank has measured). Collective."""
-    alone = not dist.is_initialized()
-    if alone:  # the loss asks torch.distributed all the same
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        dtype, measured = _measure(case, world)
-        everyone: list[Any] = [None] * world.size
-        dist.all_gather_object(everyone, measured)
-        return dtype, everyone
-    finally:
-        if alone:
-            dist.destroy_process_group()
-
-
-def _measure(case: LossCase, world: World) -> tuple[str, Measured]:
     loss, x_2BD = build(case, world), own_rows(case, world)
     rows = x_2BD.clone().requires_grad_()
     value = loss(rows)
@@ -153,8 +139,10 @@ def _measure(case: LossCase, world: World) -> tuple[str, Measured]:
     gradient = torch.zeros_like(x_2BD) if rows.grad is None else rows.grad
     dtype = str(value.dtype).removeprefix("torch.")
     step = _STEPS.get(dtype, _COARSE_STEP)
-    own, everyone = _through_collectives(loss, x_2BD, world, step)
-    return dtype, Measured(value.detach(), gradient, own, everyone, _with_constant_rows(loss, x_2BD, step))
+    own, total = _through_collectives(loss, x_2BD, world, step)
+    measured: list[Any] = [None] * world.size
+    dist.all_gather_object(measured, Measured(value.detach(), gradient, own, total, _with_constant_rows(loss, x_2BD, step)))
+    return dtype, measured
 
 
 def own_rows(case: LossCase, world: World) -> torch.Tensor:
