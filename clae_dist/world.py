@@ -141,7 +141,8 @@ def connect(timeout_s: float = 600.0, device: Request = "auto", *, group_of_one:
 
     Joins the process group that the launcher already started (Ray), or starts one and ends it (torchrun, local).
     Without WORLD_SIZE it is a world of this process alone, as it is with WORLD_SIZE 1: without a process group unless
-    `group_of_one` asks for one, for code that calls torch.distributed itself. NCCL carries GPU tensors, gloo the CPU's. `device` is launch.device.
+    `group_of_one` asks for one, for code that calls torch.distributed itself.
+    NCCL carries GPU tensors, gloo the CPU's. `device` is launch.device.
     Raises ConfigError on all ranks alike where they cannot have a GPU each (devices.py).
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
