@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from clae_dist.cli import main
@@ -23,7 +24,8 @@ pytest_plugins = ["clae_dist.testing"]
 
 def on_ranks(world: World, case: LossCase) -> tuple[str, list[Measured]]:
     whole = distributed_c10d._get_default_group()
-    distributed_c10d._update_default_pg(world.group)  # a loss knows no other group
+    group = world.group or dist.new_group([0], use_local_synchronization=True)
+    distributed_c10d._update_default_pg(group)  # a loss knows no other group
     try:
         return measure(case, world)
     finally:
