@@ -21,6 +21,15 @@ class Model(Section, prefix="model"):
         help="Initialisation. library: as timm, torchvision and small_resnet do it; torch: torch's defaults for every "
         "convolution and linear layer.",
     )
+    init: str = setting(
+        "",
+        zero="as model.initial_weights says",
+        help="Start of the encoder from elsewhere: pretrained (published weights of model.encoder), timm/NAME, "
+        "torchvision/NAME, a .safetensors file, an exported encoder, or a run. The projector starts anew.",
+    )
+    init_missing: Literal["error", "random"] = setting(
+        "error", used_by="model.init", help="Tensors of the encoder that model.init lacks or has in another shape."
+    )
     projector: Literal["mlp", "linear"] = setting(
         "mlp", help="Layers from the features to the embeddings. mlp: Linear-ReLU-Linear; linear: one linear layer."
     )

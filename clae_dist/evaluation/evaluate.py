@@ -30,6 +30,7 @@ from clae_dist.models import PretrainModel, build_model
 from clae_dist.progress import Progress
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.initial import load_initial
 from clae_dist.runs.trust import NOTHING, Permission, open_run
 
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # in the report
@@ -75,7 +76,9 @@ def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
         "neighbours": [],
     }
     if config.data.test_split in manifest.splits:
-        result.update(_compare(config, build_model(config), trained, manifest, device, say))
+        untrained = build_model(config)
+        load_initial(config.model, run_dir, untrained.encoder)
+        result.update(_compare(config, untrained, trained, manifest, device, say))
     else:
         say(f"{manifest.where} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
     result["wall_s"] = round(time.perf_counter() - started, 2)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -200,6 +200,21 @@ def single_route_state(state: dict[str, torch.Tensor], route: Route = "clean") -
             continue
         plain[".".join(part for part in parts if part != route)] = value
     return plain
+
+
+def load_every_route(encoder: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load weights with the names of the encoder without routes, in every route alike; tensors that `weights` lacks stay.
+
+    Raises RuntimeError for a tensor of another shape.
+    """
+    routed = [name + "." for name, module in encoder.named_modules() if isinstance(module, RoutedNorm)]
+
+    def plain(key: str) -> str:
+        prefix = next((name for name in routed if key.startswith(name)), None)
+        return key if prefix is None else prefix + key.removeprefix(prefix).partition(".")[2]
+
+    state = {key: weights[plain(key)] for key in encoder.state_dict() if plain(key) in weights}
+    encoder.load_state_dict(state, strict=False)
 
 
 def statistics(module: nn.Module) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,13 @@ def check_run_folder(config: Config, manifest: Manifest | None) -> Identity | No
 _OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to resume that one."
 
 
-def open_run_folder(recipe: Recipe, manifest: Manifest, world: World, run_key: str) -> Identity:
+def open_run_folder(
+    recipe: Recipe, manifest: Manifest, world: World, run_key: str, initial: Mapping[str, str] | None = None
+) -> Identity:
     """Create the run folder, or check that it belongs to this run; write config.yaml and run.json. Called on one rank.
+
+    Args:
+        initial: source and digest of the weights that a new run starts from.
 
     Raises: ConfigError if the folder belongs to another configuration or other images, StorageError if it cannot be written.
     """
@@ -99,6 +104,7 @@ def open_run_folder(recipe: Recipe, manifest: Manifest, world: World, run_key: s
             run_key=run_key,
             started=time.time(),
             plugins=source_digests((config.method.name, config.objective.name)),
+            initial=dict(initial or {}),
         )
     make_folder(folder.path)
     current: dict[str, Any] = {

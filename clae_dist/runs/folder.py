@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from clae_dist.config import Config
 from clae_dist.errors import ConfigError
@@ -21,10 +22,11 @@ EVALUATION_FILE = "evaluation.json"
 SUMMARY_FILE = "summary.json"
 BAD_SAMPLES_FILE = "bad-samples.jsonl"
 TRAINING_LEASE, EVALUATION_LEASE = "training.lease", "evaluation.lease"
-CHECKPOINTS, EXPORT, HANG, NONFINITE, RAY, REPORT = "checkpoints", "export", "hang", "nonfinite", "ray", "report"
+CHECKPOINTS, EXPORT, HANG, INITIAL = "checkpoints", "export", "hang", "initial"
+NONFINITE, RAY, REPORT = "nonfinite", "ray", "report"
 REPORT_PAGE = "report.html"
 
-FOLDERS = frozenset((CHECKPOINTS, EXPORT, HANG, NONFINITE, RAY, REPORT))
+FOLDERS = frozenset((CHECKPOINTS, EXPORT, HANG, INITIAL, NONFINITE, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
     | {BAD_SAMPLES_FILE, TRAINING_LEASE, EVALUATION_LEASE}
@@ -47,6 +49,7 @@ class Identity:
     run_key: str
     started: float  # seconds since 1970, of the first start
     plugins: dict[str, str] = field(default_factory=dict)  # sha256 of the source of each method or objective from outside
+    initial: dict[str, str] = field(default_factory=dict)  # source and digest of the weights of model.init
 
     @property
     def tags(self) -> dict[str, str]:
@@ -55,7 +58,12 @@ class Identity:
             "package_version": self.package_version,
             "git_revision": self.git_revision,
             "manifest_digest": self.manifest_digest,
+            **{f"initial_weights_{name}": value for name, value in self.initial.items()},
         }
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and is_list_of(is_text)(list(value.values()))
 
 
 _FIELDS: dict[str, Check] = {
@@ -63,7 +71,9 @@ _FIELDS: dict[str, Check] = {
     "run_key": lambda value: isinstance(value, str) and value.isalnum() and value.isascii(),
     "world_size": lambda value: is_count(value) and value > 0,
     "started": lambda value: is_number(value) and 0 <= value < 1e11,
-    "plugins": lambda value: isinstance(value, dict) and is_list_of(is_text)(list(value.values())),
+    **dict.fromkeys(
+        ("plugins", "initial"), lambda value: isinstance(value, dict) and is_list_of(is_text)(list(value.values()))
+    ),
 }
 
 
@@ -132,6 +142,20 @@ class RunFolder:
         return self.path / EXPORT
 
     @property
+    def initial(self) -> Path:
+        """The weights that model.init named when the run began."""
+        return self.path / INITIAL
+
+    @property
+    def initial_weights(self) -> Path:
+        return self.initial / "encoder.safetensors"
+
+    @property
+    def initial_file(self) -> Path:
+        """Their source, their digest, and the names of the tensors that were loaded and that were not."""
+        return self.initial / "initial.json"
+
+    @property
     def hang(self) -> Path:
         """Stack traces of the newest hang, written by the watchdogs of the ranks."""
         return self.path / HANG
@@ -187,7 +211,7 @@ class RunFolder:
         """The content of run.json. Raises ConfigError if it is missing or damaged."""
         try:
             content = read_object(self.identity_file, 1 << 20)
-            content.setdefault("plugins", {})  # runs of older versions have none
+            content = {"plugins": {}, "initial": {}} | content  # runs of older versions have none
             expect(content, _FIELDS)
         except MissingError:
             raise ConfigError(f"RUN is {str(self.path)!r}, which holds no {IDENTITY_FILE}; name the folder of a run.") from None

@@ -17,15 +17,17 @@ from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
+from clae_dist.deploy.initial import resolve
 from clae_dist.errors import ConfigError, DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
-from clae_dist.runs.claim import only_run, open_run_folder
-from clae_dist.runs.folder import Identity
+from clae_dist.runs.claim import check_run_folder, only_run, open_run_folder
+from clae_dist.runs.folder import Identity, RunFolder
 from clae_dist.runs.goodput import Kind, Ledger
+from clae_dist.runs.initial import load_initial
 from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, check_tracking, continue_tracking, new_run_key
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.bad_samples import BadSamples
@@ -86,11 +88,19 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
 
     def open_folder() -> Identity:
         check_tracking(config, config.folder)
-        return open_run_folder(recipe, sets.train, world, new_run_key())
+        folder = RunFolder(config.folder)
+        check_run_folder(config, sets.train)
+        initial = resolve(config) if config.model.init and not folder.initial_file.exists() else None
+        identity = open_run_folder(recipe, sets.train, world, new_run_key(), initial.record if initial else None)
+        if initial:
+            initial.write(folder)
+            say(f"model.init: {initial.source}: {initial.match.describe()}; digest {initial.digest[:12]}")
+        return identity
 
     identity: Identity = world.run_on_main(open_folder)
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
+    load_initial(config.model, config.folder, model.encoder)
     shapes = shapes_of(model)
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
