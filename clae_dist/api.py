@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     origins = {key: "default" if value == defaults[key] else "Python" for key, value in flatten(config).items()}
     recipe = with_tracking_server(Recipe(config, origins))
     check_credentials(recipe)
-    with _quiet(quiet), main_module_hidden():
+    with _quiet() if quiet else nullcontext(), main_module_hidden():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             claim(recipe.config, trust=trust)
         ending = start(recipe)
@@ -85,17 +85,18 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Context in which ranks print only errors."""
     from clae_dist.launchers.terminal import QUIET
 
     before = os.environ.get(QUIET)
-    if quiet:
-        os.environ[QUIET] = "1"  # inherited by the ranks
+    os.environ[QUIET] = "1"  # inherited by the ranks
     try:
         yield
     finally:
-        os.environ.pop(QUIET, None)
-        if before is not None:
+        if before is None:
+            del os.environ[QUIET]
+        else:
             os.environ[QUIET] = before
 
 

@@ -65,14 +65,6 @@ def _float(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> float:
     return float(text.replace(".", "", 1) if text.lstrip("+-") in (".inf", ".nan") else text)
 
 
-def _text(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> str:
-    return str(node.value)
-
-
-def _list(loader: _CoreSafeLoader, node: yaml.SequenceNode) -> list[Any]:
-    return loader.construct_sequence(node, deep=True)
-
-
 def _mapping(loader: _CoreSafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     """Keys are texts as they were written."""
     values: dict[str, Any] = {}
@@ -97,8 +89,8 @@ for _name, _constructor in {
     "bool": lambda loader, node: node.value.lower() == "true",
     "int": _int,
     "float": _float,
-    "str": _text,
-    "seq": _list,
+    "str": lambda loader, node: str(node.value),
+    "seq": lambda loader, node: loader.construct_sequence(node, deep=True),
     "map": _mapping,
 }.items():
     _CoreSafeLoader.add_constructor(_TAG + _name, _constructor)

@@ -121,7 +121,7 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
-def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), *, may_extend: bool = True) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
     chain = (*extended_by, path.resolve())
     if path.resolve() in extended_by:
@@ -269,10 +269,6 @@ def dumped(value: Any) -> str:
     return text
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     """The resolved configuration as YAML that `read_recipe` reads back; `comments` are written behind their keys."""
     lines: list[str] = []
@@ -283,8 +279,8 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
             lines.append(f"{prefix}:")
             section = prefix
         text = dumped(list(value) if isinstance(value, tuple) else value)
-        comment = f"  # {_printable(comments[key])}" if comments and key in comments else ""
-        lines.append(f"{'  ' if dot else ''}{name}: {text}{comment}")
+        comment = "".join(letter if letter.isprintable() else "?" for letter in (comments or {}).get(key, ""))
+        lines.append(f"{'  ' if dot else ''}{name}: {text}{'  # ' if comment else ''}{comment}")
     return "\n".join(lines) + "\n"
 
 

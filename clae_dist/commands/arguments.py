@@ -30,7 +30,7 @@ def _shards(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_config(parser: Parser, optional: bool = False) -> None:
+def add_config(parser: Parser, *, optional: bool = False) -> None:
     """Add CONFIG and key=value arguments."""
     help_text = f"{_CONFIG}; optional" if optional else _CONFIG
     parser.add_argument("config", metavar="CONFIG", type=_recipe, nargs="?" if optional else None, help=help_text)

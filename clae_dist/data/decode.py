@@ -112,11 +112,8 @@ def decode_rgb(data: bytes | memoryview) -> torch.Tensor:
     if pixels is not None and upright:
         return pixels
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata
-        return _turn(pixels, _orientation(_open(data))) if pixels is not None else _pillow_rgb(data)
-
-
-def _pillow_rgb(data: bytes | memoryview) -> torch.Tensor:
-    return pixels_of(_open(data))
+        image = _open(data)
+        return pixels_of(image) if pixels is None else _turn(pixels, _orientation(image))
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -237,9 +234,8 @@ def torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
     try:
         from torchvision.io import ImageReadMode
 
-        decode = (
-            torch.ops.image.decode_jpeg
-        )  # its Python wrapper warns with every call, at a third of the time of a small image
+        # The Python wrapper of it warns with every call, which takes a third of the time of a small image.
+        decode = torch.ops.image.decode_jpeg
     except (ImportError, AttributeError):  # a torchvision without decoders: Pillow does it all
         return None
     return lambda data: decode(data, ImageReadMode.RGB.value, False)

@@ -72,7 +72,7 @@ class Order:
             shards[chosen], rows[chosen] = shard_of[inside], row_of[inside]
         return Places(np.full_like(positions, epoch), shards, rows, self._first_id[shards] + rows)
 
-    def entered(self, first: int, last: int, beginning: bool) -> Iterator[int]:
+    def entered(self, first: int, last: int, *, beginning: bool) -> Iterator[int]:
         """Shards of the blocks that samples first … last - 1 (over all epochs) enter; at a `beginning`, also of their first."""
         for epoch in range(first // self.num_samples, -(-last // self.num_samples)):
             shards, starts = self._epoch_layout(epoch)

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
 from clae_dist.errors import DataError
 from clae_dist.progress import Progress
-from clae_dist.reading import Check, ReadError, expect, is_count, is_text, open_regular, parse_object, read_bytes
+from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_text, open_regular, parse_object, read_bytes
 from clae_dist.world import World
 
 Say = Callable[[str], None]
@@ -109,7 +109,7 @@ class PlainShards:
         """The index's summary, from the cache or made now. Raises DataError for anything but a complete tar of images."""
 
         def fill(part: IO[bytes]) -> None:
-            part.write(_record_as_json(self._make_record(name, stop)))
+            part.write(json.dumps(asdict(self._make_record(name, stop))).encode())
 
         entry = f"{self._key(name)}{_RECORD}"
         with self.fetching.cache.open(entry, 0, fill) as file:
@@ -183,35 +183,25 @@ def _with_places(file: IO[bytes], classes: tuple[str, ...]) -> IO[bytes]:
     return stream
 
 
-def _record_as_json(record: ShardRecord) -> bytes:
-    dropped = {"counts": record.dropped.counts, "examples": record.dropped.examples}
-    content = {"shard": asdict(record.shard), "labels": record.labels, "unlabelled": record.unlabelled, "dropped": dropped}
-    return json.dumps(content).encode()
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
 _SHARD: dict[str, Check] = {
     **dict.fromkeys(("name", "sha256", "index_sha256"), is_text),
     **dict.fromkeys(("samples", "bytes"), is_count),
 }
 _FIELDS: dict[str, Check] = {
-    **dict.fromkeys(("shard", "dropped"), _is_object),
-    "labels": lambda value: isinstance(value, list),
+    **dict.fromkeys(("shard", "dropped"), lambda value: isinstance(value, dict)),
+    "labels": is_list_of(is_text),
     "unlabelled": is_count,
 }
 
 
 def _record_from_json(data: bytes) -> ShardRecord:
     """Raises ReadError."""
-    content, dropped = parse_object(data, surrogates=True), Dropped()
+    content = parse_object(data, surrogates=True)
     expect(content, _FIELDS)
     expect(content["shard"], _SHARD)
     try:
-        for reason, count in content["dropped"]["counts"].items():
-            dropped.add(reason, content["dropped"]["examples"][reason], count)
+        dropped = Dropped()
+        dropped.include(Dropped(**content["dropped"]))
         return ShardRecord(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
     except (KeyError, TypeError, AttributeError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
@@ -251,7 +241,7 @@ def open_plain(
         problem = ""
         share = names[first : first + size][world.rank :: world.size]
         try:
-            mine.update(together(world, partial(_indexed, files, share), waiting))
+            mine.update(together(world, partial(_index, files, share), waiting))
         except DataError as error:
             problem = str(error)
         except Exception as error:  # whatever it is, the other ranks must hear of it
@@ -281,18 +271,13 @@ def _report(records: list[ShardRecord]) -> list[str]:
     return lines
 
 
-def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, ShardRecord]]:
-    return list(_index(files, names))
-
-
-def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, ShardRecord]]:
-    """Names and records in the order of completion."""
+def _index(files: PlainShards, names: list[str]) -> list[tuple[str, ShardRecord]]:
+    """Names and records in the order of completion. Raises DataError as soon as one shard is unusable."""
     stop = threading.Event()
     with ThreadPoolExecutor(_CONNECTIONS) as threads:
         pending = {threads.submit(files.record, name, stop): name for name in names}
         try:
-            for done in as_completed(pending):
-                yield pending[done], done.result()
+            return [(pending[done], done.result()) for done in as_completed(pending)]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read ({error.strerror}); correct data.shards.") from None
         finally:

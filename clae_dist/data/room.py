@@ -157,7 +157,14 @@ class Room:
                 stat = entry.stat()
                 filling = entry.name.endswith(PART) and _is_locked(path)
                 noted = _size(_room_of(path)) if filling else 0
-                yield _Held(stat.st_mtime_ns, path, max(stat.st_size, noted), stat.st_size, not filling, noted > 0)
+                yield _Held(
+                    used_ns=stat.st_mtime_ns,
+                    path=path,
+                    num_bytes=max(stat.st_size, noted),
+                    on_disk=stat.st_size,
+                    removable=not filling,
+                    coming=noted > 0,
+                )
 
 
 class PartFile(io.BufferedRandom):

@@ -9,9 +9,8 @@ shard has a plain kind, `KEY.rgb.jpg` is one, with `KEY.rgb.cls` or `KEY.cls` as
 from __future__ import annotations
 
 import mmap
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -37,16 +36,16 @@ class Member(NamedTuple):
     size: int
 
 
+@dataclass(frozen=True)
 class Dropped:
     """Unused parts of shards: the count and one example for each reason."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count a reason; the first `example` is kept."""
-        self.counts[reason] += count
+        self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples.setdefault(reason, example)
 
     def include(self, other: Dropped) -> None:

@@ -62,7 +62,8 @@ def linear_probe(
     axes_FF = _principal_axes(x_NF)
     x_NF, test_NF = x_NF @ axes_FF, test_NF @ axes_FF
     y_N = train.labels_N.to(device)
-    blank = _blank_head(x_NF, 1 + int(max(train.labels_N.max(), test.labels_N.max())))
+    num_classes = 1 + int(max(train.labels_N.max(), test.labels_N.max()))
+    blank = _Head(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
     held_out_accuracy = None
     if not penalty:
         penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, blank, iterations, seed)
@@ -83,10 +84,6 @@ def _choose_penalty(x_NF: torch.Tensor, y_N: torch.Tensor, head: _Head, iteratio
         head = _fit(x_kept, y_kept, head, penalty, iterations)
         scores.append(head.accuracy(x_held, y_held))
     return PENALTIES[scores.index(max(scores))], max(scores)
-
-
-def _blank_head(x_NF: torch.Tensor, num_classes: int) -> _Head:
-    return _Head(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
 
 
 def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:

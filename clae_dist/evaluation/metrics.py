@@ -30,7 +30,7 @@ class Curve:
     which preserves the distribution.
     """
 
-    def __init__(self, extremes: bool = True) -> None:
+    def __init__(self, *, extremes: bool = True) -> None:
         self.x, self.y = array("d"), array("d")
         self._extremes = extremes
         self._stride, self._skipped = 1, 0
