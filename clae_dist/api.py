@@ -61,7 +61,7 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     Args:
         config: from `load_config`.
         quiet: print only errors; console.log in the run folder has all lines.
-        trust: also continue in a run folder of somebody else's with links that lead out of it.
+        trust: also continue in a run folder of another user with links that lead out of it.
 
     Raises ConfigError, DataError, CheckpointError (of storage) or RankError (a rank failed or hung), all of them ClaeError.
     """
@@ -106,7 +106,7 @@ def evaluate(run: str | os.PathLike[str], *, shards: str = "", trust: bool = Fal
     Args:
         run: the folder of a run.
         shards: the images, if they are no longer where the run's config.yaml says.
-        trust: act on what the config.yaml of somebody else's run names (see `clae evaluate --help`).
+        trust: act on what the config.yaml of another user's run names (see `clae evaluate --help`).
         quiet: print nothing.
 
     Raises ConfigError without a checkpoint, DataError for unusable shards, StorageError if the result cannot be written.

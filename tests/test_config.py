@@ -106,7 +106,7 @@ def test_an_override_with_an_equals_sign_in_its_value() -> None:
         ("seed: 1\nseed: 2\n", r"seed is set twice in .*recipe\.yaml:1 and .*recipe\.yaml:2\); keep one"),
         ("batch:\n  global_size: 4\nseed: 0\nbatch:\n  global_size: 8\n", r"batch is a section twice .*:1 and .*:4"),
         ("extends: a.yaml\nextends: b.yaml\n", r"extends is set twice"),
-        ("- 1\n", r"holds no mapping"),
+        ("- 1\n", r"is not a mapping"),
         ("a: [1\n", r"is not valid YAML"),
         ("a: *b\n", r"is not valid YAML"),
         ("seed: !!python/name:os.system\n", r"seed \(.*:1\) cannot be read .*write a plain value"),
