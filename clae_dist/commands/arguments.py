@@ -12,7 +12,7 @@ _OVERRIDES = (
     "`clae config --explain` lists all"
 )
 _TRUST = (
-    "act on what the run's own config.yaml names (pipe: commands, servers, databases, links that lead out of its folder), "
+    "act on settings of the run's config.yaml (pipe: commands, servers, databases, links that lead out of its folder), "
     "although no `clae train` of yours on this machine used it"
 )
 

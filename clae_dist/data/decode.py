@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Pillow refuses images above twice its MAX_IMAGE_PIXELS by itself; more cannot be asked for.
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0) or 2**31
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright, 2 to 8: mirrored or turned
-_TRANSPOSES = {  # what sets an image upright, by its EXIF orientation
+_TRANSPOSES = {  # by EXIF orientation: the operation that sets an image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +34,7 @@ _TRANSPOSES = {  # what sets an image upright, by its EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The formats that are read. Of what else Pillow knows, some start other programs (EPS) and none holds a set's images.
+# The supported formats. Others that Pillow reads start programs (EPS) or do not hold images of data sets.
 _EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -66,14 +66,14 @@ class Inspection:
 def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
     """Decode an image completely and report a problem, if any. Never raises for bad bytes."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # what matters is whether the pixels come out
+        with warnings.catch_warnings(action="ignore"):  # only the pixels matter
             return _inspect(data, max_pixels)
     except DecodeError as error:
         return Inspection(problem=str(error))
 
 
 def upright_rgb(data: bytes, max_pixels: float = 100e6) -> Image.Image:
-    """A PIL image in RGB, by the checks of `inspect` and the rules of `decode_rgb`. Raises DecodeError."""
+    """A PIL image in RGB, with the checks of `inspect` and the rules of `decode_rgb`. Raises DecodeError."""
     with warnings.catch_warnings(action="ignore"):
         image = _open(data)
         _check_pixels(image, max_pixels)
@@ -205,7 +205,7 @@ def _decode_jpeg(data: bytes | memoryview) -> torch.Tensor | None:
         return None
     try:
         return decoder(as_tensor(data))
-    except RuntimeError:  # Pillow, asked next, decodes it or says why not
+    except RuntimeError:  # Pillow tries next, and decodes it or raises the reason
         return None
 
 

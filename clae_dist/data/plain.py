@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 _CONNECTIONS = 4
 _ROUND = 16  # shards of a rank
 _RECORD, _INDEX = ".labels.json", ".labels.npy"  # in the cache; an older version's .json and .npy knew no names
-_ONE_FOR_ALL = "empty data.cache on every node, and see that all of them read the same shards"
+_ONE_FOR_ALL = "empty data.cache on every node, and make sure that all nodes read the same shards"
 _LOST = (
     "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
     "train; `python -m data_prep index` adds a manifest to shards of this machine"
@@ -46,7 +46,7 @@ _LOST = (
 class ShardRecord:
     """The result of indexing a plain shard."""
 
-    shard: Shard  # sha256 "" for one of this machine: its bytes are not read
+    shard: Shard  # sha256 is "" for a local shard, whose bytes are not read
     labels: tuple[str, ...]  # the different ones, by name
     unlabelled: int
     dropped: Dropped
@@ -59,7 +59,7 @@ class PlainShards:
     text: str = field(repr=False)  # as the user wrote it
     sources: dict[str, str] = field(repr=False)
     fetching: Fetching
-    classes: tuple[str, ...] = field(default=(), repr=False)  # of all shards, known when they are indexed
+    classes: tuple[str, ...] = field(default=(), repr=False)  # of all shards, known after indexing
 
     @property
     def where(self) -> str:
@@ -88,25 +88,27 @@ class PlainShards:
         file.seek(0)
         if found != shard.index_sha256:
             file.close()
-            raise DataError(f"{shard.name} is another one here than where it was indexed; {_ONE_FOR_ALL}.")
+            raise DataError(f"{shard.name} has other content here than where it was indexed; {_ONE_FOR_ALL}.")
         return _with_places(file, self.classes)
 
     def other_copy(self, records: dict[str, ShardRecord]) -> str:
         """The shard of which this machine's cache has another version than the indexed one; "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
-                held = _record_from_json(read_bytes(self.fetching.cache.folder / f"{self._key(name)}{_RECORD}", 64 << 20)).shard
+                cached = _record_from_json(
+                    read_bytes(self.fetching.cache.folder / f"{self._key(name)}{_RECORD}", 64 << 20)
+                ).shard
             except ReadError:
-                continue  # absent, or damaged: then it is made again
-            if held != record.shard:
+                continue  # absent, or damaged and then made again
+            if cached != record.shard:
                 return (
-                    f"{name} is another one in {self.fetching.cache.folder} of {platform.node()} (sha256 {held.sha256!r}) "
-                    f"than where it was indexed ({record.shard.sha256!r}): it has changed since; {_ONE_FOR_ALL}."
+                    f"{name} in {self.fetching.cache.folder} of {platform.node()} has other content (sha256 {cached.sha256!r}) "
+                    f"than when it was indexed ({record.shard.sha256!r}): it has changed since; {_ONE_FOR_ALL}."
                 )
         return ""
 
     def record(self, name: str, stop: threading.Event) -> ShardRecord:
-        """The index's summary, from the cache or made now. Raises DataError for anything but a complete tar of images."""
+        """The summary of a shard's index, from the cache or made now. Raises DataError unless it is a complete tar of images."""
 
         def fill(part: IO[bytes]) -> None:
             part.write(json.dumps(asdict(self._make_record(name, stop))).encode())
@@ -209,7 +211,7 @@ def _record_from_json(data: bytes) -> ShardRecord:
 
 def _is_tar(file: IO[bytes]) -> str:
     try:
-        index_tar(file, "what came")
+        index_tar(file, "the stream")
     except DataError as error:
         return str(error).split("; ")[0]
     return ""
@@ -226,7 +228,7 @@ def open_plain(
     names = list(files.sources)
     if files.any_remote and world.is_main:
         fetching.cache.remove_leftovers()
-    now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
+    now = " now: each is fetched once, unless it is in the cache" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, ShardRecord] = {}
     indexing = Progress(len(names), name="shards", label="data: indexing, ", say=say)
@@ -235,7 +237,7 @@ def open_plain(
         progress()
         indexing.add(0)
 
-    # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
+    # In rounds, so that a rank whose shards are in the cache does not wait for the others longer than the timeout.
     size = _ROUND * world.size
     for first in range(0, len(names), size):
         problem = ""
@@ -244,12 +246,12 @@ def open_plain(
             mine.update(together(world, partial(_index, files, share), waiting))
         except DataError as error:
             problem = str(error)
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except Exception as error:  # of any type: all ranks raise it together
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
         indexing.add(min(size, len(names) - first))
     labels = {label for record in mine.values() for label in record.labels}
-    mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same ones
+    mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same labels
     parts = world.gather_objects((mine, labels))
     records = {name: record for part, _ in parts for name, record in part.items()}
     world.raise_together(DataError, files.other_copy(records) if world.local_rank == 0 else "")

@@ -203,7 +203,7 @@ def test_any_store_that_fsspec_knows(server: FaultyServer) -> None:
         with pytest.raises(DataError, match=r"in 4 tries: moody://bucket/bucket/shard\.tar\?… is away"):
             fetched("moody://bucket/shard.tar")
         Moody.failures = 0
-        with pytest.raises(DataError, match="no.tar could not be fetched from moody://bucket/no.tar: it is not there"):
+        with pytest.raises(DataError, match="no.tar could not be fetched from moody://bucket/no.tar: it does not exist"):
             fetch("moody://bucket/no.tar", io.BytesIO(), "no.tar", PATIENCE, digest_check(0, SHA256))
     finally:
         Moody.failures = 0
