@@ -83,7 +83,7 @@ def ranks_of(mark: dict[str, str]) -> list[psutil.Process]:
 
 
 def _is_for_loaders(process: psutil.Process) -> bool:
-    return "clae_dist.data.preload" in " ".join(process.cmdline())
+    return process.name() == "clae-loaders"
 
 
 CLAE = [sys.executable, "-m", "clae_dist", "train", "--launcher"]
