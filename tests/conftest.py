@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from clae_dist.data.manifest import Manifest
 from tests import budget
 from tests.ranks import RankPool
+from tests.small_run import Undisturbed, run_undisturbed, write_images, write_recipe
 
 _HERE = Path(__file__).parent
 _WHOLE_RUNS = ["test_main_job.py", "launchers", "hosts", "chaos"]
@@ -107,3 +109,21 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The images of whole runs, which no test changes."""
+    return write_images(tmp_path_factory.mktemp("images") / "shards")
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Manifest) -> Path:
+    """whole_run as a file for commands."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"), shards)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ranks: RankPool, shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """undisturbed(world_size, **settings): the folder of a whole run that nothing disturbed."""
+    return run_undisturbed(ranks, shards, tmp_path_factory.mktemp("undisturbed"))

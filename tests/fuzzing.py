@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -22,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from tests import processes
 from tests.mutations import compress, damage_header, mutate, sample_images, sample_tar
 
-ROOT = Path(__file__).parents[1]
 _IMAGES = sample_images()
 
 
@@ -33,12 +32,9 @@ def fuzz(kind: str, count: int, folder: Path, seed: int = 0, limit_s: float = 60
 
     `limit_s` is for one mutation; it takes milliseconds, but the machine may be busy.
     """
-    words = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzzing"]
-    words += [kind, str(seed), "0", str(count), str(limit_s), str(folder)]
-    print(f"{count} mutations of seed {seed}: {' '.join(words[1:])}")
-    done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
+    words = ["-X", "faulthandler", "-m", "tests.fuzzing", kind, seed, 0, count, limit_s, folder]
+    print(f"{count} mutations of seed {seed}:", *words)
+    done = processes.run(sys.executable, *words, timeout=None)
     lines = done.stdout.splitlines()
     if done.returncode != 0:
         number = next((line for line in reversed(lines) if line.isdecimal()), "?")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +13,15 @@ from PIL import Image
 import clae_dist
 from clae_dist import errors
 from clae_dist.config import Config
+from tests import processes
+from tests.processes import ROOT, Completed
 
-ROOT = Path(__file__).parents[1]
 
-
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, folder: Path) -> Completed:
     """A script without a guard around its work, run from `folder`."""
     script = folder / "script.py"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return processes.run(sys.executable, script, cwd=folder)
 
 
 def test_importing_takes_neither_torch_nor_numpy(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import pytest
 from clae_dist import lease
 from clae_dist.errors import FAILED
 from clae_dist.lease import hold, refuse_if_held
+from tests.processes import Process, started
 
-ROOT = Path(__file__).parents[1]
 HOLDS = """
 import sys
 from pathlib import Path
@@ -47,18 +47,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def holder(path: Path, machine: str = "") -> Iterator[subprocess.Popen[str]]:
+def holder(path: Path, machine: str = "") -> Iterator[Process]:
     """Another process that holds the lease; as if on another machine, if one is named."""
-    command = [sys.executable, "-c", HOLDS, str(path), machine]
-    pipe = subprocess.PIPE
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "holds\n"
-            yield process
-        finally:
-            process.kill()
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(sys.executable, "-c", HOLDS, path, machine, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        yield process
 
 
 def mine(path: Path, say: lease.Say = print) -> AbstractContextManager[None]:

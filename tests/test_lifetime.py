@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import pytest
 
 from tests import processes
 
-ROOT = Path(__file__).parents[1]
 POOL = """
 from data_prep.pool import run_tasks
 
@@ -49,18 +46,13 @@ subprocess.run([sys.executable, "-m", "clae_dist.lifetime", str(os.getpid()), *c
 def test_what_a_process_has_started_ends_with_it(script: str, started: int, tmp_path: Path) -> None:
     (tmp_path / "starts.py").write_text(script)
     mark = processes.new_mark()
-    environment = {**os.environ, **mark, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(tmp_path / "starts.py")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert [process.stdout.readline() for _ in range(started)] == ["started\n"] * started
-            children = [other for other in processes.marked(mark) if other.pid != process.pid]
-            assert children
-            if script is not PIPE:  # a shell that is stopped cannot look; the kernel kills the others
-                children[-1].send_signal(signal.SIGSTOP)
-            process.kill()
-            process.wait()
-            processes.wait_until_gone(mark)
-        finally:
-            processes.end(mark)
+    with processes.started(sys.executable, tmp_path / "starts.py", mark=mark) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(started)] == ["started\n"] * started
+        children = [other for other in processes.marked(mark) if other.pid != process.pid]
+        assert children
+        if script is not PIPE:  # a shell that is stopped cannot look; the kernel kills the others
+            children[-1].send_signal(signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        processes.wait_until_gone(mark)

@@ -6,13 +6,12 @@ Counted in modules, as seconds depend on the machine.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import processes
+
 SLOW = (
     "torch numpy scipy sklearn PIL matplotlib torchvision timm webdataset fsspec rich jinja2 shtab safetensors ray mlflow "
     "deepspeed asyncio multiprocessing ssl http.client"
@@ -30,7 +29,7 @@ print(json.dumps([code, list(sys.modules)]))
 
 def modules_of(*words: str) -> tuple[int, set[str], str]:
     """Exit code, imported modules and stderr of `clae WORDS`."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = processes.run(sys.executable, "-c", PROGRAM, *words, check=True)
     code, modules = json.loads(done.stdout.splitlines()[-1])
     return code, set(modules), done.stderr
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,24 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from tests import processes
+from tests.processes import ROOT
+
 SHARED = ROOT.parent / "shared" / "data"
 
 
 def quickstart(*arguments: str) -> str:
     """What the script says; it must end well."""
     environment = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "CLAE_DATA")}
-    done = subprocess.run(
-        [str(ROOT / "launch" / "quickstart.sh"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    with processes.started(ROOT / "launch" / "quickstart.sh", *arguments, env=environment) as process:
+        code, output = processes.finish(process, timeout_s=3000)
+    assert code == 0, output
+    return output
 
 
 @pytest.fixture
@@ -83,7 +77,7 @@ print(json.dumps({r.info.run_name: [r.info.status, sorted(r.data.metrics), r.dat
     [a.path for a in client.list_artifacts(r.info.run_id)], r.data.tags.get("manifest_digest", "")] for r in runs}))
 """
     store = f"sqlite:///{run_dir}/mlflow.db"
-    answer = subprocess.run([sys.executable, "-W", "ignore", "-c", question, store], capture_output=True, text=True, check=True)
+    answer = processes.run(sys.executable, "-W", "ignore", "-c", question, store, check=True)
     runs = json.loads(answer.stdout.splitlines()[-1])
     assert set(runs) == {"run"}
     status, metrics, batch, artifacts, digest = runs["run"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from clae_dist.config.sharing import shareable
 from clae_dist.launchers.rank import Console
 from clae_dist.recipe import to_yaml
 from clae_dist.redact import redact, redact_list, redact_text, redact_word, uri_without_secrets, without_secrets
+from tests import processes
 
-ROOT = Path(__file__).parents[1]
 URLS = [  # S3CR3T must go, keepme stays where it is
     "https://keepme:S3CR3T@host/x".replace("keepme", "me"),
     "https://S3CR3T@keepme:5000/a",
@@ -165,7 +164,7 @@ def test_the_scripts_show_none() -> None:
     words = " ".join(f"'tracking.uri={url}'" for url in urls)
     for script in ("hosts.sh", "show.sh"):
         line = f"source launch/{script}; show clae train {words} 'data.shards=pipe:curl -u me:S3CR3T h' seed=1"
-        shown = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        shown = processes.run("bash", "-c", line, check=True).stdout
         assert "S3CR3T" not in shown, [word for word in shown.split() if "S3CR3T" in word]
         assert shown.startswith("$ clae train tracking.uri=")
         assert "seed=1" in shown

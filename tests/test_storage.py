@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,19 +14,17 @@ import pytest
 from clae_dist.errors import STORAGE, exit_code
 from clae_dist.files import write_together
 from clae_dist.storage import StorageError, storage_error, writing
+from tests import processes
 from tests.failing_disks import prepare_folder
 
-ROOT = Path(__file__).parents[1]
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 def test_every_command_on_a_full_and_on_a_read_only_disk(tmp_path: Path) -> None:
-    if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
+    if processes.run(*NAMESPACE, "true").returncode:
         pytest.skip("this machine gives no mount namespace to a user")
     prepare_folder(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [*NAMESPACE, sys.executable, "-m", "tests.failing_disks", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = processes.run(*NAMESPACE, sys.executable, "-m", "tests.failing_disks", tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 22

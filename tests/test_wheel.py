@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import processes
+from tests.processes import ROOT, Completed
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +28,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True, capture_output=True, text=True)
+    processes.run(sys.executable, "-m", "pip", *arguments, check=True)
 
 
-def _run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def _run(installed: Path, folder: Path, *command: str) -> Completed:
     """`python -m …` of the installed package in `folder`."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return processes.run(sys.executable, "-m", *command, cwd=folder, env=processes.environment(PYTHONPATH=str(installed)))
 
 
 def test_holds_every_file_of_the_packages(installed: Path) -> None:
@@ -88,7 +84,6 @@ def test_trains_the_quickstart(installed: Path, tmp_path: Path) -> None:
 
 def test_holds_the_templates_of_pages(installed: Path, tmp_path: Path) -> None:
     code = "from clae_dist.page import _environment as e; [e('data_prep').get_template(n) for n in ('run.html', 'audit.html')]"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    words = [sys.executable, "-c", code]
-    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment = processes.environment(PYTHONPATH=str(installed))
+    result = processes.run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.hosts.cluster import ROOT, Hosts
+from tests.hosts.cluster import Hosts
 from tests.hosts.ray_cluster import RayCluster
+from tests.processes import ROOT, Process
 
 PATIENCE_S = 400.0  # for a run to get further, whatever happened
 NUM_HOSTS = 3
@@ -48,10 +48,10 @@ class Night:
     settings: list[str]
     recipe: Path
     draw: random.Random
-    shard_server: subprocess.Popen[bytes] | None = None
-    mlflow: Callable[[], subprocess.Popen[bytes]] | None = None
-    mlflow_server: subprocess.Popen[bytes] | None = None
-    submitted: subprocess.Popen[str] | None = None
+    shard_server: Process | None = None
+    mlflow: Callable[[], Process] | None = None
+    mlflow_server: Process | None = None
+    submitted: Process | None = None
     commands: int = 0
     log: list[str] = field(default_factory=list)
 
@@ -181,7 +181,7 @@ def list_restarts(night: Night) -> list[int]:
     return [int(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("resuming after step ")]
 
 
-def kill_family(process: subprocess.Popen[bytes]) -> None:
+def kill_family(process: Process) -> None:
     """A server and what it has started."""
     if process.poll() is None:
         for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:

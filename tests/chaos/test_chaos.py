@@ -15,12 +15,14 @@ import torch
 
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from tests import processes
 from tests.chaos.faults import FAULTS
 from tests.chaos.history import assert_exactly_once, records, surviving_steps
 from tests.chaos.night import NUM_HOSTS, Mended, Night, environment
-from tests.hosts.cluster import ROOT, Hosts
+from tests.hosts.cluster import Hosts
 from tests.hosts.needs import require_hosts
 from tests.hosts.ray_cluster import RayCluster
+from tests.processes import Process
 
 GLOBAL_SIZE = 24
 NUM_IMAGES = 600
@@ -53,29 +55,26 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
     """A file system of its own."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], check=True)
+    processes.run("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder, check=True)
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        processes.run("umount", "--lazy", folder, check=True)
 
 
-def undisturbed(folder: Path, recipe: Path, shards: Manifest, settings: list[str]) -> dict[str, torch.Tensor]:
+def undisturbed_weights(folder: Path, recipe: Path, shards: Manifest, settings: list[str]) -> dict[str, torch.Tensor]:
     """The weights of the same run on this machine alone, with as many ranks."""
     run_dir = folder / "undisturbed"
-    command = [sys.executable, "-m", "clae_dist", "train", str(recipe), f"data.shards={shards.folder}", f"run_dir={run_dir}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *settings, "tracking.name=none", "launch.launcher=local"], env=environment, capture_output=True, text=True
-    )
+    words = [f"data.shards={shards.folder}", f"run_dir={run_dir}", *settings, "tracking.name=none", "launch.launcher=local"]
+    done = processes.clae("train", recipe, *words, timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
     return weights(run_dir)
 
 
-def server(hosts: Hosts, *command: str) -> subprocess.Popen[bytes]:
+def server(hosts: Hosts, *command: str) -> Process:
     quiet = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that nobody needs here
-    command = (sys.executable, "-m", *command)
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=quiet)
+    no_output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return processes.popen(sys.executable, "-m", *command, cwd=Path("/"), env=quiet, **no_output)
 
 
 def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed: int, *, tracked: bool) -> list[Mended]:
@@ -86,7 +85,7 @@ def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed:
     recipe = folder / "night.yaml"
     recipe.write_text(RECIPE)
     settings = [f"train.epochs={num_steps / STEPS_PER_EPOCH!r}", *BACKENDS[backend]]
-    expected = undisturbed(folder, recipe, shards, settings)
+    expected = undisturbed_weights(folder, recipe, shards, settings)
     with (
         small_disk(folder / "disk", 256 << 20) as disk,  # first: hosts see what was mounted before they were there
         Hosts(NUM_HOSTS) as hosts,
@@ -121,7 +120,7 @@ def spend(folder: Path, shards: Manifest, backend: str, faults: list[str], seed:
     return mended
 
 
-def mlflow_server(hosts: Hosts, folder: Path) -> Callable[[], subprocess.Popen[bytes]]:
+def mlflow_server(hosts: Hosts, folder: Path) -> Callable[[], Process]:
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
     where = ["--host", hosts.outside, "--port", "8766", "--allowed-hosts", "*", "--workers", "1"]
     return lambda: server(hosts, "mlflow", "server", *store, *where)

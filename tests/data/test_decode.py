@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from clae_dist.data.decode import PILLOW_MAX_PIXELS, DecodeError, decode_rgb, inspect
+from tests import processes
 
 
 def picture(width: int = 48, height: int = 32, mode: str = "RGB") -> Image.Image:
@@ -194,7 +194,7 @@ def test_of_an_animation_the_first_frame_is_taken(format: str) -> None:
 def test_the_check_does_not_import_torch() -> None:
     """Each worker of data_prep would otherwise wait for seconds."""
     code = "import sys, clae_dist.data.decode, clae_dist.data.manifest; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert processes.run(sys.executable, "-c", code).returncode == 0
 
 
 def test_a_header_that_claims_a_huge_image_is_refused_before_memory_is_taken() -> None:

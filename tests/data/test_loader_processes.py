@@ -15,8 +15,8 @@ import pytest
 
 from clae_dist.data.synthetic import write_synthetic_set
 from tests import processes
+from tests.processes import Process
 
-ROOT = Path(__file__).parents[2]
 # A rank, as far as data is concerned: asked by a line, it takes another batch or leaves as a rank that hangs does.
 LOADS = """
 import os, sys
@@ -37,24 +37,20 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def loading(folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+def loading(folder: Path) -> Iterator[tuple[Process, dict[str, str]]]:
     """A process that has loaded a batch with two loader processes, and its mark."""
     write_synthetic_set(folder / "shards", 40, 16)
     (folder / "loads.py").write_text(LOADS)
     mark = processes.new_mark()
-    command = [sys.executable, str(folder / "loads.py"), str(folder / "shards")]
-    environment = {**os.environ, **mark, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:  # type: ignore[call-overload]
-        try:
-            assert process.stdout.readline() == "loaded\n"
-            assert len(loaders(process)) == 2
-            yield process, mark
-        finally:
-            processes.end(mark)
+    command = [sys.executable, folder / "loads.py", folder / "shards"]
+    with processes.started(*command, mark=mark, stdin=subprocess.PIPE, stderr=None) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loaded\n"
+        assert len(loaders(process)) == 2
+        yield process, mark
 
 
-def loaders(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def loaders(process: Process) -> list[psutil.Process]:
     """Grandchildren: their parent is the fork server."""
     return [below for child in psutil.Process(process.pid).children() for below in child.children()]
 

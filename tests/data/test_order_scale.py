@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +10,9 @@ import numpy as np
 import pytest
 
 from clae_dist.data.order import Order
+from tests import processes
 from tests.data.shuffle_quality import cost, quality
 from tests.data.ten_million import GLOBAL_SIZE, SAMPLES, SHARDS, SHUFFLE_SHARDS, STREAMS, CountedPermutations
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -95,14 +92,7 @@ def test_the_quality_of_the_shuffle_is_as_documented() -> None:
 
 @pytest.mark.slow
 def test_ten_million_samples_in_bounded_memory(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.data.ten_million", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(sys.executable, "-m", "tests.data.ten_million", tmp_path, timeout=None)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["opened"]["samples"] == 10_000_000

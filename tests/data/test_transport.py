@@ -15,8 +15,8 @@ import torch
 from clae_dist.data import transport
 from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.synthetic import write_synthetic_set
+from tests import processes
 
-ROOT = Path(__file__).parents[2]
 # Batches of 1.2 MB each; shared memory has 4 MB, as docker's 64 MB are to batches of 20 MB.
 LOADS = """
 import sys
@@ -58,9 +58,7 @@ def test_a_small_shared_memory_costs_time_and_no_batch(tmp_path: Path) -> None:
     (tmp_path / "loads.py").write_text(LOADS)
     small = f"mount -t tmpfs -o size=4m tmpfs {transport.SHARED_MEMORY} && exec $0 $@"
     command = ["unshare", "-m", "sh", "-c", small, sys.executable, str(tmp_path / "loads.py"), str(tmp_path / "shards")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = processes.run(*command)
     assert done.returncode == 0, done.stderr
     slower, none, nothing, reason = done.stdout.splitlines()
     assert slower.startswith("data: batches need 5 MB of shared memory, and /dev/shm of")

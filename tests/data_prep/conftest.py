@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -19,8 +17,8 @@ from clae_dist.data.manifest import Manifest
 from data_prep.prepare import prepare
 from data_prep.settings import PrepareSettings
 from data_prep.sources import open_source
-
-ROOT = Path(__file__).parents[2]
+from tests import processes
+from tests.processes import Completed
 
 
 @pytest.fixture(scope="session")
@@ -84,22 +82,16 @@ def run() -> Callable[..., Manifest]:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+def command() -> Callable[..., Completed]:
     """command(*arguments, script=None): `python -m data_prep …`, or a script, in a process group of its own."""
 
-    def call(*arguments: object, script: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: object, script: Path | None = None, **environment: str) -> Completed:
         start = [str(script)] if script else ["-m", "data_prep"]
-        clean = {key: value for key, value in os.environ.items() if key not in ("CLAE_DATA", "CLAE_CACHE", "XDG_CACHE_HOME")}
+        clean = processes.environment()
+        for name in ("CLAE_DATA", "CLAE_CACHE", "XDG_CACHE_HOME"):
+            clean.pop(name, None)
         # communicate() returns when the last process that holds the pipes is gone: workers left behind would be a timeout.
-        return subprocess.run(
-            [sys.executable, *start, *map(str, arguments)],
-            env={**clean, "PYTHONPATH": str(ROOT), **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            start_new_session=True,
-            check=False,
-        )
+        return processes.run(sys.executable, *start, *arguments, env={**clean, **environment}, start_new_session=True)
 
     return call
 

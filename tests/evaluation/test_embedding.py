@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from clae_dist.deploy.export import export_encoder
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import extract
 from clae_dist.runs.checkpoint import load_model
+from tests.processes import CLAE, finish, started
 
 MakeRun = Callable[..., Path]
 
@@ -183,17 +182,13 @@ def test_ctrl_c_leaves_the_old_file(make_run: MakeRun, tmp_path: Path) -> None:
     target = tmp_path / "to" / "features.npy"
     target.parent.mkdir()
     target.write_bytes(b"old")
-    command = [sys.executable, "-m", "clae_dist", "embed", str(run), str(images), "--to", str(target), "--batch-size", "1"]
-    process = subprocess.Popen([*command, "--workers", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
+    with started(*CLAE, "embed", run, images, "--to", target, "--batch-size", 1, "--workers", 0) as process:
         deadline = time.monotonic() + 60
         while len(list(target.parent.iterdir())) < 3 and time.monotonic() < deadline:  # its temporary files
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, "Ctrl-C" in output) == (130, True), output
+        code, output = finish(process, 60)
+    assert (code, "Ctrl-C" in output) == (130, True), output
     assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {"features.npy": b"old"}
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from clae_dist.errors import ConfigError
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.training import finish
+from tests import processes
 
 MakeRun = Callable[..., Path]
 
@@ -60,8 +60,7 @@ def test_loads_without_this_package(make_run: MakeRun, tmp_path: Path) -> None:
         assert export == runs[-1] / "export"
         assert json.loads((export / "config.json").read_text())["library"] == library
         torch.save(torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0)), export / "images.pt")
-    command = [sys.executable, "-c", _RUN_SNIPPETS, *(str(run / "export") for run in runs)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = processes.run(sys.executable, "-c", _RUN_SNIPPETS, *(run / "export" for run in runs))
     assert result.returncode == 0, result.stderr
     for run in runs:
         with torch.no_grad():

@@ -16,8 +16,11 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests import processes
+from tests.processes import Completed, Process
+
 DEADLINE_S = 60.0  # for what the kernel does at once
 
 
@@ -30,7 +33,7 @@ class Hosts:
         self._bridge = f"clae{self.tag}"
         self._net = f"10.{random.SystemRandom().randint(64, 127)}.{random.SystemRandom().randint(0, 254)}"
         self._etc = Path(tempfile.mkdtemp(prefix=f"clae-hosts-{self.tag}-"))
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[Process] = []
 
     def name(self, host: int) -> str:
         """The host's name, which every host can resolve."""
@@ -71,32 +74,20 @@ class Hosts:
         _ip("-n", space, "link", "set", "eth0", "up")
         _ip("-n", space, "link", "set", "lo", "up")
 
-    def popen(
-        self, host: int, command: Sequence[str], env: Mapping[str, str] | None = None, **options: object
-    ) -> subprocess.Popen[str]:
-        """A process on a host, in a session of its own; stdout and stderr are one pipe unless `options` say otherwise."""
+    def popen(self, host: int, command: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> Process:
+        """A process on a host, started as by `processes.popen`."""
         # Not `ip netns exec`, which mounts another /sys, without the cgroups that Slurm looks for.
         named = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
         enter = ["nsenter", f"--net=/run/netns/{self._space(host)}", "unshare", "--uts", "--mount", "sh", "-c", named]
-        process = subprocess.Popen(
-            [*enter, str(self._etc / "hosts"), self.name(host), *command],
-            **{  # type: ignore[call-overload]
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.STDOUT,
-                "text": True,
-                "cwd": ROOT,
-                "env": {**clean_environment(), **(env or {})},
-                "start_new_session": True,
-                **options,
-            },
-        )
+        line = [*enter, self._etc / "hosts", self.name(host), *command]
+        process = processes.popen(*line, env=clean_environment(**(env or {})), **options)
         self._processes.append(process)
-        return process  # type: ignore[no-any-return]
+        return process
 
     def run(
         self, host: int, command: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on a host to its end."""
+    ) -> Completed:
+        """Run a command on a host to its end."""
         process = self.popen(host, command, env)
         try:
             said, _ = process.communicate(timeout=timeout_s)
@@ -115,8 +106,7 @@ class Hosts:
 
     def pids(self, host: int) -> list[int]:
         """The processes on a host."""
-        found = subprocess.run(["ip", "netns", "pids", self._space(host)], capture_output=True, text=True, check=False)
-        return [int(word) for word in found.stdout.split()]
+        return [int(word) for word in processes.run("ip", "netns", "pids", self._space(host)).stdout.split()]
 
     def kill(self, host: int) -> None:
         """Power off: every process on the host ends at once. The host is empty afterwards and can be used again."""
@@ -158,10 +148,10 @@ class Hosts:
         return f"o{self.tag}{host}"
 
 
-def clean_environment() -> dict[str, str]:
-    """What commands under test get: this Python's environment for CLAE_ENV, and nothing of the tests' own settings."""
+def clean_environment(**changes: str) -> dict[str, str]:
+    """This Python's environment for CLAE_ENV, nothing of the tests' own settings, and `changes`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("CLAE_", "RAY_", "SLURM_", "MLFLOW_"))}
-    return {**kept, "CLAE_ENV": sys.prefix, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, "CLAE_ENV": sys.prefix, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **changes}
 
 
 def why_not() -> str:
@@ -173,7 +163,7 @@ def why_not() -> str:
     if missing := [name for name in ("ip", "nsenter", "unshare") if shutil.which(name) is None]:
         return f"{' and '.join(missing)} missing; Debian: apt-get install iproute2 util-linux"
     space = f"clae-try-{secrets.token_hex(3)}"
-    tried = subprocess.run(["ip", "netns", "add", space], capture_output=True, text=True, check=False)
+    tried = processes.run("ip", "netns", "add", space)
     if tried.returncode:
         return f"`ip netns add` does not work here: {tried.stderr.strip()}"
     _ip("netns", "del", space)
@@ -181,7 +171,7 @@ def why_not() -> str:
 
 
 def _ip(*arguments: str, check: bool = True) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    done = processes.run("ip", *arguments)
     assert not check or done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr.strip()}"
 
 

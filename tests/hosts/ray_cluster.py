@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.hosts.cluster import Hosts, clean_environment
+from tests.processes import Completed, Process
 
 SCRIPT = "launch/ray-cluster.sh"
 
@@ -37,7 +37,7 @@ class RayCluster:
     def line(self, host: int, *words: str) -> list[str]:
         return [SCRIPT, *words, "--temp-dir", f"{self.folder}/{host}", "--token-file", str(self.token)]
 
-    def __call__(self, host: int, *words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def __call__(self, host: int, *words: str, env: Mapping[str, str] | None = None) -> Completed:
         return self.hosts.run(host, self.line(host, *words), {**self.env, **(env or {})}, timeout_s=240)
 
     def ok(self, host: int, *words: str) -> str:
@@ -48,7 +48,7 @@ class RayCluster:
     def join(self, host: int) -> str:
         return self.ok(host, "worker", self.hosts.address(0), "--cpus", "1")
 
-    def submit(self, recipe: Path, overrides: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    def submit(self, recipe: Path, overrides: Sequence[str], **options: Any) -> Process:
         return self.hosts.popen(0, self.line(0, "submit", str(recipe), *overrides), self.env, **options)
 
     def node(self, host: int) -> str:

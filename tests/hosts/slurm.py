@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import processes
 from tests.hosts.cluster import Hosts
 
 CONFIGURATION = """\
@@ -64,7 +65,7 @@ class Slurm:
             )
         )
         key = self.folder / "munge.key"
-        subprocess.run(["mungekey", "--create", f"--keyfile={key}"], check=True)
+        processes.run("mungekey", "--create", f"--keyfile={key}", check=True)
         munged = ["munged", "--force", "--foreground", f"--key-file={key}", f"--socket={self.folder}/munge.socket"]
         munged += [f"--{name}-file={self.folder}/munge.{name}" for name in ("pid", "seed", "log")]
         self._start(controller, munged)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
+from tests import processes
 from tests.hosts.cluster import Hosts, is_running
 
 PING = ["python3", "-c", "import socket, sys; socket.create_connection((sys.argv[1], 7), 0.5)"]
@@ -44,5 +43,5 @@ def test_nothing_is_left_even_after_a_failure() -> None:
         fail()
     assert len(pids) >= 2
     assert [pid for pid in pids if is_running(pid)] == []
-    left = subprocess.run(["sh", "-c", "ip link; ip netns; ls ${TMPDIR:-/tmp}"], capture_output=True, text=True, check=False)
+    left = processes.run("sh", "-c", "ip link; ip netns; ls ${TMPDIR:-/tmp}")
     assert tags[0] not in left.stdout

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from clae_dist.data.manifest import Manifest
-from tests.hosts.cluster import ROOT, Hosts, clean_environment
+from tests import processes
+from tests.hosts.cluster import Hosts, clean_environment
 from tests.hosts.ray_cluster import SCRIPT, RayCluster
-from tests.hosts.small import (
-    LONG,
-    LONG_STEPS,
-    STEPS,
-    assert_bitwise,
-    assert_steps_once,
-    finish,
-    saved_steps,
-    settings,
-    wait_for,
-    weights,
-)
+from tests.hosts.small import LONG, LONG_STEPS, assert_steps_once, saved_steps, wait_for
+from tests.processes import ROOT, Completed, finish
+from tests.small_run import STEPS, Undisturbed, assert_same_weights, weights
 
 pytest.importorskip("ray")
 
@@ -37,16 +28,8 @@ def cluster(hosts: Hosts) -> Iterator[RayCluster]:
         yield made
 
 
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [ROOT / SCRIPT, *arguments],
-        cwd=ROOT,
-        env={**clean_environment(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def run_script(*arguments: str) -> Completed:
+    return processes.run(ROOT / SCRIPT, *arguments, env=clean_environment(), timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +65,7 @@ def test_dry_run_prints_what_would_run_and_makes_nothing(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_three_hosts_train_to_the_bits_of_one(
-    cluster: RayCluster, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+    cluster: RayCluster, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     """And the token is needed, versions are compared, a preempted submit saves, and stop stops this host's Ray alone."""
     assert stat.S_IMODE(cluster.token.stat().st_mode) == 0o600
@@ -93,7 +76,7 @@ def test_three_hosts_train_to_the_bits_of_one(
     assert strange.returncode == 2
     assert "does not answer" in strange.stdout
 
-    overrides = settings(shards, tmp_path / "run", "launch.workers=3")
+    overrides = [f"run_dir={tmp_path}/run", "launch.workers=3"]
     process = cluster.submit(recipe, overrides)
     wait_for(tmp_path / "run", "step  5/24", [process])
     process.send_signal(signal.SIGUSR1)
@@ -105,14 +88,14 @@ def test_three_hosts_train_to_the_bits_of_one(
     assert "3 node(s), 3 CPUs, 0 GPUs; Python" in said
     assert len(said.splitlines()) < 50, said  # our lines, not Ray's
     assert "ranks: 3 on 3 host(s)" in said
-    assert_bitwise(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed(3))
 
     cluster.ok(2, "stop")
     assert cluster.hosts.pids(2) == []
     assert cluster.hosts.pids(1) != []
     newer = tmp_path / "newer"  # a host whose package is of another version
-    (newer / "clae_dist").parent.mkdir()
-    subprocess.run(["cp", "-r", ROOT / "clae_dist", ROOT / "launch", newer], check=True)
+    for name in ("clae_dist", "launch"):
+        shutil.copytree(ROOT / name, newer / name, symlinks=True)
     init = newer / "clae_dist" / "__init__.py"
     init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "99.0"', init.read_text()))
     there = cluster.line(2, "worker", cluster.hosts.address(0))
@@ -141,13 +124,12 @@ def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     disturb: Callable[[RayCluster], None],
     cluster: RayCluster,
     recipe: Path,
-    shards: Manifest,
     tmp_path: Path,
-    undisturbed_long: Path,
+    undisturbed: Undisturbed,
 ) -> None:
     elastic = ["launch.workers=3", "launch.min_workers=2", "launch.look_every_s=1"]
     run_dir = tmp_path / "run"
-    process = cluster.submit(recipe, settings(shards, run_dir, *LONG, *elastic))
+    process = cluster.submit(recipe, [f"run_dir={run_dir}", *(f"train.{key}={value}" for key, value in LONG.items()), *elastic])
     wait_for(run_dir, "step   5/120", [process])
     disturb(cluster)
     shrunk = wait_for(run_dir, "ranks: 2 on 2 host(s)", [process], timeout_s=400)
@@ -158,7 +140,7 @@ def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     assert "ranks: 3 on 3 host(s)" in console
     assert "stopped after step" in console  # it saved before it grew
     assert_steps_once(run_dir, LONG_STEPS)
-    found, wanted = weights(run_dir, LONG_STEPS), weights(undisturbed_long, LONG_STEPS)
+    found, wanted = weights(run_dir, LONG_STEPS), weights(undisturbed(3, **LONG), LONG_STEPS)
     # float64: two ranks and three differ in the order of summation, and what follows from a last bit grows with the steps
     assert {name: torch.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-8) for name in wanted} == dict.fromkeys(
         wanted, True

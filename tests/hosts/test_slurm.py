@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clae_dist.data.manifest import Manifest
 from clae_dist.recipe import from_yaml
-from tests.hosts.cluster import ROOT, Hosts, clean_environment
+from tests import processes
+from tests.hosts.cluster import Hosts, clean_environment
 from tests.hosts.needs import require
 from tests.hosts.slurm import Slurm, submit, why_not
-from tests.hosts.small import CHECKPOINT_EVERY, assert_bitwise, assert_steps_once, settings
+from tests.hosts.small import assert_steps_once
+from tests.processes import ROOT, Completed
+from tests.small_run import Undisturbed, assert_same_weights
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
@@ -39,10 +40,10 @@ def until(slurm: Slurm, job: str, states: set[str], output: Path, timeout_s: flo
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
-    launcher: str, slurm: Slurm, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed_two: Path
+    launcher: str, slurm: Slurm, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     output, run_dir = tmp_path / "job.out", tmp_path / "run"
-    arguments = [str(recipe), *settings(shards, run_dir, f"{CHECKPOINT_EVERY}=1000", "launch.workers=2")]
+    arguments = [str(recipe), f"run_dir={run_dir}", "checkpoint.every_steps=1000"]
     job = submit(slurm, SCRIPT, [f"--output={output}"], arguments, CLAE_LAUNCHER=launcher, CLAE_SHARED=str(tmp_path))
     until(slurm, job, {"RUNNING 0"}, output)
     deadline = time.monotonic() + 240
@@ -58,15 +59,15 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
     assert "started again for the 1. time" in said
     assert "resuming after step" in said
     assert "ranks: 2 on 2 host(s)" in said
-    assert_bitwise(run_dir, undisturbed_two)
+    assert_same_weights(run_dir, undisturbed(2))
 
 
 @pytest.mark.slow
 def test_a_job_array_is_a_run_for_each_index_and_one_of_them_can_be_preempted(
-    slurm: Slurm, recipe: Path, shards: Manifest, tmp_path: Path
+    slurm: Slurm, recipe: Path, tmp_path: Path
 ) -> None:
     options = ["--array=1-2", "--nodes=1", f"--output={tmp_path}/job-%a.out"]
-    arguments = [str(recipe), *settings(shards, tmp_path / "run-%a", "seed=%a")]
+    arguments = [str(recipe), f"run_dir={tmp_path}/run-%a", "seed=%a"]
     job = submit(slurm, SCRIPT, options, arguments)
     outputs = {index: tmp_path / f"job-{index}.out" for index in (1, 2)}
     deadline = time.monotonic() + 240
@@ -84,16 +85,8 @@ def test_a_job_array_is_a_run_for_each_index_and_one_of_them_can_be_preempted(
     assert "resuming after step" in outputs[2].read_text()
 
 
-def say(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SCRIPT, *arguments],
-        cwd=ROOT,
-        env={**clean_environment(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def say(*arguments: str, **environment: str) -> Completed:
+    return processes.run(SCRIPT, *arguments, env=clean_environment(**environment), timeout=60)
 
 
 def test_dry_run_without_slurm_says_what_each_node_would_run() -> None:

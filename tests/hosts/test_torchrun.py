@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import shlex
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from clae_dist.data.manifest import Manifest
-from tests.hosts.cluster import ROOT, Hosts, clean_environment
-from tests.hosts.small import (
-    STEPS,
-    assert_bitwise,
-    assert_steps_once,
-    finish,
-    saved_steps,
-    settings,
-    wait_for,
-)
+from tests import processes
+from tests.hosts.cluster import Hosts, clean_environment
+from tests.hosts.small import assert_steps_once, saved_steps, wait_for
+from tests.processes import ROOT, Process, finish
+from tests.small_run import STEPS, Undisturbed, assert_same_weights
 
 
 def torchrun(hosts: Hosts, nodes: str, recipe: Path, overrides: list[str], *options: str) -> list[str]:
@@ -27,8 +20,8 @@ def torchrun(hosts: Hosts, nodes: str, recipe: Path, overrides: list[str], *opti
     return ["launch/torchrun.sh", "--nodes", nodes, "--ranks-per-node", "1", "--head", head, *options, str(recipe), *overrides]
 
 
-def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path) -> None:
-    overrides = settings(shards, tmp_path / "run", "name=two words", "attack.epsilon=8/255")
+def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path}/run", "name=two words", "attack.epsilon=8/255"]
     for host, is_host in ((0, "1"), (2, "0")):
         said = hosts.run(host, torchrun(hosts, "2:3", recipe, overrides, "--id", "mine", "--dry-run")).stdout
         (line,) = [line for line in said.splitlines() if line.startswith("$")]
@@ -63,15 +56,7 @@ def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, sha
     ],
 )
 def test_what_is_wrong_is_said_with_the_way_out(arguments: list[str], words: str) -> None:
-    done = subprocess.run(
-        [ROOT / "launch" / "torchrun.sh", *arguments],
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = processes.run(ROOT / "launch" / "torchrun.sh", *arguments, env=clean_environment(), timeout=60)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.startswith("torchrun: ")
@@ -79,10 +64,10 @@ def test_what_is_wrong_is_said_with_the_way_out(arguments: list[str], words: str
 
 @pytest.mark.slow
 def test_numbers_of_hosts_that_cannot_share_the_batch_are_refused_at_the_start(
-    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path
+    hosts: Hosts, recipe: Path, tmp_path: Path
 ) -> None:
     """16 images among 2 or 3: the run would end on the day that a host is lost."""
-    overrides = settings(shards, tmp_path / "run", "batch.global_size=16")
+    overrides = [f"run_dir={tmp_path}/run", "batch.global_size=16"]
     process = hosts.popen(1, torchrun(hosts, "2:3", recipe, overrides))
     code, said = finish(hosts.popen(0, torchrun(hosts, "2:3", recipe, overrides)))
     assert code == finish(process)[0] == 2
@@ -90,13 +75,11 @@ def test_numbers_of_hosts_that_cannot_share_the_batch_are_refused_at_the_start(
 
 
 @pytest.mark.slow
-def test_three_hosts_train_to_the_bits_of_one(
-    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
-) -> None:
+def test_three_hosts_train_to_the_bits_of_one(hosts: Hosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
     """Stopped by the scheduler's signal on one host, all save and leave with 75; the same lines go on."""
-    overrides = settings(shards, tmp_path / "run", "data.workers=1")
+    overrides = [f"run_dir={tmp_path}/run", "data.workers=1"]
 
-    def start() -> list[subprocess.Popen[str]]:
+    def start() -> list[Process]:
         return [hosts.popen(host, torchrun(hosts, "3", recipe, overrides)) for host in (2, 1, 0)]
 
     processes = start()
@@ -112,17 +95,17 @@ def test_three_hosts_train_to_the_bits_of_one(
         code, said = finish(process)
         assert code == 0, said
     assert "ranks: 3 on 3 host(s)" in (tmp_path / "run" / "console.log").read_text()
-    assert_bitwise(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed(3))
 
 
 @pytest.mark.slow
 def test_static_rendezvous_ends_with_a_lost_host_and_goes_on_from_the_checkpoint(
-    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path, undisturbed: Path
+    hosts: Hosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     """Nothing is started again by itself: all hosts end with a reason, and the same lines go on."""
-    overrides = settings(shards, tmp_path / "run")
+    overrides = [f"run_dir={tmp_path}/run"]
 
-    def start() -> list[subprocess.Popen[str]]:
+    def start() -> list[Process]:
         lines = {host: torchrun(hosts, "3", recipe, overrides, "--node-rank", str(host)) for host in (2, 1, 0)}
         return [hosts.popen(host, line) for host, line in lines.items()]
 
@@ -140,14 +123,12 @@ def test_static_rendezvous_ends_with_a_lost_host_and_goes_on_from_the_checkpoint
         assert code == 0, said
     assert "resuming after step" in (tmp_path / "run" / "console.log").read_text()
     assert_steps_once(tmp_path / "run")
-    assert_bitwise(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed(3))
 
 
 @pytest.mark.slow
-def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(
-    hosts: Hosts, recipe: Path, shards: Manifest, tmp_path: Path
-) -> None:
-    overrides = settings(shards, tmp_path / "run", "train.epochs=12")
+def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path}/run", "train.epochs=12"]
     start = [hosts.popen(host, torchrun(hosts, "2:3", recipe, overrides)) for host in range(3)]
     wait_for(tmp_path / "run", "ranks: 3 on 3 host(s)", start)
     wait_for(tmp_path / "run", "step  5/48", start)

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import processes
+from tests.processes import ROOT, Process
+
 PROJECT = '[project]\nrequires-python = ">=3.11"\ndependencies = {}\noptional-dependencies = {{}}\n'
 
 # What `clae` runs here: says where it stands, and what a process sees that multiprocessing spawns.
@@ -49,16 +51,10 @@ class Checkout:
     def asks_for(self, dependencies: list[str]) -> None:
         (self.folder / "pyproject.toml").write_text(PROJECT.format(dependencies))
 
-    def start(self, **environment: str) -> subprocess.Popen[str]:
+    def start(self, **environment: str) -> Process:
         ours = {"CLAE_CACHE": str(self.cache), "CLAE_PYTHON": sys.executable, "CLAE_FREE_GB": "0", "PIP_NO_INDEX": "1"}
-        return subprocess.Popen(
-            [str(self.folder / "launch" / "env.sh")],
-            env={**clean_environment(), **ours, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        script = self.folder / "launch" / "env.sh"
+        return processes.popen(script, env={**clean_environment(), **ours, **environment}, stderr=subprocess.PIPE)
 
     def run(self, **environment: str) -> tuple[int, str, str]:
         process = self.start(**environment)
@@ -84,14 +80,7 @@ def test_two_at_once_make_one_environment_whose_clae_works_anywhere(checkout: Ch
     assert env.is_relative_to(checkout.cache)
     assert ended[0][0] == ended[1][0] == f"{env}\n"
     for folder in (checkout.folder, tmp_path):  # in a checkout, and elsewhere
-        done = subprocess.run(
-            [env / "bin" / "clae", "a b", "$HOME"],
-            cwd=folder,
-            env=clean_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = processes.run(env / "bin" / "clae", "a b", "$HOME", cwd=folder, env=clean_environment())
         assert (done.returncode, done.stdout) == (7, "clae ['a b', '$HOME'] [42]\n"), done.stderr
 
 

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from clae_dist.recipe import resolve
+from tests import processes
+from tests.processes import ROOT, Process
 
-ROOT = Path(__file__).parents[2]
 TRAINING = ["train.epochs", "train.knn_every", "optim.warmup_epochs", "batch.global_size"]
 
 CLAE = """#!/usr/bin/env bash
@@ -60,7 +60,7 @@ class Quickstart:
         (self.checkout / path).write_text(text)
         (self.checkout / path).chmod(0o755)
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **environment: str) -> Process:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("CLAE_")}
         ours = {
             "LOG": str(self.log),
@@ -71,16 +71,9 @@ class Quickstart:
             "WAITS": "",
             "RATE": "100",
         }
-        return subprocess.Popen(
-            [str(self.checkout / "launch" / "quickstart.sh"), *arguments],
-            cwd=self.home,
-            env={**clean, **ours, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # whatever the test's own caller ignores
-        )
+        deaf = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None}  # whatever the caller ignores
+        script = self.checkout / "launch" / "quickstart.sh"
+        return processes.popen(script, *arguments, cwd=self.home, env={**clean, **ours, **environment}, **deaf)
 
     def __call__(self, *arguments: str, **environment: str) -> tuple[int, str]:
         process = self.start(*arguments, **environment)

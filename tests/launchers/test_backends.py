@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from clae_dist.data.manifest import Manifest
-from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.checkpoint import load_checkpoint, load_model
+from tests import processes
+from tests.processes import CLAE, TORCHRUN
 
-ROOT = Path(__file__).parents[2]
-RECIPE = """\
-name: small
-data: {image_size: 16, workers: 0}
-batch: {global_size: 16, micro_size: 4}
-model: {encoder: small_resnet, projector_dim: 16}
-method: {name: clae_fused}
-optim: {name: adamw, learning_rate: 1e-3, scaling: none, warmup_epochs: 0, clip_norm: 1}
-train: {epochs: 2, log_every: 1, diagnose_every: 4, knn_every: 1, ema_decay: 0.9}
-checkpoint: {every_steps: 4}
-tracking: {name: none}
-launch: {workers: 2}
-"""  # 8 steps
+SETTINGS = ("train.epochs=2", "train.diagnose_every=4", "train.knn_every=1", "train.ema_decay=0.9")  # 8 steps
+SETTINGS += ("batch.micro_size=4", "method.name=clae_fused", "optim.clip_norm=1")
+START = {"local": CLAE, "ray": CLAE, "torchrun": TORCHRUN}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 64, 16, num_shards=2)
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-def train(recipe: Path, shards: Manifest, run_dir: Path, launcher: str, *settings: str) -> str:
-    start = [sys.executable, "-m"]
-    if launcher == "torchrun":
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
-    command = [*start, "clae_dist", "train", str(recipe), f"data.shards={shards.folder}", f"run_dir={run_dir}", *settings]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--launcher", launcher], capture_output=True, text=True, env=environment, timeout=500)
+def train(recipe: Path, run_dir: Path, launcher: str, *settings: str) -> str:
+    command = [*START[launcher], "train", recipe, f"run_dir={run_dir}", *SETTINGS, *settings, "--launcher", launcher]
+    done = processes.run(*command, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def assert_finished(run_dir: Path, shards: Manifest) -> None:
+def assert_finished(run_dir: Path) -> None:
     checkpoint = load_checkpoint(run_dir, pytest.fail)
     assert checkpoint is not None
     assert checkpoint.step == 8
@@ -85,25 +56,23 @@ EVERY += [("deepspeed", f"parallel.zero_stage={stage}") for stage in (0, 2, 3)]
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_run_under_each_backend(
-    recipe: Path, shards: Manifest, tmp_path: Path, launcher: str, settings: tuple[str, ...]
-) -> None:
+def test_a_run_under_each_backend(recipe: Path, tmp_path: Path, launcher: str, settings: tuple[str, ...]) -> None:
     backend, *more = settings
-    said = train(recipe, shards, tmp_path / "run", launcher, f"parallel.backend={backend}", *more)
+    said = train(recipe, tmp_path / "run", launcher, f"parallel.backend={backend}", *more)
     assert "finished: 8 steps" in said
     assert f"; {backend}" in said
-    assert_finished(tmp_path / "run", shards)
+    assert_finished(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_other_backends(recipe: Path, shards: Manifest, tmp_path: Path) -> None:
+def test_a_run_goes_on_under_other_backends(recipe: Path, tmp_path: Path) -> None:
     """Its checkpoints hold whole tensors: here one that FSDP2 wrote, then one of ZeRO-3's, end under DDP."""
     run_dir = tmp_path / "run"
-    train(recipe, shards, run_dir, "local", "parallel.backend=fsdp2")
+    train(recipe, run_dir, "local", "parallel.backend=fsdp2")
     newest, *_ = sorted((run_dir / "checkpoints").iterdir(), reverse=True)
     shutil.rmtree(newest)  # as if it had been lost after step 4
-    train(recipe, shards, run_dir, "local", "parallel.backend=deepspeed", "parallel.zero_stage=3")
-    assert_finished(run_dir, shards)
+    train(recipe, run_dir, "local", "parallel.backend=deepspeed", "parallel.zero_stage=3")
+    assert_finished(run_dir)
     shutil.rmtree(newest)
-    train(recipe, shards, run_dir, "local", "parallel.backend=ddp", "launch.workers=1")
-    assert_finished(run_dir, shards)
+    train(recipe, run_dir, "local", "parallel.backend=ddp", "launch.workers=1")
+    assert_finished(run_dir)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from clae_dist.cli import main
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.recipe import resolve, to_yaml
+from tests import processes
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["data.image_size=16", "model.encoder=small_resnet", "tracking.name=none", "launch.workers=2", "optim.warmup_epochs=0"]
 
 
@@ -91,9 +89,8 @@ def test_another_run_s_folder(shards: Manifest, other: Manifest, tmp_path: Path,
 
 
 def test_ray_s_user_waits_no_minute(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "clae_dist", "train", "configs/quickstart.yaml", f"data.shards={tmp_path}/nowhere"]
     began = time.monotonic()
-    done = subprocess.run([*command, "launch.launcher=ray"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = processes.clae("train", "quickstart", f"data.shards={tmp_path}/nowhere", "launch.launcher=ray")
     assert done.returncode == 3
     assert "nowhere is not a folder" in done.stderr
     assert "ray:" not in done.stdout

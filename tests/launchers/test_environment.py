@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from clae_dist.config import Config, Tracking
 from clae_dist.errors import ConfigError
 from clae_dist.launchers.environment import check_interface, check_ranks
 from clae_dist.tracking import check_tracking
+from tests import processes
+from tests.processes import ROOT, Completed
 
-ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "quickstart.yaml")
 
 
@@ -71,7 +70,7 @@ def test_an_interface_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_streams_that_a_shell_has_closed(closed: str, tmp_path: Path) -> None:
     """The file that was opened next was taken for stdout."""
     line = f"exec {sys.executable} -m clae_dist config {RECIPE} {closed}"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    done = processes.run("bash", "-c", line, capture_output=False)
     assert done.returncode == 0
 
 
@@ -85,10 +84,8 @@ def test_a_database_whose_path_means_another_in_a_url(odd: str, tmp_path: Path) 
 # ---- scripts ----
 
 
-def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CLAE_ENV": sys.prefix}
-    command = ["bash", str(ROOT / "launch" / name), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+def script(name: str, *words: str) -> Completed:
+    return processes.run("bash", ROOT / "launch" / name, *words, env=processes.environment(CLAE_ENV=sys.prefix))
 
 
 @pytest.mark.parametrize(

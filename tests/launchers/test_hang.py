@@ -14,44 +14,31 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Checkpointing, Config, Guard, Launch, Train
+from clae_dist.config import Config, Guard, Launch
 from clae_dist.data.manifest import Manifest
-from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import HUNG, OK
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
 from clae_dist.recipe import Recipe
-from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training import train as training
-from tests.small_run import small_run
+from tests.small_run import Undisturbed, assert_same_weights, whole_run
 
 HANG_S = 8.0
-STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
-
-
-def recipe(shards: Manifest, run_dir: Path, **launch: Any) -> Config:
-    return small_run(
-        shards.folder,
-        run_dir,
-        train=Train(epochs=2, log_every=1, diagnose_every=100, knn_every=0, threads=1),
-        checkpoint=Checkpointing(every_steps=3),
-        launch=Launch(workers=2, **launch),
-        guard=Guard(hang_s=HANG_S),
-    )
+def hanging_run(shards: Manifest, run_dir: Path, **launch: Any) -> Config:
+    """Its folder is there."""
+    run_dir.mkdir()
+    return whole_run(shards, run_dir, sections={"launch": Launch(workers=2, **launch), "guard": Guard(hang_s=HANG_S)})
 
 
 def _rank(recipe: Recipe, debug: bool, how: str = "") -> Ending:
-    """A rank; number 1 hangs in step 5, once in the life of a run."""
+    """A rank; number 1 hangs in step 6, once in the life of a run."""
     import torch._dynamo  # noqa: F401  (what an optimiser does first takes seconds on a busy machine)
 
     mark = recipe.config.folder / "has-hung"
     if os.environ["RANK"] == "1" and how and not mark.exists():
-        _hang_at(5, how, mark)
+        _hang_at(6, how, mark)
     return local._train(recipe, debug)
 
 
@@ -104,21 +91,6 @@ def always_in_data(recipe: Recipe, debug: bool) -> Ending:
     return in_data(recipe, debug)
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = load_checkpoint(run_dir, pytest.fail)
-    assert checkpoint is not None
-    assert checkpoint.step == STEPS
-    return dict(checkpoint.state()["model"])
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = recipe(shards, tmp_path_factory.mktemp("undisturbed") / "run")
-    config.folder.mkdir()
-    assert local.launch(Recipe(config), work=_rank) == Ending(OK, "")
-    return config.folder
-
-
 @pytest.mark.parametrize(
     ("work", "cause", "answer"),
     [
@@ -128,10 +100,15 @@ def undisturbed(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> P
     ],
 )
 def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
-    work: Any, cause: str, answer: int, shards: Manifest, tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+    work: Any,
+    cause: str,
+    answer: int,
+    shards: Manifest,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    config = recipe(shards, tmp_path / "run")
-    config.folder.mkdir()
+    config = hanging_run(shards, tmp_path / "run")
     assert local.launch(Recipe(config), work=work) == Ending(OK, "")
     said = capfd.readouterr()
     (line,) = [line for line in said.err.splitlines() if "no progress for" in line]
@@ -139,7 +116,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
     assert rank.startswith(f"{os.uname().nodename} (process ")
     assert cause in rank
     assert "Starting again (failure 1 of 3)" in said.err
-    assert "resuming after step 3" in said.out
+    assert "resuming after step 4" in said.out
     stacks = {path.name: path for path in (config.folder / "hang").glob("*.txt")}
     assert set(stacks) == {f"rank-{rank:05d}.txt" for rank in range(answer)}
     assert "in flags_anywhere" in stacks["rank-00000.txt"].read_text() or work is not in_data
@@ -149,14 +126,12 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(
     console = (config.folder / "console.log").read_text()
     assert line.removeprefix("clae: ") in console
     assert "rank 0 on" in console.partition("no progress")[0]  # with its stack
-    found, wanted = weights(config.folder), weights(undisturbed)
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert_same_weights(config.folder, undisturbed(2))
 
 
 @pytest.mark.slow
 def test_a_run_that_hangs_again_and_again_ends(shards: Manifest, tmp_path: Path) -> None:
-    config = recipe(shards, tmp_path / "run", max_failures=0)
-    config.folder.mkdir()
+    config = hanging_run(shards, tmp_path / "run", max_failures=0)
     ending = local.launch(Recipe(config), work=always_in_data)
     assert ending.code == HUNG
     assert "The same command resumes from the newest checkpoint" in ending.message

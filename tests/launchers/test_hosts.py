@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,8 +31,8 @@ from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training.guard import listen_for_stop
 from clae_dist.versions import differences, host_versions
 from clae_dist.world import told
-
-ROOT = Path(__file__).parents[2]
+from tests import processes
+from tests.processes import Completed, started
 
 
 def elastic(size: int, low: int, high: int) -> Config:
@@ -109,9 +108,7 @@ def test_collectives_wait_longer_than_the_watch() -> None:
 
 def test_what_scripts_show_holds_no_secrets() -> None:
     words = 'uri=postgresql://me:hidden@h/db "https://h/x.tar?token=hidden" "pipe:curl hidden u" end'
-    shown = subprocess.run(
-        ["bash", "-c", f"source launch/hosts.sh; show run {words}"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    shown = processes.run("bash", "-c", f"source launch/hosts.sh; show run {words}", check=True).stdout
     assert "hidden" not in shown
     assert shown.startswith("$ run uri=postgresql://me@h/db https://h/x.tar?… pipe:curl … end")
 
@@ -125,14 +122,8 @@ def test_a_schedulers_signal_is_heard_even_where_it_was_ignored(tmp_path: Path) 
         "    for _ in range(3): os.kill(os.getpid(), signal.SIGUSR1)\n"
         "    print(stop.made(), stop.reason)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN) and None,
-        check=True,
-    )
+    deaf = {"preexec_fn": lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN) and None}
+    done = processes.run(sys.executable, "-c", code, tmp_path, check=True, **deaf)
     assert done.stdout.split() == ["True", "SIGUSR1"]
 
 
@@ -193,13 +184,12 @@ def test_a_host_that_rays_30_s_were_too_short_for_is_started_again(tmp_path: Pat
     fake.write_text(FAKE_PYTHON)
     fake.chmod(0o755)
     told = {"CLAE_ENV": str(tmp_path / "env"), "STARTS": str(tmp_path / "starts"), "GOOD": str(good), "REASON": reason}
-    environment = {**os.environ, **told, "REAL": sys.executable}
+    environment = processes.environment(**told, REAL=sys.executable)
     with tempfile.TemporaryDirectory(prefix="clae-r-", dir="/tmp") as folder:  # Ray's sockets need a short path
         words = ["--temp-dir", folder, "--token-file", f"{folder}/token"]
 
-        def call(command: str, *more: str) -> subprocess.CompletedProcess[str]:
-            line = ["launch/ray-cluster.sh", command, *more, *words]
-            return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        def call(command: str, *more: str) -> Completed:
+            return processes.run("launch/ray-cluster.sh", command, *more, *words, env=environment, timeout=60)
 
         done = call("head", "--address", "127.0.0.1")
         try:
@@ -217,15 +207,14 @@ def test_a_host_that_rays_30_s_were_too_short_for_is_started_again(tmp_path: Pat
         assert left == []
 
 
-def ray_cluster(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def ray_cluster(home: Path, *words: str) -> Completed:
     """launch/ray-cluster.sh with this Python, and a home folder of its own."""
     (home / "env" / "bin").mkdir(parents=True, exist_ok=True)
     if not (python := home / "env" / "bin" / "python").exists():
         python.symlink_to(sys.executable)
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN_PATH"}
-    environment |= {"CLAE_ENV": str(home / "env"), "HOME": str(home)}
-    line = ["launch/ray-cluster.sh", *words]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    environment = processes.environment(CLAE_ENV=str(home / "env"), HOME=str(home))
+    environment.pop("RAY_AUTH_TOKEN_PATH", None)
+    return processes.run("launch/ray-cluster.sh", *words, env=environment, timeout=60)
 
 
 @pytest.fixture
@@ -262,8 +251,7 @@ def another_users(state: Path) -> Path:
 def test_nobody_else_can_put_an_address_or_a_process_there(tmp_path: Path, state: Path, put: Callable[[Path], Path]) -> None:
     """The token would go to that address, and the process would be killed."""
     folder = put(state)
-    victim = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    try:
+    with started("sleep", 60) as victim:
         began = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()[19]
         (folder / "pid").write_text(f"{victim.pid} {began}\n")
         for words in (["status"], ["submit", "configs/quickstart.yaml"], ["stop"], ["head", "--address", "127.0.0.1"]):
@@ -271,22 +259,15 @@ def test_nobody_else_can_put_an_address_or_a_process_there(tmp_path: Path, state
             assert done.returncode == 2
             assert "is not a folder of yours" in done.stderr or "can be used by others (mode 777)" in done.stderr
         assert victim.poll() is None
-    finally:
-        victim.kill()
-        victim.wait()
 
 
 @pytest.mark.parametrize("noted", ["{pid} 1", "{pid}", "-1 1", "x"])
 def test_a_process_that_has_the_number_of_one_that_ended_is_left_alone(tmp_path: Path, state: Path, noted: str) -> None:
-    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    try:
+    with started("sleep", 60) as other:
         (state / "pid").write_text(noted.format(pid=other.pid) + "\n")
         done = ray_cluster(tmp_path, "stop", "--temp-dir", str(state))
         assert (done.returncode, other.poll()) == (0, None), done.stderr
         assert not (state / "pid").exists()
-    finally:
-        other.kill()
-        other.wait()
 
 
 def test_a_token_that_ray_left_readable_is_made_private_and_others_are_refused(tmp_path: Path, state: Path) -> None:

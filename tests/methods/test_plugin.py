@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from clae_dist.data.synthetic import write_synthetic_set
+from tests import processes
+from tests.processes import ROOT, Completed
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "clae_dist" / "methods" / "README.md").read_text()
 GUIDE = README[README.index("## Add a method") :]
 SMALL = (
@@ -35,24 +33,31 @@ def block(language: str) -> str:
     return found.group(1)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "pushed.py").write_text(block("python"))
-    (folder / "recipe.yaml").write_text(block("yaml") + SMALL)
-    write_synthetic_set(tmp_path / "shards", 16, 16)
-    return folder / "recipe.yaml"
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the plug-in and its recipe in mine/, images in shards/ and two ranks' run in run/."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "pushed.py").write_text(block("python"))
+    (folder / "mine" / "recipe.yaml").write_text(block("yaml") + SMALL)
+    write_synthetic_set(folder / "shards", 16, 16)
+    done = clae(folder, *train(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
-def clae(tmp_path: Path, *arguments: str, home: str = "home") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / home), "XDG_STATE_HOME": str(tmp_path / home)}
-    command = [sys.executable, "-m", "clae_dist", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+def train(folder: Path) -> tuple[str, ...]:
+    return "train", "mine/recipe.yaml", f"data.shards={folder / 'shards'}", f"run_dir={folder / 'run'}"
 
 
-def test_the_example_passes_parity_on_two_ranks(recipe: Path, tmp_path: Path) -> None:
-    done = clae(tmp_path, "parity", str(recipe), "--world-size", "2", "--steps", "2", "--json")
+def clae(folder: Path, *arguments: object, home: str = "home") -> Completed:
+    """`clae` in this folder, for the user of this home."""
+    environment = processes.environment(HOME=str(folder / home), XDG_STATE_HOME=str(folder / home))
+    return processes.clae(*arguments, cwd=folder, env=environment)
+
+
+def test_the_example_passes_parity_on_two_ranks(home: Path) -> None:
+    done = clae(home, "parity", "mine/recipe.yaml", "--world-size", "2", "--steps", "2", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["passed"]
@@ -60,24 +65,20 @@ def test_the_example_passes_parity_on_two_ranks(recipe: Path, tmp_path: Path) ->
     assert found["input_grad"]["absolute"] < 1e-10
 
 
-def test_a_run_records_its_plugin_and_keeps_to_it(recipe: Path, tmp_path: Path) -> None:
-    train = ["train", str(recipe), f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}"]
-    done = clae(tmp_path, *train)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "loss_adversarial" in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert list(json.loads((tmp_path / "run" / "run.json").read_text())["plugins"]) == ["pushed:Pushed"]
+def test_a_run_records_its_plugin_and_keeps_to_it(home: Path, tmp_path: Path) -> None:
+    assert "loss_adversarial" in (home / "run" / "metrics.jsonl").read_text()
+    assert list(json.loads((home / "run" / "run.json").read_text())["plugins"]) == ["pushed:Pushed"]
 
-    plugin = recipe.parent / "pushed.py"
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    plugin = tmp_path / "mine" / "pushed.py"
     plugin.write_text(plugin.read_text() + "\n# another source\n")
-    done = clae(tmp_path, *train)
+    done = clae(tmp_path, *train(home))
     assert done.returncode == 2
     assert "the source of pushed:Pushed has changed" in done.stdout + done.stderr
 
 
-def test_a_foreign_run_folder_imports_nothing(recipe: Path, tmp_path: Path) -> None:
-    train = ["train", str(recipe), f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}"]
-    assert clae(tmp_path, *train).returncode == 0
-    shutil.copytree(tmp_path / "run", tmp_path / "foreign")
+def test_a_foreign_run_folder_imports_nothing(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "run", tmp_path / "foreign")
     (tmp_path / "pushed.py").write_text("raise SystemExit('imported')\n")  # the working directory is on the import path
     done = clae(tmp_path, "export", str(tmp_path / "foreign"), home="other")
     assert done.returncode == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import pytest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import BAD_CONFIG, OK
 from clae_dist.runs.folder import RunFolder, step_of
+from tests import processes
 from tests.null_gpu.build import NoNullGpuError, NullGpu, build
+from tests.processes import ROOT, Completed
 
-ROOT = Path(__file__).parents[2]
 BACKENDS = ("ddp", "fsdp2", "zero-0", "zero-1", "zero-2")
 
 
@@ -32,16 +32,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 96, 16).folder)
 
 
-def python(null_gpu: NullGpu, gpus: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=null_gpu.environment(gpus, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+def python(null_gpu: NullGpu, gpus: int, *arguments: str, **environment: str) -> Completed:
+    there = null_gpu.environment(gpus, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
+    return processes.run(sys.executable, *arguments, env=there, timeout=600)
 
 
 class Trained:

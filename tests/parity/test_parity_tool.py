@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,10 +20,9 @@ from clae_dist.parity.compare import Parity, compare, compare_steps, difference,
 from clae_dist.parity.observe import observe, reference
 from clae_dist.parity.run import alone
 from clae_dist.world import World
-from tests import steps
+from tests import processes, steps
 from tests.ranks import RankPool
 
-ROOT = Path(__file__).parents[2]
 CONFIG = Config(
     data=Data(image_size=16),
     batch=Batch(global_size=8),
@@ -164,15 +160,9 @@ def test_the_first_tensor_that_differs_is_told_from_the_one_that_differs_most() 
     assert difference({**right, "m": torch.full((2,), 1.002)}, right, "float32", rounding=5e-4).first == "m"
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "clae_dist", "parity", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-
-
 @pytest.mark.slow
 def test_the_command_prints_one_json_object() -> None:
-    done = command("data.image_size=16", "--world-size", "2", "--steps", "2", "--json")
+    done = processes.clae("parity", "data.image_size=16", "--world-size", "2", "--steps", "2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for quantity in ("loss", "param_grad", "input_grad", "params_after"):
@@ -184,13 +174,13 @@ def test_the_command_prints_one_json_object() -> None:
 
 @pytest.mark.slow
 def test_the_command_fails_with_exit_code_1() -> None:
-    done = command("data.image_size=16", "model.norm=local", "--world-size", "2", "--steps", "1")
+    done = processes.clae("parity", "data.image_size=16", "model.norm=local", "--world-size", "2", "--steps", "1")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
     assert "model.norm=global makes them the same" in done.stdout
 
 
 def test_the_command_says_what_cannot_be() -> None:
-    done = command("--world-size", "0")
+    done = processes.clae("parity", "--world-size", "0")
     assert done.returncode == 2
     assert "--world-size is 0; use at least 1." in done.stderr

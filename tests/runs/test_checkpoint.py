@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -26,10 +25,9 @@ from clae_dist.runs.checkpoint.index import _digest
 from clae_dist.runs.checkpoint.pieces import share_of
 from clae_dist.runs.checkpoint.write import HostMemory, outdated
 from clae_dist.runs.folder import RunFolder
+from tests import processes
 from tests.checkpoints import CPU, pieces_of, write_checkpoint
 from tests.mutations import mutate
-
-ROOT = Path(__file__).parents[2]
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -294,14 +292,7 @@ def test_drawn_damage_never_loads(tmp_path: Path) -> None:
 
 
 def test_kill_minus_9_at_every_point_leaves_the_older_or_the_newer(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.runs.killed", str(tmp_path / "run")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = processes.run(sys.executable, "-m", "tests.runs.killed", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["points"] > 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from clae_dist.runs.folder import EVALUATION_LEASE, STOP_FILE, TRAINING_LEASE
 from clae_dist.training.finish import evaluate
 from clae_dist.training.train import train
 from clae_dist.world import World
+from tests import processes
 from tests.ranks import RankPool
 from tests.small_run import small_run
 
@@ -74,7 +74,7 @@ def test_a_run_whose_process_was_killed_resumes_at_once(shards: Manifest, tmp_pa
         "import os, sys, pathlib\nfrom clae_dist.lease import hold\n"
         "with hold(pathlib.Path(sys.argv[1]), 'clae train', SystemExit, ''): os.kill(os.getpid(), 9)"
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False, cwd=Path(__file__).parents[2])
+    killed = processes.run(sys.executable, "-c", script, path)
     assert killed.returncode == -signal.SIGKILL
     assert path.exists()
     assert start(Recipe(config)).code == OK

@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,10 @@ from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.metric_groups import grouped
 from clae_dist.training.train import train
 from clae_dist.world import World
+from tests import processes
 from tests.http_faults import Fault, serve
 from tests.mlflow_server import PASSWORD, Postgres, Proxy, Server, binaries, team_server, wait_for
+from tests.processes import Completed
 from tests.small_run import small_run
 
 mlflow = pytest.importorskip("mlflow")
@@ -35,7 +35,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(binaries() is None, reason="PostgreSQL is not installed; Debian: apt-get install postgresql"),
 ]
-ROOT = Path(__file__).parents[2]
 STEPS = 16
 
 
@@ -189,7 +188,7 @@ def test_secrets_reach_no_file_no_console_and_no_server(
 ) -> None:
     """Planted in the environment and in every URL and command that a run is given; then everything it leaves is searched."""
     names = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "PGPASSWORD", "MLFLOW_TRACKING_PASSWORD", "MY_API_KEY"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **{name: f"canary-{name}" for name in names}}
+    environment = processes.environment(**{name: f"canary-{name}" for name in names})
     environment |= {
         "MLFLOW_TRACKING_URI": proxy.uri.replace("://", "://me:canary-login@"),
         "CLAE_CACHE": str(tmp_path / "home"),
@@ -199,9 +198,8 @@ def test_secrets_reach_no_file_no_console_and_no_server(
     (tmp_path / "recipe.yaml").write_text("name: secrets\n")
     said = []
 
-    def clae(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "clae_dist", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    def clae(*arguments: str) -> Completed:
+        done = processes.clae(*arguments, cwd=tmp_path, env=environment)
         said.append(done.stdout + done.stderr)
         return done
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from clae_dist.config import Config, Tracking
 from clae_dist.errors import ConfigError
 from clae_dist.tracking import Tracker, Trackers, build_trackers, new_run_key
+from tests import processes
 
 NO_MLFLOW = Config(tracking=Tracking(name="none"))
 TAGS = {"package_version": "0", "git_revision": "abc", "manifest_digest": "d"}
@@ -96,7 +96,6 @@ except ConfigError as error:
 
 @pytest.mark.slow
 def test_tracking_none_works_where_mlflow_is_not_installed_and_mlflow_says_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_MLFLOW, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=Path(__file__).parents[2])
+    done = processes.run(sys.executable, "-c", WITHOUT_MLFLOW, tmp_path, check=True)
     assert "step 1/1  loss 1.000" in done.stdout
     assert "mlflow is not installed; pip install 'mlflow>=3.5' psutil, or use tracking.name=none." in done.stdout

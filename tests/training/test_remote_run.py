@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,10 @@ from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.training.train import train
 from clae_dist.world import World
+from tests import processes
 from tests.http_faults import Fault, serve
 from tests.ranks import RankPool
 from tests.small_run import small_run
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +82,11 @@ def test_a_shard_that_cannot_be_had_ends_the_run_on_every_rank(ranks: RankPool, 
 
 @pytest.mark.slow
 def test_the_command_trains_and_evaluates_from_http(shards: Manifest, tmp_path: Path) -> None:
-    clean = {key: value for key, value in os.environ.items() if key not in ("CLAE_CACHE", "XDG_CACHE_HOME")}
-    environment = {**clean, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    environment = processes.environment(XDG_CACHE_HOME=str(tmp_path / "home"))
+    environment.pop("CLAE_CACHE", None)
 
     def clae(*arguments: object) -> None:
-        command = [sys.executable, "-m", "clae_dist", *map(str, arguments)]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+        done = processes.clae(*arguments, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr + done.stdout
 
     settings = ["data.image_size=16", "batch.global_size=12", "model.encoder=small_resnet", "train.epochs=2", "data.workers=1"]
