@@ -108,7 +108,7 @@ class PlainShards:
         return ""
 
     def record(self, name: str, stop: threading.Event) -> ShardRecord:
-        """The summary of a shard's index, from the cache or made now. Raises DataError unless it is a complete tar of images."""
+        """The summary of a shard's index, from the cache or made now. Raises DataError for anything but a tar of images."""
 
         def fill(part: IO[bytes]) -> None:
             part.write(json.dumps(asdict(self._make_record(name, stop))).encode())

@@ -46,8 +46,8 @@ def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torc
 def learning_rate_at(
     step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str, factors: Mapping[int, float] | None = None
 ) -> float:
-    """Linear warm-up to `peak`, then by `schedule`: a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017), constant,
-    or times the factor that `factors` has for the last number of steps reached (1 before the first).
+    """Linear warm-up to `peak`, then by `schedule`: a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017),
+    constant, or times the factor that `factors` has for the last number of steps reached (1 before the first).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
