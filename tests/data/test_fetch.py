@@ -148,7 +148,7 @@ def test_logins_reach_the_server_and_no_message(server: FaultyServer) -> None:
 
 
 def test_a_url_that_is_none_is_not_shown_either(server: FaultyServer) -> None:
-    with pytest.raises(DataError, match=r"/shard\.tar\?…: the URL holds characters") as caught:
+    with pytest.raises(DataError, match=r"/shard\.tar\?…: the URL has invalid characters") as caught:
         fetched(f"{server.url}/shard.tar?signature=tok3n and more")
     assert "tok3n" not in str(caught.value)
 

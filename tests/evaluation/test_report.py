@@ -185,7 +185,7 @@ def test_a_long_log_costs_no_more_than_its_part(make_run: MakeRun, tmp_path: Pat
     assert max(len(curve.x) for curve in (*read.curves.values(), read.rates)) < 128
     assert read.series("knn_accuracy") == ([4000, 8000, 12000, 16000, 20000], [10, 20, 30, 40, 50])
     assert (read.images_seen, read.last("loss")) == (20_000, 3)
-    assert "is drawn from" in notes[0]
+    assert "lines of training is used" in notes[0]
 
 
 def test_a_thinned_curve_keeps_its_spikes_and_its_restarts() -> None:
