@@ -287,7 +287,7 @@ def test_nan_is_outside_any_bounds() -> None:
 def test_values_that_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match=r"data\.streams is 7, which does not divide batch\.global_size 256; try 8"):
         overridden("data.streams=7")
-    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs is 10, but train\.epochs is 5; warm up for less"):
+    with pytest.raises(ConfigError, match=r"optim\.warmup_epochs is 10, but train\.epochs is 5; warm up for a part"):
         overridden("train.epochs=5")
     assert overridden("train.epochs=0.5", "optim.warmup_epochs=0").train.epochs == 0.5
 
