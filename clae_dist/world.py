@@ -136,16 +136,24 @@ def state_home() -> Path:
 
 
 @contextmanager
-def connect(timeout_s: float = 600.0, device: Request = "auto") -> Iterator[World]:
+def connect(timeout_s: float = 600.0, device: Request = "auto", *, group_of_one: bool = False) -> Iterator[World]:
     """The World that a launcher describes in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 
     Joins the process group that the launcher already started (Ray), or starts one and ends it (torchrun, local).
-    Without WORLD_SIZE it is a world of this process alone. NCCL carries GPU tensors, gloo the CPU's. `device` is launch.device.
+    Without WORLD_SIZE it is a world of this process alone, as it is with WORLD_SIZE 1: without a process group unless
+    `group_of_one` asks for one, for code that calls torch.distributed itself.
+    NCCL carries GPU tensors, gloo the CPU's. `device` is launch.device.
     Raises ConfigError on all ranks alike where they cannot have a GPU each (devices.py).
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not dist.is_initialized():
-        yield World.single(local_device(device))
+        if group_of_one:
+            _start_group("gloo", dist.HashStore(), 0, 1, timeout_s)
+        try:
+            yield World.single(local_device(device))
+        finally:
+            if group_of_one:
+                dist.destroy_process_group()
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -16,11 +16,14 @@ from clae_dist.config import Objective
 from clae_dist.objectives import find
 
 Loss = Callable[[torch.Tensor, torch.Tensor, Objective], torch.Tensor]
+# Below it, a negative has nearly all the mass, and 1 - p has no digits left (and is floored).
+LEAST_TEMPERATURE = {"uel": 0.05}
 VALUES = {"tau_plus": 0.07, "beta": 0.8, "margin": 0.15, "mix": 0.3}  # not the defaults
 
 
 def settings_of(name: str, temperature: float, **more: Any) -> Objective:
-    """Settings of an objective in which everything that it uses differs from its default."""
+    """Settings of an objective in which everything that it uses differs from its default. Not below LEAST_TEMPERATURE."""
+    temperature = max(temperature, LEAST_TEMPERATURE.get(name, 0.0))
     return Objective(name, temperature, **{key: VALUES[key] for key in find(name).uses}, **more)
 
 
@@ -107,6 +110,22 @@ def instance(a_ND: torch.Tensor, b_ND: torch.Tensor, settings: Objective) -> tor
     return total / len(a_ND)
 
 
+def uel(a_ND: torch.Tensor, b_ND: torch.Tensor, settings: Objective) -> torch.Tensor:
+    """-1/2N Σ_i [ log p_i,i* + Σ_j log(1 - p_ij) ]: j is neither i nor its positive i*; all rows but i are constants."""
+    z, num_images = torch.cat([a_ND, b_ND]), len(a_ND)
+    constant, total = z.detach(), a_ND.new_zeros(())
+    for i in range(len(z)):
+        positive = (i + num_images) % len(z)
+        exps = {j: torch.exp((z[i] * constant[j]).sum() / settings.temperature) for j in range(len(z)) if j != i}
+        mass = sum(exps.values(), a_ND.new_zeros(()))
+        total = total - torch.log(exps[positive] / mass)
+        for j in exps:
+            if j != positive:  # 1 - p is the share of the others
+                others = sum((exps[other] for other in exps if other != j), a_ND.new_zeros(()))
+                total = total - torch.log(others / mass)
+    return total / len(z)
+
+
 OBJECTIVES: dict[str, Loss] = {
     "nt_xent": mean_over_anchors(nt_xent),
     "instance": instance,
@@ -114,6 +133,7 @@ OBJECTIVES: dict[str, Loss] = {
     "debiased": mean_over_anchors(debiased),
     "hard": mean_over_anchors(hard),
     "ifm": mean_over_anchors(ifm),
+    "uel": uel,
 }
 
 

@@ -103,7 +103,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyp
         ("clae tra", {"train"}),
         ("clae train --qu", {"--quiet"}),
         ("clae train --launcher r", {"ray"}),
-        ("clae train cifar10/cl", {"cifar10/clae", "cifar10/clae-original"}),
+        ("clae train cifar10/si", {"cifar10/simclr"}),
         ("clae train mi", {"mine.yaml"}),
         ("clae train quickstart optim.l", {"optim.learning_rate="}),
         ("clae train quickstart optim.name = ", {"adamw", "sgd", "lars"}),

@@ -1,4 +1,4 @@
-"""The first images of a set, with which `clae bench data` measures.
+"""The first images of a set, on which `clae bench data` measures.
 
 # n images of a chunk, S side of a view
 """
@@ -23,21 +23,19 @@ from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 @dataclass(frozen=True)
 class DataBench:
     image_size: int = 224
-    chunk: int = 64  # images that a stage is timed on, and of a loader's batch
+    chunk: int = 64  # images on which a stage is timed, and of a loader's batch
     repeats: int = 7
     workers: Sequence[int] = field(default_factory=lambda: sorted({0, 1, 2, usable_cores()}))
-    batches: int = 3  # a worker, timed after its first
-    rounds: int = 3  # of the loaders, each of which starts processes
-    rate: float = 0.0  # images a second of a training step; 0: not asked
+    batches: int = 3  # timed batches per worker, after its first
+    rounds: int = 3  # repeats of the loaders, each of which starts processes
+    rate: float = 0.0  # images per second of a training step; 0: unknown
+    shards: str = ""  # as data.shards; empty: synthetic images
     split: str = "train"
-
-
-QUICK = DataBench(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2, rounds=2)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The first images of a set: encoded, decoded, and where two views are cut."""
+    """The first images of a set, encoded and decoded, and the boxes of two views."""
 
     manifest: Manifest
     reader: ShardReader

@@ -1,4 +1,4 @@
-"""How others turn shards into samples and JPEGs into two views: what `clae bench data` sets beside ours.
+"""How other packages turn shards into samples and JPEGs into two views, for `clae bench data`.
 
 # n images of a chunk, S side of a view
 """
@@ -35,7 +35,7 @@ def pil_crops(jpegs: Jpegs, boxes: np.ndarray, size: int) -> torch.Tensor:
 
 
 def huffman_only(jpegs: Jpegs) -> None:
-    """All entropy decoding and nearly nothing else: libjpeg makes one grey pixel of each block of 64."""
+    """Entropy decoding and almost nothing else: libjpeg computes one grey pixel of each block of 64."""
     for data in jpegs:
         image = Image.open(io.BytesIO(data))
         image.draft("L", (1, 1))
@@ -43,7 +43,7 @@ def huffman_only(jpegs: Jpegs) -> None:
 
 
 def photometric(size: int) -> list[v2.Transform]:
-    """SimCLR's augmentation after the crop, as torchvision v2 spells it."""
+    """SimCLR's augmentation after the crop, in torchvision v2."""
     radius = max(1, size // 20)
     return [
         v2.RandomHorizontalFlip(),
@@ -54,9 +54,9 @@ def photometric(size: int) -> list[v2.Transform]:
 
 
 def kornia_photometric(size: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The same in kornia, on a batch, each image with its own parameters; None where it is not installed."""
+    """`photometric` in kornia, on a batch, with parameters for each image; None if it is not installed."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what it imports
+        with warnings.catch_warnings(action="ignore"):  # of its imports
             import kornia.augmentation as kornia
     except ImportError:
         return None
@@ -71,7 +71,7 @@ def kornia_photometric(size: int) -> Callable[[torch.Tensor], torch.Tensor] | No
 
 
 def simclr_transform(size: int, of: str) -> Callable[[Image.Image], torch.Tensor]:
-    """SimCLR's augmentation as torchvision's users write it: "v1" on Pillow images, "v2" on uint8 tensors."""
+    """SimCLR's augmentation as users of torchvision write it: "v1" on Pillow images, "v2" on uint8 tensors."""
     random_part = [v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True), *photometric(size)]
     if of == "v1":
         return v2.Compose([*random_part, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -93,7 +93,7 @@ class PilPairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def webdataset_samples(path: Path) -> Iterator[bytes]:
-    """The encoded images of a shard, by plain WebDataset. It leaves its file to the garbage collector."""
+    """The encoded images of a shard by plain WebDataset, which leaves its file to the garbage collector."""
     from webdataset.compat import WebDataset
 
     for sample in WebDataset(str(path), shardshuffle=False):

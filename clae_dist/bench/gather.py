@@ -1,4 +1,4 @@
-"""`clae bench gather`: what the loss sends between real processes, beside open_clip's and lightly's, and what a byte takes.
+"""`clae bench gather`: bytes and time of the loss between real processes, compared with open_clip and lightly.
 
 # B images on each of W ranks, N = W·B, D embedding width.
 """
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from clae_dist import collectives
 from clae_dist.bench import peers
 from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
-from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, time_in_turns, with_ratios
+from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
 from clae_dist.bench.wire import CountTraffic, Network, fit
@@ -46,23 +46,24 @@ class GatherBench:
 
 KINDS = {"nt_xent": "NT-Xent", "instance": "instance discrimination across views, both directions"}
 
+FULL = GatherBench()
 QUICK = GatherBench(world_sizes=(2,), repeats=5, message_bytes=tuple(1 << power for power in range(12, 21, 4)))
 
 
 class RanksError(ClaeError, RuntimeError):
-    """Ranks ended before they had measured."""
+    """The ranks failed before they had measured."""
 
 
 def bench(settings: GatherBench, say: Say) -> Outcome | None:
-    """On ranks of this machine, or on those that torchrun started: then every rank calls it, and all but rank 0 get None."""
+    """Measure on ranks of this machine, or on the ranks of torchrun: then every rank calls it, and all but rank 0 get None."""
     notes = peers.missing() if settings.with_peers else []
     for note in notes:
         say(note)
     if dist.is_torchelastic_launched():
         with connect() as world:
-            found = measure(world, settings, say if world.is_main else _silent)
-            return Outcome(found, world.device, notes) if world.is_main else None
-    rows: list[Row] = []
+            rows = measure(world, settings, say if world.is_main else _silent)
+            return Outcome(rows, world.device, notes) if world.is_main else None
+    rows = []
     device: Request = "auto" if torch.cuda.device_count() >= max(settings.world_sizes) else "cpu"
     for size in settings.world_sizes:
         say(f"gather: {size} ranks on this machine")
@@ -74,7 +75,7 @@ def bench(settings: GatherBench, say: Say) -> Outcome | None:
 
 
 def _silent(text: str) -> None:
-    """Of ranks other than 0."""
+    """Print nothing, on ranks other than 0."""
 
 
 def _on_a_rank(settings: GatherBench, device: Request) -> Ending:
@@ -88,7 +89,7 @@ def _on_a_rank(settings: GatherBench, device: Request) -> Ending:
 
 
 def measure(world: World, settings: GatherBench, say: Say) -> list[Row]:
-    """The rows of the network, then those of every objective; the same on every rank. Collective."""
+    """The rows of the network, then of every objective; equal on every rank. Collective."""
     say("gather: the network")
     networks, rows = measure_network(world, settings)
     for objective in sorted(names(), key=("nt_xent", "instance").__contains__, reverse=True):  # with peers first
@@ -101,37 +102,35 @@ def measure(world: World, settings: GatherBench, say: Say) -> list[Row]:
 
 
 def measure_loss(objective: str, world: World, settings: GatherBench, networks: dict[str, Network]) -> list[Row]:
-    """Forward and backward of each contender: the same gradients first, then bytes, then time."""
+    """Forward and backward of each contender: gradients are compared, then bytes counted, then time measured."""
     kind = KINDS.get(objective, objective)
     case = f"{kind}: {world.size} ranks ({world.collectives}), {settings.images} images each, D {settings.dim}"
     a, b = _views(world, settings)
     calls: dict[str, Callable[[], Any]] = {}
-    notes, traffic = {}, {}
+    notes, traffic, figures = {}, {}, {}
     expected: list[torch.Tensor] = []
     with peers.quietly():
         for name, note, loss in contenders(objective, world, settings):
             calls[name], notes[name] = forward_backward(loss, a, b), note
             with CountTraffic(world.size) as count:
-                found = along_sphere(calls[name](), a, b)
-            assert_equal(case, name, found, expected or found, TOLERANCE)
-            expected, traffic[name] = expected or found, count.traffic
-        times = _slowest(world, time_in_turns(calls, world.device, settings.repeats, ready=_barrier(world), at_least_s=0.0))
-    rows = []
-    for name, note in notes.items():
+                result = along_sphere(calls[name](), a, b)
+            assert_equal(case, name, result, expected or result, TOLERANCE)
+            expected, traffic[name] = expected or result, count.traffic
+        times = _time(world, calls, settings)
+    for name in calls:
         sent = round(world.mean(torch.tensor(traffic[name].wire_bytes, dtype=torch.float64, device=world.device)).item())
         used = {kind: traffic[name].names.count(kind) for kind in dict.fromkeys(traffic[name].names)}
-        note = f"{note}: {', '.join(f'{number} x {kind}' for kind, number in used.items())}"
-        floor = sum(_alone(kind, num_bytes, networks, world.size) for kind, num_bytes in traffic[name].sent)
+        notes[name] += f": {', '.join(f'{count} x {kind}' for kind, count in used.items())}"
+        floor_s = sum(_alone(kind, num_bytes, networks, world.size) for kind, num_bytes in traffic[name].sent)
         more = {"collectives": float(len(traffic[name].sent))} | cpu_figure(times[name], world.device)
-        median, spread = times[name].median_s, times[name].spread
-        rows.append(Row(case, f"{name}: {note}", median, spread, {}, floor, wire_bytes=sent, more=more))
-    return with_ratios(rows)
+        figures[name] = {"floor_s": floor_s, "wire_bytes": sent, "more": more}
+    return make_rows(case, notes, times, figures)
 
 
 def _alone(kind: str, num_bytes: float, networks: dict[str, Network], num_ranks: int) -> float:
-    """Seconds of a collective by the measured one that is the most like it."""
+    """Seconds of a collective, by the measured collective that is most similar."""
     like = networks[{"allgather": "all_gather", "allreduce": "all_reduce"}.get(kind[:9], "reduce_scatter")]
-    if kind in ("scatter", "gather"):  # one from each rank move what a reduce-scatter moves, and may overlap
+    if kind in ("scatter", "gather"):  # one per rank move the bytes of a reduce-scatter, and may overlap
         return like.alpha_s / num_ranks + like.beta_s_per_byte * num_bytes
     return like.seconds(num_bytes)
 
@@ -156,7 +155,7 @@ def _ours(contrast: Contrast, both: bool) -> Loss:
 
 
 def _views(world: World, settings: GatherBench) -> tuple[torch.Tensor, torch.Tensor]:
-    """Other rows on every rank."""
+    """Two views of random rows, different ones on every rank."""
     generator = torch.Generator().manual_seed(world.rank)
     a, b = F.normalize(torch.randn(2, settings.images, settings.dim, generator=generator), dim=2).to(world.device).unbind()
     return a.clone().requires_grad_(), b.clone().requires_grad_()
@@ -166,36 +165,40 @@ def _views(world: World, settings: GatherBench) -> tuple[torch.Tensor, torch.Ten
 
 
 def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Network], list[Row]]:
-    """α and β of each collective by least squares over messages of growing size."""
-    found, rows = {}, []
+    """Fit α and β of each collective to messages of growing size by least squares."""
+    networks, rows = {}, []
     for name, collective, share in (
         ("all_gather", _all_gather, 1),
         ("reduce_scatter", _reduce_scatter, 1),
         ("all_reduce", _all_reduce, 2),
     ):
         calls = {str(size): collective(world, size) for size in settings.message_bytes}
-        times = _slowest(world, time_in_turns(calls, world.device, settings.repeats, ready=_barrier(world), at_least_s=0.0))
+        times = _time(world, calls, settings)
         sent = [share * size * (world.size - 1) / world.size for size in settings.message_bytes]
-        found[name] = network = fit(sent, [times[str(size)].median_s for size in settings.message_bytes])
+        networks[name] = network = fit(sent, [times[str(size)].median_s for size in settings.message_bytes])
         largest = times[str(settings.message_bytes[-1])]
         more = {"alpha_s": network.alpha_s, "beta_s_per_byte": network.beta_s_per_byte, "fit_error": network.worst}
         sizes = f"{settings.message_bytes[0]:,} to {settings.message_bytes[-1]:,} bytes"
         note = f"{sizes}; time and bytes of the largest; alpha_s + beta_s_per_byte x bytes on the wire"
         case = f"the network: {world.size} ranks ({world.collectives})"
-        row = Row(case, f"{name}: {note}", largest.median_s, largest.spread, {}, wire_bytes=round(sent[-1]), more=more)
-        rows.append(replace(row, floor_s=network.seconds(sent[-1])))
-    return found, rows
+        figures = {"floor_s": network.seconds(sent[-1]), "wire_bytes": round(sent[-1]), "more": more}
+        rows += make_rows(case, {name: note}, {name: largest}, {name: figures})
+    return networks, rows
+
+
+def _parts(world: World, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer of float32 of all ranks, and this rank's part of it."""
+    everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
+    return everyone, everyone.chunk(world.size)[world.rank].clone()
 
 
 def _all_gather(world: World, num_bytes: int) -> Callable[[], Any]:
-    everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
-    mine = everyone.chunk(world.size)[world.rank].clone()
+    everyone, mine = _parts(world, num_bytes)
     return lambda: collectives.all_gather(everyone, mine, world.group)
 
 
 def _reduce_scatter(world: World, num_bytes: int) -> Callable[[], Any]:
-    everyone = torch.zeros(num_bytes // 4 // world.size * world.size, device=world.device)
-    mine = everyone.chunk(world.size)[world.rank].clone()
+    everyone, mine = _parts(world, num_bytes)
     return lambda: collectives.reduce_scatter(mine, everyone, world.group)
 
 
@@ -204,15 +207,13 @@ def _all_reduce(world: World, num_bytes: int) -> Callable[[], Any]:
     return lambda: dist.all_reduce(everyone, group=world.group)
 
 
-def _barrier(world: World) -> Callable[[], None]:
-    def wait() -> None:
+def _time(world: World, calls: dict[str, Callable[[], Any]], settings: GatherBench) -> dict[str, Times]:
+    """Time the calls after a barrier each; a repeat takes as long as on its slowest rank, for which the others wait."""
+
+    def barrier() -> None:
         world.flags_anywhere(False)
 
-    return wait
-
-
-def _slowest(world: World, times: dict[str, Times]) -> dict[str, Times]:
-    """Each repeat as long as it was on the rank where it took longest: the others' time is waiting or luck."""
+    times = time_in_turns(calls, world.device, settings.repeats, ready=barrier, at_least_s=0.0)
     everyone = world.gather_objects({name: one.wall for name, one in times.items()})
     slowest = {name: [max(repeat) for repeat in zip(*(rank[name] for rank in everyone), strict=True)] for name in times}
     assert all(statistics.median(wall) > 0 for wall in slowest.values())

@@ -1,6 +1,6 @@
-"""Whole loaders: processes or threads, and how busy they keep the cores.
+"""Whole loaders, with processes or threads: time per image, busy cores and memory.
 
-# All of a loader's workers are timed from the moment each of them begins a batch.
+A loader is timed from the moment when each of its workers begins a batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from clae_dist.bench import data_peers as peers
 from clae_dist.bench.chunk import Chunk, DataBench
-from clae_dist.bench.measure import Row, Say, Times, with_ratios
+from clae_dist.bench.measure import Row, Say, Times, make_rows
 from clae_dist.data.loader import TwoViews, forkserver, load, make_order, start_loader_process
 from clae_dist.world import World
 
@@ -26,7 +26,7 @@ Make = Callable[[Chunk, DataBench, int], Iterator[Any]]
 
 
 def measure_loaders(chunk: Chunk, settings: DataBench, say: Say) -> list[Row]:
-    """Ours with each number of processes, ours with threads, and the usual pipeline, in turns: seconds an image, all cores."""
+    """Seconds per image on all cores, in turns: ours with processes and with threads, and the usual pipeline."""
     most = max(settings.workers)
     loaders: dict[str, tuple[str, Make, int]] = {
         f"ours_{count}": (f"{count} loader processes", _ours, count) for count in settings.workers
@@ -38,30 +38,30 @@ def measure_loaders(chunk: Chunk, settings: DataBench, say: Say) -> list[Row]:
         for name, (note, make, workers) in loaders.items():
             say(f"loaders, round {turn + 1} of {settings.rounds}: {note}")
             seen[name].append(_watch(make(chunk, settings, workers), workers, chunk, settings))
-    return with_ratios([_row(f"{name}: {loaders[name][0]}", found) for name, found in seen.items()])
+    times = {name: Times([one.wall_s for one in each], [one.cpu_s for one in each]) for name, each in seen.items()}
+    figures = {name: {"more": _figures(times[name], each)} for name, each in seen.items()}
+    notes = {name: note for name, (note, _, _) in loaders.items()}
+    return make_rows("an image: the whole loader, all cores", notes, times, figures)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Seconds an image once all workers work; cores that were busy; bytes that a worker holds for itself, batches included."""
+    """Seconds and CPU seconds per image while all workers are busy, and bytes of memory that only one worker uses."""
 
     wall_s: float
     cpu_s: float
-    own_bytes: int  # 0: no workers
+    own_bytes: int  # the largest of all workers, batches included; 0 without workers
 
 
-def _row(what: str, found: list[_Seen]) -> Row:
-    times = Times([one.wall_s for one in found], [one.cpu_s for one in found])
-    more = {"images_per_s": 1 / times.median_s, "busy_cores": statistics.median(one.cpu_s / one.wall_s for one in found)}
-    own = max(one.own_bytes for one in found)
-    if own:
-        more["own_bytes_a_worker"] = own
-    return Row("an image: the whole loader, all cores", what, times.median_s, times.spread, {}, more=more)
+def _figures(times: Times, seen: list[_Seen]) -> dict[str, float]:
+    figures = {"images_per_s": 1 / times.median_s, "busy_cores": statistics.median(one.cpu_s / one.wall_s for one in seen)}
+    own = max(one.own_bytes for one in seen)
+    return figures | ({"own_bytes_a_worker": own} if own else {})
 
 
 def _watch(batches: Iterator[Any], workers: int, chunk: Chunk, settings: DataBench) -> _Seen:
     process = psutil.Process()
-    for _ in islice(batches, max(1, workers)):  # from here on every worker is at the start of a batch
+    for _ in islice(batches, max(1, workers)):  # afterwards every worker is at the start of a batch
         pass
     start, start_cpu = time.perf_counter(), _cpu_s(process)
     count = settings.batches * max(1, workers)
@@ -74,12 +74,12 @@ def _watch(batches: Iterator[Any], workers: int, chunk: Chunk, settings: DataBen
 
 
 def _holds_batches(child: psutil.Process) -> bool:
-    """A child of the fork server, which is one of ours, as the tracker of shared memory is."""
+    """True for a child of the fork server, which is itself a child of this process, as is the tracker of shared memory."""
     return child.parent() not in (None, psutil.Process())
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    """Of this process and those below it."""
+    """CPU seconds of a process and its descendants."""
     times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
     return sum(one.user + one.system for one in times)
 
@@ -90,7 +90,7 @@ def _ours(chunk: Chunk, settings: DataBench, workers: int) -> Iterator[Any]:
 
 
 def _steps(settings: DataBench, workers: int) -> int:
-    """More than are timed: workers that are done with all would be gone."""
+    """The number of steps: more than are timed, as workers that have finished exit."""
     return (2 + settings.batches) * max(1, workers)
 
 

@@ -1,4 +1,4 @@
-"""One way to measure: results equal first, then timed in turns, then the memory of one call."""
+"""Measure contenders whose results were found equal: time in turns, then the memory of one call."""
 
 from __future__ import annotations
 
@@ -24,28 +24,22 @@ class UnequalError(ClaeError, RuntimeError):
     """A contender computes a different result, so its time cannot be compared."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Something that is measured; `run` is one call of it."""
-
-    name: str
-    note: str
-    run: Callable[[], Any]
+Runs = Mapping[str, tuple[str, Callable[[], Any]]]  # name → description, and one call
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. The same fields in every bench; None where one does not apply."""
+    """The figures of one contender. Every bench has the same fields; None where one does not apply."""
 
     case: str
-    what: str  # "name: what it is", the name being the one in ratio_to
+    what: str  # "name: description", with the name that ratio_to has
     median_s: float
     spread: float  # interquartile range over median
-    ratio_to: dict[str, float]  # median_s over that of each other row of the case
-    floor_s: float | None = None  # what no implementation on this machine can beat; which floor, says the bench
-    added_bytes: int | None = None  # peak memory of one call over what was there before
-    wire_bytes: int | None = None  # that a rank sends in one call
-    bytes_ratio_to: dict[str, float] = field(default_factory=dict)  # the same of added_bytes, or of wire_bytes
+    ratio_to: dict[str, float] = field(default_factory=dict)  # median_s over that of each other row of the case
+    floor_s: float | None = None  # lower bound of any implementation on this machine, chosen by the bench
+    added_bytes: int | None = None  # peak memory of one call above the level before it
+    wire_bytes: int | None = None  # sent by a rank in one call
+    bytes_ratio_to: dict[str, float] = field(default_factory=dict)  # as ratio_to, of wire_bytes or added_bytes
     more: dict[str, float] = field(default_factory=dict)  # further figures by name
 
     @property
@@ -55,10 +49,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each repeat: on the clock, and of all cores of this process."""
+    """Seconds of each repeat: wall-clock time, and CPU time of all threads of this process."""
 
     wall: list[float]
-    cpu: list[float]
+    cpu: list[float] = field(default_factory=list)
+
+    def per(self, count: int) -> Times:
+        """The time of one of `count` equal parts of a repeat."""
+        return Times([value / count for value in self.wall], [value / count for value in self.cpu])
 
     @property
     def median_s(self) -> float:
@@ -75,7 +73,7 @@ class Times:
 def assert_equal(
     case: str, name: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], relative: float
 ) -> float:
-    """The largest difference, relative to the largest entry of its tensor. Raises UnequalError above `relative`."""
+    """Return the largest difference, relative to the largest entry of its tensor. Raises UnequalError above `relative`."""
     worst = 0.0
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape, f"{name}: {tuple(one.shape)} beside {tuple(other.shape)}"
@@ -84,7 +82,7 @@ def assert_equal(
     if worst > relative:
         raise UnequalError(
             f"{case}: {name} differs from the reference by {worst:.1e} of the largest entry, more than {relative:.0e}; it "
-            "computes something else, and its time would say nothing."
+            "computes something else, so its time cannot be compared."
         )
     return worst
 
@@ -102,9 +100,10 @@ def time_in_turns(
     ready: Callable[[], None] = lambda: None,
     at_least_s: float = 0.01,
 ) -> dict[str, Times]:
-    """Seconds a call of each, in turns, so that what disturbs the machine disturbs all of them. The first call is not counted.
+    """Seconds per call, measured in turns, so that other load on the machine affects all contenders alike.
 
-    A repeat is as many calls as take `at_least_s` (one if that is 0). `ready` is called before each repeat.
+    The first call is not counted. A repeat is as many calls as take `at_least_s` (one if that is 0). `ready` is called before
+    each repeat.
     """
     calls = {name: _calls(run, device, at_least_s) for name, run in runs.items()}
     times = {name: Times([], []) for name in runs}
@@ -123,7 +122,7 @@ def time_in_turns(
 
 
 def _calls(run: Callable[[], Any], device: torch.device, at_least_s: float) -> int:
-    """How many calls take that long; the first, which makes what later ones find, tells only of long ones."""
+    """The number of calls that take `at_least_s`. The first call may fill caches, so it decides only if it takes very long."""
     took = 0.0
     for _ in range(2):
         start = time.perf_counter()
@@ -139,7 +138,7 @@ def _calls(run: Callable[[], Any], device: torch.device, at_least_s: float) -> i
 
 
 def added_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Peak memory of one call over what was there before; None where the system does not tell (other than Linux and CUDA)."""
+    """Peak memory of one call above the level before it; None where it cannot be measured (neither Linux nor CUDA)."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -151,9 +150,8 @@ def added_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     if sys.platform != "linux":
         return None
     try:
-        give_back = ctypes.CDLL(None).malloc_trim
-        give_back(0)  # what was freed leaves the process, or a call that takes it again would add nothing
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system; a call that reuses it would add nothing
+        Path("/proc/self/clear_refs").write_text("5")  # reset the highest resident size
     except (AttributeError, OSError):  # another C library, or a container that forbids it
         return None
     before = _status_bytes("VmRSS")
@@ -168,45 +166,28 @@ def _status_bytes(key: str) -> int:
     raise AssertionError(key)
 
 
-# ---- a case ----
+# ---- rows ----
 
 
-def compare(
-    case: str,
-    contenders: Sequence[Contender],
-    device: torch.device,
-    repeats: int,
-    floor: Callable[[], Any] | None = None,
-    *,
-    memory: bool = True,
+def make_rows(
+    case: str, notes: Mapping[str, str], times: Mapping[str, Times], figures: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Row]:
-    """A row for each contender, whose results have been found equal; `floor` is timed in turns with them."""
-    runs = {contender.name: contender.run for contender in contenders}
-    times = time_in_turns({**runs, **({"": floor} if floor else {})}, device, repeats)
-    peaks = {name: added_bytes(run, device) if memory else None for name, run in runs.items()}
-    rows = [
-        Row(
-            case,
-            f"{contender.name}: {contender.note}",
-            times[contender.name].median_s,
-            times[contender.name].spread,
-            {},
-            times[""].median_s if floor else None,
-            added_bytes=peaks[contender.name],
-            more=cpu_figure(times[contender.name], device),
-        )
-        for contender in contenders
-    ]
-    return with_ratios(rows)
+    """A row for each contender of a case, with ratios; `figures` are further fields of a row, by the contender's name."""
+    return with_ratios(
+        [
+            Row(case, f"{name}: {note}", times[name].median_s, times[name].spread, **(figures or {}).get(name, {}))
+            for name, note in notes.items()
+        ]
+    )
 
 
 def cpu_figure(times: Times, device: torch.device) -> dict[str, float]:
-    """Seconds of all cores, in the repeat with the fewest: what other processes of the machine disturb the least."""
+    """CPU seconds of the best repeat, which other processes affect the least."""
     return {"cpu_s": min(times.cpu)} if device.type == "cpu" else {}
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one case, each with its time and its bytes over those of each other one."""
+    """The rows of one case, each with the ratios of its time and bytes to those of every other row."""
     made = []
     for row in rows:
         others = [other for other in rows if other is not row]
@@ -224,7 +205,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 @contextmanager
 def replaced(module: Any, **attributes: Any) -> Iterator[None]:
-    """Inside, a module's functions are others: what would talk to other ranks does not."""
+    """Context in which attributes of a module have other values."""
     before = {name: getattr(module, name) for name in attributes}
     for name, value in attributes.items():
         setattr(module, name, value)

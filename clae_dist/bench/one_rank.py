@@ -1,4 +1,4 @@
-"""One rank of a world without processes: what the others would send is at hand, and is copied where a network would.
+"""One rank of a simulated world: the data of the other ranks are in memory, and are copied where a network would send them.
 
 # B rows of a view on this rank, N on all, D embedding width; K = 2B local rows against M = 2N.
 """
@@ -27,7 +27,7 @@ Grads = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class OneRank:
-    """Rank `rank` of `size`, with the rows of all ranks and, for the log-sum-exp form, the shifts of all anchors."""
+    """Rank `rank` of `size` with the rows of all ranks and, for the log-sum-exp form, the shifts of all anchors."""
 
     objective: str  # of one direction: the mean of both is measured
     temperature: float
@@ -56,14 +56,13 @@ class OneRank:
 
     @property
     def form(self) -> PerAnchor:
-        """The objective itself."""
         form = find(self.objective)
         assert isinstance(form, PerAnchor)
         return form
 
     @property
     def settings(self) -> Objective:
-        """Its settings, `chunk` chosen by the device."""
+        """The settings of the objective; `chunk` is chosen by the device."""
         return Objective(self.objective, self.temperature)
 
     @property
@@ -76,7 +75,7 @@ class OneRank:
         return a, b
 
     def with_computed_shifts(self) -> OneRank:
-        """The same with the shifts that the other ranks would compute, and `rest`: M² products each."""
+        """A copy with `rest` and with the shifts that the other ranks would compute; each takes M² products."""
         return replace(
             self,
             shifts=tuple(self._shifts(*direction) for direction in self.directions),
@@ -84,7 +83,7 @@ class OneRank:
         )
 
     def with_typical_shifts(self) -> OneRank:
-        """The same with shifts of random unit rows, minus log M + 1 / (2 τ² D): for more rows than M² products allow."""
+        """A copy with the shifts of random unit rows, -(log M + 1 / (2 τ² D)), where M² products would take too long."""
         images, dim = self.views[0].shape
         num_views = 2 // len(self.directions)
         typical = -math.log(images * num_views) - 1 / (2 * self.temperature**2 * dim)
@@ -129,22 +128,22 @@ class OneRank:
     # ---- the gather, without a network ----
 
     def received(self, view: int, mine: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks in memory of their own, as after an all-gather; differentiable in this rank's."""
-        rows: torch.Tensor = _Receive.apply(mine, self.views[view], self.mine)
-        return rows
+        """The rows of all ranks in a new tensor, as after an all-gather; differentiable in the rows of this rank."""
+        everyone = self.views[view]
+        return torch.cat([everyone[: self.mine.start], mine, everyone[self.mine.stop :]])
 
     def parts(self, mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The rows of each rank; what comes back for the others is stacked for a reduction, as gathers that are lists do."""
-        # Which view these rows are of; a peer may have scaled them to unit length once more.
+        """The rows of each rank; backward stacks their gradients for a reduction, as gathers into lists do."""
+        # Find the view that these rows belong to; a peer may have normalised them again.
         distances = [float((mine.detach()[0] - view[self.mine][0]).abs().sum()) for view in self.views]
         view = distances.index(min(distances))
-        found: tuple[torch.Tensor, ...] = _ReceiveParts.apply(mine, self.views[view], self.size, self.rank)
-        return found
+        parts: tuple[torch.Tensor, ...] = _ReceiveParts.apply(mine, self.views[view], self.size, self.rank)
+        return parts
 
     # ---- ours ----
 
     def by_log_sum_exp(self, a: torch.Tensor, b: torch.Tensor, chunk: int = 0) -> torch.Tensor:
-        """Ours; the gradient is that of all ranks' losses."""
+        """The log-sum-exp form; its gradient is that of all ranks' losses."""
         with torch.no_grad():
             rows = [Rows(mine, self.received(view, mine)) for view, mine in enumerate((a, b))]
         others = list(self.shifts)
@@ -163,19 +162,19 @@ class OneRank:
         return torch.stack(losses).mean()
 
     def by_reduce_scatter(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """The dense form, differentiable in all columns; the gradient is that of this rank's loss."""
+        """The dense form, differentiable in all columns; its gradient is that of this rank's loss."""
         rows = [Rows(mine, self.received(view, mine)) for view, mine in enumerate((a, b))]
         losses = [
             dense_loss(self.form, rows[one], rows[other], self.mine.start, self.settings) for one, other in self.directions
         ]
         return torch.stack(losses).mean()
 
-    # ---- the truth ----
+    # ---- the reference ----
 
     def reference(self) -> tuple[Grads, Grads]:
-        """Loss and its gradients in this rank's rows, in float64: of this rank's loss alone, and of all ranks' together.
+        """The loss in float64, with its gradients in this rank's rows: of this rank's loss, and of the sum of all ranks'.
 
-        By torch's autograd: the other ranks' part through what this rank's rows are in the sums of their anchors.
+        Both are torch's autograd; other ranks' losses depend on this rank's rows through the sums over their anchors.
         """
         exact = self.in_float64()
         a, b = exact.leaves()
@@ -193,7 +192,7 @@ class OneRank:
 
     @contextmanager
     def instead_of_a_network(self) -> Iterator[None]:
-        """Inside, lightly and open_clip gather from this rank's memory; everything else of them is as it is."""
+        """Context in which lightly and open_clip gather from this rank's memory and are otherwise unchanged."""
         with ExitStack() as stack:
             if peers.is_installed("lightly"):
                 from lightly.utils import dist
@@ -208,17 +207,6 @@ class OneRank:
 
                 stack.enter_context(replaced(open_clip.loss, gather_features=gather_features))
             yield
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mine: torch.Tensor, everyone: torch.Tensor, place: slice) -> torch.Tensor:
-        ctx.place = place
-        return everyone.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0][ctx.place].clone(), None, None
 
 
 class _ReceiveParts(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The result of a bench, as a table or as JSON of one shape, with versions and machine."""
+"""The result of a bench with versions and machine, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _PACKAGES = ("torchvision", "timm", "lightly", "open_clip_torch")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The rows of a bench, the device they were measured on, and skipped cases with the reason."""
+    """The rows of a bench, the device on which they were measured, and notes such as skipped cases."""
 
     rows: list[Row]
     device: torch.device
     notes: Sequence[str] = ()
 
     def as_json(self) -> str:
-        found = {
+        content = {
             "versions": versions(),
             "machine": machine(self.device),
             "notes": list(self.notes),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        return json.dumps(found, indent=1)
+        return json.dumps(content, indent=1)
 
     def as_table(self) -> str:
         return "\n".join(_table(self))
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, torch, this package, and of the compared packages that are installed."""
+    """Versions of Python, torch, this package and the installed peers."""
     ours = {"python": platform.python_version(), "torch": torch.__version__, "clae-dist": __version__}
     return ours | {name: version for name in _PACKAGES if (version := package_version(name))}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The machine on which the figures were measured."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_name(),
         "cores": usable_cores(),
@@ -58,11 +58,11 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
     }
     if hasattr(os, "getloadavg"):
-        found["load_1min"] = round(os.getloadavg()[0], 2)
+        facts["load_1min"] = round(os.getloadavg()[0], 2)
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    return facts
 
 
 def _cpu_name() -> str:

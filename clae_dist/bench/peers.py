@@ -1,4 +1,4 @@
-"""Losses that ours are measured beside: dense cross-entropy, written plainly, and those of other packages, if installed.
+"""Losses that ours are compared with: plainly written dense cross-entropy, and those of other packages, if installed.
 
 # B rows on this rank, N rows on all ranks, D embedding width. a, b the two views.
 """
@@ -25,7 +25,7 @@ def is_installed(module: str) -> bool:
 
 
 def missing() -> list[str]:
-    """A line for each peer that is not there."""
+    """A line for each package that is not installed."""
     return [
         f"{package} is not installed; pip install {package}" for module, package in PACKAGES.items() if not is_installed(module)
     ]
@@ -33,9 +33,8 @@ def missing() -> list[str]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Inside, other packages' warnings about what they use are theirs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Context that suppresses the warnings of other packages."""
+    with warnings.catch_warnings(action="ignore"):
         yield
 
 
@@ -49,7 +48,7 @@ def dense_nt_xent(gather: Gather, rank: int, temperature: float) -> Loss:
         halves = []
         for number in range(2):
             logits = views[number] @ torch.cat([everyone[1 - number], everyone[number]]).T / temperature
-            logits[images, len(everyone[0]) + rank * len(a) + images] = -torch.inf  # a row is no negative of itself
+            logits[images, len(everyone[0]) + rank * len(a) + images] = -torch.inf  # a row is not its own negative
             halves.append(F.cross_entropy(logits, rank * len(a) + images))
         return (halves[0] + halves[1]) / 2
 

@@ -1,4 +1,4 @@
-"""`clae bench start`: time to the first update, and peak memory, of a whole run on one rank, beside the same loop with lightly.
+"""`clae bench start`: time to the first update and peak memory of a run on one rank, compared with a loop written with lightly.
 
 Both are started as a user would, in turns, on the CPU, with the same encoder, images, batch and loader processes.
 """
@@ -13,7 +13,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from clae_dist.bench import start_peer
-from clae_dist.bench.measure import Row, Say, with_ratios
+from clae_dist.bench.measure import Say, Times, make_rows
 from clae_dist.bench.outcome import Outcome
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.runs.folder import RunFolder
@@ -47,6 +48,7 @@ class StartBench:
     repeats: int = 5
 
 
+FULL = StartBench()
 QUICK = StartBench(repeats=1)
 
 
@@ -85,16 +87,10 @@ def bench(settings: StartBench, say: Say) -> Outcome:
                 starts.setdefault(contender.name, []).append(start)
                 say(f"{contender.name}: {start.first_update_s:.1f} s, {start.peak_bytes / 1e6:.0f} MB")
     case = f"resnet18, {settings.batch} images of {settings.image_size} pixels, loader processes: {settings.workers}"
-    rows = [_row(case, f"{name}: {notes[name]}", measured) for name, measured in sorted(starts.items())]
-    return Outcome(with_ratios(rows), torch.device("cpu"))
-
-
-def _row(case: str, what: str, starts: list[_Start]) -> Row:
-    seconds = [start.first_update_s for start in starts]
-    median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else (median,) * 3
-    peak = round(statistics.median(start.peak_bytes for start in starts))
-    return Row(case, what, median, (high - low) / median, {}, added_bytes=peak)
+    times = {name: Times([start.first_update_s for start in each]) for name, each in starts.items()}
+    peaks = {name: round(statistics.median(start.peak_bytes for start in each)) for name, each in starts.items()}
+    rows = make_rows(case, dict(sorted(notes.items())), times, {name: {"added_bytes": peak} for name, peak in peaks.items()})
+    return Outcome(rows, torch.device("cpu"))
 
 
 def _write_images(folder: Path, settings: StartBench) -> None:
@@ -123,30 +119,36 @@ def _contenders(folder: Path, settings: StartBench, repeat: int) -> list[_Conten
 
 
 def _measure(contender: _Contender, log: Path) -> _Start:
-    """Run it to its end. Raises ContenderFailedError."""
-    begun = time.monotonic()
+    """Run a contender to its end. Raises ContenderFailedError."""
+    begin = time.monotonic()
     first, peak = math.nan, 0
-    ends_with_this = [sys.executable, "-m", "clae_dist.lifetime", str(os.getpid())]
-    with log.open("w") as output:
-        # In the folder where Python finds this package, installed or not; a script of it has its own folder first in the path.
-        process = subprocess.Popen(
-            [*ends_with_this, sys.executable, *contender.command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=Path(__file__).parents[2],
-        )
-    try:
-        while process.poll() is None and time.monotonic() - begun < _TIMEOUT_S:
+    with python_process(contender.command, log) as process:
+        while process.poll() is None and time.monotonic() - begin < _TIMEOUT_S:
             if math.isnan(first) and contender.steps_file.exists() and contender.steps_file.stat().st_size:
-                first = time.monotonic() - begun
+                first = time.monotonic() - begin
             peak = max(peak, _tree_bytes(process.pid))
             time.sleep(_SAMPLE_S)
         if process.poll() != 0 or math.isnan(first):
             raise ContenderFailedError(f"{contender.name} did not finish its run:\n{log.read_text()[-2000:]}")
+    return _Start(first, peak)
+
+
+@contextmanager
+def python_process(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`python ARGUMENTS` with its output in `log`; killed at the end, and if this process dies."""
+    lifetime = ["-m", "clae_dist.lifetime", str(os.getpid())]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *lifetime, sys.executable, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],  # where Python finds this package, installed or not
+        )
+    try:
+        yield process
     finally:
         process.kill()
         process.wait()
-    return _Start(first, peak)
 
 
 def _tree_bytes(root: int) -> int:

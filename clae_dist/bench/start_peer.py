@@ -1,4 +1,4 @@
-"""The contender of `clae bench start`: SimCLR as lightly's users write it. It imports nothing of this package.
+"""The peer in `clae bench start`: SimCLR as users of lightly write it, without imports of this package.
 
 Run as a script: FOLDER STEPS_FILE IMAGE_SIZE BATCH WORKERS STEPS. After each update, a line is added to STEPS_FILE.
 """

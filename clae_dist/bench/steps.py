@@ -1,4 +1,4 @@
-"""The training steps that `clae bench step` compares, prepared, and found to be what they are said to be.
+"""The training steps that `clae bench step` compares, and checks that each computes its algorithm.
 
 # B images, both views, one process.
 """
@@ -34,7 +34,7 @@ class Kind:
     """An encoder and what it is trained on."""
 
     name: str
-    encoder: str  # as model.encoder, or "four_blocks/NAME", the start of timm's ViT of that name
+    encoder: str  # as model.encoder, or "four_blocks/NAME", the first blocks of timm's ViT of that name
     image_size: int
     batch: int
     precision: str = "float32"
@@ -46,7 +46,7 @@ class Kind:
 
 
 def variants() -> dict[str, MethodSettings]:
-    """The methods that are compared, by the names of the rows."""
+    """The compared methods by the names of their rows."""
     return {
         "plain": SimClr.Settings(),
         "original": Clae.Settings(cost="original"),
@@ -57,7 +57,7 @@ def variants() -> dict[str, MethodSettings]:
 
 
 def views(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views of random images, in [0.1, 0.9]."""
+    """Two views of random images with pixels in [0.1, 0.9]."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, kind.batch, 3, kind.image_size, kind.image_size)
     dtype = torch.float64 if kind.precision == "float64" else torch.float32
@@ -72,7 +72,7 @@ def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretrai
         batch=Batch(global_size=kind.batch),
         model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder),
         method=method,
-        # Plain descent in float64: parameters after a step then tell its gradients.
+        # Plain descent in float64, so that the parameters after a step determine its gradients.
         optim=Optim(name="sgd" if kind.precision == "float64" else "adamw", learning_rate=1e-3, momentum=0.0, weight_decay=0.0),
         train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
     )
@@ -86,7 +86,7 @@ def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretrai
 
 
 def _few_blocks(kind: Kind) -> str:
-    """The name of timm's ViT whose first blocks are meant, or ""."""
+    """The name of timm's ViT whose first blocks are the encoder, or ""."""
     family, _, name = kind.encoder.partition("/")
     return name if family == "four_blocks" else ""
 
@@ -105,29 +105,29 @@ def _small_vit(config: Config, name: str) -> PretrainModel:
     return model.double() if config.train.precision == "float64" else model
 
 
-# ---- equal first ----
+# ---- comparison ----
 
 
 def check(kind: Kind, device: torch.device) -> None:
-    """exact against original, bit for bit; fused against the same step in one graph with an attack of its own.
+    """Compare exact with original, bit for bit, and fused with the same step in one graph with an attack of its own.
 
-    In float64, over perturbation, loss, gradient norm and the parameters after a step of plain descent. Raises UnequalError.
+    In float64, by perturbation, loss, gradient norm and the parameters after a step of plain descent. Raises UnequalError.
     """
     title, images, made = kind.title(), views(kind, device), variants()
-    # Rounding of products on a GPU depends on how many there are; on a CPU it does not.
+    # On a GPU, unlike on a CPU, the rounding of products depends on their number.
     bit_for_bit = 0.0 if device.type == "cpu" else 1e-12
     views_of = {name: _perturbed(prepare(kind, made[name], device), images) for name in ("original", "exact")}
     assert_equal(title, "exact's perturbation", [views_of["exact"]], [views_of["original"]], bit_for_bit)
     shared = prepare(kind, made["exact"], device).shared_norms
-    # Where the clean forward serves the attack, gradients arrive in another order.
-    found, expected = (_after(prepare(kind, made[name], device), images) for name in ("exact", "original"))
-    assert_equal(title, "exact", found, expected, 1e-12 if shared else bit_for_bit)
+    # If the attack reuses the clean forward, gradients are added in another order.
+    result, expected = (_after(prepare(kind, made[name], device), images) for name in ("exact", "original"))
+    assert_equal(title, "exact", result, expected, 1e-12 if shared else bit_for_bit)
     for name in ("fused", "fused_half"):
-        found = _after(prepare(kind, made[name], device), images)
+        result = _after(prepare(kind, made[name], device), images)
         settings = made[name]
         assert isinstance(settings, AdversarialTerm)
         by_hand = _fused_by_hand(prepare(kind, settings, device), images, settings)
-        assert_equal(title, name, found, by_hand, 1e-9)  # float64: one graph adds in another order
+        assert_equal(title, name, result, by_hand, 1e-9)  # float64: one graph adds in another order
 
 
 def _perturbed(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _parameters(run: Pretraining) -> Iterator[torch.Tensor]:
 def _fused_by_hand(
     run: Pretraining, images: tuple[torch.Tensor, torch.Tensor], settings: AdversarialTerm
 ) -> list[torch.Tensor]:
-    """The fused step as its definition says: an attack of its own on the clean route, then one graph and one backward."""
+    """The fused step by its definition: an attack of its own on the clean route, then one graph and one backward."""
     backend: Any = run.encoding.backend
     chosen = evenly_spaced(settings.num_attacked(len(images[0])), len(images[0]))
     x, y = images[0], images[1].clone().requires_grad_()

@@ -1,7 +1,7 @@
-"""Network traffic: every collective of a call, whichever code makes it, and the time per byte.
+"""Network traffic: the collectives of a call, in whatever code, and the time per byte.
 
-# W ranks. Bytes are those that a rank sends, by the algorithms that need the fewest (rings), averaged over the ranks:
-#   all-gather, reduce-scatter, all-to-all   (W − 1)/W of the whole buffer (what all ranks' parts make together)
+# W ranks. Bytes are those that a rank sends in ring algorithms, which need the fewest, averaged over the ranks:
+#   all-gather, reduce-scatter, all-to-all   (W − 1)/W of the whole buffer (the parts of all ranks)
 #   all-reduce                               twice that of the buffer
 #   broadcast, reduce                        (W − 1)/W of the buffer: W − 1 ranks receive it, or give it
 #   scatter, gather                          (W − 1)/W of one part
@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# By torch's name of the operation, without the underscores that tell its variants apart: how many times (W − 1)/W of the
-# whole buffer a rank sends. The whole buffer is the largest of the operation's lists of tensors.
+# torch's name of the operation without underscores → how many times (W − 1)/W of the whole buffer a rank sends. The whole
+# buffer is the largest of the operation's lists of tensors.
 _SHARES = {
     "allgather": 1,
     "allgatherbase": 1,
@@ -37,7 +37,7 @@ _SHARES = {
     "gather": 1,
 }
 _OF_A_PART = {"scatter", "gather"}  # the root lists the whole buffer, the others one part of it
-_FREE = {"barrier", "monitoredbarrier", "waittensor"}  # nothing but a signal
+_FREE = {"barrier", "monitoredbarrier", "waittensor"}  # they carry no data
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Traffic:
         if name in _FREE:
             return
         if name not in _SHARES:
-            raise ValueError(f"collective {name!r} is not known to the count of bytes (bench/wire.py); add how much it sends.")
+            raise ValueError(f"collective {name!r} is unknown (bench/wire.py); add how much it sends.")
         sizes = [size for argument in tensors if (size := _num_bytes(argument))]
         buffer = min(sizes) if name in _OF_A_PART else max(sizes)
         self.sent.append((name, _SHARES[name] * buffer * (self.num_ranks - 1) / self.num_ranks))
@@ -71,7 +71,7 @@ def _num_bytes(argument: Any) -> int:
 
 
 class CountTraffic(TorchDispatchMode):
-    """Inside, every collective of this rank is counted, in backward passes too, by whichever function it is called."""
+    """Context that counts every collective of this rank, also in backward passes."""
 
     def __init__(self, num_ranks: int) -> None:
         super().__init__()
@@ -92,14 +92,14 @@ class Network:
 
     alpha_s: float
     beta_s_per_byte: float
-    worst: float  # the largest error of the fit, relative to what was measured
+    worst: float  # the largest error of the fit, relative to the measured time
 
     def seconds(self, wire_bytes: float) -> float:
         return self.alpha_s + self.beta_s_per_byte * wire_bytes
 
 
 def fit(wire_bytes: Sequence[float], seconds: Sequence[float]) -> Network:
-    """Least squares of relative errors, so that small messages, which set α, count as much as large ones. α, β ≥ 0."""
+    """Least squares of relative errors, so that small messages, which determine α, count as much as large ones. α, β ≥ 0."""
     n, t = torch.tensor(wire_bytes, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
     terms = torch.stack([1 / t, n / t], 1)
     alpha, beta = torch.linalg.lstsq(terms, torch.ones(len(t), 1, dtype=torch.float64)).solution.flatten().tolist()

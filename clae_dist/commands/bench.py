@@ -65,4 +65,4 @@ def run(arguments: argparse.Namespace) -> int:
     more = {}
     if arguments.bench == "data":
         more = {"shards": arguments.shards, "rate": arguments.images_per_s, "split": arguments.split or "train"}
-    return run_bench(arguments.bench, quick=arguments.quick, as_json=arguments.json, say=print, progress=progress, **more)
+    return run_bench(arguments.bench, quick=arguments.quick, as_json=arguments.json, progress=progress, **more)

@@ -21,7 +21,12 @@ class Model(Section, prefix="model"):
         help="Initialisation. library: as timm, torchvision and small_resnet do it; torch: torch's defaults for every "
         "convolution and linear layer.",
     )
-    projector_hidden: int = setting(0, ge=0, zero="encoder's width", help="Width of the projector's hidden layer.")
+    projector: Literal["mlp", "linear"] = setting(
+        "mlp", help="Layers from the features to the embeddings. mlp: Linear-ReLU-Linear; linear: one linear layer."
+    )
+    projector_hidden: int = setting(
+        0, ge=0, zero="encoder's width", used_by="model.projector=mlp", help="Width of the projector's hidden layer."
+    )
     projector_dim: int = setting(128, ge=2, help="Dimension of the embeddings that are contrasted.")
     norm: Literal["global", "local"] = setting(
         "global", help="Batch statistics of norm layers: over all ranks (global) or each rank's own (local)."
@@ -50,6 +55,14 @@ class Model(Section, prefix="model"):
     )
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), gt=0, help="Standard deviation of each colour channel.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.projector == "mlp" or not self.projector_hidden,
+            "projector_hidden",
+            "model.projector=linear has no hidden layer; remove it, or use model.projector=mlp.",
+        )
+
 
 @dataclass(frozen=True)
 class Optim(Section, prefix="optim"):
@@ -67,6 +80,23 @@ class Optim(Section, prefix="optim"):
         "weights",
         help="Parameters that are decayed. weights: all but biases and norm layers, which LARS then does not adapt either.",
     )
-    schedule: Literal["cosine", "constant"] = setting("cosine", help="Learning-rate schedule after warmup.")
+    schedule: Literal["cosine", "constant", "steps"] = setting("cosine", help="Learning-rate schedule after warmup.")
+    factors: dict[str, float] = setting(
+        {},
+        gt=0,
+        used_by="optim.schedule=steps",
+        help="Epochs and the factor of the peak learning rate from each on, such as {120: 0.1, 160: 0.05}.",
+    )
     warmup_epochs: float = setting(10.0, ge=0, help="Epochs of linear warmup.")
     clip_norm: float = setting(0.0, ge=0, zero="no clipping", help="Maximum norm of the gradient over all parameters.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            all(epoch.isdecimal() for epoch in self.factors), "factors", "every key must be a number of epochs: use {120: 0.1}."
+        )
+        self.require(
+            bool(self.factors) == (self.schedule == "steps"),
+            "factors",
+            f"optim.schedule is {self.schedule}: use factors with optim.schedule=steps, and only with that.",
+        )

@@ -15,7 +15,7 @@ class Objective(Section, prefix="objective"):
 
     name: str = setting(
         "nt_xent",
-        help="The loss: nt_xent (SimCLR), instance (one direction across views), decoupled, debiased, hard, ifm, or "
+        help="The loss: nt_xent (SimCLR), instance (one direction across views), decoupled, debiased, hard, ifm, uel, or "
         "package.module:function for one of your own.",
     )
     temperature: float = setting(0.5, gt=0, hint="0.1 to 0.5 is usual", help="Divisor of the cosines.")

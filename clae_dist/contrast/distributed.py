@@ -10,7 +10,8 @@ The contract:
 4. The gradient with respect to an input arrives multiplied by the number of ranks, because no backend has averaged it.
 5. The attack uses torch.autograd.grad with respect to the input alone (adversary.py).
 
-Two ways to satisfy point 3:
+An objective of the form PerPair satisfies point 3 as it is: the rows that an anchor is compared with are constants, so that
+embeddings are gathered and nothing else is sent. For all others there are two ways:
 
 log_sum_exp: for every objective of the form PerAnchor (objectives/form.py). The loss f of anchor k is a function of its
 positive's similarity p_k and of log-sum-exps e_ks of its negatives at scales c_s. Autograd on these few numbers gives
@@ -41,9 +42,10 @@ import torch.distributed as dist
 from clae_dist import collectives
 from clae_dist.config import Objective
 from clae_dist.errors import ConfigError
-from clae_dist.objectives import Dense, PerAnchor, find
+from clae_dist.objectives import Dense, PerAnchor, PerPair, find
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows
+from clae_dist.objectives.pairs import per_pair_loss
 from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exp_and_mean, log_sum_exps, pull
 
 
@@ -117,6 +119,8 @@ class Contrast:
         start = self._rank * len(a.mine)
         if self.gather == "reduce_scatter":
             return dense_loss(self._objective, a, b, start, self._settings)
+        if isinstance(self._objective, PerPair):
+            return per_pair_loss(self._objective, a, b, start, self._settings)
         assert isinstance(self._objective, PerAnchor)
         return per_anchor_loss(self._objective, a, b, start, self._settings, self._group)
 

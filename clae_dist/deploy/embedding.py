@@ -10,14 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from clae_dist.cores import loader_processes
-from clae_dist.data.evaluation_set import read_ahead
+from clae_dist.data.evaluation_set import read_batches
 from clae_dist.data.images import FileImages, Images, Source, open_dataset
-from clae_dist.data.shards import BadSampleError
-from clae_dist.data.views import centre_view
 from clae_dist.deploy.encoder import Encoder
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import frozen
@@ -25,44 +21,13 @@ from clae_dist.evaluation.features import frozen
 _MANY = 512  # images, above which loader processes gain more time than their start takes
 
 
-class Views(NamedTuple):
-    """A batch of decoded images; `bad` are the positions of those that cannot be decoded, with the reasons."""
-
-    views: torch.Tensor  # uint8 (b, 3, S, S)
-    positions: torch.Tensor  # int64 (b,)
-    labels: torch.Tensor  # int64 (b,), -1 without a label
-    bad: dict[int, str]
-
-
 class EmbeddedBatch(NamedTuple):
-    """The features of a batch, and what `Views` has beside the views."""
+    """The features of a batch with the other fields of `Views`."""
 
     features: np.ndarray  # float32 (b, F)
     positions: np.ndarray
     labels: np.ndarray
     bad: dict[int, str]
-
-
-class _Batches(Dataset[Views]):
-    """`self[first]` is the batch that begins at position `first`."""
-
-    def __init__(self, images: Images, image_size: int, batch_size: int) -> None:
-        self._images, self._image_size, self._batch_size = copy.copy(images), image_size, batch_size
-        self._images.transform = None  # which is not used, and may be an encoder's
-
-    def __getitem__(self, first: int) -> Views:
-        size = self._image_size
-        views, labels, positions, bad = [torch.empty((0, 3, size, size), dtype=torch.uint8)], [], [], {}
-        for position in range(first, min(first + self._batch_size, len(self._images))):
-            try:
-                pixels, label = self._images.read(position)
-            except BadSampleError as error:
-                bad[position] = f"{error.sample}: {error.reason}"
-                continue
-            views.append(centre_view(pixels, size)[None])
-            labels.append(label)
-            positions.append(position)
-        return Views(torch.cat(views), torch.tensor(positions, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64), bad)
 
 
 def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_workers: int = -1) -> Iterator[EmbeddedBatch]:
@@ -73,9 +38,9 @@ def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_worker
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; use at least 1.")
     workers = _choose_workers(images, encoder.image_size) if num_workers < 0 else num_workers
-    batch_bytes = batch_size * (3 * encoder.image_size**2 + 2 * 8)
-    firsts = range(0, len(images), batch_size)
-    for batch in read_ahead(_Batches(images, encoder.image_size, batch_size), firsts, batch_bytes, workers):
+    images = copy.copy(images)
+    images.transform = None  # not used here; it may hold an encoder, which would be sent to the loader processes
+    for batch in read_batches(images, range(len(images)), encoder.image_size, batch_size, num_workers=workers):
         pixels = batch.views.to(encoder.mean.device).to(encoder.mean.dtype) / 255
         with frozen(encoder):
             features = encoder(pixels) if len(pixels) else pixels.new_empty(0, encoder.num_features)

@@ -1,4 +1,4 @@
-"""`clae doctor`: what this machine has, what is wrong with it, and what to do."""
+"""`clae doctor`: check a machine and a recipe, and print each problem with a way out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ Say = Callable[[str], None]
 
 
 def run_doctor(config: Config | None, say: Say) -> int:
-    """Checks this machine, and a recipe's data and tracking; says a table. Returns 0, or 1 where something is a problem."""
+    """Check this machine, and the data and tracking of a recipe; print a table. Returns 0, or 1 if there is a problem."""
     counts = {"ok": 0, "warning": 0, "problem": 0}
     for finding in _findings(config):
         counts[finding.level] += 1
-        _say_line(finding, say)
+        say(f"{finding.level:<8}  {finding.what:<15}  {finding.found}")
+        if finding.advice:
+            say(f"{'':<8}  {'':<15}  -> {finding.advice}")
     say(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['problem']} problems")
     return 1 if counts["problem"] else 0
 
@@ -29,14 +31,8 @@ def _findings(config: Config | None) -> Iterator[Finding]:
     software = list(packages())
     yield from software
     if any(finding.what == "torch" and finding.level == "problem" for finding in software):
-        return  # nothing below works without it
+        return  # the other checks need it
     for check in (devices, limits, shared_memory, open_files, clock, collectives.check):
         yield from check()
     for check_run in (disk, mlflow_store, shards):
         yield from check_run(config)
-
-
-def _say_line(finding: Finding, say: Say) -> None:
-    say(f"{finding.level:<8}  {finding.what:<15}  {finding.found}")
-    if finding.advice:
-        say(f"{'':<8}  {'':<15}  -> {finding.advice}")

@@ -10,7 +10,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. `advice` says what then does not work and what to do; it is empty for "ok"."""
+    """One line of the table. `advice` is the consequence and the way out; empty for "ok"."""
 
     level: Literal["ok", "warning", "problem"]
     what: str

@@ -1,4 +1,4 @@
-"""Devices, and the limits that a container or an administrator set."""
+"""Check devices, and the limits set by a container or an administrator."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ def devices() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(index)
             found = f"{name}, compute capability {major}.{minor}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
             if free < total / 2:
-                yield Finding("warning", f"gpu {index}", found, "another process holds its memory; nvidia-smi names it.")
+                yield Finding("warning", f"gpu {index}", found, "another process uses its memory; nvidia-smi shows which.")
             else:
                 yield Finding("ok", f"gpu {index}", found)
         return
     if torch.version.cuda and shutil.which("nvidia-smi"):
-        advice = (
-            f"nvidia-smi is here, torch for CUDA {torch.version.cuda} sees no device; the driver may be older than that CUDA."
-        )
+        advice = f"nvidia-smi exists, but torch for CUDA {torch.version.cuda} finds no device; the driver may be too old."
         yield Finding("warning", "gpu", "none usable", advice)
     yield Finding("ok", "device", f"CPU, {usable_cores()} cores usable, {torch.get_num_threads()} torch threads")
 
@@ -41,13 +39,13 @@ def devices() -> Iterator[Finding]:
 def limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:
     host, quota, memory = os.cpu_count() or 1, cpu_quota(root), memory_limit(root)
     if quota is not None and quota < usable_cores():
-        advice = f"set train.threads and data.workers to what {quota:g} cores carry; the automatic choice counts cores."
+        advice = f"set train.threads and data.workers for {quota:g} cores; their automatic values ignore this limit."
         yield Finding("warning", "cpu limit", f"{quota:g} cores by cgroup, {host} on the host", advice)
     else:
         yield Finding("ok", "cpu limit", f"{usable_cores()} of the host's {host} cores")
     if memory is not None and memory < 4 * GIB:
         yield Finding(
-            "warning", "memory limit", f"{memory / GIB:.1f} GiB by cgroup", "a rank takes about 1 GiB before its first batch."
+            "warning", "memory limit", f"{memory / GIB:.1f} GiB by cgroup", "a rank needs about 1 GiB before its first batch."
         )
     else:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -76,16 +74,16 @@ def memory_limit(root: Path) -> int | None:
 
 
 def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Loader processes hand their batches over through shared memory; containers give 64 MiB of it."""
+    """Loader processes send their batches through shared memory, of which a container has 64 MiB by default."""
     if not path.exists():
         yield Finding("warning", "shared memory", f"no {path}", "loader processes need it; set data.workers=0.")
         return
     free, workers = shutil.disk_usage(path).free, max(1, min(8, usable_cores()))
     found = f"{free / GIB:.2f} GiB free in {path}"
     if free < SHM_BYTES_A_WORKER * workers:
-        wanted = f"{SHM_BYTES_A_WORKER * workers / GIB:.1f}"
+        needed = f"{SHM_BYTES_A_WORKER * workers / GIB:.1f}"
         advice = (
-            f"{workers} loader processes at 224 pixels want {wanted} GiB; docker run --shm-size={wanted}g, or data.workers=0."
+            f"{workers} loader processes at 224 pixels need {needed} GiB; docker run --shm-size={needed}g, or data.workers=0."
         )
         yield Finding("warning", "shared memory", found, advice)
     else:
@@ -95,16 +93,15 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 def open_files() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < OPEN_FILES:
-        most = f"ulimit -n {min(OPEN_FILES, hard) if hard > 0 else OPEN_FILES}"
-        yield Finding(
-            "warning", "open files", f"{soft} allowed", f"many shards and loader processes need more; {most} before starting."
-        )
+        limit = min(OPEN_FILES, hard) if hard > 0 else OPEN_FILES
+        advice = f"many shards and loader processes need more; run `ulimit -n {limit}` first."
+        yield Finding("warning", "open files", f"{soft} allowed", advice)
     else:
         yield Finding("ok", "open files", f"{soft} allowed" if soft > 0 else "unlimited")
 
 
 def clock() -> Iterator[Finding]:
-    """Nodes whose clocks disagree fail TLS and token checks; here only a clock that was never set can be seen."""
+    """Detect a clock that was never set. (Clocks that differ between nodes, which break TLS and tokens, are not detected.)"""
     newest = max(Path(__file__).stat().st_mtime, Path(sys.executable).stat().st_mtime)
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     if time.time() < newest - 86_400:

@@ -1,4 +1,4 @@
-"""Python and packages: which are there, which are missing, and what then does not work."""
+"""Check Python and the packages: version, and for a missing one its use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Package:
     oldest: tuple[int, int]
     needed_for: str
     required: bool
-    module: str = ""  # where it is not the package's name
+    module: str = ""  # if it is not the package's name
 
 
 PACKAGES = (
@@ -29,7 +29,7 @@ PACKAGES = (
     Package("webdataset", (1, 0), "preparing shards", True),
     Package("pillow", (10, 3), "decoding what is not plain JPEG", True, "PIL"),
     Package("safetensors", (0, 4), "exporting the encoder", True),
-    Package("scikit-learn", (1, 4), "quickstart without a network", False, "sklearn"),
+    Package("scikit-learn", (1, 4), "the quickstart without a network", False, "sklearn"),
     Package("matplotlib", (3, 8), "the report", True),
     Package("ray", (2, 60), "--launcher ray; torchrun and local work without", False),
     Package("mlflow", (3, 5), "tracking.name mlflow; tracking.name=none works without", False),
@@ -57,14 +57,14 @@ def packages() -> Iterator[Finding]:
 
 
 def _import_check(*modules: str) -> Iterator[Finding]:
-    """A torchvision built for another torch is installed well and fails to load."""
+    """Import the modules: a torchvision built for another torch installs without error and fails here."""
     for name in modules:
         try:
             importlib.import_module(name)
         except Exception as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             yield Finding(
-                "problem", name, f"does not load ({text})", "install torch and torchvision of one release, from one index."
+                "problem", name, f"cannot be imported ({text})", "install torch and torchvision of one release from one index."
             )
 
 

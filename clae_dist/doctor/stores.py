@@ -1,4 +1,4 @@
-"""Where a run writes and reads: disk, tracking, shards."""
+"""Check the places that a run writes to and reads from: disk, tracking store, shards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from clae_dist.errors import ConfigError
 
 FREE_DISK_BYTES = 5 * GIB  # a ResNet-50 checkpoint with its optimiser is 0.2 GiB; three are kept, and a run has logs
 ROOM_FOR = {
-    "run folder": "checkpoints need room for checkpoint.keep + 1 of them; free some or choose another run_dir.",
-    "shard cache": "shards from elsewhere are kept there; free some or choose another with data.cache=….",
-    "cache": "the next environment (after pyproject.toml changes) takes 6 GiB; free some or set CLAE_CACHE to another disk.",
+    "run folder": "it must hold checkpoint.keep + 1 checkpoints; free some space or choose another run_dir.",
+    "shard cache": "remote shards are cached there; free some space or choose another folder with data.cache=….",
+    "cache": "the next environment (after a change of pyproject.toml) takes 6 GiB; free some space or set CLAE_CACHE.",
 }
-WRITTEN = {"run folder": "run_dir", "shard cache": "data.cache"}  # and the setting that names them
+WRITTEN = {"run folder": "run_dir", "shard cache": "data.cache"}  # and their settings
 
 
 def disk(config: Config | None) -> Iterator[Finding]:
@@ -36,7 +36,7 @@ def disk(config: Config | None) -> Iterator[Finding]:
         if what in WRITTEN and not os.access(existing, os.W_OK):
             yield Finding("problem", what, f"{existing} is not writable", f"choose another with {WRITTEN[what]}=….")
         elif what == "shard cache" and free < config.data.cache_bytes:
-            advice = "free some, lower data.cache_bytes, or choose another with data.cache=…."
+            advice = "free some space, lower data.cache_bytes, or choose another folder with data.cache=…."
             found += f", data.cache_bytes is {config.data.cache_bytes / GIB:.1f} GiB"
             yield Finding("warning", what, found, advice)
         elif what != "shards" and free < FREE_DISK_BYTES:
@@ -47,21 +47,21 @@ def disk(config: Config | None) -> Iterator[Finding]:
 
 
 def _shard_folders(data: Data) -> dict[str, Path]:
-    """Where shards lie on this machine, and where those from elsewhere are kept."""
+    """The folder of local shards, or that of the cache of remote ones."""
     from clae_dist.data.remote import Fetching
     from clae_dist.data.shard_set import entries_of
     from clae_dist.data.urls import local_path, scheme
 
     try:
         first = entries_of(data.shards)[0]
-    except ConfigError:  # said by `shards`
+    except ConfigError:  # reported by `shards`
         return {}
     return {"shard cache": Fetching.of(data).cache.folder} if scheme(first) else {"shards": Path(local_path(first))}
 
 
 def mlflow_store(config: Config | None) -> Iterator[Finding]:
     """Check that runs can be recorded: the server responds, or the database's folder is writable."""
-    asked = config is not None  # without a recipe nobody asked for MLflow
+    asked = config is not None  # without a recipe, MLflow was not requested
     config = config or Config()
     if config.tracking.name == "none":
         yield Finding("ok", "mlflow store", "tracking.name is none")
@@ -100,7 +100,7 @@ def shards(config: Config | None) -> Iterator[Finding]:
         if is_tar(entries[0]):
             yield from _plain_shards(entries)
             return
-        manifest = open_shards(replace(config.data, retries=min(1, config.data.retries)))  # doctor does not wait for minutes
+        manifest = open_shards(replace(config.data, retries=min(1, config.data.retries)))  # do not wait for minutes
         for split in dict.fromkeys((config.data.train_split, config.data.test_split)):
             for shard in manifest.shards(split) if manifest.files is None else ():
                 check_shard(manifest.folder, shard, "size")
@@ -109,10 +109,10 @@ def shards(config: Config | None) -> Iterator[Finding]:
         images = manifest.num_samples(config.data.train_split)
         config.rows_per_rank(max(1, config.launch.workers))
     except (DataError, ConfigError) as error:
-        yield Finding("problem", "shards", str(error).split("; ")[0], str(error).split("; ", 1)[-1])
+        yield _unusable(error)
         return
     if images < config.batch.global_size:
-        advice = f"an epoch needs one batch at least; batch.global_size={images} or fewer."
+        advice = f"an epoch needs at least one batch; use batch.global_size={images} or less."
         yield Finding("problem", "shards", f"{images} images, batch.global_size {config.batch.global_size}", advice)
         return
     if manifest.files is None:
@@ -128,7 +128,11 @@ def shards(config: Config | None) -> Iterator[Finding]:
             other.shards(config.data.train_split)
             yield Finding("ok", "shards", f"{other.name}: {share:.3g} of every batch, at {other.where}")
         except (DataError, ConfigError) as error:
-            yield Finding("problem", "shards", str(error).split("; ")[0], str(error).split("; ", 1)[-1])
+            yield _unusable(error)
+
+
+def _unusable(error: Exception) -> Finding:
+    return Finding("problem", "shards", str(error).split("; ")[0], str(error).split("; ", 1)[-1])
 
 
 def _plain_shards(entries: list[str]) -> Iterator[Finding]:
@@ -140,16 +144,16 @@ def _plain_shards(entries: list[str]) -> Iterator[Finding]:
     try:
         if scheme(first):
             with closing(open_stream(first, 0, "", timeout_s=10.0)) as stream:
-                begins = stream.read()
+                first_bytes = stream.read()
         else:
             with Path(local_path(first)).open("rb") as file:
-                begins = file.read(1)
+                first_bytes = file.read(1)
     except (OSError, HTTPException) as error:
         reason = redact_text(str(error)) or type(error).__name__
         yield Finding("problem", "shards", f"{what}: {redact(first)}: {reason}", "correct data.shards.")
         return
-    if not begins:
+    if not first_bytes:
         yield Finding("problem", "shards", f"{what}: {redact(first)} is empty", "correct data.shards.")
         return
-    advice = "no checksums, no checked images; `python -m data_prep index` adds a manifest."
+    advice = "neither files nor images are checked; `python -m data_prep index` adds a manifest."
     yield Finding("warning", "shards", f"{what} without a manifest; the first, {redact(first)}, can be read", advice)

@@ -54,7 +54,6 @@ def extract(
     batch_size: int,
     start: int = 0,
     step: int = 1,
-    progress: Callable[[int], None] | None = None,
 ) -> Features:
     """Clean-route features of every `step`-th batch of a set, starting at batch `start`.
 
@@ -63,9 +62,8 @@ def extract(
 
     Args:
         model: a PretrainModel on `device`.
-        progress: called with the number of images of each batch.
     """
-    return extract_each([model], evaluation_set, device, batch_size, start, step, progress)[0]
+    return extract_each([model], evaluation_set, device, batch_size, start, step)[0]
 
 
 def extract_each(
@@ -77,13 +75,16 @@ def extract_each(
     step: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Features]:
-    """`extract` for several models on the same pixels: every image is read and decoded once."""
+    """`extract` for several models on the same pixels: every image is read and decoded once.
+
+    `progress` is called with the number of images of each batch.
+    """
     features: list[list[torch.Tensor]] = [[torch.zeros((0, int(model.feature_dim)))] for model in models]  # type: ignore[arg-type]
     labels, ids = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]  # a rank may get no batch
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(frozen(model))
-        for images_b3SS, labels_b, ids_b in evaluation_set.batches(batch_size, start, step):
+        for images_b3SS, labels_b, ids_b, *_ in evaluation_set.batches(batch_size, start, step):
             on_device = torch.as_tensor(images_b3SS).to(device)
             for model, parts in zip(models, features, strict=True):
                 pixels = on_device.to(_dtype(model)) / 255

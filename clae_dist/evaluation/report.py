@@ -232,7 +232,7 @@ def _attack(record: RunRecord, manifest: Manifest | None, say: Say) -> ReportSec
     except ConfigError as error:
         return ReportSection(title, note=f"There is no trained model to attack: {error}")
     images = EvaluationSet(manifest, config.data.train_split, config.data.image_size, ATTACK_BATCH, config.seed)
-    batch, *_ = images.images(images.ids)
+    batch = images.images(images.ids).views
     attacked = attack_images(config, model.to(local_device()), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
     figure = Picture(ADVERSARIAL, draw_triples(attacked), *_attack_caption(attacked, info), pixels=True)
@@ -260,8 +260,8 @@ def _neighbours(record: RunRecord, manifest: Manifest | None) -> ReportSection:
         return ReportSection(title, note="The evaluated images are not where config.yaml says, so they cannot be shown.")
     data = record.config.data
     train, test = (EvaluationSet(manifest, split, data.image_size) for split in (data.train_split, data.test_split))
-    query_images, *_ = test.images([query["id"] for query in queries])
-    neighbour_images = [train.images(query["neighbour_ids"])[0] for query in queries]
+    query_images = test.images([query["id"] for query in queries]).views
+    neighbour_images = [train.images(query["neighbour_ids"]).views for query in queries]
     right, shown = share_right(queries)
     png = draw_neighbours(queries, query_images, neighbour_images, manifest.classes)
     verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "This set has no classes"

@@ -13,18 +13,29 @@ from clae_dist.models.norms import Route, add_routes, set_route, use_global_stat
 
 
 class PretrainModel(nn.Module):
-    """Normalisation of pixels, encoder, projector (Linear-ReLU-Linear). # B rows, F feature width, D embedding width."""
+    """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
+
+    Args:
+        hidden: width of the hidden layer of a projector Linear-ReLU-Linear; None: the projector is one Linear.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(
-        self, encoder: nn.Module, feature_dim: int, hidden: int, dim: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ):
+        self,
+        encoder: nn.Module,
+        feature_dim: int,
+        hidden: int | None,
+        dim: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
         self.encoder = encoder
-        self.projector = nn.Sequential(nn.Linear(feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        layers = [] if hidden is None else [nn.Linear(feature_dim, hidden), nn.ReLU()]
+        self.projector = nn.Sequential(*layers, nn.Linear(hidden or feature_dim, dim))
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -55,7 +66,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
             for module in encoder.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.reset_parameters()
-        hidden = config.model.projector_hidden or feature_dim
+        hidden = None if config.model.projector == "linear" else config.model.projector_hidden or feature_dim
         model = PretrainModel(encoder, feature_dim, hidden, config.model.projector_dim, config.model.mean, config.model.std)
     if config.method.uses_attack:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)

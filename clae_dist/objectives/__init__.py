@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 from clae_dist.errors import ConfigError
-from clae_dist.objectives.form import Dense, PerAnchor
+from clae_dist.objectives.form import Dense, PerAnchor, PerPair
 
-__all__ = ["Dense", "PerAnchor", "check_name", "find", "names"]
+__all__ = ["Dense", "PerAnchor", "PerPair", "check_name", "find", "names"]
 
-_NOT_OBJECTIVES = ("__init__", "dense", "form", "softmax")
+_NOT_OBJECTIVES = ("__init__", "dense", "form", "pairs", "softmax")
 
 
 @cache
@@ -35,7 +35,7 @@ def check_name(name: str) -> None:
     raise ConfigError(f"objective.name is {name!r}; expected one of {', '.join(names())}, or package.module:function{hint}.")
 
 
-def find(name: str) -> PerAnchor | Dense:
+def find(name: str) -> PerAnchor | PerPair | Dense:
     """The objective of that name, imported when it is first asked for. Raises ConfigError."""
     check_name(name)
     module, colon, attribute = name.partition(":")
@@ -43,9 +43,9 @@ def find(name: str) -> PerAnchor | Dense:
         found = getattr(importlib.import_module(module if colon else f"{__name__}.{name}"), attribute or name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"objective.name is {name!r}, which cannot be imported ({error}).") from None
-    if not isinstance(found, (PerAnchor, Dense)):
+    if not isinstance(found, (PerAnchor, PerPair, Dense)):
         raise ConfigError(
-            f"objective.name is {name!r}, which is not an objective; decorate the function with objective or dense_objective "
-            "of clae_dist.objectives.form."
+            f"objective.name is {name!r}, which is not an objective; decorate the function with objective, "
+            "pair_objective or dense_objective of clae_dist.objectives.form."
         )
     return found

@@ -1,4 +1,4 @@
-"""The two forms of an objective, and the decorators that declare them. No ranks, no collectives, no state.
+"""The three forms of an objective, and the decorators that declare them. No ranks, no collectives, no state.
 
 # B rows on this rank, N rows on all ranks, D embedding width, A anchors, S scales. Rows have unit length.
 # a, b are the two views. This rank's rows are rows start ... start + B of all.
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Columns = Literal["both views", "other view"]
 Function = Callable[["torch.Tensor", "torch.Tensor", int, Any], "torch.Tensor"]
+PairFunction = Callable[["torch.Tensor", Any], "torch.Tensor"]
 Scales = Callable[[Any], Sequence[float]]
 
 
@@ -60,6 +61,23 @@ class PerAnchor:
 
 
 @dataclass(frozen=True)
+class PerPair:
+    """An objective that is the mean over anchors of -log p of the positive + the sum over negatives of `function(log p)`.
+
+    p is the softmax of an anchor's similarities to its positive and its negatives, which are those of PerAnchor's "both views";
+    all rows are anchors. The rows that an anchor is compared with are constants: a row has the gradient of its own anchor
+    alone, and no gradient returns from other ranks.
+
+    Args:
+        function: `function(log_p, settings)`, elementwise and differentiable; value and slope at log p = -inf are 0.
+        uses: the settings `objective.*` that the function reads, besides the temperature.
+    """
+
+    function: PairFunction
+    uses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Dense:
     """An objective of any other form: `function(a, b, start, settings) -> scalar`, the mean over this rank's anchors.
 
@@ -79,6 +97,11 @@ def objective(
     """Declare a function as an objective of the form PerAnchor, whose documentation explains the arguments."""
     scales_of: Scales = scales if callable(scales) else lambda settings: scales
     return lambda function: PerAnchor(function, scales_of, signs, columns, uses)
+
+
+def pair_objective(uses: tuple[str, ...] = ()) -> Callable[[PairFunction], PerPair]:
+    """Declare a function as an objective of the form PerPair, whose documentation explains the arguments."""
+    return lambda function: PerPair(function, uses)
 
 
 def dense_objective(uses: tuple[str, ...] = ()) -> Callable[[Callable[[Rows, Rows, int, Any], torch.Tensor]], Dense]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -42,10 +43,17 @@ def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torc
     return True
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
-    """Linear warm-up to `peak`, then a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017), or constant."""
+def learning_rate_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str, factors: Mapping[int, float] | None = None
+) -> float:
+    """Linear warm-up to `peak`, then by `schedule`: a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017),
+    constant, or times the factor that `factors` has for the last number of steps reached (1 before the first).
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
+    if schedule == "steps":
+        begun = [first for first in factors or {} if first <= step]
+        return peak * (factors[max(begun)] if factors and begun else 1.0)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))

@@ -53,7 +53,9 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
-        return learning_rate_at(step, self.total, self.warmup, self.config.learning_rate(), self.config.optim.schedule)
+        config = self.config
+        factors = {int(epoch) * self.steps_per_epoch: factor for epoch, factor in config.optim.factors.items()}
+        return learning_rate_at(step, self.total, self.warmup, config.learning_rate(), config.optim.schedule, factors)
 
     def moment(self, step: int) -> Moment:
         """A step as the method sees it."""

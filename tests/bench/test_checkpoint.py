@@ -37,4 +37,4 @@ def test_a_save_that_changes_a_bit_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Checkpoint, "__getitem__", changed)
     with pytest.raises(UnequalError, match=r"model/projector.2.bias is not what was saved"):
-        checkpoint.bench(TINY, torch.device("cpu"), lambda text: None)
+        checkpoint.bench(TINY, lambda text: None)

@@ -98,12 +98,13 @@ def wrong_in_the_gradient_alone(place: OneRank) -> Loss:
 
 
 @pytest.mark.parametrize("wrong", [wrong_by_a_mask, wrong_in_the_gradient_alone])
-def test_a_contender_that_computes_something_else_is_refused(wrong: object) -> None:
+def test_a_contender_that_computes_something_else_is_refused(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
     def contenders(place: OneRank) -> Iterator[tuple[str, str, Loss]]:
         yield "rival", "wrong", wrong(place)  # type: ignore[operator]
 
+    monkeypatch.setattr(contrast, "_contenders", contenders)
     with pytest.raises(UnequalError, match="rival differs"):
-        contrast.beside("nt_xent", 16, 64, TINY, CPU, silent, contenders)
+        contrast.beside("nt_xent", 16, 64, TINY, CPU, silent)
 
 
 def test_ours_with_wrong_shifts_of_other_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_bytes_of_each_collective() -> None:
     traffic.add("scatter", ([part], []))  # elsewhere
     traffic.add("barrier", (torch.zeros(1),))
     assert [size for _, size in traffic.sent] == [120, 120, 120, 120, 240, 30, 30]
-    with pytest.raises(ValueError, match="'telepathy' is not known"):
+    with pytest.raises(ValueError, match="'telepathy' is unknown"):
         traffic.add("telepathy", (part,))
 
 

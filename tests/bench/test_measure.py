@@ -8,14 +8,13 @@ import time
 import pytest
 import torch
 
+from clae_dist.bench.contrast import compare
 from clae_dist.bench.measure import (
-    Contender,
     Row,
     Times,
     UnequalError,
     added_bytes,
     assert_equal,
-    compare,
     replaced,
     time_in_turns,
     with_ratios,
@@ -70,15 +69,15 @@ def test_added_bytes_are_those_of_the_call_at_its_peak() -> None:
 
 
 def test_ratios_are_to_every_other_row_of_the_case() -> None:
-    one = Row("c", "one: x", 1.0, 0.0, {}, wire_bytes=10)
-    two = Row("c", "two: y", 4.0, 0.0, {}, wire_bytes=40)
+    one = Row("c", "one: x", 1.0, 0.0, wire_bytes=10)
+    two = Row("c", "two: y", 4.0, 0.0, wire_bytes=40)
     first, second = with_ratios([one, two])
     assert (first.ratio_to, first.bytes_ratio_to) == ({"two": 0.25}, {"two": 0.25})
     assert (second.ratio_to, second.bytes_ratio_to) == ({"one": 4.0}, {"one": 4.0})
 
 
 def test_outcome_is_json_of_one_shape_and_a_table() -> None:
-    rows = compare("the case", [Contender(name, "sums", lambda: torch.ones(9).sum()) for name in "ab"], CPU, 2, lambda: None)
+    rows = compare("the case", {name: ("sums", lambda: torch.ones(9).sum()) for name in "ab"}, CPU, 2, lambda: None)
     outcome = Outcome(rows, CPU, ["a note"])
     found = json.loads(outcome.as_json())
     assert set(found) == {"versions", "machine", "notes", "rows"}

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from clae_dist.config import Objective
 from clae_dist.contrast.distributed import Contrast, per_anchor_loss
 from clae_dist.errors import ConfigError
-from clae_dist.objectives import PerAnchor, find, names
+from clae_dist.objectives import Dense, PerAnchor, PerPair, find, names
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows, dense_objective
+from clae_dist.objectives.pairs import per_pair_loss
 from clae_dist.world import World
 from tests import reference
 
@@ -33,15 +34,17 @@ def loss_of(form: str, settings: Objective, a: torch.Tensor, b: torch.Tensor) ->
     rows, objective = (Rows(a, a), Rows(b, b)), find(settings.name)
     if form == "dense":
         return dense_loss(objective, *rows, 0, settings)
+    if isinstance(objective, PerPair):
+        return per_pair_loss(objective, *rows, 0, settings)
     assert isinstance(objective, PerAnchor)
     return per_anchor_loss(objective, *rows, 0, settings, None)
 
 
-# Objectives of the form Dense have no log-sum-exp form, and only that one goes through the matrix in chunks.
-PER_ANCHOR = [name for name in names() if isinstance(find(name), PerAnchor)]
-FORMS = [*(("dense", name) for name in names()), *(("log_sum_exp", name) for name in PER_ANCHOR)]
+# Objectives of the form Dense do not go through the matrix in chunks.
+IN_CHUNKS = [name for name in names() if not isinstance(find(name), Dense)]
+FORMS = [*(("dense", name) for name in names()), *(("log_sum_exp", name) for name in IN_CHUNKS)]
 every = pytest.mark.parametrize(("form", "name"), FORMS)
-per_anchor = pytest.mark.parametrize("name", PER_ANCHOR)
+in_chunks = pytest.mark.parametrize("name", IN_CHUNKS)
 
 
 @every
@@ -105,10 +108,10 @@ def test_small_temperatures_and_bfloat16_stay_finite(form: str, name: str) -> No
         assert (gradient.double() - exact).norm() < 0.01 * exact.norm()  # bfloat16 has 8 bits
 
 
-@per_anchor
+@in_chunks
 def test_one_image_alone_has_no_nan(name: str) -> None:
     """Of objectives that are defined without negatives: their log-sum-exp is -inf."""
-    if name not in ("nt_xent", "instance", "ifm"):
+    if name not in ("nt_xent", "instance", "ifm", "uel"):
         return
     a, b = (unit_rows(seed, count=1).requires_grad_() for seed in (0, 1))
     loss = loss_of("log_sum_exp", reference.settings_of(name, 0.2), a, b)
@@ -116,7 +119,7 @@ def test_one_image_alone_has_no_nan(name: str) -> None:
     assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, (a, b)))
 
 
-@per_anchor
+@in_chunks
 def test_the_whole_similarity_matrix_never_exists(name: str) -> None:
     """No tensor of a step is larger than a chunk, or than all rows: memory does not grow with the square of the rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,6 +166,34 @@ def test_objectives_without_their_effect_are_nt_xent() -> None:
 @pytest.mark.parametrize("tau_plus", [0.02, 0.1])
 def test_hard_without_concentration_is_debiased(tau_plus: float) -> None:
     same(Objective("hard", 0.2, tau_plus=tau_plus, beta=0.0), Objective("debiased", 0.2, tau_plus=tau_plus))
+
+
+# ---- rows that are constants ----
+
+
+def test_uel_has_the_gradient_of_the_paper() -> None:
+    """dU_i/ds_ij = p_j (1 - W) + w_j for a negative and p (1 - W) - 1 for the positive; w = p / (1 - p), W its sum."""
+    temperature, z = 0.3, torch.cat([unit_rows(0), unit_rows(1)])
+    a, b = z[:N].clone().requires_grad_(), z[N:].clone().requires_grad_()
+    s = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    p = s.softmax(1)
+    positives = torch.arange(2 * N).roll(N)
+    w = (p / (1 - p)).scatter(1, positives[:, None], 0.0)
+    mass = 1 - w.sum(1, keepdim=True)
+    slope = (p * mass + w).scatter_add(1, positives[:, None], torch.full((2 * N, 1), -1.0, dtype=z.dtype))
+    wanted = slope @ z / (2 * N * temperature)
+    found = torch.autograd.grad(loss_of("log_sum_exp", Objective("uel", temperature), a, b), (a, b))
+    torch.testing.assert_close(torch.cat(found), wanted, atol=1e-12, rtol=0)
+
+
+def test_uel_sends_no_gradient_to_other_rows() -> None:
+    mine, everyone = unit_rows(0)[:2].clone().requires_grad_(), unit_rows(0).requires_grad_()
+    rows = Rows(mine, everyone), Rows(unit_rows(1)[:2], unit_rows(1))
+    for loss in (per_pair_loss, dense_loss):
+        value = loss(find("uel"), *rows, 0, Objective("uel", 0.2))  # type: ignore[arg-type]
+        found = torch.autograd.grad(value, (mine, everyone), allow_unused=True)
+        assert found[0].abs().max() > 0.01
+        assert found[1] is None
 
 
 def per_anchor_losses(settings: Objective, pos: torch.Tensor, lse: torch.Tensor, num_negatives: int = 10) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_features_are_those_of_evaluation(make_run: MakeRun, name: str, size: in
 
 def test_transform_is_evaluations_view(make_run: MakeRun, labelled_shards: Path) -> None:
     encoder = load_encoder(make_run())
-    views, _, _ = EvaluationSet(load_manifest(labelled_shards), "train", 16).images([3])
+    views = EvaluationSet(load_manifest(labelled_shards), "train", 16).images([3]).views
     from clae_dist.data.shards import ShardReader
 
     data, _ = ShardReader(load_manifest(labelled_shards), "train").encoded(0, 3)

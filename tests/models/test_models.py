@@ -100,6 +100,23 @@ def test_cifar_stem_keeps_the_resolution() -> None:
     assert large.conv1.stride == (2, 2)
 
 
+def test_a_linear_projector_is_one_layer_with_torchs_initial_weights() -> None:
+    """The head of the paper's code for instance discrimination and UEL."""
+    model = model_of("small_resnet", projector="linear")
+    assert [(name, tuple(value.shape)) for name, value in model.projector.named_parameters()] == [  # type: ignore[union-attr]
+        ("0.weight", (8, model.feature_dim)),
+        ("0.bias", (8,)),
+    ]
+    bound = int(model.feature_dim) ** -0.5  # type: ignore[arg-type]
+    assert 0.9 * bound < model.get_parameter("projector.0.weight").abs().max() <= bound
+    images = torch.rand(4, 3, 32, 32)
+    model.eval()
+    wanted = model.features(images) @ model.get_parameter("projector.0.weight").T + model.get_parameter("projector.0.bias")  # type: ignore[operator]
+    torch.testing.assert_close(model(images), F.normalize(wanted, dim=1))
+    with pytest.raises(ConfigError, match=r"model.projector_hidden is 5; model.projector=linear has no hidden layer"):
+        Model(projector="linear", projector_hidden=5)
+
+
 def test_initial_weights_are_a_function_of_the_seed() -> None:
     first = model_of("small_resnet").state_dict()
     torch.manual_seed(123)  # the global generator has no say

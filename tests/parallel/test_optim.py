@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clae_dist.config import Batch, Config, Optim
+from clae_dist.errors import ConfigError
 from clae_dist.parallel.optim import learning_rate_at, make_optimizer
 
 
@@ -68,3 +69,15 @@ def test_warm_up_then_half_a_cosine() -> None:
     assert rates[110] == pytest.approx(0.0)
     assert rates[35] == pytest.approx(1 + math.cos(math.pi / 4))
     assert learning_rate_at(100, 110, 10, 2.0, "constant") == 2.0
+
+
+def test_a_schedule_in_steps() -> None:
+    factors = {40: 0.05, 20: 0.1}  # in any order
+    rates = [learning_rate_at(step, 60, 4, 2.0, "steps", factors) for step in (0, 4, 19, 20, 39, 40, 59)]
+    assert rates == [0.5, 2.0, 2.0, 0.2, 0.2, 0.1, 0.1]
+    with pytest.raises(ConfigError, match=r"optim.factors is \{\}; optim.schedule is steps: use factors with optim"):
+        Optim(schedule="steps")
+    with pytest.raises(ConfigError, match=r"optim.factors is \{'1': 0.1\}; optim.schedule is cosine"):
+        Optim(factors={"1": 0.1})
+    with pytest.raises(ConfigError, match="every key must be a number of epochs"):
+        Optim(schedule="steps", factors={"half": 0.1})
