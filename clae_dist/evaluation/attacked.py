@@ -71,6 +71,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
         noise=lambda _: torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device),
+        state=method.state(model.embedding_dim, config.seed),
     )
     training = model.training
     model.train()
