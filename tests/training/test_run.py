@@ -35,11 +35,6 @@ from tests.small_run import small_run
 STEPS = 8  # two epochs of 100 images in batches of 24
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
-
-
 def recipe(shards: Manifest, run_dir: Path, precision: str = "float32", **train: Any) -> Config:
     return small_run(
         shards.folder,
