@@ -16,10 +16,11 @@ from tests.fuzzing import fuzz
 from tests.run_files import LAUGHS
 
 
-def test_every_reader_of_a_run_under_drawn_damage(tmp_path: Path) -> None:
-    ends = fuzz("run_files", 50, tmp_path)
-    assert sum(count for end, count in ends.items() if end.endswith("refused")) > 12
-    assert sum(count for end, count in ends.items() if end.endswith("read")) > 8
+@pytest.mark.parametrize("count", [20, pytest.param(80, marks=pytest.mark.slow)])
+def test_every_reader_of_a_run_under_drawn_damage(tmp_path: Path, count: int) -> None:
+    ends = fuzz("run_files", count, tmp_path)
+    assert sum(number for end, number in ends.items() if end.endswith("refused")) >= count // 5
+    assert sum(number for end, number in ends.items() if end.endswith("read")) >= count // 8
 
 
 @pytest.mark.slow
