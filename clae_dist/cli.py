@@ -16,7 +16,7 @@ from clae_dist import __version__
 from clae_dist.commands import NAMES, module_of
 from clae_dist.errors import INTERRUPTED, STOPPED, ClaeError, exit_code, exit_codes_help
 from clae_dist.escape import say, shown_lines
-from clae_dist.lifetime import end_with_parent
+from clae_dist.lifetime import dedicate_process, end_with_parent
 from clae_dist.options import Parser, open_standard_streams
 from clae_dist.redact import redact_text
 from clae_dist.storage import storage_error
@@ -88,6 +88,7 @@ def run() -> NoReturn:
     """Run `main` and end the process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks of torchrun would survive a kill of torchrun
         end_with_parent(os.getppid())
+    dedicate_process()
     open_standard_streams()
     code = main()
     if "WORLD_SIZE" in os.environ:  # a rank of torchrun

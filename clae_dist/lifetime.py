@@ -7,19 +7,34 @@ PARENT COMMAND …` becomes COMMAND, which then ends with the process PARENT.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ORPHANED = 1  # exit code of a process whose parent had died before
+_dedicated = False
+
+
+def dedicate_process() -> None:
+    """Declare that this process does nothing but one command: no program of a user shares it, so it may be forked."""
+    global _dedicated
+    _dedicated = True
+
+
+def name_process(name: str) -> None:
+    """Set the name that `ps` and `top` show for this process (at most 15 characters); forked processes inherit it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def end_with_parent(parent: int) -> None:
@@ -36,8 +51,11 @@ def end_with_parent(parent: int) -> None:
 
 
 def fork_server(preload: str) -> ForkServerContext:
-    """The context of a fork server of this process that has imported `preload`; multiprocessing itself knows one server, with
-    the imports of its first user. One with other imports ends with the processes that it has forked."""
+    """Return the context of a fork server of this process that has imported `preload`.
+
+    multiprocessing itself keeps one server, with the imports of its first user. A server with other imports ends with the
+    processes that it has forked.
+    """
     from multiprocessing import forkserver, get_context
 
     modules = ["clae_dist.fork_server", preload]
@@ -49,6 +67,58 @@ def fork_server(preload: str) -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(modules)
     return context
+
+
+def fork_server_from_here(preload: str) -> bool:
+    """Start the fork server as a fork of this process, with which it then shares the memory of torch and all other imports.
+
+    Call it after the imports, and before any process group, CUDA context or parallel computation. Returns False without
+    doing anything where a fork is unsafe: in a process that is not dedicated (a notebook's), or has threads or a CUDA context.
+    `fork_server` starts a new interpreter there when it is needed.
+    """
+    from multiprocessing import forkserver, resource_tracker, util
+
+    torch = sys.modules.get("torch")
+    cuda = torch is not None and torch.cuda.is_initialized()
+    if sys.platform != "linux" or not _dedicated or threading.active_count() > 1 or cuda:
+        return False
+    fork_server(preload)
+    resource_tracker.ensure_running()  # otherwise it would be forked, too
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()  # or the server would print what is buffered once more
+    gc.freeze()  # the garbage collector would write to these objects, and so copy their pages
+    module: Any = util
+    start_interpreter = module.spawnv_passfds
+    module.spawnv_passfds = _fork
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # for good in the server; begin_forked_process unblocks them
+    try:
+        forkserver.ensure_running()
+    finally:
+        module.spawnv_passfds = start_interpreter
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return True
+
+
+def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """Fork and run the code that multiprocessing would give to a new interpreter (`arguments` ends with `-c CODE`)."""
+    process = os.fork()
+    if process == 0:
+        _serve(arguments[-1], frozenset(descriptors))
+    return process
+
+
+def _serve(code: str, descriptors: frozenset[int]) -> NoReturn:
+    """Be a fork server, with the open files and modules that a new interpreter would have."""
+    try:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        for opened in map(int, os.listdir("/proc/self/fd")):
+            if opened > 2 and opened not in descriptors:
+                os.closerange(opened, opened + 1)  # the one of the listing is closed already, which closerange ignores
+        sys.modules.pop("clae_dist.fork_server", None)  # of the server that this process was forked from
+        exec(code, {})
+    finally:
+        os._exit(0)
 
 
 def _let_go(server: Any) -> None:
@@ -74,7 +144,7 @@ def begin_forked_process() -> None:
     if owner is not None and not owner.is_alive():  # it died before its server had asked the kernel
         os._exit(ORPHANED)
     _let_go(forkserver._forkserver)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def main(arguments: list[str]) -> NoReturn:

@@ -38,6 +38,8 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
                 values.update({f"{name}_adversarial": geometry[name] for name in geometry if name.startswith("cos_")})
         if seen.attacks:
             values.update(_attack(run, seen, x, y, batch))
+    if not values:  # a method with a loss of its own
+        return {}
     mean = run.world.mean(torch.stack([v.detach().double() for v in values.values()]).to(run.world.device))
     return dict(zip(values, mean.tolist(), strict=True))
 

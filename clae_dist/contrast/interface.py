@@ -17,7 +17,7 @@ from clae_dist.config import Attack
 from clae_dist.contrast.adversary import Ball, LossAndGradient, Perturbation, perturb
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.method import Method
+from clae_dist.contrast.method import Method, State
 from clae_dist.objectives.form import Rows
 from clae_dist.world import World
 
@@ -37,6 +37,7 @@ class Attacking:
     encoding: Encoding  # images and route -> embeddings, under the parallel backend
     pixel_std: torch.Tensor  # (1, 3, 1, 1): an ε in normalised units times this is an ε in pixels
     noise: Callable[[Any], torch.Tensor]  # batch -> uniform in [0, 1), of x's shape: for a random start
+    state: State  # the method's
 
     @property
     def ball(self) -> Ball:
@@ -77,6 +78,12 @@ class Step(ABC):
     def __init__(self, run: Attacking, batch: Any, moment: Moment) -> None:
         self.run, self._batch, self.moment = run, batch, moment
         self.attacks: list[Attacked] = []
+        self.kept: State = {}  # by `losses` for `after_update`
+
+    @property
+    def state(self) -> State:
+        """The method's tensors that outlive a step (see Method.state)."""
+        return self.run.state
 
     @property
     def step(self) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from clae_dist.contrast.interface import Step
 
+State = dict[str, "torch.Tensor"]  # name -> a tensor that every rank has
 Terms = dict[str, "tuple[float, torch.Tensor]"]  # name -> (weight, loss of this rank's anchors)
 
 
@@ -32,6 +33,17 @@ class Method:
         clean views, if there is one; it is logged as `loss_NAME` like the others.
         """
         raise NotImplementedError
+
+    def state(self, embedding_dim: int, seed: int) -> State:
+        """Tensors that outlive a step, such as a queue of keys, as they are at the start of a run: a function of the arguments.
+
+        Every rank has them, equal; steps read them (`Step.state`) and `after_update` changes them in place. They are saved in
+        checkpoints, and a run resumes with them on any number of ranks.
+        """
+        return {}
+
+    def after_update(self, s: Step) -> None:
+        """Change `s.state`, the same on every rank. Called after every update of the weights, and not after a skipped step."""
 
     def from_the_start(self) -> Method:
         """The same method with every term present from the first step (see MethodSettings.from_the_start)."""

@@ -69,7 +69,11 @@ def pretrain_step(
         _agree_on_finite(run, loss, s.embeddings)
     except RankError as error:
         raise NonFinite(str(error), metrics) from None
-    return replace(metrics, grad_norm=run.encoding.backend.update())
+    metrics = replace(metrics, grad_norm=run.encoding.backend.update())
+    if run.state and metrics.grad_norm.isfinite():
+        with torch.no_grad():
+            run.method.after_update(s)
+    return metrics
 
 
 class TrainingStep(Step):

@@ -71,6 +71,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
         noise=lambda _: torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device),
+        state=method.state(model.embedding_dim, config.seed),
     )
     training = model.training
     model.train()
@@ -90,6 +91,6 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
 
 
 def amplification(attacked: AttackedImages) -> int:
-    """The whole factor that makes the largest change a third of the pixel range."""
+    """The integer factor that makes the largest change a third of the pixel range."""
     largest = float((attacked.adversarial - attacked.clean).abs().max())
     return max(1, int(1 / 3 / largest)) if largest > 0 else 1

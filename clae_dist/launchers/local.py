@@ -23,7 +23,7 @@ from clae_dist.escape import say
 from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
-from clae_dist.lifetime import begin_forked_process, fork_server
+from clae_dist.lifetime import begin_forked_process, dedicate_process, fork_server
 from clae_dist.recipe import Recipe
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
@@ -226,6 +226,7 @@ def _rank_main(
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
     begin_forked_process()
+    dedicate_process()
     for target, stream in enumerate(streams, start=1):
         os.dup2(stream.detach(), target)
     spot.set_environment()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from clae_dist.config import Config
+from clae_dist.data.loader import share_imports
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import OK, STOPPED, STORAGE, UNEXPECTED, ClaeError, ConfigError, restarts
 from clae_dist.escape import shown_lines
@@ -94,6 +95,8 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> End
     try:
         if size > 1:
             check_interface()
+        if config.launch.launcher != "ray":  # Ray's workers have threads of its own
+            share_imports(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         with connect(config.guard.timeout_s, config.launch.device) as world:
             return _train(recipe, world, Console(config, also), debug=debug)
     except ConfigError as error:  # of all ranks, before they communicate

@@ -32,7 +32,7 @@ class PretrainModel(nn.Module):
         std: tuple[float, ...],
     ) -> None:
         super().__init__()
-        self.feature_dim = feature_dim
+        self.feature_dim, self.embedding_dim = feature_dim, dim
         self.encoder = encoder
         layers = [] if hidden is None else [nn.Linear(feature_dim, hidden), nn.ReLU()]
         self.projector = nn.Sequential(*layers, nn.Linear(hidden or feature_dim, dim))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clae_dist.config import Config
+from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
 from clae_dist.models.norms import Route, statistics, untouched_statistics
@@ -55,6 +56,7 @@ class Backend(ABC):
             compile_blocks(self.model.encoder)
         self._wrap()
         self.average = WeightAverage(self._shards(), config.train.ema_decay)
+        self.method_state = self._method_state()
 
     # ---- implemented by a backend ----
 
@@ -109,6 +111,14 @@ class Backend(ABC):
         """Load the optimiser state from parameter name -> {"exp_avg": unsharded tensor, …}."""
 
     # ---- shared by all backends ----
+
+    def _method_state(self) -> dict[str, torch.Tensor]:
+        """The method's replicated tensors at the start of a run, on the device; floating-point ones as precise as the rows."""
+        state = make_method(self.config.method).state(self.model.embedding_dim, self.config.seed)
+        dtype = torch.float64 if self.precision == "float64" else torch.float32
+        return {
+            name: value.to(self.world.device, dtype if value.is_floating_point() else None) for name, value in state.items()
+        }
 
     def describe(self) -> str:
         """A short description of the backend for the console."""
@@ -174,6 +184,8 @@ class Backend(ABC):
             yield place.piece(f"model/{name}", parts.get(name, value))
         for (name, parameter), part in zip(weights.items(), self.average.parts, strict=False):  # none without an average
             yield self._place(parameter).piece(f"average/{name}", part)
+        for name, value in self.method_state.items():
+            yield everywhere(value, self.world).piece(f"method/{name}", value)
         yield from self._optimizer_pieces()
 
     def _place(self, parameter: nn.Parameter) -> Place:
@@ -197,6 +209,8 @@ class Backend(ABC):
                     self._place(parameter).fill(part, state[section][name])
         for name, buffer in self._buffers().items():
             buffer.copy_(state["model"][name])
+        for name, value in self.method_state.items():
+            value.copy_(state["method"][name])
         self._weights_written()
         self._load_optimizer_state(state["optimizer"])
 

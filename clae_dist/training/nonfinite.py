@@ -96,6 +96,7 @@ class NonFiniteSteps:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+                save_file({**self._backend.method_state}, folder / "method.safetensors")
                 write_atomically(folder / "step.json", (json.dumps(content, indent=1) + "\n").encode())
             except (OSError, SafetensorError) as error:  # the step is skipped without the record
                 return f"step {step + 1} could not be recorded: {error}"

@@ -44,6 +44,7 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         shared_norms=routes_are_one_function(backend.model),
         augment=lambda batch: (view(batch, 0), view(batch, 1)),
         noise=noise,
+        state=backend.method_state,
         attack_statistics=backend.untouched if config.attack.statistics == "untouched" else nullcontext,
         timed=clock.timed,
     )

@@ -4,7 +4,7 @@ with a non-finite output."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,18 +87,29 @@ def num_ranks(config: Config, wanted: dict[str, Any]) -> int:
     return int(wanted["world_size"]) if config.model.norm == "local" else 1
 
 
+def _tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a recorded step, which have the names and shapes of `expected`. Raises ConfigError."""
+    try:
+        open_regular(path).close()
+        tensors = load_file(path)
+    except (ReadError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+    else:
+        if {name: value.shape for name, value in tensors.items()} == {name: value.shape for name, value in expected.items()}:
+            return tensors
+        reason = "its tensors have other names or shapes than those of the recipe"
+    raise ConfigError(f"STEP is {str(path.parent)!r}, whose {path.name} cannot be used ({reason}).")
+
+
 def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -> Replay:
     """Takes the step again, on every rank of `world`. A collective. Raises ConfigError and DataError."""
     step = int(wanted["step"])
     train = open_sets(config, world, lambda text: None).train
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
-    try:
-        open_regular(folder / "model.safetensors").close()
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (ReadError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"STEP is {str(folder)!r}, whose model.safetensors cannot be used ({reason}).") from None
+    model.load_state_dict(_tensors(folder / "model.safetensors", model.state_dict()))
     backend = make_backend(config, model, world)
+    for name, value in _tensors(folder / "method.safetensors", backend.method_state).items():
+        backend.method_state[name].copy_(value)
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])
     run = make_pretraining(config, world, backend, Clock(world.device))

@@ -29,7 +29,7 @@ def ranks_of(mark: dict[str, str]) -> list[psutil.Process]:
 
 
 def _is_for_loaders(process: psutil.Process) -> bool:
-    return "clae_dist.data.preload" in " ".join(process.cmdline())
+    return process.name() == "clae-loaders"
 
 
 TORCHRUN = [str(ROOT / "launch" / "torchrun.sh"), "--nodes", "1", "--ranks-per-node", "2", "--head"]

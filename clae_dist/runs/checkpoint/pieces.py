@@ -87,12 +87,14 @@ class StateSection(Mapping[str, torch.Tensor]):
 
 
 def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """{"model": {name: tensor}, "optimizer": {parameter: {"exp_avg": tensor, …}}, "average": {name: tensor}}.
+    """{"model": {name: tensor}, "optimizer": {parameter: {"exp_avg": tensor, …}}, "average": {name: tensor},
+    "method": {name: tensor}}.
 
     The average, if any, has the model's names: buffers, which are not averaged, are the model's own.
     """
     model: dict[str, str] = {}
     average: dict[str, str] = {}
+    method: dict[str, str] = {}
     optimizer: dict[str, dict[str, str]] = {}
     for name in tensors:
         section, _, rest = name.partition("/")
@@ -100,6 +102,8 @@ def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
             model[rest] = name
         elif section == "average":
             average[rest] = name
+        elif section == "method":
+            method[rest] = name
         elif section == "optimizer":
             parameter, _, key = rest.rpartition("/")
             optimizer.setdefault(parameter, {})[key] = name
@@ -107,6 +111,8 @@ def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "model": StateSection(tensors, model),
         "optimizer": {parameter: StateSection(tensors, keys) for parameter, keys in optimizer.items()},
     }
+    if method:
+        state["method"] = StateSection(tensors, method)
     if average:
         state["average"] = StateSection(tensors, {**model, **average})
     return state
