@@ -51,7 +51,7 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
         raise ConfigError(f"the destination is {str(destination)!r}, which holds other files; name a new folder.")
     weights = {key: value.float() for key, value in single_route_state(model.encoder.state_dict()).items()}
     network, _ = plain_encoder(config.model, config.data.image_size, weights)
-    description = _describe(config, info, _manifest_digest(run_dir), network, model.feature_dim)
+    description = _describe(config, info, _origin(run_dir), network, model.feature_dim)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         with writing(destination):
@@ -117,13 +117,18 @@ def _exported_state(encoder: str, network: nn.Module) -> dict[str, torch.Tensor]
     return {exported: state[name].detach().clone().contiguous() for name, exported in exported_names(encoder, state).items()}
 
 
-def _manifest_digest(run_dir: Path) -> str:
+def _origin(run_dir: Path) -> dict[str, Any]:
+    """The images of the run and the weights it began with ({}: initialised at random), as far as they are recorded."""
     folder = RunFolder(run_dir)
-    return folder.read_identity().manifest_digest if folder.identity_file.exists() else ""
+    identity = folder.read_identity() if folder.identity_file.exists() else None
+    return {
+        "manifest_digest": identity.manifest_digest if identity else "",
+        "initial_weights": identity.initial if identity else {},
+    }
 
 
 def _describe(
-    config: Config, info: Mapping[str, Any], manifest_digest: str, plain: nn.Module, feature_dim: int
+    config: Config, info: Mapping[str, Any], origin: Mapping[str, Any], plain: nn.Module, feature_dim: int
 ) -> dict[str, Any]:
     """The content of config.json for the encoder `plain`."""
     size = config.data.image_size
@@ -148,7 +153,7 @@ def _describe(
         "method": config.method.title or config.method.name,
         "images_seen": info["images_seen"],
         "step": info["step"],
-        "manifest_digest": manifest_digest,
+        **origin,
         "config_digest": config_digest(config),
         "package_version": __version__,
     }
