@@ -175,7 +175,7 @@ class Guard(Section, prefix="guard"):
         help="Steps of a run that may be skipped because the loss or the gradient is non-finite.",
     )
 
-    def limit_s(self, patient: bool = False) -> float:
+    def limit_s(self, *, patient: bool = False) -> float:
         """Seconds without progress that count as a hang; 0: no limit. `patient`: for phases that may take long."""
         return self.hang_s * (4 if patient else 1)
 

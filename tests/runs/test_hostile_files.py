@@ -43,7 +43,7 @@ def test_thousands_of_damages(tmp_path: Path, seed: int) -> None:
         (b"[-Infinity]", "it holds -Infinity"),
         (b"[1e999]", "it holds 1e999"),
         (b"[" + b"9" * 5000 + b"]", "an integer of 5000 digits"),
-        (b'{"a": 1, "b": {"a": 1, "a": 2}}', "the key 'a' is there twice"),
+        (b'{"a": 1, "b": {"a": 1, "a": 2}}', "the key 'a' is repeated"),
         (b'["\\ud800"]', "half a character"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from clae_dist.config import Parallel
 from clae_dist.data.manifest import Manifest
 from tests.ranks import RankPool
-from tests.training.test_run import final, recipe, train_on
+from tests.training.disturbed import final, recipe, train_on
 
 
 @pytest.mark.slow
