@@ -65,11 +65,11 @@ def finished(world: World, config: Config) -> str:
 @pytest.mark.parametrize(
     ("where", "number", "step"),
     [
-        ("open_sets", signal.SIGTERM, 0),
-        ("knn_while_training", signal.SIGUSR1, 0),  # before the first step
+        pytest.param("open_sets", signal.SIGTERM, 0, marks=pytest.mark.slow),
+        ("knn_while_training", signal.SIGINT, 0),  # before the first step
         ("pretrain_step", signal.SIGUSR1, 1),
         ("save", signal.SIGTERM, 2),
-        ("describe", signal.SIGINT, 0),
+        pytest.param("describe", signal.SIGINT, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_with_everything_saved(

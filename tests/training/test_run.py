@@ -156,7 +156,7 @@ def test_a_line_has_the_mean_of_the_steps_since_the_last(ranks: RankPool, shards
         assert every[4][8][key] == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["global", "local"])
+@pytest.mark.parametrize("norm", ["global", pytest.param("local", marks=pytest.mark.slow)])
 def test_bfloat16_trains_close_to_float32(ranks: RankPool, shards: Manifest, tmp_path: Path, norm: str) -> None:
     first = {}
     for precision in ("float32", "bfloat16"):
