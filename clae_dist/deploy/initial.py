@@ -67,7 +67,7 @@ class Initial:
 
     @property
     def record(self) -> dict[str, str]:
-        """What run.json says of them."""
+        """Their entry in run.json."""
         return {"source": self.source, "digest": self.digest}
 
     def write(self, folder: RunFolder) -> None:
