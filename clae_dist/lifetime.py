@@ -6,6 +6,7 @@ PARENT COMMAND …` becomes COMMAND, which then ends with the process PARENT.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import gc
 import os
@@ -110,13 +111,16 @@ def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> 
 
 def _serve(code: str, descriptors: frozenset[int]) -> NoReturn:
     """Be a fork server, with the open files and modules that a new interpreter would have."""
+    from multiprocessing import forkserver
+
     try:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         for opened in map(int, os.listdir("/proc/self/fd")):
             if opened > 2 and opened not in descriptors:
                 os.closerange(opened, opened + 1)  # the one of the listing is closed already, which closerange ignores
         sys.modules.pop("clae_dist.fork_server", None)  # of the server that this process was forked from
-        exec(code, {})
+        call = ast.parse(code).body[-1].value  # type: ignore[attr-defined]  # main(…) of multiprocessing.forkserver
+        forkserver.main(*map(ast.literal_eval, call.args), **ast.literal_eval(call.keywords[0].value))
     finally:
         os._exit(0)
 
