@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     Args:
         config: from `load_config`.
         quiet: print only errors; console.log in the run folder has all lines.
-        trust: also continue in a run folder of somebody else's with links that lead out of it.
+        trust: also continue in a run folder of another user with links that lead out of it.
 
     Raises ConfigError, DataError, CheckpointError (of storage) or RankError (a rank failed or hung), all of them ClaeError.
     """
@@ -75,7 +75,7 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
     origins = {key: "default" if value == defaults[key] else "Python" for key, value in flatten(config).items()}
     recipe = with_tracking_server(Recipe(config, origins))
     check_credentials(recipe)
-    with _quiet(quiet), main_module_hidden():
+    with _quiet() if quiet else nullcontext(), main_module_hidden():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             claim(recipe.config, trust=trust)
         ending = start(recipe)
@@ -85,17 +85,18 @@ def train(config: Config, *, quiet: bool = False, trust: bool = False) -> TrainR
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Context in which ranks print only errors."""
     from clae_dist.launchers.terminal import QUIET
 
     before = os.environ.get(QUIET)
-    if quiet:
-        os.environ[QUIET] = "1"  # inherited by the ranks
+    os.environ[QUIET] = "1"  # inherited by the ranks
     try:
         yield
     finally:
-        os.environ.pop(QUIET, None)
-        if before is not None:
+        if before is None:
+            del os.environ[QUIET]
+        else:
             os.environ[QUIET] = before
 
 
@@ -105,7 +106,7 @@ def evaluate(run: str | os.PathLike[str], *, shards: str = "", trust: bool = Fal
     Args:
         run: the folder of a run.
         shards: the images, if they are no longer where the run's config.yaml says.
-        trust: act on what the config.yaml of somebody else's run names (see `clae evaluate --help`).
+        trust: act on what the config.yaml of another user's run names (see `clae evaluate --help`).
         quiet: print nothing.
 
     Raises ConfigError without a checkpoint, DataError for unusable shards, StorageError if the result cannot be written.

@@ -1,7 +1,7 @@
-"""YAML with the core schema of version 1.2: numbers and booleans as everybody reads them.
+"""YAML with the core schema of version 1.2, in which numbers and booleans are read as people expect.
 
-PyYAML follows YAML 1.1, where `0256` is 174, `12:30:00` is 45000, `yes` is true and `1e-3` is a text. Here numbers are decimal
-(`0256` is 256), octal only as `0o17` and hexadecimal as `0x1F`; booleans are `true` and `false`; anything else is a text.
+PyYAML follows YAML 1.1, where `0256` is 174, `12:30:00` is 45000, `yes` is true and `1e-3` is a string. Here numbers are
+decimal (`0256` is 256), octal only as `0o17` and hexadecimal as `0x1F`; booleans are `true` and `false`; all else is a string.
 
 Reference: YAML 1.2.2, section 10.3.
 """
@@ -65,20 +65,12 @@ def _float(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> float:
     return float(text.replace(".", "", 1) if text.lstrip("+-") in (".inf", ".nan") else text)
 
 
-def _text(loader: _CoreSafeLoader, node: yaml.ScalarNode) -> str:
-    return str(node.value)
-
-
-def _list(loader: _CoreSafeLoader, node: yaml.SequenceNode) -> list[Any]:
-    return loader.construct_sequence(node, deep=True)
-
-
 def _mapping(loader: _CoreSafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Keys are texts as they were written."""
+    """Keys are strings as they were written."""
     values: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "a key is not a plain string", key.start_mark)
         if key.value in values:
             raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice; keep one", key.start_mark)
         values[key.value] = loader.construct_object(value, deep=True)
@@ -87,7 +79,7 @@ def _mapping(loader: _CoreSafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
 
 def _unknown(loader: _CoreSafeLoader, node: yaml.Node) -> None:
     tag = node.tag.replace(_TAG, "!!")
-    raise yaml.constructor.ConstructorError(None, None, f"the tag {tag} is none of plain data; leave it out", node.start_mark)
+    raise yaml.constructor.ConstructorError(None, None, f"the tag {tag} is not one of plain data; remove it", node.start_mark)
 
 
 for _name, _pattern, _first in _RESOLVERS:
@@ -97,8 +89,8 @@ for _name, _constructor in {
     "bool": lambda loader, node: node.value.lower() == "true",
     "int": _int,
     "float": _float,
-    "str": _text,
-    "seq": _list,
+    "str": lambda loader, node: str(node.value),
+    "seq": lambda loader, node: loader.construct_sequence(node, deep=True),
     "map": _mapping,
 }.items():
     _CoreSafeLoader.add_constructor(_TAG + _name, _constructor)
@@ -116,10 +108,10 @@ def construct(node: yaml.Node) -> Any:
 
 
 def written(node: yaml.Node) -> Any:
-    """As `construct`, with every scalar as the text that was written: 007 stays 007. A null is None."""
+    """Like `construct`, with every scalar as the string that was written: 007 stays 007. A null is None."""
     if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_TAG):
         if node.tag not in (_TAG + name for name in ("null", "bool", "int", "float", "str")):
             return construct(node)
         return None if node.tag == NULL else str(node.value)
-    value = construct(node)  # refuses a list that holds itself
+    value = construct(node)  # raises for a list that contains itself
     return [written(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else value

@@ -95,14 +95,14 @@ def explanations() -> dict[str, Explanation]:
         rule: Rule = field.metadata["rule"]
         several = "" if len(methods[key]) == len(METHODS) else f"method.name={' or '.join(methods[key])}"
         known[key] = Explanation(
-            key,
-            rule.help,
-            _kind(hint),
-            rule.bounds(),
-            _choices(hint),
-            _default(field),
-            rule.used_by or several,
-            not rule.no_effect,
+            key=key,
+            help=rule.help,
+            kind=_kind(hint),
+            bounds=rule.bounds(),
+            choices=_choices(hint),
+            default=_default(field),
+            used_by=rule.used_by or several,
+            changes_result=not rule.no_effect,
         )
     return known
 

@@ -37,7 +37,7 @@ def _expand(key: str, part: str, origin: str) -> str:
     if expanded == path:
         name = path.partition("/")[0]
         raise ConfigError(
-            f"{key} begins with {name} ({origin}), whose home folder is not known on this machine; write the whole path, or "
+            f"{key} begins with {name} ({origin}), whose home folder is not known on this machine; write the full path, or "
             f"./{name} for a folder of that name."
         )
     return f"{before[0]}{expanded}"

@@ -19,24 +19,22 @@ def user_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"{text}: the home folder is not known on this machine; write the whole path"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text}: the home folder is not known on this machine; write the full path") from None
 
 
 def open_standard_streams() -> None:
-    """Opens the null device for what a shell has closed (`>&-`): the next file that is opened would be taken for stdout."""
+    """Open the null device for streams closed by a shell (`>&-`); otherwise the next opened file would become stdout."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 class _StoreOnce(argparse._StoreAction):
-    """Of an option that is given twice, the last value would win without a word."""
+    """Refuse an option that is given twice, of which argparse would silently use the last value."""
 
     def __call__(
         self,
@@ -53,20 +51,20 @@ class _StoreOnce(argparse._StoreAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose subparsers are of this class, too."""
+    """An ArgumentParser whose subparsers are also of this class."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
-        self.set_defaults(parser=self)  # that of the subcommand, once it was parsed
+        self.set_defaults(parser=self)  # replaced by that of the subcommand
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2 and the message, which may quote what the user wrote: without secrets."""
+        """Exit with code 2 and the message without secrets, as it may quote the command line."""
         super().error(redact_text(message))
 
     def refuse(self, rest: Sequence[str]) -> NoReturn:
-        """Ends the process with exit code 2: `rest` are arguments that the command does not have."""
+        """Exit with code 2 because of `rest`, arguments that the command does not have."""
         positionals = [action.metavar for action in self._actions if not action.option_strings and action.metavar]
         one = f"; {self.prog} takes one {positionals[-1]}, and {QUOTE}" if positionals else ""
         words = " ".join(map(redact_word, rest))

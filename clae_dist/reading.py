@@ -1,7 +1,7 @@
-"""Reading files that a crash may have damaged or that somebody else may have made up.
+"""Read files that a crash may have damaged or that may come from an attacker.
 
-Only plain files of bounded size are read; text is strict UTF-8; JSON has bounded depth, no NaN and no key twice. Whatever is
-wrong is one exception, ReadError, which callers turn into the error of what they read.
+Only plain files of bounded size are read; text is strict UTF-8; JSON has bounded depth, no NaN and no repeated key. Every
+problem raises ReadError, which callers turn into an error that names the file.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ReadError(f"the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} is there twice")
+        raise ReadError(f"the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} is repeated")
     return content
 
 
 def _integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise ReadError(f"it holds an integer of {len(text)} digits")
+        raise ReadError(f"it has an integer of {len(text)} digits")
     return int(text)
 
 
@@ -163,19 +163,19 @@ def _check_text(content: Any) -> None:
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ReadError("it holds half a character (a lone surrogate)") from None
+        raise ReadError("it holds a lone surrogate (half a character)") from None
 
 
 def json_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
-    """The JSON objects of a file of lines, one at a time; None for a line that holds none, such as one that a kill cut off.
+    """The JSON objects of a file of lines, one at a time; None for a line without one, such as a line cut off by a kill.
 
-    NaN and infinity are allowed, as losses may be. Nothing is yielded where there is no file. Raises ReadError.
+    NaN and infinity are allowed, as losses may have these values. A missing file has no lines. Raises ReadError.
     """
-    return (parse_line(line.rstrip(b"\n") + b"\n") for line in raw_lines(path))  # the last may have lost its end alone
+    return (parse_line(line.rstrip(b"\n") + b"\n") for line in raw_lines(path))  # the last line may lack its line feed
 
 
 def raw_lines(path: str | Path) -> Iterator[bytes]:
-    """The lines of a plain file, none where there is no file; one above a megabyte comes in parts. Raises ReadError."""
+    """The lines of a plain file, none if it does not exist; a line above a megabyte comes in parts. Raises ReadError."""
     try:
         file = open_regular(path)
     except MissingError:
@@ -189,7 +189,7 @@ def raw_lines(path: str | Path) -> Iterator[bytes]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a whole line, None where there is none."""
+    """The JSON object in a complete line; None if the line holds none."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -199,7 +199,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# ---- what a field may hold ----
+# ---- checks of fields ----
 
 Check = Callable[[Any], bool]
 
@@ -210,7 +210,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number of no astronomic size: sums and products of some of them are finite as well."""
+    """True for a finite number so small that sums and products of a few of them are finite as well."""
     return type(value) in (int, float) and -1e100 < value < 1e100
 
 
@@ -227,9 +227,9 @@ def or_none(check: Check) -> Check:
 
 
 def expect(content: Mapping[str, Any], fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> None:
-    """Checks an object: every one of `fields` is there and is as it should be, `optional` ones may be absent.
+    """Check an object: all of `fields` are present and valid; `optional` ones may be absent.
 
-    Raises ReadError that names the first field that is not.
+    Raises ReadError with the first missing or invalid field.
     """
     for key, check in {**fields, **(optional or {})}.items():
         if key not in content:

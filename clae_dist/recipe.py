@@ -37,8 +37,8 @@ _SECTIONS = {key.rpartition(".")[0] for key in FIELDS} - {""}
 
 def _is_mapping(key: str) -> bool:
     """True if the value of a key is itself a mapping."""
-    wanted: Any = FIELDS[key][1] if key in FIELDS else None
-    return typing.get_origin(wanted) is dict
+    hint: Any = FIELDS[key][1] if key in FIELDS else None
+    return typing.get_origin(hint) is dict
 
 
 class Recipe(NamedTuple):
@@ -58,7 +58,7 @@ class Setting:
 
 
 def check_key(key: str, origin: str) -> None:
-    """Raises ConfigError for a key that no recipe has, with the nearest ones."""
+    """Raise ConfigError for a key that does not exist, with the nearest existing one."""
     if key in FIELDS or (key.startswith(_METHOD) and key.count(".") == 1):  # `build` knows the method and checks its keys
         return
     if key in MOVED:
@@ -84,7 +84,7 @@ def _setting(key: str, node: yaml.Node, origin: str) -> Setting:
 
 
 def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
-    """Raises ConfigError for a key of a recipe that is no plain word."""
+    """Raise ConfigError for a key of a recipe that is not a plain word."""
     if not isinstance(node, yaml.ScalarNode):
         raise ConfigError(f"a key ({origin}) is a list or a mapping; write a plain word, such as `batch:`.")
     if node.value == "<<":
@@ -121,11 +121,11 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
-def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool = True) -> dict[str, Setting]:
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), *, may_extend: bool = True) -> dict[str, Setting]:
     """The settings of a YAML file, after those of the file it extends. Raises ConfigError."""
     chain = (*extended_by, path.resolve())
     if path.resolve() in extended_by:
-        raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; take one `extends` out.")
+        raise ConfigError(f"{' -> '.join(map(str, chain))}: the recipe extends itself; remove one `extends`.")
     if len(extended_by) > _MOST_EXTENDED:
         raise ConfigError(f"{' -> '.join(map(str, chain))}: more than {_MOST_EXTENDED} recipes extend each other.")
     try:
@@ -150,7 +150,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
                 if key not in _SECTIONS:
                     check_key(f"{key}.{value_node.value[0][0].value}", f"{path}:{value_node.start_mark.line + 1}")
                 if key in sections:
-                    raise ConfigError(f"{key} is a section twice in {path} ({sections[key]} and {origin}); make it one.")
+                    raise ConfigError(f"{key} is a section twice in {path} ({sections[key]} and {origin}); merge them.")
                 sections[key] = origin
                 walk(value_node, key + ".")
                 continue
@@ -169,7 +169,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = (), may_extend: bool
                 ) from None
 
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path} holds no mapping; write `section:` and `  key: value` lines.")
+        raise ConfigError(f"{path} is not a mapping; write `section:` and `  key: value` lines.")
     walk(root, "")
     own.pop("extends", None)
     return {**settings, **own}
@@ -230,9 +230,9 @@ def build(settings: dict[str, Setting]) -> Config:
     for key, setting in settings.items():
         if key == "attack.name" and setting.value in (None, "none"):
             raise ConfigError(f"attack.name is 'none' ({setting.origin}), which is no longer a value; use method.name=simclr.")
-        wanted = fields[key][1]
-        written = setting.text if setting.text is not None and wanted in _AS_WRITTEN else setting.value
-        value = expand_home(key, convert(key, written, wanted, setting.origin), setting.origin)
+        hint = fields[key][1]
+        written = setting.text if setting.text is not None and hint in _AS_WRITTEN else setting.value
+        value = expand_home(key, convert(key, written, hint, setting.origin), setting.origin)
         section, dot, name = key.rpartition(".")
         (sections.setdefault(section, {}) if dot else top)[name] = value
     try:
@@ -269,10 +269,6 @@ def dumped(value: Any) -> str:
     return text
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
     """The resolved configuration as YAML that `read_recipe` reads back; `comments` are written behind their keys."""
     lines: list[str] = []
@@ -283,8 +279,8 @@ def to_yaml(config: Config, comments: Mapping[str, str] | None = None) -> str:
             lines.append(f"{prefix}:")
             section = prefix
         text = dumped(list(value) if isinstance(value, tuple) else value)
-        comment = f"  # {_printable(comments[key])}" if comments and key in comments else ""
-        lines.append(f"{'  ' if dot else ''}{name}: {text}{comment}")
+        comment = "".join(letter if letter.isprintable() else "?" for letter in (comments or {}).get(key, ""))
+        lines.append(f"{'  ' if dot else ''}{name}: {text}{'  # ' if comment else ''}{comment}")
     return "\n".join(lines) + "\n"
 
 

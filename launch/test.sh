@@ -64,5 +64,5 @@ fi
 marks=()
 if [ "${CI:-}" = true ]; then marks=(-rs -m "not long and not chaos"); fi
 printf '\n== tests: pytest%s\n' "${*:+ $*}${marks:+ (slow ones too)}"
-# Two workers; tests/conftest.py groups the tests. `-n 0` runs all of them in one process.
-exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "${marks[@]}" "$@"
+# Two workers; tests/grouping.py shares the tests between them. `-n 0` runs all of them in one process.
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${marks[@]}" "$@"

@@ -11,36 +11,21 @@ import pytest
 import torch
 
 from clae_dist.data.manifest import Manifest
-from tests import budget
+from tests import budget, grouping
 from tests.ranks import RankPool
 from tests.small_run import Undisturbed, run_undisturbed, write_images, write_recipe
 
-_HERE = Path(__file__).parent
-_WHOLE_RUNS = ["test_main_job.py", "launchers", "hosts", "chaos"]
 _BEGIN = time.monotonic()
 _SPEED = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist and order them.
+    items.sort(key=lambda item: grouping.place(item, hasattr(config, "workerinput")))
 
-    A file is a group (its fixtures are made once), and all whole runs are one: they start several processes each, and their
-    timeouts are not meant for two at a time. Slow tests have groups of their own after everything else. With two workers one
-    begins with the whole runs; a single process takes them last, in the order of _WHOLE_RUNS.
-    """
-    distributed = hasattr(config, "workerinput")
 
-    def place(item: pytest.Item) -> tuple[bool, int]:
-        slow = item.get_closest_marker("slow") is not None
-        name = item.path.relative_to(_HERE).parts[0]
-        whole = _WHOLE_RUNS.index(name) if name in _WHOLE_RUNS else -1
-        if distributed:
-            group = "whole runs" if whole >= 0 else item.path.relative_to(_HERE).as_posix()
-            item.add_marker(pytest.mark.xdist_group(f"{group}, slow" if slow else group))
-            return slow, whole if whole >= 0 else len(_WHOLE_RUNS)
-        return slow, whole
-
-    items.sort(key=place)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> grouping.Scheduling:
+    return grouping.Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

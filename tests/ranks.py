@@ -7,6 +7,7 @@ failure.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -29,8 +30,9 @@ _TIMEOUT_S = 300.0
 class RankPool:
     """Processes with a process group for each world size from 1 to their number."""
 
-    def __init__(self, num_ranks: int = MAX_RANKS) -> None:
+    def __init__(self, num_ranks: int = MAX_RANKS, imports: tuple[str, ...] = ()) -> None:
         self._num_ranks = num_ranks
+        self._imports = ("torchvision", "timm", *imports)  # once, before ranks are forked
         self._ranks: list[Any] = []  # a pipe each
 
     def _start(self) -> None:
@@ -38,7 +40,9 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(self._num_ranks)]
         theirs = [pair[1] for pair in pairs]
-        self._server = context.Process(target=_fork_ranks, args=(theirs, self._store.port, sys.path), daemon=True)
+        self._server = context.Process(
+            target=_fork_ranks, args=(theirs, self._store.port, sys.path, self._imports), daemon=True
+        )
         self._server.start()
         for pipe in theirs:
             pipe.close()
@@ -72,10 +76,10 @@ class RankPool:
         self._ranks = []
 
 
-def _fork_ranks(pipes: list[Any], port: int, path: list[str]) -> None:
+def _fork_ranks(pipes: list[Any], port: int, path: list[str], imports: tuple[str, ...]) -> None:
     sys.path[:] = path
-    import clae_dist.launchers.preload  # noqa: F401
-
+    for name in ("clae_dist.launchers.preload", *imports):
+        importlib.import_module(name)
     server = os.getpid()
     end_with_parent(os.getppid())
     torch.set_num_threads(1)

@@ -55,10 +55,10 @@ def whole_run(shards: Manifest, run_dir: Path, every_steps: int = 4, sections: A
     )
 
 
-def write_recipe(folder: Path, shards: Manifest) -> Path:
+def write_recipe(folder: Path, shards: Manifest, **sections: Any) -> Path:
     """whole_run as a recipe, on two ranks."""
     path = folder / "small.yaml"
-    path.write_text(to_yaml(whole_run(shards, folder / "run", sections={"launch": Launch(workers=2)})))
+    path.write_text(to_yaml(whole_run(shards, folder / "run", sections={"launch": Launch(workers=2), **sections})))
     return path
 
 

@@ -93,7 +93,7 @@ def test_what_version_1_2_does_not_read_is_refused(setting: str, message: str) -
         ("data:\n  metadata: &m [*m]\n", r"data\.metadata .* cannot be read .*recursive"),
         ("data:\n  mixture: &m {/a: *m}\n", r"data\.mixture .* cannot be read .*recursive"),
         ("? [a, b]\n: 1\n", r"a key \(.*:1\) is a list or a mapping"),
-        ("batch:\n  global_size: 4\nbatch:\n  micro_size: 2\n", r"batch is a section twice .*:1 and .*:3\); make it one"),
+        ("batch:\n  global_size: 4\nbatch:\n  micro_size: 2\n", r"batch is a section twice .*:1 and .*:3\); merge them"),
         ("seed: {}\n", r"seed is \{\}"),
         ("seed: !!float 0x1\n", r"seed \(.*:1\) cannot be read"),
         ("run_dir: !!binary aGk=\n", r"run_dir .*the tag !!binary"),
@@ -159,5 +159,5 @@ def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("key", ["run_dir", "data.shards", "data.cache", "tracking.uri", "data.mixture"])
 def test_a_user_without_a_home_is_named(key: str) -> None:
     text = "{~nobody-here/x: 0.5}" if key == "data.mixture" else "~nobody-here/x"
-    with pytest.raises(ConfigError, match=rf"{key} begins with ~nobody-here \(command line\).* write the whole path"):
+    with pytest.raises(ConfigError, match=rf"{key} begins with ~nobody-here \(command line\).* write the full path"):
         build(parse_overrides([f"{key}={text}"]))

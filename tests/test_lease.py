@@ -129,7 +129,10 @@ def test_a_holder_that_slept_too_long_ends_and_says_who_has_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"beats": 1, "pid": "x"}', b"\xff" * 2000, None])
-def test_a_file_that_names_nobody_is_watched_like_a_lease(content: bytes | None, tmp_path: Path) -> None:
+def test_a_file_that_names_nobody_is_watched_like_a_lease(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRY_S", 0.5)  # nobody beats here
     path = tmp_path / "a.lease"
     if content is None:
         os.mkfifo(path)

@@ -92,7 +92,7 @@ class _Contest:
     def copy(self) -> None:
         self._target.copy_(self._source)
 
-    def torch_save(self, sync: bool = False) -> None:
+    def torch_save(self, *, sync: bool = False) -> None:
         with (self._folder / "state.pt").open("wb") as file:
             torch.save(self._plain(), file)
             if sync:

@@ -146,7 +146,7 @@ def contenders(objective: str, world: World, settings: GatherBench) -> Iterator[
         yield "open_clip", "ClipLoss(local_loss, gather_with_grad)", loss
 
 
-def _ours(contrast: Contrast, both: bool) -> Loss:
+def _ours(contrast: Contrast, *, both: bool) -> Loss:
     def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         rows_a, rows_b = contrast.rows(a), contrast.rows(b)
         return (contrast(rows_a, rows_b) + contrast(rows_b, rows_a)) / 2 if both else contrast(rows_a, rows_b)

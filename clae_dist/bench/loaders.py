@@ -69,13 +69,9 @@ def _watch(batches: Iterator[Any], workers: int, chunk: Chunk, settings: DataBen
         pass
     wall, cpu = time.perf_counter() - start, _cpu_s(process) - start_cpu
     images = count * len(chunk.jpegs)
-    own = [child.memory_full_info().uss for child in process.children(recursive=True) if _holds_batches(child)]
+    # The workers are children of the fork server, which is a child of this process.
+    own = [child.memory_full_info().uss for child in process.children(recursive=True) if child.parent() not in (None, process)]
     return _Seen(wall / images, cpu / images, max(own, default=0) if not isinstance(batches, Generator) else 0)
-
-
-def _holds_batches(child: psutil.Process) -> bool:
-    """True for a child of the fork server, which is itself a child of this process, as is the tracker of shared memory."""
-    return child.parent() not in (None, psutil.Process())
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -90,7 +90,8 @@ def _table(outcome: Outcome) -> Iterator[str]:
             f"  {row.name:<18}{seconds(row.median_s):>10}{row.spread:>8.0%}{floor:>10}"
             f"{'' if size is None else amount(size):>11}{kind}{_ratios(row)}"
         )
-        yield f"    {row.what.split(': ', 1)[1]}{_more(row)}"
+        more = "".join(f"; {name} {value:.3g}" for name, value in row.more.items())
+        yield f"    {row.what.split(': ', 1)[1]}{more}"
 
 
 def _ratios(row: Row) -> str:
@@ -99,10 +100,6 @@ def _ratios(row: Row) -> str:
         size = f" ({row.bytes_ratio_to[name]:.3g} bytes)" if name in row.bytes_ratio_to else ""
         texts.append(f"{ratio:.2f}{size} of {name}")
     return "  " + ", ".join(texts) if texts else ""
-
-
-def _more(row: Row) -> str:
-    return "".join(f"; {name} {value:.3g}" for name, value in row.more.items())
 
 
 def seconds(value: float) -> str:

@@ -12,7 +12,7 @@ _OVERRIDES = (
     "`clae config --explain` lists all"
 )
 _TRUST = (
-    "act on what the run's own config.yaml names (pipe: commands, servers, databases, links that lead out of its folder), "
+    "act on settings of the run's config.yaml (pipe: commands, servers, databases, links that lead out of its folder), "
     "although no `clae train` of yours on this machine used it"
 )
 
@@ -30,7 +30,7 @@ def _shards(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_config(parser: Parser, optional: bool = False) -> None:
+def add_config(parser: Parser, *, optional: bool = False) -> None:
     """Add CONFIG and key=value arguments."""
     help_text = f"{_CONFIG}; optional" if optional else _CONFIG
     parser.add_argument("config", metavar="CONFIG", type=_recipe, nargs="?" if optional else None, help=help_text)

@@ -67,7 +67,7 @@ class Config(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         plain = self.name.strip(" .") != "" and "/" not in self.name
-        self.require(plain, "name", "use a plain word; it names the run's folder.")
+        self.require(plain, "name", "use a plain word; the run's folder gets this name.")
         streams, size = self.data.streams, self.batch.global_size
         if streams and size % streams:
             near = _nearest_divisor(size, streams)
@@ -76,7 +76,7 @@ class Config(Section):
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ConfigError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, but train.epochs is {self.train.epochs:g}; "
-                f"warm up for less than the whole run, a tenth as a rule."
+                f"warm up for a part of the run, usually a tenth."
             )
 
     @property
@@ -96,8 +96,8 @@ class Config(Section):
             choice = f"{above}" if below < 2 else f"{below} or {above}"
             raise ConfigError(f"batch.global_size is {size}, but {world_size} ranks need equal rows; try {choice}.")
         if streams % world_size:
-            wanted = streams * world_size // math.gcd(streams, world_size)
-            way_out = f"try data.streams={wanted}" if size % wanted == 0 else "use another number of ranks"
+            suitable = streams * world_size // math.gcd(streams, world_size)
+            way_out = f"try data.streams={suitable}" if size % suitable == 0 else "use another number of ranks"
             raise ConfigError(f"data.streams is {streams}, which {world_size} ranks cannot share equally; {way_out}.")
         rows, micro = size // world_size, self.batch.micro_size
         if micro and rows % micro:
@@ -130,5 +130,5 @@ class Config(Section):
         return self.optim.learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.optim.scaling]
 
 
-def _nearest_divisor(size: int, wanted: int) -> int:
-    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))
+def _nearest_divisor(size: int, target: int) -> int:
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - target))

@@ -13,15 +13,15 @@ from clae_dist.errors import ConfigError
 from clae_dist.redact import redact_word
 
 
-def convert(key: str, value: Any, wanted: Any, origin: str) -> Any:
+def convert(key: str, value: Any, hint: Any, origin: str) -> Any:
     """Convert `value` to the type of `key`. Raises ConfigError with the expected form."""
 
     def refuse(expected: str) -> typing.NoReturn:
         raise ConfigError(f"{redact_word(key)} is {redact_word(repr(value))} ({origin}); expected {expected}.")
 
-    kind = typing.get_origin(wanted)
+    kind = typing.get_origin(hint)
     if kind is Literal:
-        choices = typing.get_args(wanted)
+        choices = typing.get_args(hint)
         if value is None and "none" in choices:
             return "none"
         if value not in choices:
@@ -29,7 +29,7 @@ def convert(key: str, value: Any, wanted: Any, origin: str) -> Any:
             refuse(f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else ""))
         return value
     if kind is tuple:
-        inner = typing.get_args(wanted)
+        inner = typing.get_args(hint)
         if inner[-1] is Ellipsis:
             if not isinstance(value, (list, tuple)):
                 refuse("a list, such as [json, txt]")
@@ -40,13 +40,13 @@ def convert(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if kind is dict:
         if not isinstance(value, dict):
             refuse("a mapping, such as {/data/more: 0.25}")
-        return {str(name): convert(f"{key}[{name}]", item, typing.get_args(wanted)[1], origin) for name, item in value.items()}
-    assert not isinstance(wanted, types.UnionType), f"{key}: no unions in Config"
-    if wanted is bool:
+        return {str(name): convert(f"{key}[{name}]", item, typing.get_args(hint)[1], origin) for name, item in value.items()}
+    assert not isinstance(hint, types.UnionType), f"{key}: no unions in Config"
+    if hint is bool:
         return value if isinstance(value, bool) else refuse("true or false")
-    if wanted is str:
+    if hint is str:
         return "" if value is None else value if isinstance(value, str) else refuse("a string")
-    if wanted is int:
+    if hint is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, int) and abs(value) >= 2**64:

@@ -24,6 +24,11 @@ class Train(Section, prefix="train"):
         50, ge=1, no_effect=True, help="Steps between measurements of the attack and of the embedding space."
     )
     knn_every: float = setting(10.0, ge=0, zero="never", no_effect=True, help="Epochs between kNN evaluations.")
+    knn_features: Literal["encoder", "projection"] = setting(
+        "encoder",
+        no_effect=True,
+        help="Features of kNN during training: the encoder's, as in `clae evaluate`, or the embeddings that are contrasted.",
+    )
     threads: int = setting(
         0, ge=0, zero="automatic", no_effect=True, help="CPU threads of torch per rank. 0: an equal share of the cores."
     )
@@ -170,7 +175,7 @@ class Guard(Section, prefix="guard"):
         help="Steps of a run that may be skipped because the loss or the gradient is non-finite.",
     )
 
-    def limit_s(self, patient: bool = False) -> float:
+    def limit_s(self, *, patient: bool = False) -> float:
         """Seconds without progress that count as a hang; 0: no limit. `patient`: for phases that may take long."""
         return self.hang_s * (4 if patient else 1)
 

@@ -22,7 +22,7 @@ from clae_dist.data.urls import PIPE, scheme
 from clae_dist.errors import DataError
 
 CHUNK_BYTES = 1 << 20
-_BLOCK_BYTES = 4 << 20  # what fsspec asks a store for at a time
+_BLOCK_BYTES = 4 << 20  # of one request by fsspec
 _PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -63,7 +63,7 @@ class _Http:
         path = quote(parts.path, safe="/%:@!$&'()*+,;=~")  # urllib takes ASCII alone
         request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, path=path, fragment="")))
         login = unquote(user) or _login_of(parts.hostname or "")
-        if login:  # not sent on to where a redirect leads
+        if login:  # not sent to the target of a redirect
             request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -72,14 +72,14 @@ class _Http:
         try:
             self._response = urllib.request.urlopen(request, timeout=timeout_s)
         except HTTPError as error:
-            error.close()  # the answer holds a connection
+            error.close()  # its response keeps a connection open
             raise
         headers = self._response.headers
-        # A server may answer with the whole file, or with another part than was asked for: then the range is of no use.
+        # A server may send the complete file, or another part than the requested one, which is useless.
         partial = self._response.status == 206 and headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if self._response.status == 206 and not partial:
             self._response.close()
-            raise OSError(f"asked for bytes {start}-, the server sent {headers.get('Content-Range', 'another part')}")
+            raise OSError(f"requested bytes {start}-, the server sent {headers.get('Content-Range', 'another part')}")
         self.start = start if partial else 0
         length = headers.get("Content-Length", "")
         self.total = self.start + int(length) if length.isdigit() else None
@@ -103,8 +103,8 @@ def _login_of(host: str) -> str:
     return f"{found[0]}:{found[2]}" if found else ""
 
 
-# Runs in the command's shell before the command: waits in the background for the end of the shell's input, which only the
-# reading process keeps open, and then kills the group. A command that does not write would not notice that its reader ended.
+# Runs in the command's shell before the command: in the background, wait for the end of the shell's input, which only the
+# reading process keeps open, then kill the group. A command that writes nothing would not notice the end of its reader.
 _ENDS_WITH_ITS_READER = """\
 exec 3<&0 </dev/null
 { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
@@ -189,7 +189,7 @@ class _Fsspec:
 
     def close(self) -> None:
         self._closed.set()
-        while not self._came.empty():  # so that the thread is not held up by a full queue
+        while not self._came.empty():  # a full queue would block the thread
             self._came.get_nowait()
 
 
@@ -203,7 +203,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         return filesystem, path
     except ImportError as error:
         package = _PACKAGES.get(kind, "")
-        way_out = f"pip install {package}" if package else f"fsspec says: {error}"
+        way_out = f"pip install {package}" if package else f"fsspec: {error}"
         raise DataError(f"data.shards has {kind}:// URLs, which need a package that is not installed; {way_out}.") from None
     except ValueError as error:
         raise DataError(

@@ -46,8 +46,8 @@ class Cache:
         for name in sorted(os.listdir(self.folder)):
             if not self.room.owns(name) and name != MARKER:
                 raise DataError(
-                    f"data.cache keeps its files in {self.folder}, which holds {name!r}: not a file of the cache, which "
-                    "deletes what it does not need any more. Nothing was changed; name another folder with data.cache=…"
+                    f"data.cache keeps its files in {self.folder}, which contains {name!r}, not a file of the cache, which "
+                    "deletes files. Nothing was changed; name another folder with data.cache=…"
                 )
         (self.folder / MARKER).write_text(_MARK)
 
@@ -57,7 +57,7 @@ class Cache:
         One process fills; others wait for it, and fail if it fails. `num_bytes` is the file's size, 0 if unknown.
         Raises DataError if there is no room or the folder is not the cache's, and the errors of `fill`.
         """
-        assert self._own.fullmatch(name), f"{name} would not be known as the cache's own"
+        assert self._own.fullmatch(name), f"{name} is not the name of a file of the cache"
         try:
             self.claim()
             return self._open(self.folder / name, num_bytes, fill)
@@ -77,7 +77,7 @@ class Cache:
                 _touch(path)
                 return file
             file.close()
-            path.unlink(missing_ok=True)  # somebody else's doing: a file is renamed when it is whole
+            path.unlink(missing_ok=True)  # changed by another program: the cache renames only complete files
 
     def _fill(self, path: Path, num_bytes: int, fill: Fill) -> None:
         part, failed = path.with_name(path.name + PART), path.with_name(path.name + FAILED)
@@ -86,7 +86,7 @@ class Cache:
                 part.unlink()
                 return
             if waited_since and failed.exists() and failed.stat().st_mtime >= waited_since:
-                raise DataError(failed.read_text())  # trying again would only make everybody wait as long once more
+                raise DataError(failed.read_text())  # another try would make all processes wait as long again
             try:
                 self._fill_part(part, file, num_bytes, fill)
             except DataError as error:
@@ -106,7 +106,7 @@ class Cache:
             self.room.give_back(part)
 
     def remove_leftovers(self) -> None:
-        """Parts that nobody has filled for a day, and what is noted of fetches that failed before then."""
+        """Remove parts that no process has filled for a day, and notes about fetches that failed before that."""
         if not self.folder.is_dir():
             return
         for path in (path for kind in (PART, FAILED, ROOM) for path in self.folder.glob(f"*{kind}")):
@@ -118,7 +118,7 @@ class Cache:
                 with path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-            except (FileNotFoundError, BlockingIOError):  # somebody's after all
+            except (FileNotFoundError, BlockingIOError):  # removed, or in use
                 continue
 
 
@@ -126,7 +126,7 @@ def _touch(path: Path) -> None:
     try:
         os.utime(path)
     except FileNotFoundError:
-        return  # removed since it was opened; that does not harm
+        return  # removed since it was opened, which is harmless
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _locked(part: Path) -> Iterator[tuple[io.FileIO, float]]:
             except BlockingIOError:
                 waited_since = waited_since or time.time()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_still(part, file):  # else whoever held it has finished, and the name is nobody's or another file's
+            if _is_still(part, file):  # otherwise its owner has finished, and the name is free or that of another file
                 yield file, waited_since
                 return
 

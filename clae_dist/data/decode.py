@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Pillow refuses images above twice its MAX_IMAGE_PIXELS by itself; more cannot be asked for.
 PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0) or 2**31
 _ORIENTATION = 0x0112  # EXIF tag; 1: upright, 2 to 8: mirrored or turned
-_TRANSPOSES = {  # what sets an image upright, by its EXIF orientation
+_TRANSPOSES = {  # by EXIF orientation: the operation that sets an image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +34,7 @@ _TRANSPOSES = {  # what sets an image upright, by its EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The formats that are read. Of what else Pillow knows, some start other programs (EPS) and none holds a set's images.
+# The supported formats. Others that Pillow reads start programs (EPS) or do not hold images of data sets.
 _EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -66,14 +66,14 @@ class Inspection:
 def inspect(data: bytes, max_pixels: float = 100e6) -> Inspection:
     """Decode an image completely and report a problem, if any. Never raises for bad bytes."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # what matters is whether the pixels come out
+        with warnings.catch_warnings(action="ignore"):  # only the pixels matter
             return _inspect(data, max_pixels)
     except DecodeError as error:
         return Inspection(problem=str(error))
 
 
 def upright_rgb(data: bytes, max_pixels: float = 100e6) -> Image.Image:
-    """A PIL image in RGB, by the checks of `inspect` and the rules of `decode_rgb`. Raises DecodeError."""
+    """A PIL image in RGB, with the checks of `inspect` and the rules of `decode_rgb`. Raises DecodeError."""
     with warnings.catch_warnings(action="ignore"):
         image = _open(data)
         _check_pixels(image, max_pixels)
@@ -112,11 +112,8 @@ def decode_rgb(data: bytes | memoryview) -> torch.Tensor:
     if pixels is not None and upright:
         return pixels
     with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata
-        return _turn(pixels, _orientation(_open(data))) if pixels is not None else _pillow_rgb(data)
-
-
-def _pillow_rgb(data: bytes | memoryview) -> torch.Tensor:
-    return pixels_of(_open(data))
+        image = _open(data)
+        return pixels_of(image) if pixels is None else _turn(pixels, _orientation(image))
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -208,7 +205,7 @@ def _decode_jpeg(data: bytes | memoryview) -> torch.Tensor | None:
         return None
     try:
         return decoder(as_tensor(data))
-    except RuntimeError:  # Pillow, asked next, decodes it or says why not
+    except RuntimeError:  # Pillow tries next, and decodes it or raises the reason
         return None
 
 
@@ -237,9 +234,8 @@ def torchvision_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
     try:
         from torchvision.io import ImageReadMode
 
-        decode = (
-            torch.ops.image.decode_jpeg
-        )  # its Python wrapper warns with every call, at a third of the time of a small image
+        # The Python wrapper of it warns with every call, which takes a third of the time of a small image.
+        decode = torch.ops.image.decode_jpeg
     except (ImportError, AttributeError):  # a torchvision without decoders: Pillow does it all
         return None
     return lambda data: decode(data, ImageReadMode.RGB.value, False)

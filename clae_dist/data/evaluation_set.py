@@ -10,16 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clae_dist.data import transport
 from clae_dist.data.draws import permutation
 from clae_dist.data.images import Images, ShardImages
-from clae_dist.data.loader import forkserver, plain_errors, start_loader_process
+from clae_dist.data.loader import read_ahead
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import BadSampleError, ShardReader
 from clae_dist.data.views import centre_view
-from clae_dist.lifetime import main_module_hidden
 
 
 class Views(NamedTuple):
@@ -70,22 +69,10 @@ def read_batches(
 
     Ranks share the images with start = rank and step = world size. 0 processes: read in this one.
     """
-    batches: Dataset[Views] = _Batches(images, positions, image_size, batch_size)
+    batches = _Batches(images, positions, image_size, batch_size)
+    firsts = range(start * batch_size, len(positions), step * batch_size)
     batch_bytes = batch_size * (3 * image_size**2 + 2 * 8)
-    if not transport.fits(transport.needed_bytes(batch_bytes, num_workers)):
-        batches = transport.ThroughPipes(batches)
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start * batch_size, len(positions), step * batch_size),
-        num_workers=num_workers,
-        prefetch_factor=transport.PREFETCH if num_workers else None,
-        worker_init_fn=start_loader_process,
-        multiprocessing_context=forkserver() if num_workers else None,
-    )
-    with main_module_hidden():
-        batches_read = iter(loader)
-    yield from plain_errors(batches_read)
+    return read_ahead(batches, firsts, num_workers, transport.needed_bytes(batch_bytes, num_workers))
 
 
 class EvaluationSet:

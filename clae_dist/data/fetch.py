@@ -20,9 +20,9 @@ from clae_dist.data.urls import redact, redact_text
 from clae_dist.errors import DataError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
-_LONGEST_WISH_S = 60.0  # of a server's Retry-After
+_LONGEST_RETRY_AFTER_S = 60.0  # of a server's Retry-After
 _START_BYTES = 512
-_MOST_WRONG = 3  # whole files with wrong bytes: what is wrong four times is wrong at its source
+_MOST_WRONG = 3  # complete files with wrong bytes; the fourth one is wrong at its source
 _PASSING = (408, 425, 429)  # of the 4xx, those that a retry may fix
 
 
@@ -46,7 +46,7 @@ class _Short(OSError):
     """The stream ended before the end of the file."""
 
 
-Check = Callable[[IO[bytes]], str]  # what is wrong with a whole file; "" when nothing is
+Check = Callable[[IO[bytes]], str]  # the problem of a complete file, or ""
 
 
 def digest_check(num_bytes: int, sha256: str) -> Check:
@@ -100,8 +100,8 @@ def fetch(
             if _is_final(error):
                 raise DataError(_message(name, url, reason, 1)) from None
             if isinstance(error, HTTPError):
-                pause_s = _wish(error)
-                if error.code == 416:  # what we hold is longer than the file
+                pause_s = _retry_after_s(error)
+                if error.code == 416:  # the target is longer than the file
                     download.begin_again()
             here = target.seek(0, 2)
             failures = 1 if here > furthest else failures + 1
@@ -131,11 +131,11 @@ class _Download:
 
     def attempt(self) -> None:
         """Read one connection; the bytes before an error are in `target`."""
-        held = self.target.seek(0, 2)
-        if self.num_bytes and held >= self.num_bytes:
+        size = self.target.seek(0, 2)
+        if self.num_bytes and size >= self.num_bytes:
             return
-        # Without a known size or a validator nothing would notice that two halves belong to different files.
-        start = held if self.num_bytes or self.validator else 0
+        # Without a known size or a validator, two parts of different files could be joined unnoticed.
+        start = size if self.num_bytes or self.validator else 0
         with closing(open_stream(self.url, start, self.validator, self.patience.timeout_s)) as stream:
             self.validator = stream.validator
             self.target.truncate(stream.start)
@@ -180,22 +180,22 @@ def _reason(error: Exception, patience: Patience) -> str:
     if isinstance(cause, TimeoutError):
         return f"no bytes for {patience.timeout_s:g} s"
     if isinstance(cause, http.client.InvalidURL):  # its text is the URL's
-        return "the URL holds characters that have no place there"
+        return "the URL has invalid characters"
     if isinstance(cause, FileNotFoundError):
-        return "it is not there"
+        return "it does not exist"
     return redact_text(str(cause)) or type(cause).__name__
 
 
-def _wish(error: HTTPError) -> float:
+def _retry_after_s(error: HTTPError) -> float:
     """Seconds until the retry that the server requests (Retry-After: a number or a date)."""
     text = error.headers.get("Retry-After", "") if error.headers else ""
     if text.isdigit():
-        return min(_LONGEST_WISH_S, float(text))
+        return min(_LONGEST_RETRY_AFTER_S, float(text))
     try:
         moment = email.utils.parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError):
         return 0.0
-    return min(_LONGEST_WISH_S, max(0.0, moment - time.time()))
+    return min(_LONGEST_RETRY_AFTER_S, max(0.0, moment - time.time()))
 
 
 def _message(name: str, url: str, reason: str, tries: int) -> str:

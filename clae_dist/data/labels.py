@@ -13,7 +13,7 @@ _KEYS = ("label", "labels", "cls", "class_id", "class_index", "class", "target",
 
 
 class OddLabelError(ValueError):
-    """A label that is neither a name nor a non-negative integer. The message says why."""
+    """A label that is neither a name nor a non-negative integer. The message is the reason."""
 
 
 def label_in_text(data: bytes) -> int | str:

@@ -29,7 +29,7 @@ from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
 from clae_dist.errors import DataError
-from clae_dist.lifetime import begin_forked_process, fork_server, fork_server_from_here
+from clae_dist.lifetime import begin_forked_process, fork_server, fork_server_from_here, main_module_hidden
 from clae_dist.world import World
 
 Item = TypeVar("Item")
@@ -144,22 +144,30 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
     workers = num_workers(config, world.local_size)
     reader = ShardReader(manifest, config.data.train_split, config.data.metadata, world.local_size * max(1, workers))
     order, steps = make_order(config, reader), range(first_step, last_step)
-    views: Dataset[LoadedBatch] = TwoViews(reader, order, config, world.rank, world.size)
-    if not transport.fits(shared_memory_bytes(config, world)):
-        views = transport.ThroughPipes(views)
-    batches = iter(
-        DataLoader(
-            views,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            prefetch_factor=transport.PREFETCH if workers else None,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=start_loader_process,
-            multiprocessing_context=forkserver() if workers else None,
-        )
+    views = TwoViews(reader, order, config, world.rank, world.size)
+    batches = read_ahead(views, steps, workers, shared_memory_bytes(config, world), pin_memory=world.device.type == "cuda")
+    return ahead_of(batches, manifest, order, config, world, steps)
+
+
+def read_ahead(
+    items: Dataset[Item], indices: Sequence[int], num_workers: int, needed_bytes: int, *, pin_memory: bool = False
+) -> Iterator[Item]:
+    """`items[index]` for each of the indices in their order, read ahead by `num_workers` processes (0: by this one).
+
+    They come through shared memory if it has `needed_bytes`, otherwise through pipes.
+    """
+    loader = DataLoader(
+        items if transport.fits(needed_bytes) else transport.ThroughPipes(items),
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        prefetch_factor=transport.PREFETCH if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=start_loader_process,
+        multiprocessing_context=forkserver() if num_workers else None,
     )
-    return ahead_of(plain_errors(batches), manifest, order, config, world, steps)
+    with main_module_hidden():
+        return _plain_errors(iter(loader))
 
 
 def shared_memory_bytes(config: Config, world: World) -> int:
@@ -169,7 +177,7 @@ def shared_memory_bytes(config: Config, world: World) -> int:
     return transport.needed_bytes(batch_bytes, num_workers(config, world.local_size), world.local_size)
 
 
-def plain_errors(batches: Iterator[Item]) -> Iterator[Item]:
+def _plain_errors(batches: Iterator[Item]) -> Iterator[Item]:
     """The error of a loader process, without the traceback that torch adds to its message."""
     try:
         yield from batches

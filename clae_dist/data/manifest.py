@@ -104,7 +104,7 @@ class Manifest:
         try:
             return open_regular(self.folder / shard.name)
         except ReadError as error:
-            raise DataError(f"{self.folder / shard.name} cannot be read ({error}); is it still there?") from None
+            raise DataError(f"{self.folder / shard.name} cannot be read ({error}); was it removed?") from None
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises DataError for a split that the set does not have."""
@@ -153,7 +153,7 @@ def read_manifest(data: bytes, where: str, folder: Path) -> Manifest:
         )
     try:
         return _from_json(folder, content)
-    except (KeyError, TypeError, AttributeError) as error:  # signed, but not by this project
+    except (KeyError, TypeError, AttributeError) as error:  # with a valid digest, but not written by this project
         raise DataError(f"{where} is not a manifest ({type(error).__name__}: {error}); {_PREPARE_AGAIN}.") from None
 
 
@@ -299,7 +299,7 @@ def _checked(record: Any) -> Any:
     least = 1 if isinstance(record, Shard) else 0
     for key, kind in get_type_hints(type(record)).items():
         value = getattr(record, key)
-        if key == "files":  # not of the JSON
+        if key == "files":  # not in the JSON
             continue
         if not isinstance(value, get_origin(kind) or kind):
             raise TypeError(f"{key} is {value!r}")

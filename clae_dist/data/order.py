@@ -63,16 +63,16 @@ class Order:
         _, starts = self._epoch_layout(epoch)
         blocks = np.searchsorted(starts, positions, side="right") - 1
         shards, rows = np.empty_like(positions), np.empty_like(positions)
-        wanted = [(epoch, block) for block in np.unique(blocks).tolist()]
+        keys = [(epoch, block) for block in np.unique(blocks).tolist()]
         # Only the blocks of this call are kept: a stream passes through its blocks once, in order.
-        self._blocks = held = {key: self._blocks.get(key) or self._shuffled_block(*key) for key in wanted}
-        for (_, block), (shard_of, row_of) in held.items():
+        self._blocks = used = {key: self._blocks.get(key) or self._shuffled_block(*key) for key in keys}
+        for (_, block), (shard_of, row_of) in used.items():
             chosen = blocks == block
             inside = positions[chosen] - starts[block]
             shards[chosen], rows[chosen] = shard_of[inside], row_of[inside]
         return Places(np.full_like(positions, epoch), shards, rows, self._first_id[shards] + rows)
 
-    def entered(self, first: int, last: int, beginning: bool) -> Iterator[int]:
+    def entered(self, first: int, last: int, *, beginning: bool) -> Iterator[int]:
         """Shards of the blocks that samples first … last - 1 (over all epochs) enter; at a `beginning`, also of their first."""
         for epoch in range(first // self.num_samples, -(-last // self.num_samples)):
             shards, starts = self._epoch_layout(epoch)

@@ -68,7 +68,7 @@ def _scale_transparency(image: Image.Image, stored: object) -> None:
     """PNG's transparent colour has the depth of the file, the pixels have 8 bits by now."""
     colour = image.info["transparency"]
     if ";16" in str(stored):
-        raise UnreadablePixelsError("16-bit RGB with a transparent colour, which 8 bits cannot tell; store an alpha channel")
+        raise UnreadablePixelsError("16-bit RGB with a transparent colour, which 8 bits cannot express; store an alpha channel")
     if isinstance(colour, int) and image.mode == "L":
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}.get(str(stored), 1)
 

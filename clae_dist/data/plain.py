@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,14 +28,14 @@ from clae_dist.data.together import together
 from clae_dist.data.urls import local_path, redact, redact_list, scheme
 from clae_dist.errors import DataError
 from clae_dist.progress import Progress
-from clae_dist.reading import Check, ReadError, expect, is_count, is_text, open_regular, parse_object, read_bytes
+from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_text, open_regular, parse_object, read_bytes
 from clae_dist.world import World
 
 Say = Callable[[str], None]
 _CONNECTIONS = 4
 _ROUND = 16  # shards of a rank
 _RECORD, _INDEX = ".labels.json", ".labels.npy"  # in the cache; an older version's .json and .npy knew no names
-_ONE_FOR_ALL = "empty data.cache on every node, and see that all of them read the same shards"
+_ONE_FOR_ALL = "empty data.cache on every node, and make sure that all nodes read the same shards"
 _LOST = (
     "no checksums (a changed shard is not noticed), no source and licence, no check of the images beforehand, no split but "
     "train; `python -m data_prep index` adds a manifest to shards of this machine"
@@ -46,7 +46,7 @@ _LOST = (
 class ShardRecord:
     """The result of indexing a plain shard."""
 
-    shard: Shard  # sha256 "" for one of this machine: its bytes are not read
+    shard: Shard  # sha256 is "" for a local shard, whose bytes are not read
     labels: tuple[str, ...]  # the different ones, by name
     unlabelled: int
     dropped: Dropped
@@ -59,7 +59,7 @@ class PlainShards:
     text: str = field(repr=False)  # as the user wrote it
     sources: dict[str, str] = field(repr=False)
     fetching: Fetching
-    classes: tuple[str, ...] = field(default=(), repr=False)  # of all shards, known when they are indexed
+    classes: tuple[str, ...] = field(default=(), repr=False)  # of all shards, known after indexing
 
     @property
     def where(self) -> str:
@@ -88,28 +88,30 @@ class PlainShards:
         file.seek(0)
         if found != shard.index_sha256:
             file.close()
-            raise DataError(f"{shard.name} is another one here than where it was indexed; {_ONE_FOR_ALL}.")
+            raise DataError(f"{shard.name} has other content here than where it was indexed; {_ONE_FOR_ALL}.")
         return _with_places(file, self.classes)
 
     def other_copy(self, records: dict[str, ShardRecord]) -> str:
         """The shard of which this machine's cache has another version than the indexed one; "" for none. Fetches nothing."""
         for name, record in records.items():
             try:
-                held = _record_from_json(read_bytes(self.fetching.cache.folder / f"{self._key(name)}{_RECORD}", 64 << 20)).shard
+                cached = _record_from_json(
+                    read_bytes(self.fetching.cache.folder / f"{self._key(name)}{_RECORD}", 64 << 20)
+                ).shard
             except ReadError:
-                continue  # absent, or damaged: then it is made again
-            if held != record.shard:
+                continue  # absent, or damaged and then made again
+            if cached != record.shard:
                 return (
-                    f"{name} is another one in {self.fetching.cache.folder} of {platform.node()} (sha256 {held.sha256!r}) "
-                    f"than where it was indexed ({record.shard.sha256!r}): it has changed since; {_ONE_FOR_ALL}."
+                    f"{name} in {self.fetching.cache.folder} of {platform.node()} has other content (sha256 {cached.sha256!r}) "
+                    f"than when it was indexed ({record.shard.sha256!r}): it has changed since; {_ONE_FOR_ALL}."
                 )
         return ""
 
     def record(self, name: str, stop: threading.Event) -> ShardRecord:
-        """The index's summary, from the cache or made now. Raises DataError for anything but a complete tar of images."""
+        """The summary of a shard's index, from the cache or made now. Raises DataError for anything but a tar of images."""
 
         def fill(part: IO[bytes]) -> None:
-            part.write(_record_as_json(self._make_record(name, stop)))
+            part.write(json.dumps(asdict(self._make_record(name, stop))).encode())
 
         entry = f"{self._key(name)}{_RECORD}"
         with self.fetching.cache.open(entry, 0, fill) as file:
@@ -183,35 +185,25 @@ def _with_places(file: IO[bytes], classes: tuple[str, ...]) -> IO[bytes]:
     return stream
 
 
-def _record_as_json(record: ShardRecord) -> bytes:
-    dropped = {"counts": record.dropped.counts, "examples": record.dropped.examples}
-    content = {"shard": asdict(record.shard), "labels": record.labels, "unlabelled": record.unlabelled, "dropped": dropped}
-    return json.dumps(content).encode()
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
 _SHARD: dict[str, Check] = {
     **dict.fromkeys(("name", "sha256", "index_sha256"), is_text),
     **dict.fromkeys(("samples", "bytes"), is_count),
 }
 _FIELDS: dict[str, Check] = {
-    **dict.fromkeys(("shard", "dropped"), _is_object),
-    "labels": lambda value: isinstance(value, list),
+    **dict.fromkeys(("shard", "dropped"), lambda value: isinstance(value, dict)),
+    "labels": is_list_of(is_text),
     "unlabelled": is_count,
 }
 
 
 def _record_from_json(data: bytes) -> ShardRecord:
     """Raises ReadError."""
-    content, dropped = parse_object(data, surrogates=True), Dropped()
+    content = parse_object(data, surrogates=True)
     expect(content, _FIELDS)
     expect(content["shard"], _SHARD)
     try:
-        for reason, count in content["dropped"]["counts"].items():
-            dropped.add(reason, content["dropped"]["examples"][reason], count)
+        dropped = Dropped()
+        dropped.include(Dropped(**content["dropped"]))
         return ShardRecord(Shard(**content["shard"]), tuple(content["labels"]), content["unlabelled"], dropped)
     except (KeyError, TypeError, AttributeError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
@@ -219,7 +211,7 @@ def _record_from_json(data: bytes) -> ShardRecord:
 
 def _is_tar(file: IO[bytes]) -> str:
     try:
-        index_tar(file, "what came")
+        index_tar(file, "the stream")
     except DataError as error:
         return str(error).split("; ")[0]
     return ""
@@ -236,7 +228,7 @@ def open_plain(
     names = list(files.sources)
     if files.any_remote and world.is_main:
         fetching.cache.remove_leftovers()
-    now = " now, for which each is fetched once; what the cache has is taken as it is" if files.any_remote else ""
+    now = " now: each is fetched once, unless it is in the cache" if files.any_remote else ""
     say(f"data: {len(names)} plain shards without a manifest: {_LOST}. They are indexed{now}; {files.describe()}")
     mine: dict[str, ShardRecord] = {}
     indexing = Progress(len(names), name="shards", label="data: indexing, ", say=say)
@@ -245,21 +237,21 @@ def open_plain(
         progress()
         indexing.add(0)
 
-    # In rounds: a rank whose shards are in the cache already must not wait for the others for longer than ranks may.
+    # In rounds, so that a rank whose shards are in the cache does not wait for the others longer than the timeout.
     size = _ROUND * world.size
     for first in range(0, len(names), size):
         problem = ""
         share = names[first : first + size][world.rank :: world.size]
         try:
-            mine.update(together(world, partial(_indexed, files, share), waiting))
+            mine.update(together(world, partial(_index, files, share), waiting))
         except DataError as error:
             problem = str(error)
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except Exception as error:  # of any type: all ranks raise it together
             problem = f"{type(error).__name__}: {error}"
         world.raise_together(DataError, problem)
         indexing.add(min(size, len(names) - first))
     labels = {label for record in mine.values() for label in record.labels}
-    mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same ones
+    mine = {name: replace(record, labels=()) for name, record in mine.items()}  # thousands of shards have the same labels
     parts = world.gather_objects((mine, labels))
     records = {name: record for part, _ in parts for name, record in part.items()}
     world.raise_together(DataError, files.other_copy(records) if world.local_rank == 0 else "")
@@ -281,18 +273,13 @@ def _report(records: list[ShardRecord]) -> list[str]:
     return lines
 
 
-def _indexed(files: PlainShards, names: list[str]) -> list[tuple[str, ShardRecord]]:
-    return list(_index(files, names))
-
-
-def _index(files: PlainShards, names: list[str]) -> Iterator[tuple[str, ShardRecord]]:
-    """Names and records in the order of completion."""
+def _index(files: PlainShards, names: list[str]) -> list[tuple[str, ShardRecord]]:
+    """Names and records in the order of completion. Raises DataError as soon as one shard is unusable."""
     stop = threading.Event()
     with ThreadPoolExecutor(_CONNECTIONS) as threads:
         pending = {threads.submit(files.record, name, stop): name for name in names}
         try:
-            for done in as_completed(pending):
-                yield pending[done], done.result()
+            return [(pending[done], done.result()) for done in as_completed(pending)]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read ({error.strerror}); correct data.shards.") from None
         finally:

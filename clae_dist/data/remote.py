@@ -27,7 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Fetching:
     """The settings of fetching and caching, a part of `data.*` that can be sent to other processes."""
 
-    folder: str  # "": the cache folder of whoever asks
+    folder: str  # "": the cache folder of the current user
     limit_bytes: int
     patience: Patience
 
@@ -111,6 +111,6 @@ def load_remote_manifest(url: str, data: Data) -> Manifest:
         if not (_SHA256.fullmatch(shard.sha256) and _SHA256.fullmatch(shard.index_sha256)):
             raise DataError(
                 f"{where}/{FILE_NAME} gives {shard.name} the sha256 {shard.sha256!r} and its index {shard.index_sha256!r}, "
-                "which are none; prepare the set again."
+                "which are not SHA-256 digests; prepare the set again."
             )
     return replace(manifest, files=RemoteFolder(url, fetching))

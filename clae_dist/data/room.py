@@ -19,22 +19,22 @@ from pathlib import Path
 from clae_dist.errors import DataError
 
 PART, FAILED, ROOM = ".part", ".failed", ".room"
-OWN = re.compile(r"(plain-)?[0-9a-f]{64}(\.labels)?\.(tar|npy|json)")  # names of the cache's files: nobody else's are like that
-_FREE_BYTES = 1 << 30  # of the disk that stay free where there is no limit
+OWN = re.compile(r"(plain-)?[0-9a-f]{64}(\.labels)?\.(tar|npy|json)")  # names of the cache's files, unlike those of others
+_FREE_BYTES = 1 << 30  # of the disk that stay free if there is no limit
 _LOCK = ".room.lock"
 _SCANS = 1000
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A file of the cache. `num_bytes`: what it takes or will take."""
+    """A file of the cache; `num_bytes` is its final size."""
 
     used_ns: int
     path: Path
     num_bytes: int
     on_disk: int
-    removable: bool  # whole, or a part that nobody fills
-    coming: bool  # somebody fills it, and has room for that
+    removable: bool  # complete, or a part that no process fills
+    coming: bool  # a process fills it and has reserved its space
 
 
 class Room:
@@ -44,7 +44,7 @@ class Room:
         self._folder, self._limit_bytes, self._own = folder, limit_bytes, own
 
     def owns(self, name: str) -> bool:
-        """True for the names of the cache's files and of what it keeps beside them."""
+        """True for the names of the cache's files and of its auxiliary files."""
         if name == _LOCK:
             return True
         if name.startswith(".") and name.endswith(ROOM):
@@ -60,7 +60,7 @@ class Room:
         for path in self._folder.glob("[!.]*"):
             if not self.owns(path.name):
                 continue
-            with suppress(FileNotFoundError):  # it became whole, or has gone
+            with suppress(FileNotFoundError):  # renamed on completion, or removed
                 own += path.stat().st_size
         return max(0, shutil.disk_usage(there).free + own - _FREE_BYTES)
 
@@ -73,14 +73,14 @@ class Room:
         while (other := self._try(part, num_bytes)) is not None:
             try:
                 with other.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH)  # until it is there, or its process is gone
+                    fcntl.flock(file, fcntl.LOCK_SH)  # until it is complete, or its process has ended
             except FileNotFoundError:
                 continue
 
     def _try(self, part: Path, num_bytes: int) -> Path | None:
         """None once the space is reserved; else a part to wait for."""
         with self._alone():
-            _room_of(part).unlink(missing_ok=True)  # of a process that died: who waits must not look as if it were filling
+            _room_of(part).unlink(missing_ok=True)  # of a process that died; one that waits must not appear to fill
             held, fits = self._clear(part, num_bytes)
             coming = next((one.path for one in held if one.coming), None)
             if coming is not None and not fits:
@@ -96,15 +96,15 @@ class Room:
         with self._alone():
             held, _ = self._clear(part, num_bytes)
             disk, more = shutil.disk_usage(self._folder), num_bytes - _size(part)
-            if disk.free - more < min(_FREE_BYTES, disk.total // 20):  # it may have no end
+            if disk.free - more < min(_FREE_BYTES, disk.total // 20):  # the stream may be endless
                 raise DataError(
                     f"data.cache {self._folder} has {disk.free / 1e9:.1f} GB free, too little for a shard of unknown size, of "
                     f"which {num_bytes / 1e9:.1f} GB came; free some, or name a folder on another disk."
                 )
-            wish = num_bytes + num_bytes // 8
-            taken = wish if self._fits(held, part, wish) else num_bytes
-            _note(part, taken)
-            return taken
+            larger = num_bytes + num_bytes // 8
+            reserved = larger if self._fits(held, part, larger) else num_bytes
+            _note(part, reserved)
+            return reserved
 
     def give_back(self, part: Path) -> None:
         _room_of(part).unlink(missing_ok=True)
@@ -143,9 +143,9 @@ class Room:
         for _ in range(_SCANS):
             try:
                 return list(self._scan(mine))
-            except FileNotFoundError:  # one that became whole meanwhile has another name, and counts
+            except FileNotFoundError:  # a part that was completed meanwhile has another name, and counts
                 continue
-        raise DataError(f"data.cache {self._folder} holds what cannot be found, or is gone; name another folder.")
+        raise DataError(f"data.cache {self._folder} cannot be listed, or was removed; name another folder.")
 
     def _scan(self, mine: Path) -> Iterator[_Held]:
         with os.scandir(self._folder) as entries:
@@ -157,7 +157,14 @@ class Room:
                 stat = entry.stat()
                 filling = entry.name.endswith(PART) and _is_locked(path)
                 noted = _size(_room_of(path)) if filling else 0
-                yield _Held(stat.st_mtime_ns, path, max(stat.st_size, noted), stat.st_size, not filling, noted > 0)
+                yield _Held(
+                    used_ns=stat.st_mtime_ns,
+                    path=path,
+                    num_bytes=max(stat.st_size, noted),
+                    on_disk=stat.st_size,
+                    removable=not filling,
+                    coming=noted > 0,
+                )
 
 
 class PartFile(io.BufferedRandom):

@@ -42,7 +42,7 @@ def entries_of(text: str) -> list[str]:
         )
     if HIDDEN in text:
         raise ConfigError(
-            f"data.shards is {text!r}: what followed the question mark was a secret, which a run does not write down; name the "
+            f"data.shards is {text!r}: the part after the question mark was a secret, which a run does not store; name the "
             "set again (`clae evaluate RUN --shards …`, `clae report RUN --shards …`)."
         )
     try:

@@ -69,8 +69,8 @@ class ShardReader:
             size = os.fstat(file.fileno()).st_size
             if size != record.bytes:  # before mapping, which refuses an empty file with an error of its own
                 raise DataError(
-                    f"{self.manifest.where}/{record.name} has {size} bytes, but the manifest says {record.bytes}: it was "
-                    f"cut short or changed; `python -m data_prep verify {self.manifest.where}` says what differs."
+                    f"{self.manifest.where}/{record.name} has {size} bytes, the manifest expects {record.bytes}: it was "
+                    f"cut short or changed; `python -m data_prep verify {self.manifest.where}` prints the difference."
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(mapped), self.manifest.index(record)
@@ -94,7 +94,7 @@ class ShardReader:
             raise BadSampleError(
                 f"sample {row} of {name}",
                 str(error),
-                f"`python -m data_prep verify {self.manifest.where}` says whether the shard has changed.",
+                f"`python -m data_prep verify {self.manifest.where}` checks if the shard has changed.",
             ) from None
 
     def metadata(self, shard: int, row: int) -> dict[str, bytes]:

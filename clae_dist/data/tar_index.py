@@ -9,9 +9,8 @@ shard has a plain kind, `KEY.rgb.jpg` is one, with `KEY.rgb.cls` or `KEY.cls` as
 from __future__ import annotations
 
 import mmap
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -37,16 +36,16 @@ class Member(NamedTuple):
     size: int
 
 
+@dataclass(frozen=True)
 class Dropped:
     """Unused parts of shards: the count and one example for each reason."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count a reason; the first `example` is kept."""
-        self.counts[reason] += count
+        self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples.setdefault(reason, example)
 
     def include(self, other: Dropped) -> None:
@@ -135,9 +134,9 @@ def _named_image(sample: _Sample, name: str) -> tuple[str, Member] | None:
 def begins_as_tar(start: bytes) -> str:
     """The reason why the first bytes of a stream (512 at least) are not those of a tar; "" if they are."""
     if start[:_BLOCK] == _END:
-        return "it begins with zeros and holds no file"
+        return "it begins with zeros and contains no file"
     try:
-        _checked(start[:_BLOCK], 0, "what came")
+        _checked(start[:_BLOCK], 0, "the stream")
     except DataError as error:
         return str(error).split("; ")[0]
     return ""
@@ -166,7 +165,7 @@ def _samples(found: Iterator[Member], name: str, dropped: Dropped) -> Iterator[_
         folder, slash, base = member.name.rpartition("/")
         stem, dot, kind = base.partition(".")
         if not stem or not dot or (not folder and base.startswith("__") and base.endswith("__")):
-            dropped.add(NO_SAMPLE, member.name)  # as WebDataset sees it
+            dropped.add(NO_SAMPLE, member.name)  # as in WebDataset
             continue
         key, kind = folder + slash + stem, kind.lower()
         if key != sample.key or not sample.files:
@@ -243,7 +242,7 @@ def members(content: mmap.mmap | bytes, name: str, start: int = 0) -> Iterator[M
         if kind == b"S" or any(key.startswith("GNU.sparse") for key in override):
             raise DataError(f"{name} holds a sparse file at byte {position}; write the shard without them (tar without -S).")
         if kind in b"123456":
-            size = 0  # links and folders have no bytes, whatever their header says
+            size = 0  # links and folders have no content, also if their header has a size
         elif override and "size" in override:
             size = _pax_size(override["size"], name, position)
         if start + size > len(content):
@@ -254,23 +253,23 @@ def members(content: mmap.mmap | bytes, name: str, start: int = 0) -> Iterator[M
             override = {}
         position = start + -(-size // _BLOCK) * _BLOCK
     if _anything_after(content, position):
-        raise _damaged(name, position, "more follows behind the end mark: several tars in one file, or damage")
+        raise _damaged(name, position, "the end mark is followed by more data: several tars in one file, or damage")
 
 
 def _checked(header: bytes, position: int, name: str) -> int:
     """The size that a header declares. Raises DataError if its checksum is wrong."""
     try:
-        wanted = int(header[148:156].strip(b" \0") or b"-1", 8)  # of all bytes, these eight counted as spaces
+        expected = int(header[148:156].strip(b" \0") or b"-1", 8)  # the sum of all bytes, with these eight as spaces
         size = int.from_bytes(header[125:136]) if header[124] == 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
     except ValueError:
-        raise _damaged(name, position, "no header of a file is there") from None
-    if sum(header) - sum(header[148:156]) + 8 * 32 != wanted or size < 0:
-        raise _damaged(name, position, "no header of a file is there")
+        raise _damaged(name, position, "is no header of a file") from None
+    if sum(header) - sum(header[148:156]) + 8 * 32 != expected or size < 0:
+        raise _damaged(name, position, "is no header of a file")
     return size
 
 
 def _damaged(name: str, position: int, why: str) -> DataError:
-    return DataError(f"{name} is no whole, uncompressed tar: at byte {position} {why}; fetch or write it again.")
+    return DataError(f"{name} is not a complete, uncompressed tar: at byte {position} {why}; fetch or write it again.")
 
 
 def _text(data: bytes) -> str:

@@ -29,4 +29,4 @@ def together(world: World, work: Callable[[], Result], waiting: Callable[[], Non
             waiting()
         return future.result()
     finally:
-        thread.shutdown(wait=False)  # when a rank is lost, the others need not wait for what they fetch
+        thread.shutdown(wait=False)  # if a rank is lost, the others do not wait for their fetches

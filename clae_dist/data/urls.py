@@ -44,11 +44,7 @@ def absolute(text: str) -> str:
 
 def join(folder: str, name: str) -> str:
     """The URL of a file in a folder; a query (a signature) stays at the end."""
-    if not _is_http(folder):
+    if scheme(folder) not in ("http", "https"):
         return f"{folder.rstrip('/')}/{name}"
     parts = urlsplit(folder)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
-
-
-def _is_http(entry: str) -> bool:
-    return scheme(entry) in ("http", "https")

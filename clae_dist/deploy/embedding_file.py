@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,56 +22,44 @@ from clae_dist.progress import Progress
 from clae_dist.storage import writing
 
 FORMAT = "clae-dist embeddings 1"
-_SHOWN = 3  # undecodable images that are named
+_SHOWN = 3  # undecodable images named in the message
 
 
-class _File(ABC):
-    """A file of features that grows by batches. `facts` says where the features are from; labels are names of classes."""
-
-    def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
-        self.streams, self.num_features, self.facts = streams, num_features, facts
-
-    @abstractmethod
-    def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None: ...
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-
-class _Npy(_File):
+# A file of features grows by batches. `facts` is the origin of the features; labels are names of classes.
+class _Npy:
     """float32 (N, F) as numpy.save writes it; ids and labels as JSON in the second stream."""
 
     def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
-        super().__init__(streams, num_features, facts)
+        self._streams, self._num_features, self._facts = streams, num_features, facts
         self._ids: list[Any] = []
         self._labels: list[str | None] = []
         self._header()
 
     def _header(self) -> None:
-        """Of fixed length: numpy leaves room for the digits of N, so that it can be written again at the end."""
-        shape = (len(self._ids), self.num_features)
+        """Write the header; numpy reserves space for the digits of N, so that it can be written again at the end."""
+        shape = (len(self._ids), self._num_features)
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.streams[0], header)
+        np.lib.format.write_array_header_1_0(self._streams[0], header)
 
     def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None:
-        self.streams[0].write(np.ascontiguousarray(features_bF, dtype="<f4").tobytes())
+        self._streams[0].write(np.ascontiguousarray(features_bF, dtype="<f4").tobytes())
         self._ids += ids
         self._labels += labels
 
     def close(self) -> None:
-        self.streams[0].seek(0)
+        self._streams[0].seek(0)
         self._header()
-        self.streams[1].write((json.dumps({**self.facts, "ids": self._ids, "labels": self._labels}) + "\n").encode())
+        self._streams[1].write((json.dumps({**self._facts, "ids": self._ids, "labels": self._labels}) + "\n").encode())
 
 
-class _Parquet(_File):
+class _Parquet:
     """A row an image: id, label, embedding (a list of F float32); the facts as JSON in the metadata of the schema."""
 
     def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        super().__init__(streams, num_features, facts)
+        self._num_features = num_features
         id_type = pa.string() if facts["ids_are"] == "paths" else pa.int64()
         columns = [("id", id_type), ("label", pa.string()), ("embedding", pa.list_(pa.float32(), num_features))]
         self._schema = pa.schema(columns, metadata={"clae-dist": json.dumps(facts)})
@@ -81,7 +68,7 @@ class _Parquet(_File):
     def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None:
         import pyarrow as pa
 
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(features_bF.reshape(-1)), self.num_features)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(features_bF.reshape(-1)), self._num_features)
         columns = [pa.array(ids, self._schema.field("id").type), pa.array(labels, pa.string()), vectors]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
@@ -89,7 +76,7 @@ class _Parquet(_File):
         self._writer.close()
 
 
-_KINDS: dict[str, type[_File]] = {".npy": _Npy, ".parquet": _Parquet}
+_KINDS: dict[str, type[_Npy | _Parquet]] = {".npy": _Npy, ".parquet": _Parquet}
 
 
 def check_target(target: Path) -> None:
@@ -108,11 +95,6 @@ def check_target(target: Path) -> None:
     check_writable(target.absolute().parent)
 
 
-def ids_file(target: Path) -> Path:
-    """The file of ids and labels beside FILE.npy."""
-    return target.with_suffix(".ids.json")
-
-
 def write_embeddings(
     images: Images,
     encoder: Encoder,
@@ -128,7 +110,7 @@ def write_embeddings(
     Raises ConfigError, DataError and StorageError.
     """
     check_target(target)
-    paths = [target, ids_file(target)] if target.suffix == ".npy" else [target]
+    paths = [target, target.with_suffix(".ids.json")] if target.suffix == ".npy" else [target]
     ids_are = "paths" if any(isinstance(one, str) for one in images.ids[:1]) else "positions"
     facts = {"format": FORMAT, "encoder": encoder.source, "num_features": encoder.num_features, "ids_are": ids_are}
     progress = Progress(len(images), label="embedding: ", say=say)

@@ -75,7 +75,7 @@ def load_encoder(run_or_export: str | os.PathLike[str], *, route: Route = "clean
     """The encoder of a run's newest committed checkpoint, or of a folder that `clae export` wrote; on the CPU, in float32.
 
     Nothing in the folder is executed or unpickled. `route` selects the norm layers of a run that has two sets of them; an
-    export holds the clean ones. `trust` also opens a run folder of somebody else's with links that lead out of it.
+    export holds the clean ones. `trust` also opens a run folder of another user with links that lead out of it.
     Raises ConfigError for a folder that is neither a run with a checkpoint nor an export, and for damaged or NaN weights.
     """
     folder = Path(run_or_export).expanduser()

@@ -1,4 +1,4 @@
-"""README.md of an exported encoder: what it is, and working lines that load it."""
+"""README.md of an exported encoder: its origin, and working code that loads it."""
 
 from __future__ import annotations
 

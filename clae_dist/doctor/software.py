@@ -18,22 +18,21 @@ class Package:
     name: str
     oldest: tuple[int, int]
     needed_for: str
-    required: bool
-    module: str = ""  # if it is not the package's name
+    required: bool = True
 
 
 PACKAGES = (
-    Package("torch", (2, 9), "everything", True),
-    Package("torchvision", (0, 24), "decoding, augmentation and the torchvision/… encoders", True),
-    Package("timm", (1, 0), "the timm/… encoders", True),
-    Package("webdataset", (1, 0), "preparing shards", True),
-    Package("pillow", (10, 3), "decoding what is not plain JPEG", True, "PIL"),
-    Package("safetensors", (0, 4), "exporting the encoder", True),
-    Package("scikit-learn", (1, 4), "the quickstart without a network", False, "sklearn"),
-    Package("matplotlib", (3, 8), "the report", True),
-    Package("ray", (2, 60), "--launcher ray; torchrun and local work without", False),
-    Package("mlflow", (3, 5), "tracking.name mlflow; tracking.name=none works without", False),
-    Package("psutil", (5, 9), "system metrics in MLflow", False),
+    Package("torch", (2, 9), "everything"),
+    Package("torchvision", (0, 24), "decoding, augmentation and the torchvision/… encoders"),
+    Package("timm", (1, 0), "the timm/… encoders"),
+    Package("webdataset", (1, 0), "preparing shards"),
+    Package("pillow", (10, 3), "decoding what is not plain JPEG"),
+    Package("safetensors", (0, 4), "exporting the encoder"),
+    Package("scikit-learn", (1, 4), "the quickstart without a network", required=False),
+    Package("matplotlib", (3, 8), "the report"),
+    Package("ray", (2, 60), "--launcher ray; torchrun and local work without", required=False),
+    Package("mlflow", (3, 5), "tracking.name mlflow; tracking.name=none works without", required=False),
+    Package("psutil", (5, 9), "system metrics in MLflow", required=False),
 )
 
 

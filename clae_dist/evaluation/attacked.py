@@ -91,6 +91,6 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
 
 
 def amplification(attacked: AttackedImages) -> int:
-    """The whole factor that makes the largest change a third of the pixel range."""
+    """The integer factor that makes the largest change a third of the pixel range."""
     largest = float((attacked.adversarial - attacked.clean).abs().max())
     return max(1, int(1 / 3 / largest)) if largest > 0 else 1

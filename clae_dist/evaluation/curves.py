@@ -35,7 +35,6 @@ class Chart:
     title: str
     note: str
     curves: tuple[ChartLine, ...]
-    log_scale: bool = False
     from_zero: bool = False
 
 
@@ -122,7 +121,7 @@ CHARTS = (
 
 def draw_chart(record: RunRecord, chart: Chart) -> bytes | None:
     """The chart as PNG bytes, or None where the run has logged none of its keys."""
-    series = [(curve, *record.series(curve.key)) for curve in chart.curves]
+    series = [(curve, *record.metrics.series(curve.key)) for curve in chart.curves]
     series = [(curve, x, y) for curve, x, y in series if x]
     if not series:
         return None
@@ -194,6 +193,6 @@ def png(figure: Figure, dpi: int = 170) -> bytes:
     return buffer.getvalue()
 
 
-def missing_keys(record: RunRecord, charts: Sequence[Chart] = CHARTS) -> list[str]:
+def missing_keys(record: RunRecord, charts: Sequence[Chart]) -> list[str]:
     """Titles of the charts that this run has no values for."""
-    return [chart.title for chart in charts if not any(record.series(curve.key)[0] for curve in chart.curves)]
+    return [chart.title for chart in charts if not any(record.metrics.series(curve.key)[0] for curve in chart.curves)]

@@ -52,17 +52,18 @@ def linear_probe(
     Features are standardised with the train split's mean and deviation. The loss is the mean cross entropy plus
     penalty/2 · ‖weights‖², a convex problem that L-BFGS solves in at most `iterations` steps, without a learning rate.
     Penalty 0 takes the best of PENALTIES on a tenth of *train* held out, and then fits all of train; the test split is
-    looked at once, at the end. `seed` chooses that tenth. Raises DataError for sets without labels.
+    used once, at the end. `seed` chooses that tenth. Raises DataError for sets without labels.
     """
     require_labels("train", train)
     require_labels("test", test)
     mean_F, std_F = train.features_NF.mean(dim=0), train.features_NF.std(dim=0, correction=0)
-    scale_F = torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), 0.0)  # a constant feature says nothing
+    scale_F = torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), 0.0)  # a constant feature has no information
     x_NF, test_NF = (((part.features_NF - mean_F) * scale_F).to(device) for part in (train, test))
     axes_FF = _principal_axes(x_NF)
     x_NF, test_NF = x_NF @ axes_FF, test_NF @ axes_FF
     y_N = train.labels_N.to(device)
-    blank = _blank_head(x_NF, 1 + int(max(train.labels_N.max(), test.labels_N.max())))
+    num_classes = 1 + int(max(train.labels_N.max(), test.labels_N.max()))
+    blank = _Head(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
     held_out_accuracy = None
     if not penalty:
         penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, blank, iterations, seed)
@@ -83,10 +84,6 @@ def _choose_penalty(x_NF: torch.Tensor, y_N: torch.Tensor, head: _Head, iteratio
         head = _fit(x_kept, y_kept, head, penalty, iterations)
         scores.append(head.accuracy(x_held, y_held))
     return PENALTIES[scores.index(max(scores))], max(scores)
-
-
-def _blank_head(x_NF: torch.Tensor, num_classes: int) -> _Head:
-    return _Head(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
 
 
 def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ import numpy as np
 
 from clae_dist.reading import ReadError, parse_line, raw_lines
 
-MOST_LINES = 50_000  # of training that are read whole
+MOST_LINES = 50_000  # of training, up to which all are read
 _MOST_SINCE = 10_000
 MOST_POINTS = 4096  # of a curve; a picture of it has some hundred columns of pixels
-_LARGEST = 1e30  # of what is drawn
+_LARGEST = 1e30  # value in a chart
 _MOST_IMAGES = 2**53
 _MOST_KEYS = 200  # a run logs some thirty
 _NOT_DRAWN = ("images_seen", "step", "epoch", "time_s")
@@ -30,7 +30,7 @@ class Curve:
     which preserves the distribution.
     """
 
-    def __init__(self, extremes: bool = True) -> None:
+    def __init__(self, *, extremes: bool = True) -> None:
         self.x, self.y = array("d"), array("d")
         self._extremes = extremes
         self._stride, self._skipped = 1, 0
@@ -114,9 +114,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> tuple[Metrics, list[str]]:
-    """The metrics in a file, and sentences about what of it was not used. One line may be cut off at the end.
+    """The metrics in a file, and sentences about its unused lines. The last line may be cut off.
 
-    Of more than MOST_LINES lines of training a drawn part is used, the same for the same file; of others (kNN, goodput) all.
+    Of more than MOST_LINES lines of training, a random part is used, the same for the same file; of others (kNN, goodput) all.
     """
     metrics, notes = Metrics(), list[str]()
     draw, one_in, since = random.Random(0), _one_in(path), list[bytes]()
@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> tuple[Metrics, list[str]]:
                 since.append(line)
             else:
                 metrics.add(None)
-        for left in since:  # the end of the file is read whole
+        for left in since:  # all lines at the end of the file are read
             metrics.add(parse_line(left))
     except ReadError as error:
         notes.append(f"{path} cannot be read ({error}): its metrics are ignored.")
@@ -141,12 +141,12 @@ def read_metrics(path: Path) -> tuple[Metrics, list[str]]:
     if ignored:
         notes.append(f"{path}: {ignored:,} lines that are cut off or damaged are ignored.")
     if one_in > 1:
-        notes.append(f"{path}: one in {one_in} of its lines about training is drawn from, which are more than {MOST_LINES:,}.")
+        notes.append(f"{path}: one in {one_in} of its lines of training is used, as there are more than {MOST_LINES:,}.")
     return metrics, notes
 
 
 def _one_in(path: Path) -> int:
-    """Of how many lines one is read, by the length of the first ones."""
+    """The n of "one in n lines is read", estimated by the length of the first lines."""
     first = list(islice(raw_lines(path), 100))
     if len(first) < 100:
         return 1

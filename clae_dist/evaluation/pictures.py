@@ -19,7 +19,7 @@ LONGEST_LABEL = 12
 
 
 def draw_triples(attacked: AttackedImages) -> bytes:
-    """Rows clean, perturbation (amplified around grey) and adversarial; a column an image. PNG bytes."""
+    """Rows clean, perturbation (amplified around grey) and adversarial, one column per image. PNG bytes."""
     count, factor = min(NUM_TRIPLES, len(attacked.clean)), amplification(attacked)
     delta = attacked.adversarial - attacked.clean
     rows = (("clean", attacked.clean), (f"δ × {factor}", 0.5 + factor * delta), ("adversarial", attacked.adversarial))
@@ -40,7 +40,7 @@ def draw_neighbours(
     neighbour_images: Sequence[torch.Tensor],
     classes: Sequence[str],
 ) -> bytes:
-    """A row a test image: the image, then its nearest of the train split, framed by whether the class is right. PNG bytes."""
+    """One row per test image: the image, then its nearest train images in frames that show if the class is right. PNG."""
     columns = 1 + max(len(images) for images in neighbour_images)
     figure = Figure(figsize=(1.06 * columns + 0.25, 1.22 * len(queries)))
     grid = figure.add_gridspec(

@@ -33,14 +33,6 @@ class RunRecord:
     goodput: Goodput | None = None
     ignored: tuple[str, ...] = ()
 
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Images seen and values, where `key` was logged."""
-        return self.metrics.series(key)
-
-    @property
-    def attacked(self) -> bool:
-        return self.config.method.uses_attack
-
 
 def read_record(run_dir: Path) -> RunRecord:
     """Read a run. Raises ConfigError if the folder is no run, or its config.yaml or run.json is damaged."""
@@ -72,7 +64,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     folder = RunFolder(record.run_dir)
     return {
         "name": record.config.name,
-        "method": "CLAE" if record.attacked else "SimCLR",
+        "method": "CLAE" if record.config.method.uses_attack else "SimCLR",
         "images_seen": metrics.images_seen,
         "images_per_s": statistics.median(rates) if rates else None,
         "loss": metrics.last("loss"),

@@ -172,7 +172,7 @@ def _results(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
             {"title": "Images per second", "value": speed, "below": f"{wall_s} of training"},
             {"title": "Images seen", "value": number(summary["images_seen"]), "below": f"loss {loss} at the end"},
         ],
-        "notes": list(_notes(record, summary, bool(protocols))),
+        "notes": list(_notes(record, summary, has_results=bool(protocols))),
     }
 
 
@@ -184,7 +184,7 @@ def _tested(evaluation: dict[str, Any]) -> str:
     return f"all {evaluation['test_images']:,} test images"
 
 
-def _notes(record: RunRecord, summary: dict[str, Any], has_results: bool) -> Iterator[str]:
+def _notes(record: RunRecord, summary: dict[str, Any], *, has_results: bool) -> Iterator[str]:
     evaluation = record.evaluation or {}
     if record.metrics.images_seen is None:
         yield "This run has logged no metrics yet, so there are no curves."
@@ -210,7 +210,7 @@ def _curves(record: RunRecord) -> Iterator[ReportSection]:
             for chart in charts
             if (png := draw_chart(record, chart)) is not None
         ]
-        if figures or record.attacked or title != ATTACK_CURVES:
+        if figures or record.config.method.uses_attack or title != ATTACK_CURVES:
             yield ReportSection(title, lead, tuple(figures), _absent(record, charts))
 
 

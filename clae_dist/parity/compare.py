@@ -1,7 +1,8 @@
-"""How far W ranks are from one process, whether that is rounding, and what it usually is when it is not.
+"""Compare W ranks with one process, judge whether the differences are rounding, and name the usual cause of others.
 
-In float64 the two are compared. Otherwise both are measured against one process in float64: W ranks may be as far from it as
-rounding takes one process, threefold, since attack and optimiser can make much of little (a sign, a step of Adam's).
+In float64 the two are compared directly. Otherwise both are compared with one process in float64, and W ranks may differ from
+it three times as much as one process does by rounding, because attack and optimiser can amplify rounding (a sign, a step of
+Adam).
 """
 
 from __future__ import annotations
@@ -18,16 +19,29 @@ from clae_dist.models import build_model
 from clae_dist.models.norms import has_batch_statistics, random_layers
 from clae_dist.parity.observe import Observation, Tensors, sign_noise
 
-# What rounding may always do: largest absolute difference in float64, relative in the others.
+# Differences that are always accepted as rounding: absolute in float64, otherwise relative.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
 _TIMES_ROUNDING = 3.0
+_QUANTITIES = {  # fields of Parity, and their labels in the table
+    "loss": "loss",
+    "param_grad": "parameter gradients",
+    "input_grad": "input gradient",
+    "params_after": "parameters after a step",
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`absolute`: largest of any element. `relative`: the largest of any tensor, its largest difference over its largest
-    element (or over a thousandth of the largest of all, where a tensor is all but zero). `tensor`: where that is. `first`: the
-    first tensor, in the model's order, that differs by more than rounding, and `first_by`, the difference that says so."""
+    """The difference of two sets of tensors.
+
+    Args:
+        absolute: the largest difference of any element.
+        relative: the largest of all tensors of: largest difference over largest element (at least a thousandth of the largest
+            element of all tensors, for tensors that are almost zero).
+        tensor: the tensor of `relative`.
+        first: the first tensor, in the order of the model, that differs by more than rounding; "" for none.
+        first_by: the difference of `first`.
+    """
 
     absolute: float
     relative: float
@@ -44,69 +58,69 @@ class Parity:
     param_grad: Difference
     input_grad: Difference
     params_after: Difference
-    delta_sign_agreement: float  # share of pixels, 1 is all
+    delta_sign_agreement: float  # share of pixels with equal signs
     world_size: int
     backend: str
     zero_stage: int  # of DeepSpeed; -1 under another backend
     dtype: str
     passed: bool
-    cause: str  # of the first thing that differs; "" when all is well
+    cause: str  # the usual cause of the first difference; "" without one
     rounding: dict[str, float]  # relative difference of one process in `dtype` from float64; empty in float64
-    steps: int = 1  # compared, each from the same state; shown are the largest differences, or those of the failed step
-    failed_step: int = 0  # the first one that differs, from 1; 0: none
-    free_running: Difference | None = None  # parameters after all steps without that: not judged, since rounding accumulates
+    steps: int = 1  # compared steps, each from the same state; the differences are the largest, or those of the failed step
+    failed_step: int = 0  # the first step that differs, from 1; 0: none
+    free_running: Difference | None = None  # of the parameters after all steps in a row: not judged, since rounding accumulates
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what is infinitely far apart (missing, of another shape, not a number) is None."""
+        """For JSON: infinite differences (missing, of another shape, NaN) are None."""
 
         def finite(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: finite(inner) for key, inner in value.items()}
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        found: dict[str, Any] = finite(asdict(self))
-        return found
+        content: dict[str, Any] = finite(asdict(self))
+        return content
 
 
-def difference(found: Tensors, wanted: Tensors, dtype: str = "float64", rounding: float = 0.0) -> Difference:
-    """Between tensors of the same names, computed in `dtype`, which alone takes one process `rounding` (relative) away.
+def difference(tensors: Tensors, expected: Tensors, dtype: str = "float64", rounding: float = 0.0) -> Difference:
+    """The difference of tensors computed in `dtype`, in which rounding alone causes the relative difference `rounding`.
 
-    A missing, extra or non-finite tensor is infinitely far.
+    A missing, extra or non-finite tensor has an infinite difference.
     """
     bar = max(TOLERANCE[dtype], _TIMES_ROUNDING * rounding)
-    apart = dict(_apart(found, wanted))
+    pairs = dict(_pairs(tensors, expected))
     first, first_by = "", 0.0
-    for name, pair in apart.items():
+    for name, pair in pairs.items():
         measured = pair[0] if dtype == "float64" else pair[1]
         if measured > bar:
             first, first_by = name, measured
             break
-    tensor = max(apart, key=lambda name: apart[name][1], default="")
-    absolute = max((pair[0] for pair in apart.values()), default=0.0)
-    return Difference(absolute, apart[tensor][1] if apart else 0.0, tensor, first, first_by)
+    tensor = max(pairs, key=lambda name: pairs[name][1], default="")
+    absolute = max((pair[0] for pair in pairs.values()), default=0.0)
+    return Difference(absolute, pairs[tensor][1] if pairs else 0.0, tensor, first, first_by)
 
 
-def _apart(found: Tensors, wanted: Tensors) -> Iterator[tuple[str, tuple[float, float]]]:
-    """(name, (absolute, relative)) of each tensor in the order of `wanted`, what only `found` has at the end."""
-    largest = max((float(value.abs().max()) for value in wanted.values() if value.numel()), default=0.0)
-    for name in dict.fromkeys([*wanted, *found]):
-        apart = relative = float("inf")
-        if name in found and name in wanted and found[name].shape == wanted[name].shape:
-            reference = wanted[name].double()
-            apart = float((found[name].double() - reference).abs().max()) if reference.numel() else 0.0
+def _pairs(tensors: Tensors, expected: Tensors) -> Iterator[tuple[str, tuple[float, float]]]:
+    """(name, (absolute, relative)) of each tensor in the order of `expected`, extra ones last."""
+    largest = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
+    for name in dict.fromkeys([*expected, *tensors]):
+        absolute = relative = float("inf")
+        if name in tensors and name in expected and tensors[name].shape == expected[name].shape:
+            reference = expected[name].double()
+            absolute = float((tensors[name].double() - reference).abs().max()) if reference.numel() else 0.0
             scale = max(float(reference.abs().max()) if reference.numel() else 0.0, 1e-3 * largest)
-            relative = apart / scale if scale else apart
-        if not apart < float("inf"):
-            apart = relative = float("inf")
-        yield name, (apart, relative)
+            relative = absolute / scale if scale else absolute
+        if not absolute < float("inf"):
+            absolute = relative = float("inf")
+        yield name, (absolute, relative)
 
 
-def _differences(found: Observation, wanted: Observation, dtype: str, rounding: dict[str, float]) -> dict[str, Difference]:
+def _differences(seen: Observation, expected: Observation, dtype: str, rounding: dict[str, float]) -> dict[str, Difference]:
     pairs: dict[str, tuple[Tensors, Tensors]] = {
-        "loss": ({"loss": found.loss}, {"loss": wanted.loss}),
-        "param_grad": (found.grads, wanted.grads),
-        "input_grad": ({"images": found.input_grad}, {"images": wanted.input_grad}),
-        "params_after": (found.params_after, wanted.params_after),
+        "loss": ({"loss": seen.loss}, {"loss": expected.loss}),
+        "param_grad": (seen.grads, expected.grads),
+        "input_grad": ({"images": seen.input_grad}, {"images": expected.input_grad}),
+        "params_after": (seen.params_after, expected.params_after),
     }
     return {name: difference(*pair, dtype, rounding.get(name, 0.0)) for name, pair in pairs.items()}
 
@@ -120,23 +134,17 @@ def compare_steps(
     one: Sequence[Observation],
     free: Difference | None = None,
 ) -> Parity:
-    """`compare` for steps that were each taken from the same state; the cause is that of the first step that differs."""
+    """`compare` for several steps, each from the same state; the cause is that of the first step that differs."""
     each = [compare(config, world_size, dtype, *observations) for observations in zip(many, single, one, strict=True)]
     failed = next((number for number, parity in enumerate(each, 1) if not parity.passed), 0)
     judged = [each[failed - 1]] if failed else each
 
-    def worst(name: str) -> Difference:
-        found: Difference = max(
-            (getattr(parity, name) for parity in judged), key=lambda value: (bool(value.first), value.relative)
-        )
-        return found
+    def worst(name: str) -> Any:
+        return max((getattr(parity, name) for parity in judged), key=lambda value: (bool(value.first), value.relative))
 
     return replace(
         judged[0],
-        loss=worst("loss"),
-        param_grad=worst("param_grad"),
-        input_grad=worst("input_grad"),
-        params_after=worst("params_after"),
+        **{name: worst(name) for name in _QUANTITIES},
         delta_sign_agreement=min(parity.delta_sign_agreement for parity in each),
         rounding={name: max(parity.rounding[name] for parity in each) for name in judged[0].rounding},
         steps=len(each),
@@ -151,20 +159,17 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
     if dtype != "float64":
         rounding = {name: value.relative for name, value in _differences(single, one, dtype, {}).items()}
     noise = sign_noise(one.input_grad, dtype)
-    same = torch.ones(0)  # nothing is attacked
+    same = torch.ones(0)  # without an attack
     if one.signs.numel():
         same = (many.signs == one.signs)[one.input_grad.abs() > noise]
     agreement = float(same.double().mean()) if same.numel() else 1.0
-    found = _differences(many, one, dtype, rounding)
-    wrong = [name for name, value in found.items() if value.first]
+    differences: dict[str, Any] = _differences(many, one, dtype, rounding)
+    wrong = [name for name, value in differences.items() if value.first]
     if agreement < 1:
         wrong.append("delta_sign_agreement")
     cause = likely_cause(config, world_size, dtype, wrong, many, one) if wrong else ""
     return Parity(
-        loss=found["loss"],
-        param_grad=found["param_grad"],
-        input_grad=found["input_grad"],
-        params_after=found["params_after"],
+        **differences,
         delta_sign_agreement=agreement,
         world_size=world_size,
         backend=config.parallel.backend,
@@ -195,10 +200,8 @@ def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], 
             "rank; build it without dropout and drop path to compare."
         )
     if difference({"clean": many.clean}, {"clean": one.clean}, dtype).first:
-        return (
-            "the loss itself: rows are paired with wrong positives (the offset of a rank's rows), or ranks have other weights."
-        )
-    if wrong[0] in ("loss", "param_grad"):  # a wrong attack shows in the loss, a wrong gather in both
+        return "the loss itself: rows are paired with wrong positives (the offset of a rank's rows), or the weights differ."
+    if wrong[0] in ("loss", "param_grad"):  # a wrong attack changes the loss, a wrong gather both
         return _gradient_cause(_flat(many.grads), _flat(one.grads), world_size)
     if wrong[0] == "input_grad":
         return (
@@ -208,7 +211,7 @@ def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], 
     if wrong[0] == "params_after":
         return (
             f"the gradients agree and the optimiser's steps ({config.optim.name}) do not: clipping, weight decay groups or its "
-            "state; an adaptive one makes whole steps of gradients that are rounding (compare with optim.name=sgd)."
+            "state; an adaptive one takes full steps along gradients that are only rounding (compare with optim.name=sgd)."
         )
     return "δ differs in pixels whose gradient is far from zero: the attack did not see the negatives of all ranks."
 
@@ -217,11 +220,11 @@ def _flat(tensors: Tensors) -> torch.Tensor:
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)]) if tensors else torch.zeros(1).double()
 
 
-def _gradient_cause(found: torch.Tensor, wanted: torch.Tensor, world_size: int) -> str:
-    if found.shape != wanted.shape:
+def _gradient_cause(gradient: torch.Tensor, expected: torch.Tensor, world_size: int) -> str:
+    if gradient.shape != expected.shape:
         return "other parameters have a gradient: a route of norm layers, or a frozen part, is unused on one side."
-    scale = float(found @ wanted / (wanted @ wanted))
-    cosine = float(found @ wanted / (found.norm() * wanted.norm()))
+    scale = float(gradient @ expected / (expected @ expected))
+    cosine = float(gradient @ expected / (gradient.norm() * expected.norm()))
     measured = f"the parameter gradient has {scale:.3g} times the length along the right one, cosine {cosine:.4f}: "
     if cosine > 0.99999 and not 0.99 < scale < 1.01:
         return measured + (
@@ -229,25 +232,20 @@ def _gradient_cause(found: torch.Tensor, wanted: torch.Tensor, world_size: int) 
         )
     if cosine < 0.99999:
         return measured + (
-            "rows of other ranks get no gradient, or the wrong one: the gather's backward must sum over ranks what all of them "
-            "say of a row; an attack through the wrapper does this, too."
+            "rows of other ranks get no gradient, or the wrong one: the gather's backward must sum the gradients of a row over "
+            "all ranks; an attack through the wrapper has the same effect."
         )
-    return measured + "small differences in a few tensors: the one named is where to look."
+    return measured + "small differences in a few tensors: begin with the named one."
 
 
 def table(parity: Parity) -> Iterator[str]:
-    """Lines for people."""
+    """The lines of the report for a terminal."""
     against = "" if parity.dtype == "float64" else " in float64"
     backend = parity.backend + (f", ZeRO-{parity.zero_stage}" if parity.zero_stage >= 0 else "")
     each = f"each of {parity.steps} steps" if parity.steps > 1 else "a step"
     yield f"{parity.world_size} ranks ({backend}) in {parity.dtype} against one process{against}: {each} from the same state"
     yield f"  {'':<24}{'absolute':>12}{'relative':>12}{'rounding' if parity.rounding else '':>12}   largest in"
-    for label, name in (
-        ("loss", "loss"),
-        ("parameter gradients", "param_grad"),
-        ("input gradient", "input_grad"),
-        ("parameters after a step", "params_after"),
-    ):
+    for name, label in _QUANTITIES.items():
         value: Difference = getattr(parity, name)
         verdict = f"   <- differs, {value.first} first, by {value.first_by:.2e}" if value.first else ""
         alone = f"{parity.rounding[name]:.2e}" if parity.rounding else ""

@@ -33,12 +33,12 @@ def sign_noise(gradient: torch.Tensor, dtype: str) -> float:
 
 @dataclass(frozen=True)
 class Observation:
-    """One step. On the CPU, whole, on every rank."""
+    """One step, with unsharded tensors on the CPU, equal on every rank."""
 
     loss: torch.Tensor  # of the global batch
-    clean: torch.Tensor  # its first term, between clean views: no gradient has touched it yet
+    clean: torch.Tensor  # its first term, between clean views, which depends on no gradient
     grads: Tensors
-    input_grad: torch.Tensor  # (n, 3, S, S): of the global batch's attack loss, where the attack starts; n 0 without attacks
+    input_grad: torch.Tensor  # (n, 3, S, S): of the global batch's attack loss at the start of the attack; n 0: no attacks
     signs: torch.Tensor  # of δ
     attacked: torch.Tensor  # the attacked images
     params_after: Tensors
@@ -46,15 +46,15 @@ class Observation:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a step begins that is compared: the reference's state, and the pixels of its attack whose sign rounding decides."""
+    """The start of a compared step: the reference's state, and the pixels of its attack whose sign rounding decides."""
 
     state: dict[str, Any]  # as Backend.state returns it; empty for the first step, whose weights come from the seed
     attacked: torch.Tensor  # the reference's attacked images, in the order of rows
-    undecided: torch.Tensor  # of the same shape: true where the gradient is too small for its sign to mean anything
+    undecided: torch.Tensor  # of the same shape: true where the gradient is so small that its sign is arbitrary
 
 
 def global_batch(step: int, rows: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views (N, 3, S, S) in [0, 1] of images that are made up: coarse fields of colour, with noise of its own a view."""
+    """Two views (N, 3, S, S) in [0, 1] of synthetic images: coarse fields of colour, with different noise in each view."""
     draw = _seeded(1 + step)
     fields = F.interpolate(torch.rand(rows, 3, 4, 4, generator=draw), size=(side, side), mode="bilinear")
     x, y = (0.1 + 0.6 * fields + 0.2 * torch.rand(fields.shape, generator=draw) for _ in range(2))
@@ -66,9 +66,9 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 class _Watched(TrainingStep):
-    """Training with the images of its attacks. With `start`, undecided pixels are the reference's.
+    """A step that records its attacks. With `start`, undecided pixels are taken from the reference.
 
-    Otherwise one sign that rounding has flipped, a whole 2ε in one pixel, would show in every gradient of the step.
+    Otherwise one sign flipped by rounding, a change of 2ε in one pixel, would change every gradient of the step.
     """
 
     start: Start | None = None
@@ -79,7 +79,7 @@ class _Watched(TrainingStep):
         if self.start is None:
             return images
         world = self.run.world
-        # The attacks of a step one after another, each of them in the order of ranks.
+        # The attacks of a step follow one another, each in the order of ranks.
         first = before * world.size + world.rank * len(images)
         reference, undecided = (
             part[first : first + len(images)].to(images.device) for part in (self.start.attacked, self.start.undecided)
@@ -88,7 +88,7 @@ class _Watched(TrainingStep):
 
 
 class _Run:
-    """Training on made-up images under config's backend, a step at a time. All of it is collective."""
+    """Training on synthetic images under the backend of the settings, step by step. Collective."""
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
@@ -108,7 +108,7 @@ class _Run:
             self._backend.load_state(state)
 
     def step(self, number: int, start: Start | None = None) -> Observation:
-        """Step `number`, from `start` or from where the one before has ended."""
+        """Step `number`, from `start` or from the end of the previous step."""
         config, world, backend = self._config, self._world, self._backend
         if start is not None:
             self.load(start.state)
@@ -141,7 +141,7 @@ class _Run:
         )
 
     def _of_all(self, step: _Watched, part: Callable[[Attacked], torch.Tensor]) -> torch.Tensor:
-        """A part of every attack of the step, with the images of all ranks; empty without an attack."""
+        """A value of every attack of the step, for the images of all ranks; empty without an attack."""
         parts = [_everyones(part(attacked), self._world) for attacked in step.attacks]
         return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -151,7 +151,7 @@ class _Run:
 
 
 def observe(config: Config, world: World, steps: int, starts: Sequence[Start] | None = None) -> list[Observation]:
-    """`steps` steps on made-up images under config's backend: each from its start, or without them freely, one after another.
+    """Observe `steps` steps on synthetic images under the backend of the settings, each from its start (without: in a row).
 
     Collective. Raises ConfigError, RankError.
     """
@@ -160,7 +160,7 @@ def observe(config: Config, world: World, steps: int, starts: Sequence[Start] | 
 
 
 def reference(config: Config, world: World, steps: int, dtype: str) -> tuple[list[Observation], list[Start]]:
-    """One process in float64, and where others in `dtype` begin each of its steps: its state, rounded to that."""
+    """The steps of one process in float64, and the start of each for worlds in `dtype`: its state, rounded to `dtype`."""
     run = _Run(replace(config, train=replace(config.train, precision="float64")), world)
     observations: list[Observation] = []
     starts: list[Start] = []
@@ -182,7 +182,7 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _keep_gradients(backend: Backend) -> Tensors:
-    """Filled at the next update, with what the optimiser is then given."""
+    """A dictionary that the next update fills with the gradients that the optimiser receives."""
     kept: Tensors = {}
     update = backend.update
 

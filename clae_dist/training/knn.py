@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
 from clae_dist.config import Config
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import Manifest
@@ -12,8 +15,22 @@ from clae_dist.evaluation.features import Features, extract, gather
 from clae_dist.evaluation.interval import wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.evaluation.scored import scored
+from clae_dist.models import PretrainModel
+from clae_dist.models.norms import Route
 from clae_dist.parallel import Backend
 from clae_dist.world import World
+
+
+class _Projected(nn.Module):
+    """A model whose features are the embeddings that are contrasted."""
+
+    def __init__(self, model: PretrainModel) -> None:
+        super().__init__()
+        self.model, self.feature_dim = model, model.embedding_dim
+
+    def features(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        embeddings: torch.Tensor = self.model(images, route)
+        return embeddings
 
 
 def knn_while_training(
@@ -44,7 +61,8 @@ def knn_while_training(
             say(f"{len(images) - len(found)} images of {split} cannot be decoded and are skipped in the kNN")
         return found
 
-    with backend.full_model() as model:
+    with backend.full_model() as whole:
+        model = _Projected(whole) if config.train.knn_features == "projection" else whole
         bank = features(config.data.train_split, settings.knn_bank)
         queries = features(config.data.test_split, settings.knn_queries)
     pair = scored(bank, queries, config.data.train_split, config.data.test_split)

@@ -84,7 +84,7 @@ class Watch:
 
     def _limit_s(self, doing: str) -> float:
         """0: none."""
-        limit_s = self._config.guard.limit_s(doing in (*PATIENT, ENDING))
+        limit_s = self._config.guard.limit_s(patient=doing in (*PATIENT, ENDING))
         return max(limit_s, ENDING_S) if limit_s and doing == ENDING else limit_s
 
     def _others_report(self, limit_s: float) -> bool:

@@ -15,6 +15,7 @@ pytest.importorskip("lightly", reason="of the extra `bench`")
 _TINY = start.StartBench(image_size=16, batch=8, workers=0, steps=2, repeats=1)
 
 
+@pytest.mark.slow
 def test_both_contenders_are_measured() -> None:
     lines: list[str] = []
     outcome = start.bench(_TINY, lines.append)

@@ -10,6 +10,7 @@ import torch
 
 from clae_dist.config import Batch, Data, Train
 from clae_dist.contrast.interface import Moment
+from clae_dist.contrast.look import look
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.data.loader import LoadedBatch as ViewBatch
 from clae_dist.parallel.ddp import DdpBackend
@@ -91,3 +92,22 @@ def test_how_often_a_step_moves_the_adversarial_statistics(cost: str, moves: int
     norms = {name: m for name, m in backend.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert [m.num_batches_tracked for name, m in norms.items() if "adversarial" in name] == [moves]
     assert [m.num_batches_tracked for name, m in norms.items() if "clean" in name] == [2]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "wanted"),
+    [("clae", (3.825,) * 3), ("clae-plain", (1.5476, 1.5254, 1.5377)), ("clae-uel", (1.5476, 1.5254, 1.5377))],
+)
+def test_each_flavour_has_its_own_epsilon(flavour: str, wanted: tuple[float, ...]) -> None:
+    """0.03 in units of the standard deviation that each flavour's code normalises by; here in pixels of 255."""
+    config, _ = resolve(RECIPE.with_name(f"{flavour}-original.yaml"))
+    config = replace(config, data=Data(image_size=SIDE), batch=Batch(global_size=N), train=Train(precision="float64"))
+    world = World.single("cpu")
+    backend = DdpBackend(config, small_model("batch", 3, std=0.5).train(), world)
+    backend.model.std.copy_(torch.tensor(config.model.std).view(1, 3, 1, 1))
+    run = make_pretraining(config, world, backend, Clock(world.device))
+    x, y = (torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
+    with backend.untouched():
+        (attacked,) = look(run, None, x, y).attacks
+    largest = 255 * (attacked.found.images - x).abs().amax((0, 2, 3))
+    torch.testing.assert_close(largest, torch.tensor(wanted, dtype=torch.float64), atol=1e-3, rtol=0)

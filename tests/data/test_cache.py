@@ -292,7 +292,7 @@ def test_a_part_that_becomes_whole_while_it_is_counted_is_counted(tmp_path: Path
 
 def test_a_link_to_nothing_ends_the_counting(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds what cannot be found"):
+    with pytest.raises(DataError, match="cannot be listed"):
         make_cache(tmp_path, limit_bytes=1500).open("b", 1000, writes(b"x"))
 
 
@@ -312,7 +312,7 @@ def test_a_folder_with_anything_else_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train-000000.tar").write_bytes(b"precious")
     for cache in (Cache(tmp_path), make_cache(tmp_path, limit_bytes=1)):
         with pytest.raises(
-            DataError, match=f"files in {tmp_path}, which holds 'train-000000.tar': not a file of the cache, which deletes"
+            DataError, match=f"files in {tmp_path}, which contains 'train-000000.tar', not a file of the cache, which deletes"
         ):
             cache.open("0" * 64 + ".tar" if cache._own is room.OWN else "a", 1, never)
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]

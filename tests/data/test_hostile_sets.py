@@ -130,7 +130,7 @@ def test_a_member_of_a_zip_that_grows_without_measure_is_set_aside(tmp_path: Pat
 
 def test_a_stream_that_begins_as_no_tar_is_not_fetched_to_its_end(tmp_path: Path) -> None:
     """`pipe:gzip -dc bomb.gz` wrote as long as there was room."""
-    with (tmp_path / "part").open("w+b") as part, pytest.raises(DataError, match="it begins with zeros and holds no file"):
+    with (tmp_path / "part").open("w+b") as part, pytest.raises(DataError, match="it begins with zeros and contains no file"):
         fetch("pipe:cat /dev/zero", part, "bomb.tar", Patience(0, 10.0), lambda file: "", begins=begins_as_tar)
     assert (tmp_path / "part").stat().st_size < 4 << 20
     stream = io.BytesIO()

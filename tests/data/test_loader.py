@@ -126,7 +126,7 @@ def test_a_shard_cut_short_is_named(manifest: Manifest, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1024])
     reader = ShardReader(broken, "train")
     reader.read(0, 0)
-    with pytest.raises(DataError, match=r"train-000001\.tar has \d+ bytes, but the manifest says \d+"):
+    with pytest.raises(DataError, match=r"train-000001\.tar has \d+ bytes, the manifest expects \d+"):
         reader.read(1, 0)
 
 
@@ -214,7 +214,7 @@ def test_an_empty_shard_is_named(tmp_path: Path) -> None:
     """Found by fuzzing: mapping an empty file is a ValueError that names nothing."""
     empty = write_synthetic_set(tmp_path / "set", 2, 16)
     (tmp_path / "set" / "train-000000.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train-000000.tar has 0 bytes, but the manifest says"):
+    with pytest.raises(DataError, match=r"train-000000.tar has 0 bytes, the manifest expects"):
         ShardReader(empty, "train").read(0, 0)
 
 

@@ -252,7 +252,7 @@ def test_pngs_with_several_channels(bits: int) -> None:
         check(png(values, bits, kind), np.broadcast_to(expected, (HEIGHT, WIDTH, 3)), 2.0)
     data = png(values := samples(3, bits), bits, 2, transparent=values[1, 1].astype(">u2").tobytes())
     if bits == 16:
-        refused(data, "16-bit RGB with a transparent colour, which 8 bits cannot tell")
+        refused(data, "16-bit RGB with a transparent colour, which 8 bits cannot express")
     else:
         check(data, np.where((values == values[1, 1]).all(axis=2, keepdims=True), 255, values))
 

@@ -208,7 +208,7 @@ def test_a_rank_whose_shard_takes_longer_than_a_collective_may(
 ) -> None:
     """The others waited for it in a collective, which ends after its timeout, and the run with it."""
     server.faults["train-000001.tar"] = [Fault("stall", 10)] * 4
-    data = Data(shards=f"{server.url}/train-{{000000..000001}}.tar", cache=str(cache), timeout_s=1.0)
+    data = Data(shards=f"{server.url}/train-{{000000..000001}}.tar", cache=str(cache), timeout_s=0.3)
     found = ranks.run(2, rank_open_counting, data)
     assert found[0][0] == found[1][0] == open_shards(data).digest
     assert min(asked for _, asked in found) >= 2  # short collectives while it was fetched
@@ -237,7 +237,7 @@ def test_nodes_whose_caches_hold_different_versions_are_noticed(
     shard.write_bytes(content)
     found = ranks.run(2, rank_open_own, text, tmp_path)
     assert found[0] == found[1]
-    assert "train-000000.tar is another one in" in found[0]
+    assert "has other content" in found[0]
     assert "empty data.cache on every node" in found[0]
 
 

@@ -279,7 +279,7 @@ def test_a_manifest_cannot_name_files_outside_the_cache(local: Manifest, tmp_pat
     content["splits"]["train"][0]["sha256"] = "../../../escaped"
     content["digest"] = content_digest(content)
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with serve(tmp_path) as server, pytest.raises(DataError, match="which are none; prepare the set again"):
+    with serve(tmp_path) as server, pytest.raises(DataError, match="which are not SHA-256 digests; prepare the set again"):
         open_shards(settings(server.url, tmp_path / "cache").data)
 
 

@@ -19,7 +19,7 @@ from tests import processes
 
 # Batches of 1.2 MB each; shared memory has 4 MB, as docker's 64 MB are to batches of 20 MB.
 LOADS = """
-import sys
+import os, sys
 import torch
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data import transport
@@ -41,7 +41,8 @@ if __name__ == "__main__":
     try:
         list(batches(1))
     except DataError as error:
-        print(error)
+        print(error, flush=True)
+    os._exit(0)  # a loader process that is told to end stays for half a minute
 """
 
 

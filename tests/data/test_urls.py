@@ -88,7 +88,7 @@ def test_a_run_writes_down_no_secret() -> None:
 
 
 def test_a_url_whose_secret_was_not_written_down_is_asked_for_again() -> None:
-    with pytest.raises(ConfigError, match=r"what followed the question mark was a secret.*--shards"):
+    with pytest.raises(ConfigError, match=r"the part after the question mark was a secret.*--shards"):
         entries_of(shareable(Config(data=Data(shards="https://host/a?token=1"))).data.shards)
 
 

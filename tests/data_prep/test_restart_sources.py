@@ -89,7 +89,10 @@ def make_source(tmp_path: Path, make_folder: Any, archive: Any, encoded: Any) ->
     return make
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar.gz", "zip", "imagenet", "cifar", "parquet"])
+_SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tar.gz", "imagenet", "cifar")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "parquet", *_SLOW])
 def test_killed_anywhere_it_ends_with_the_same_shards_and_writes_none_twice(
     tmp_path: Path, make_source: Any, command: Any, run: Any, content: Any, kind: str
 ) -> None:

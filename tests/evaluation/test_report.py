@@ -102,9 +102,9 @@ def test_of_a_key_logged_twice_the_last_value_wins(make_run: MakeRun, write_metr
     run = make_run()
     write_metrics(run)
     record = read_record(run)
-    assert record.series("loss") == ([32, 64, 96, 128, 160, 192, 224], [9, 9, 3, 4, 5, 6, 7])
+    assert record.metrics.series("loss") == ([32, 64, 96, 128, 160, 192, 224], [9, 9, 3, 4, 5, 6, 7])
     # The kNN line of image 224 repeats it, and takes nothing away from the training line.
-    assert record.series("knn_accuracy") == ([0, 224], [40, 55])
+    assert record.metrics.series("knn_accuracy") == ([0, 224], [40, 55])
     summary = summarise(record)
     assert (summary["loss"], summary["images_seen"], summary["images_per_s"]) == (7, 224, 6)
     assert summary["wall_s"] == 7.75  # time_s counts on over restarts
@@ -185,7 +185,7 @@ def test_a_long_log_costs_no_more_than_its_part(make_run: MakeRun, tmp_path: Pat
     assert max(len(curve.x) for curve in (*read.curves.values(), read.rates)) < 128
     assert read.series("knn_accuracy") == ([4000, 8000, 12000, 16000, 20000], [10, 20, 30, 40, 50])
     assert (read.images_seen, read.last("loss")) == (20_000, 3)
-    assert "is drawn from" in notes[0]
+    assert "lines of training is used" in notes[0]
 
 
 def test_a_thinned_curve_keeps_its_spikes_and_its_restarts() -> None:

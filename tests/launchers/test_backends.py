@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from clae_dist.data.manifest import Manifest
+from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.runs.checkpoint import load_checkpoint, load_model
 from tests import processes
 from tests.processes import CLAE, TORCHRUN
+from tests.small_run import write_recipe
 
 SETTINGS = ("train.epochs=2", "train.diagnose_every=4", "train.knn_every=1", "train.ema_decay=0.9")  # 8 steps
-SETTINGS += ("batch.micro_size=4", "method.name=clae_fused", "optim.clip_norm=1")
+SETTINGS += ("batch.micro_size=4", "optim.clip_norm=1")
 START = {"local": CLAE, "ray": CLAE, "torchrun": TORCHRUN}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Manifest) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("fused"), shards, method=ClaeFused.Settings())
 
 
 def train(recipe: Path, run_dir: Path, launcher: str, *settings: str) -> str:

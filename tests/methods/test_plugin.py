@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.plugins import find_beside
 from tests import processes
 from tests.processes import ROOT, Completed
 
@@ -84,3 +87,12 @@ def test_a_foreign_run_folder_imports_nothing(home: Path, tmp_path: Path) -> Non
     assert done.returncode == 2
     assert "imported" not in (done.stdout + done.stderr).replace("not imported", "")
     assert "--trust" in done.stdout + done.stderr
+
+
+def test_a_file_beside_the_recipe_hides_no_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "colorsys.py").touch()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "first")
+    find_beside(tmp_path / "recipe.yaml", ["colorsys:Method", "nt_xent"])
+    assert sys.path[-1] == str(tmp_path)
+    assert os.environ["PYTHONPATH"] == f"first{os.pathsep}{tmp_path}"

@@ -21,7 +21,7 @@ from tests.methods.queued import Queued, QueuedSettings
 from tests.networks import small_model
 from tests.ranks import RankPool
 from tests.small_run import small_run
-from tests.training.test_run import train_on
+from tests.training.disturbed import train_on
 
 N, SIDE, ROWS = 12, 8, 18
 METHOD = QueuedSettings(name="tests.methods.queued:Queued", size=ROWS)

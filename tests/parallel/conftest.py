@@ -10,6 +10,6 @@ from tests.ranks import RankPool
 @pytest.fixture(scope="package")
 def pair() -> Iterator[RankPool]:
     """Two ranks of their own: DeepSpeed takes all ranks of torch.distributed, whatever group a backend is given."""
-    pool = RankPool(2)
+    pool = RankPool(2, imports=("deepspeed",))
     yield pool
     pool.close()

@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from clae_dist.cli import main
 from clae_dist.config import Config
-from clae_dist.errors import ConfigError, DamagedError
 from clae_dist.recipe import to_yaml
 from clae_dist.runs.checkpoint import Checkpoint, Piece, Writer, load_checkpoint
-from clae_dist.runs.checkpoint.index import _digest
 from clae_dist.runs.checkpoint.pieces import share_of
 from clae_dist.runs.checkpoint.write import HostMemory, outdated
 from clae_dist.runs.folder import RunFolder
 from tests import processes
-from tests.checkpoints import CPU, pieces_of, write_checkpoint
-from tests.mutations import mutate
-
-
-def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every type and layout that a state has."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "model/conv.weight": draw(5, 3, 3, 3).to(memory_format=torch.channels_last),
-        "model/linear.weight": draw(7, 11).double(),
-        "model/half": draw(6).bfloat16(),
-        "model/steps": torch.tensor(17 + seed),
-        "model/mask": draw(9) > 0,
-        "model/empty": torch.empty(0, 4),
-        "optimizer/linear.weight/exp_avg": draw(7, 11).t().contiguous().t(),
-        "optimizer/linear.weight/step": torch.tensor(3.0),
-    }
-
-
-def assert_same(found: Checkpoint, wanted: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
+from tests.checkpoints import CPU, INDEX, R1, assert_same, flip, pieces_of, tensors, write_checkpoint
 
 
 @pytest.mark.parametrize(("size", "sharded"), [(1, False), (3, False), (3, True), (20, True)])
@@ -149,166 +115,6 @@ def test_a_write_that_is_cancelled_has_no_name(tmp_path: Path, monkeypatch: pyte
     assert RunFolder(tmp_path).find_checkpoints() == []
 
 
-# ---- damage ----
-
-
-def rewrite_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """checkpoint.json changed by somebody who knows how to sign it."""
-    file = path / "checkpoint.json"
-    content = json.loads(file.read_text())
-    del content["sha256"]
-    change(content)
-    file.write_text(json.dumps({**content, "sha256": _digest(content)}))
-
-
-def flip(file: str, at: int) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        data = bytearray((path / file).read_bytes())
-        data[at] ^= 1
-        (path / file).write_bytes(data)
-
-    return damage
-
-
-def replace_bytes(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: (path / file).write_bytes(change((path / file).read_bytes())) and None
-
-
-def link(path: Path) -> None:
-    file = path / "rank-00001.safetensors"
-    outside = path.parents[1] / "outside"
-    file.rename(outside)
-    file.symlink_to(outside)
-
-
-def pipe(path: Path) -> None:
-    (path / "rank-00001.safetensors").unlink()
-    os.mkfifo(path / "rank-00001.safetensors")
-
-
-def set_tensor(key: str, value: Any) -> Callable[[Path], None]:
-    return lambda path: rewrite_index(path, lambda content: content["tensors"]["model/linear.weight"].update({key: value}))
-
-
-def set_pieces(change: Callable[[list[Any]], list[Any]]) -> Callable[[Path], None]:
-    def damage(content: dict[str, Any]) -> None:
-        entry = content["tensors"]["model/linear.weight"]
-        entry["pieces"] = change(entry["pieces"])
-
-    return lambda path: rewrite_index(path, damage)
-
-
-def rename_file(to: str) -> Callable[[Path], None]:
-    def damage(content: dict[str, Any]) -> None:
-        content["files"][to] = content["files"].pop("rank-00001.safetensors")
-        for entry in content["tensors"].values():
-            entry["pieces"] = [[to if f == "rank-00001.safetensors" else f, *rest] for f, *rest in entry["pieces"]]
-
-    return lambda path: rewrite_index(path, damage)
-
-
-ENDLESS = {"shape": [2**50], "pieces": [["rank-00000.safetensors", 0, 2**50, 0]]}
-R1, INDEX = "rank-00001.safetensors", "checkpoint.json"
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a bit of a tensor": (flip(R1, -1), r"rank-00001.safetensors has sha256 \w{12}…, expected \w{12}… \(damaged: optimizer/"),
-    "a bit of a header": (flip(R1, 30), "rank-00001.safetensors has sha256"),
-    "cut": (replace_bytes(R1, lambda data: data[:200]), "rank-00001.safetensors has 200 bytes, expected "),
-    "empty": (replace_bytes(R1, lambda data: b""), "rank-00001.safetensors has 0 bytes"),
-    "longer": (replace_bytes(R1, lambda data: data + b"x"), "rank-00001.safetensors has"),
-    "missing": (lambda path: (path / R1).unlink(), "rank-00001.safetensors cannot be read"),
-    "a link": (link, "rank-00001.safetensors cannot be read"),
-    "a pipe": (pipe, "rank-00001.safetensors is not a plain file"),
-    "no index": (lambda path: (path / INDEX).unlink(), "checkpoint.json cannot be read"),
-    "a bit of the index": (flip(INDEX, 40), "checkpoint.json: "),
-    "garbage": (replace_bytes(INDEX, lambda data: b"\x80\x04 not JSON"), "checkpoint.json: it is no checkpoint of ours"),
-    "deep": (replace_bytes(INDEX, lambda data: b"[" * 100_000), "checkpoint.json: it is no checkpoint of ours"),
-    "a list": (replace_bytes(INDEX, lambda data: b"[]"), "checkpoint.json: it is no checkpoint of ours"),
-    "another step": (lambda path: rewrite_index(path, lambda c: c.update(step=7)), "it says step 7"),
-    "another format": (lambda path: rewrite_index(path, lambda c: c.update(format=9)), "its format is 9"),
-    "a path upwards": (rename_file("../outside"), "has a name that no rank writes"),
-    "an absolute path": (rename_file("/etc/passwd"), "has a name that no rank writes"),
-    "an absurd shape": (set_tensor("shape", [2**40, 2**40]), "the pieces of model/linear.weight end at 77"),
-    "a negative shape": (set_tensor("shape", [-7, -11]), "which is no count"),
-    "an odd dtype": (set_tensor("dtype", "object"), "odd shape or dtype"),
-    "a piece too few": (set_pieces(lambda runs: runs[:1]), "the pieces of model/linear.weight end at 39 of 77"),
-    "a piece twice": (set_pieces(lambda runs: [*runs, runs[0]]), "overlap"),
-    "a hole": (set_pieces(lambda runs: [[runs[0][0], 0, 38, 0], runs[1]]), "skip elements at 38"),
-    "a piece of nowhere": (set_pieces(lambda runs: [["rank-00009.safetensors", 0, 77, 0]]), "is not one of the files"),
-    "an endless piece": (
-        lambda path: rewrite_index(path, lambda c: c["tensors"]["model/linear.weight"].update(ENDLESS)),
-        "longer than its file",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_with_its_file_and_passed_over(tmp_path: Path, kind: str) -> None:
-    damage, words = DAMAGE[kind]
-    write_checkpoint(tmp_path, 3, tensors(3), 2, True)
-    newest = write_checkpoint(tmp_path, 6, tensors(6), 2, True)
-    damage(newest)
-    said: list[str] = []
-    checkpoint = load_checkpoint(tmp_path, said.append)
-    assert checkpoint is not None
-    assert checkpoint.step == 3
-    assert_same(checkpoint, tensors(3))
-    assert len(said) == 1
-    assert "step-00000006 is damaged: " in said[0]
-    with pytest.raises(DamagedError, match=words):
-        Checkpoint(newest).verify()
-    again = write_checkpoint(tmp_path, 6, tensors(6), 1)  # the run comes to this step again
-    assert_same(Checkpoint(again), tensors(6))
-
-
-def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
-    assert load_checkpoint(tmp_path, pytest.fail) is None
-    for step in (3, 6):
-        flip(INDEX, 50)(write_checkpoint(tmp_path, step, tensors()))
-    with pytest.raises(
-        ConfigError,
-        match="none of the 2 checkpoints can be read; restore one from a copy, or give another run_dir",
-    ):
-        load_checkpoint(tmp_path, lambda text: None)
-
-
-def test_an_index_that_lies_about_a_file_reads_nothing_else(tmp_path: Path) -> None:
-    """Digests right, yet a tensor is not in the file that is said to hold it: an error, and no other bytes."""
-    path = write_checkpoint(tmp_path, 1, tensors(), 2)
-
-    def swap(content: dict[str, Any]) -> None:
-        for entry in content["tensors"].values():
-            entry["pieces"] = [
-                ["rank-00001.safetensors" if f == "rank-00000.safetensors" else "rank-00000.safetensors", *rest]
-                for f, *rest in entry["pieces"]
-            ]
-
-    def widen(content: dict[str, Any]) -> None:
-        content["tensors"]["model/half"]["dtype"] = "U8"
-
-    rewrite_index(path, widen)
-    with pytest.raises(DamagedError, match="model/half has 6 of torch.bfloat16, not 6 of torch.uint8"):
-        Checkpoint(path)["model/half"]
-    rewrite_index(path, swap)
-    with pytest.raises(DamagedError, match="cannot be read"):
-        Checkpoint(path)["model/mask"]
-
-
-def test_drawn_damage_never_loads(tmp_path: Path) -> None:
-    """Bytes to other bytes, in any file: the older one is loaded, or the damage has changed nothing."""
-    rng = np.random.default_rng(5)
-    write_checkpoint(tmp_path, 3, tensors(3), 2, True)
-    newest = write_checkpoint(tmp_path, 6, tensors(6), 2, True)
-    files = sorted(newest.iterdir())
-    whole = {file: file.read_bytes() for file in files}
-    for _ in range(150):
-        file = files[int(rng.integers(len(files)))]
-        file.write_bytes(mutate(rng, whole[file], [whole[other] for other in files]))
-        checkpoint = load_checkpoint(tmp_path, lambda text: None)
-        assert checkpoint is not None
-        assert_same(checkpoint, tensors(checkpoint.step))
-        file.write_bytes(whole[file])
-
-
 def test_kill_minus_9_at_every_point_leaves_the_older_or_the_newer(tmp_path: Path) -> None:
     done = processes.run(sys.executable, "-m", "tests.runs.killed", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -398,34 +204,3 @@ def test_one_of_them_as_one_file(run_dir: Path, tmp_path: Path, capsys: pytest.C
     assert main(["checkpoints", str(run_dir), "--export", "3", "--to", str(file)]) == 2
     assert "the checkpoint of step 3 is damaged: rank-00001.safetensors" in capsys.readouterr().err
     assert [file.read_bytes(), list(file.parent.iterdir())] == [before, [file]]
-
-
-def expected(like: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix("model/"): tuple(value.shape) for name, value in like.items() if name.startswith("model/")}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda c: c["tensors"]["model/half"].update(dtype="U8"), "model/half has 6 of torch.bfloat16"),
-        (lambda c: c["tensors"].pop("model/half"), "model/half is not in it"),
-        (lambda c: c["tensors"]["model/half"].update(shape=[2, 3]), r"model/half has the shape \(2, 3\)"),
-        (lambda c: c["tensors"].update({"model/more": c["tensors"]["model/half"]}), "model/more"),
-        (lambda c: c["info"].update(train_s="long"), "train_s is no time"),
-    ],
-)
-def test_tensors_that_lie_under_fitting_digests_leave_the_older_checkpoint(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
-) -> None:
-    shapes = expected(tensors(3))
-    write_checkpoint(tmp_path, 3, tensors(3))
-    newest = write_checkpoint(tmp_path, 6, tensors(6))
-    said: list[str] = []
-    found = load_checkpoint(tmp_path, said.append, shapes=shapes)
-    assert found is not None
-    assert (found.step, said) == (6, [])
-    rewrite_index(newest, change)
-    found = load_checkpoint(tmp_path, said.append, shapes=shapes)
-    assert found is not None
-    assert found.step == 3
-    assert re.search(words, said[0]), said

@@ -16,10 +16,11 @@ from tests.fuzzing import fuzz
 from tests.run_files import LAUGHS
 
 
-def test_every_reader_of_a_run_under_drawn_damage(tmp_path: Path) -> None:
-    ends = fuzz("run_files", 50, tmp_path)
-    assert sum(count for end, count in ends.items() if end.endswith("refused")) > 12
-    assert sum(count for end, count in ends.items() if end.endswith("read")) > 8
+@pytest.mark.parametrize("count", [20, pytest.param(80, marks=pytest.mark.slow)])
+def test_every_reader_of_a_run_under_drawn_damage(tmp_path: Path, count: int) -> None:
+    ends = fuzz("run_files", count, tmp_path)
+    assert sum(number for end, number in ends.items() if end.endswith("refused")) >= count // 5
+    assert sum(number for end, number in ends.items() if end.endswith("read")) >= count // 8
 
 
 @pytest.mark.slow
@@ -42,7 +43,7 @@ def test_thousands_of_damages(tmp_path: Path, seed: int) -> None:
         (b"[-Infinity]", "it holds -Infinity"),
         (b"[1e999]", "it holds 1e999"),
         (b"[" + b"9" * 5000 + b"]", "an integer of 5000 digits"),
-        (b'{"a": 1, "b": {"a": 1, "a": 2}}', "the key 'a' is there twice"),
+        (b'{"a": 1, "b": {"a": 1, "a": 2}}', "the key 'a' is repeated"),
         (b'["\\ud800"]', "half a character"),
     ],
 )

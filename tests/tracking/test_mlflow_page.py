@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")  # one store for the module: its tables take seconds to make
+def folder(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Path:
+    """One store for the module."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
+    return folder
 
 
 def config_of(folder: Path, shards: str, **settings: Any) -> Config:

@@ -6,15 +6,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
+from clae_dist.config import Train
+from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import Manifest, write_manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.files import file_sha256
 from clae_dist.models import build_model
+from clae_dist.training import knn
 from clae_dist.training.knn import knn_while_training
 from clae_dist.world import World
 from tests.small_run import small_run
@@ -51,3 +55,24 @@ def test_a_run_with_odd_labels_trains(tmp_path: Path, labels: dict[int, int], li
     found = knn_while_training(config, World.single("cpu"), backend, manifest, said.append)
     assert ("knn_accuracy" in found, bool(found)) == (len(labels) == 1, len(labels) == 1)
     assert line in "\n".join(said)
+
+
+@pytest.mark.parametrize("features", ["encoder", "projection"])
+def test_the_features_of_the_knn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: Literal["encoder", "projection"]
+) -> None:
+    """The paper's code for instance discrimination and UEL takes the embeddings; clean route, running statistics."""
+    manifest = write_synthetic_set(tmp_path / "shards", 20, 16)
+    config = small_run(manifest.folder, tmp_path / "run", train=Train(knn_features=features))
+    model = build_model(config).train()
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(knn, "knn_accuracy", lambda bank, queries, *rest: seen.append(queries.features_NF) or 50.0)
+    backend: Any = SimpleNamespace(average_local_statistics=lambda: None, full_model=lambda: nullcontext(model))
+    assert knn_while_training(config, World.single("cpu"), backend, manifest, pytest.fail)
+    assert model.training
+    ((pixels, *_),) = EvaluationSet(manifest, "test", 16, 0).batches(100)
+    images = torch.as_tensor(pixels) / 255
+    model.eval()
+    with torch.no_grad():
+        wanted = model.features(images) if features == "encoder" else model(images)
+    torch.testing.assert_close(seen[0], wanted)

@@ -10,14 +10,8 @@ import torch
 
 from clae_dist.config import Parallel
 from clae_dist.data.manifest import Manifest
-from clae_dist.data.synthetic import write_synthetic_set
 from tests.ranks import RankPool
-from tests.training.test_run import final, recipe, train_on
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
+from tests.training.disturbed import final, recipe, train_on
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import pytest
 
 from clae_dist.config import Checkpointing, Config, Guard, Launch, Train
 from clae_dist.data.manifest import Manifest
-from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import STOPPED
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
@@ -25,11 +24,6 @@ from clae_dist.training.saving import Saving
 from clae_dist.world import World
 from tests.ranks import RankPool
 from tests.small_run import small_run
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 100, 16, num_shards=3)
 
 
 def recipe(shards: Manifest, run_dir: Path) -> Config:
@@ -71,11 +65,11 @@ def finished(world: World, config: Config) -> str:
 @pytest.mark.parametrize(
     ("where", "number", "step"),
     [
-        ("open_sets", signal.SIGTERM, 0),
-        ("knn_while_training", signal.SIGUSR1, 0),  # before the first step
+        pytest.param("open_sets", signal.SIGTERM, 0, marks=pytest.mark.slow),
+        ("knn_while_training", signal.SIGINT, 0),  # before the first step
         ("pretrain_step", signal.SIGUSR1, 1),
         ("save", signal.SIGTERM, 2),
-        ("describe", signal.SIGINT, 0),
+        pytest.param("describe", signal.SIGINT, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_with_everything_saved(
