@@ -45,7 +45,7 @@ class Saving:
 
     def reserve(self, step: int, last_step: int) -> None:
         """Reserve host memory in the background, once the optimiser has a state, if a save will come during training."""
-        settings = self._config.checkpoint
+        settings = self._session.config.checkpoint
         next_step = settings.every_steps and (step // settings.every_steps + 1) * settings.every_steps
         if settings.every_minutes or 0 < next_step < last_step:
             self._writer.reserve(self._backend.pieces())

@@ -63,7 +63,7 @@ def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: 
 def test_memory_is_reserved_only_for_a_save_during_training(tmp_path: Path, every: dict[str, Any], reserved: bool) -> None:
     """The last save waits for its end, so it needs no copy."""
     config = Config(run_dir=str(tmp_path), checkpoint=Checkpointing(**every))
-    saves = Saving(config, World.single("cpu"), OneTensor(), pytest.fail)  # type: ignore[arg-type]
+    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor())  # type: ignore[arg-type]
     saves.reserve(1, 5)
     saves.save(5, {"images_seen": 5}, last=True)
     saves.settle()
