@@ -16,7 +16,7 @@ usage: ./launch/quickstart.sh [--data PATH] [--run-dir DIR] [--minutes M] [--com
   --compare simclr   plain SimCLR, too, for the same compute: 11/6 of the epochs (about twice the time in all)
   --workers N        ranks (default: one a GPU, rounded down to a power of two; 2 without GPUs)
   --max-bad SHARE    stop above this share of images that cannot be decoded (default: 1%)
-  --dry-run          print the commands in their order, and run nothing
+  --dry-run          print the commands in their order without running them
   key=value          settings over configs/quickstart.yaml, such as train.epochs=4
 
 train.epochs given here is exact, and nothing is timed. Fewer than two batches of images get a smaller batch, unless

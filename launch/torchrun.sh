@@ -21,7 +21,7 @@ same path on all.
   --max-restarts N     restarts of the ranks after a failure (default 3; 0 with --node-rank)
   --wait-s S           seconds that hosts wait for each other (default 600)
   --interface NAME     network for the ranks (default: by the route to HOST)
-  --dry-run            print what would run on this host, and run nothing
+  --dry-run            print the command for this host without running it
 
 SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and exit with code 75; the same line resumes from there.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.

@@ -13,6 +13,7 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.launchers import start
 from clae_dist.recipe import parse_overrides, resolve
+from clae_dist.training.session import Session
 from clae_dist.training.sets import open_sets
 from clae_dist.world import World
 from data_prep.__main__ import main as data_prep
@@ -107,5 +108,5 @@ def test_the_same_images_under_two_paths(tmp_path: Path) -> None:
     config: Config = small_run(shards, tmp_path / "run")
     changed, _ = resolve(None, [f"data.shards={shards}", f"data.mixture={{{tmp_path / 'link'}: 0.25}}", "batch.global_size=8"])
     with pytest.raises(DataError, match=r"are the same images \(digest"):
-        open_sets(changed, World.single("cpu"), lambda _: None)
-    assert open_sets(config, World.single("cpu"), lambda _: None).main.name
+        open_sets(Session(changed, World.single("cpu"), print))
+    assert open_sets(Session(config, World.single("cpu"), print)).main.name

@@ -14,18 +14,18 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import UNEXPECTED
-from clae_dist.runs.folder import RunFolder
-from clae_dist.world import World, abandon
+from clae_dist.training.session import Session
+from clae_dist.world import abandon
 
 _HERE = os.sep + "clae_dist" + os.sep
 
 
 @contextmanager
-def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]:
+def failing_threads_end_the_rank(session: Session) -> Iterator[None]:
     """Context in which an uncaught exception in a thread of this package ends the process with code UNEXPECTED."""
+    folder, world = session.folder, session.world
     before = threading.excepthook
 
     def end(failure: Any) -> None:
@@ -34,7 +34,7 @@ def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]
             return
         name = failure.thread.name if failure.thread else "?"
         words = " ".join(redact_text(str(failure.exc_value)).split())[:200]
-        log = RunFolder(config.folder).error_log(world.rank)
+        log = folder.error_log(world.rank)
         line = f"clae: rank {world.rank} of {world.size}: the thread {name} failed: {failure.exc_type.__name__}: {words}"
         stack = "".join(traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback))
         with suppress(OSError):
@@ -42,7 +42,7 @@ def failing_threads_end_the_rank(config: Config, world: World) -> Iterator[None]
             line += f" (traceback: {log})"
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-        with suppress(OSError), RunFolder(config.folder).console_file.open("a") as console:
+        with suppress(OSError), folder.console_file.open("a") as console:
             console.write(line + "\n")
         abandon(UNEXPECTED)
 

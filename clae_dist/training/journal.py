@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
-from clae_dist.config import Config
 from clae_dist.contrast.step import StepMetrics
 from clae_dist.cores import usable_cores
 from clae_dist.data.loader import num_workers
@@ -17,7 +15,7 @@ from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.plan import Plan
-from clae_dist.world import World
+from clae_dist.training.session import Session
 
 GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
 MOST_WAIT = WAITING  # percent of the time for data, above which a run says what to change
@@ -28,20 +26,18 @@ class Journal:
 
     def __init__(
         self,
-        config: Config,
-        world: World,
+        session: Session,
         plan: Plan,
         tracker: Tracker,
         bad: BadSamples,
-        say: Callable[[str], None],
         ledger: Ledger,
         first_step: int,
         train_s: float,
     ) -> None:
-        self._config, self._world, self._plan, self._tracker = config, world, plan, tracker
+        self._session, self._world, self._plan, self._tracker = session, session.world, plan, tracker
         self.ledger, self._said_goodput = ledger, time.monotonic()
-        self._bad, self._say = bad, say
-        self.clock = Clock(world.device)
+        self._bad = bad
+        self.clock = Clock(session.world.device)
         self._started = time.perf_counter() - train_s
         self._logged = first_step
         self._lines, self._advised = 0, False
@@ -81,8 +77,8 @@ class Journal:
         goodput = self.ledger.so_far()
         if time.monotonic() - self._said_goodput > GOODPUT_EVERY_S:
             self._said_goodput = time.monotonic()
-            self._say(goodput.describe())
-        num_images = (step - self._logged) * self._config.batch.global_size
+            self._session.say(goodput.describe())
+        num_images = (step - self._logged) * self._session.config.batch.global_size
         self._logged = step
         return {
             "images_per_s": num_images / seconds,
@@ -97,15 +93,15 @@ class Journal:
         self.ledger.close()
         goodput = self.ledger.so_far()
         self.log(step, goodput.metrics())
-        self._say(goodput.describe())
+        self._session.say(goodput.describe())
 
     def _advise(self, waited: float) -> None:
         """Print advice once if the run waits for data; not in the first lines, while the loader starts."""
         self._lines += 1
         if waited > MOST_WAIT and self._lines > 2 and not self._advised:
             self._advised = True
-            workers = num_workers(self._config, self._world.local_size)
-            self._say(
+            workers = num_workers(self._session.config, self._world.local_size)
+            self._session.say(
                 f"{waited:.0f} % of the time is spent waiting for data, more than {MOST_WAIT} %: more loader processes "
                 f"(data.workers is {workers} a rank, this machine has {usable_cores()} cores for "
                 f"{self._world.local_size} rank(s)), or smaller images (`python -m data_prep … --resize short=256`); "

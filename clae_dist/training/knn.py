@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from clae_dist.config import Config
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import Manifest
 from clae_dist.errors import DataError
@@ -18,7 +15,7 @@ from clae_dist.evaluation.scored import scored
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import Route
 from clae_dist.parallel import Backend
-from clae_dist.world import World
+from clae_dist.training.session import Session
 
 
 class _Projected(nn.Module):
@@ -33,15 +30,14 @@ class _Projected(nn.Module):
         return embeddings
 
 
-def knn_while_training(
-    config: Config, world: World, backend: Backend, manifest: Manifest, say: Callable[[str], None]
-) -> dict[str, float]:
+def knn_while_training(session: Session, backend: Backend, manifest: Manifest) -> dict[str, float]:
     """kNN accuracy (percent) with its 95 % interval, of labelled images of parts of the train and test split.
 
     Returns {} without labels or a test split, and for a set of one class.
 
     Collective. Raises DataError on every rank if one rank cannot read its images.
     """
+    config, world, say = session.config, session.world, session.say
     if not manifest.classes or config.data.test_split not in manifest.splits:
         return {}
     backend.average_local_statistics()

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clae_dist.config import Config
 from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.manifest import Manifest
@@ -23,8 +22,7 @@ from clae_dist.data.shards import ShardReader
 from clae_dist.errors import DataError, RankError
 from clae_dist.files import write_atomically
 from clae_dist.parallel import Backend
-from clae_dist.runs.folder import RunFolder
-from clae_dist.world import World
+from clae_dist.training.session import Session
 
 _WORST = 20  # parameters whose gradients are written down
 
@@ -32,11 +30,10 @@ _WORST = 20  # parameters whose gradients are written down
 class NonFiniteSteps:
     """Skips up to guard.max_skipped steps of a run; `skipped` of them were skipped before this start."""
 
-    def __init__(
-        self, config: Config, world: World, backend: Backend, manifest: Manifest, skipped: int, say: Callable[[str], None]
-    ) -> None:
-        self._config, self._world, self._backend, self._say = config, world, backend, say
-        self._reader = ShardReader(manifest, config.data.train_split)
+    def __init__(self, session: Session, backend: Backend, manifest: Manifest, skipped: int) -> None:
+        self._session, self._world, self._backend = session, session.world, backend
+        self._max_skipped = session.config.guard.max_skipped
+        self._reader = ShardReader(manifest, session.config.data.train_split)
         self.skipped = skipped
 
     def attempt(
@@ -46,7 +43,7 @@ class NonFiniteSteps:
 
         Raises RankError on every rank if no more steps may be skipped.
         """
-        may_skip = self.skipped < self._config.guard.max_skipped
+        may_skip = self.skipped < self._max_skipped
         buffers = list(self._backend.model.buffers()) if may_skip else []
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -66,7 +63,7 @@ class NonFiniteSteps:
         if not may_skip:
             raise RankError(problem)
         self.skipped += 1
-        self._say(f"{problem}: skipped ({self.skipped} of at most {self._config.guard.max_skipped}, guard.max_skipped)")
+        self._session.say(f"{problem}: skipped ({self.skipped} of at most {self._max_skipped}, guard.max_skipped)")
         return None
 
     def _name_of(self, sample: int) -> str:
@@ -77,7 +74,7 @@ class NonFiniteSteps:
             return f"sample {sample}"
 
     def _write_down(self, batch: LoadedBatch, step: int, parts: dict[str, float], settings: dict[str, Any]) -> None:
-        folder = RunFolder(self._config.folder).nonfinite(step + 1)
+        folder = self._session.folder.nonfinite(step + 1)
         norms = self._backend.gradient_norms()
         worst = sorted(norms, key=lambda name: (torch.tensor(norms[name]).isfinite().item(), -norms[name]))[:_WORST]
         images = [self._name_of(sample) for sample in batch.ids.tolist()]
@@ -102,7 +99,7 @@ class NonFiniteSteps:
                 return f"step {step + 1} could not be recorded: {error}"
             return f"step {step + 1} was recorded: `clae replay {folder}` repeats it"
 
-        self._say(self._world.run_on_main(write))
+        self._session.say(self._world.run_on_main(write))
 
 
 def loss_parts(metrics: StepMetrics) -> dict[str, float]:

@@ -28,6 +28,7 @@ from clae_dist.runs.trust import NOTHING, Permission, open_run
 from clae_dist.training.clock import Clock
 from clae_dist.training.nonfinite import loss_parts
 from clae_dist.training.pretraining import make_pretraining, seed_step
+from clae_dist.training.session import Session
 from clae_dist.training.sets import open_sets
 from clae_dist.world import World
 
@@ -104,7 +105,7 @@ def _tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torc
 def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -> Replay:
     """Takes the step again, on every rank of `world`. A collective. Raises ConfigError and DataError."""
     step = int(wanted["step"])
-    train = open_sets(config, world, lambda text: None).train
+    train = open_sets(Session(config, world, say=lambda text: None)).train
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
     model.load_state_dict(_tensors(folder / "model.safetensors", model.state_dict()))
     backend = make_backend(config, model, world)

@@ -9,19 +9,16 @@ from __future__ import annotations
 import time
 import traceback
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from clae_dist.config import Config
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import CheckpointError
 from clae_dist.parallel import Backend
 from clae_dist.runs.checkpoint import Writer
-from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import StorageError
-from clae_dist.world import World
+from clae_dist.training.session import Session
 
 
 @dataclass
@@ -36,9 +33,12 @@ class _Pending:
 class Saving:
     """The checkpoints of a run. Collective, except for `flags` and `close`."""
 
-    def __init__(self, config: Config, world: World, backend: Backend, say: Callable[[str], None]) -> None:
-        self._config, self._world, self._backend, self._say = config, world, backend, say
-        self._writer = Writer(config.folder, world.rank, world.size, world.broadcast(uuid.uuid4().hex[:8]), world.device)
+    def __init__(self, session: Session, backend: Backend) -> None:
+        self._session, self._world, self._backend = session, session.world, backend
+        world = session.world
+        self._writer = Writer(
+            session.config.folder, world.rank, world.size, world.broadcast(uuid.uuid4().hex[:8]), world.device
+        )
         self._pending: _Pending | None = None
         self._last = time.monotonic()
         self._waited = False
@@ -49,7 +49,7 @@ class Saving:
 
     def flags(self) -> tuple[bool, bool, bool]:
         """This rank's flags: time to save (by rank 0's clock), write in progress, write failed."""
-        minutes = self._config.checkpoint.every_minutes
+        minutes = self._session.config.checkpoint.every_minutes
         due = self._world.is_main and 0 < minutes <= (time.monotonic() - self._last) / 60
         busy = self._writer.busy  # asked first: a thread says what failed before it ends
         return due, busy, bool(self._writer.problem)
@@ -67,7 +67,7 @@ class Saving:
             return
         self._pending.committing = True
         if self._world.is_main:
-            settings = self._config.checkpoint
+            settings = self._session.config.checkpoint
             self._writer.commit(
                 self._pending.step,
                 self._backend.describe(),
@@ -82,7 +82,7 @@ class Saving:
         if self._pending is not None:
             if not self._waited:
                 self._waited = True
-                self._say(
+                self._session.say(
                     f"the checkpoint of step {step} waits for that of step {self._pending.step} to be written: "
                     "storage is slower than checkpoint.every_steps and checkpoint.every_minutes ask for."
                 )
@@ -111,21 +111,21 @@ class Saving:
         if broke:
             self._keep_traceback(failed)
         problems = [pair for pair in self._world.gather_objects((self._writer.problem, broke)) if pair[0]]
-        folder = RunFolder(self._config.folder).checkpoints
+        folder = self._session.folder
         if self._world.is_main:
             self._writer.discard(pending.step)
-        older = self._world.broadcast([path.name for path in RunFolder(self._config.folder).find_checkpoints()])
+        older = self._world.broadcast([path.name for path in folder.find_checkpoints()])
         rest = f"{older[0]} is untouched" if older else "there is no older one"
         what = f"the checkpoint of step {pending.step} could not be written"
         if unexpected := [text for text, broke in problems if broke]:
             raise RuntimeError(f"{what} ({unexpected[0]}), and not because of storage; {rest}")
         raise CheckpointError(
-            f"{what} to {folder} ({problems[0][0].removesuffix('.')}); {rest}. "
+            f"{what} to {folder.checkpoints} ({problems[0][0].removesuffix('.')}); {rest}. "
             "Then start the same command again: it resumes from there."
         )
 
     def _keep_traceback(self, failure: Exception | None) -> None:
         """Write the failed thread's traceback to the rank's error log in the run folder."""
-        log = RunFolder(self._config.folder).error_log(self._world.rank, "checkpoint")
+        log = self._session.folder.error_log(self._world.rank, "checkpoint")
         with suppress(OSError):
             log.write_text(redact_text("".join(traceback.format_exception(failure))))

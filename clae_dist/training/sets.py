@@ -18,9 +18,7 @@ from clae_dist.data.together import together
 from clae_dist.data.urls import is_tar, local_path, scheme
 from clae_dist.errors import DataError
 from clae_dist.training.plan import Plan
-from clae_dist.world import World
-
-Say = Callable[[str], None]
+from clae_dist.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,21 @@ def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
     return mix(sets, shares, config.data.train_split)
 
 
-def open_sets(config: Config, world: World, say: Say, progress: Callable[[], None] = lambda: None) -> Sets:
+def open_sets(session: Session, progress: Callable[[], None] = lambda: None) -> Sets:
     """Open the sets that the configuration names; each rank checks a part of the shards. Collective.
 
     `progress` is called repeatedly meanwhile.
 
     Raises the same DataError or ConfigError on every rank.
     """
+    config, world, say = session.config, session.world, session.say
     data, split = config.data, config.data.train_split
     main = open_shards(data, world, say, progress)
     others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
     train = _mixed(config, [main, *others])
     Plan.of(config, train.num_samples(split))
     for manifest in (main, *others):
-        _check(manifest, config, world, say, progress)
+        _check(manifest, session, progress)
     if others:
         say(f"data: a mixture of {train.name}; an epoch is as many images as they have together")
     if train.files is not None and train.files.any_remote:
@@ -101,17 +100,18 @@ def _check_different(sets: Sequence[Manifest]) -> None:
             )
 
 
-def _check(manifest: Manifest, config: Config, world: World, say: Say, progress: Callable[[], None]) -> None:
+def _check(manifest: Manifest, session: Session, progress: Callable[[], None]) -> None:
     """Check local shards; remote shards are checked when they are fetched."""
+    world, verify = session.world, session.config.data.verify
     shards = [shard for split in manifest.splits.values() for shard in split]
     if manifest.files is not None:
-        say(f"data: {manifest.name}, {len(shards)} shards at {manifest.where}; {manifest.files.describe()}")
+        session.say(f"data: {manifest.name}, {len(shards)} shards at {manifest.where}; {manifest.files.describe()}")
         return
 
     def check() -> str:
         for shard in shards[world.rank :: world.size]:
             try:
-                check_shard(manifest.folder, shard, config.data.verify)
+                check_shard(manifest.folder, shard, verify)
             except DataError as error:
                 return str(error)
             progress()
@@ -120,4 +120,4 @@ def _check(manifest: Manifest, config: Config, world: World, say: Say, progress:
     started = time.perf_counter()
     world.raise_together(DataError, together(world, check, progress))
     seconds = time.perf_counter() - started
-    say(f"data: {manifest.name}, {len(shards)} shards checked ({config.data.verify}) in {seconds:.1f} s")
+    session.say(f"data: {manifest.name}, {len(shards)} shards checked ({verify}) in {seconds:.1f} s")

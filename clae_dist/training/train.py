@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
@@ -37,6 +37,7 @@ from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.saving import Saving
+from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
 from clae_dist.training.watch import ENDING, Watch
 from clae_dist.world import World
@@ -65,22 +66,23 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
 
     config = recipe.config
     config.rows_per_rank(world.size)
+    session = Session(config, world, say)
     with (
-        failing_threads_end_the_rank(config, world),
+        failing_threads_end_the_rank(session),
         listen_for_stop(config.folder) as stop,
-        Watch(config, world, stop) as watch,
+        Watch(session, stop) as watch,
         only_run(config.folder, world, say),
     ):
-        return _train(recipe, world, stream, say, stop, watch)
+        return _train(recipe, session, stream, stop, watch)
 
 
-def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopRequest, watch: Watch) -> LoopResult:
-    config = recipe.config
+def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch) -> LoopResult:
+    config, world, say = session.config, session.world, session.say
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
     torch.set_num_threads(config.train.threads or threads_per_rank(world.local_size))
     say(f"{STARTING}opening and checking the shards")
-    sets = open_sets(config, world, say, progress=lambda: watch.doing("starting", 0))
+    sets = open_sets(session, progress=lambda: watch.doing("starting", 0))
     watch.doing("starting", 0)
     plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
 
@@ -94,7 +96,8 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
     shapes = shapes_of(model)
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
-    first_step, train_s, known_bad, skipped = _resume(config, world, backend, shapes, say)
+    before = _resume(session, backend, shapes)
+    first_step = before.step
     watch.doing("starting", first_step)
     for line in describe(plan, world, backend):
         say(line)
@@ -126,10 +129,11 @@ def _train(recipe: Recipe, world: World, stream: TextIO, say: Say, stop: StopReq
         )
     status: Status = "failed"
     try:
-        bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, known_bad)
-        journal = Journal(config, world, plan, tracker, bad, say, ledger, first_step, train_s)
-        nonfinite = NonFiniteSteps(config, world, backend, sets.train, skipped, say)
-        outcome = _Loop(config, world, backend, sets, plan, journal, stop, watch, bad, nonfinite, say).run(first_step)
+        bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, before.bad_samples)
+        journal = Journal(session, plan, tracker, bad, ledger, first_step, before.train_s)
+        nonfinite = NonFiniteSteps(session, backend, sets.train, before.skipped_steps)
+        saving = Saving(session, backend)
+        outcome = _Loop(session, backend, sets, plan, journal, stop, watch, bad, nonfinite, saving, first_step).run()
         status = outcome.status
         journal.close(outcome.step)
         watch.doing(ENDING, outcome.step)
@@ -152,18 +156,26 @@ def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say)
         say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
 
 
-def _resume(config: Config, world: World, backend: Backend, shapes: Shapes, say: Say) -> tuple[int, float, dict[str, str], int]:
-    """Load the newest complete checkpoint, if any.
+@dataclass(frozen=True)
+class _Before:
+    """The part of the run that earlier starts have done and saved."""
 
-    Returns the number of steps done, their seconds, their bad samples, and the number of skipped steps.
-    """
-    world.run_on_main(lambda: remove_leftovers(config.folder))
-    checkpoint = load_checkpoint(config.folder, say, world, shapes)
+    step: int = 0
+    train_s: float = 0.0
+    bad_samples: dict[str, str] = field(default_factory=dict)
+    skipped_steps: int = 0
+
+
+def _resume(session: Session, backend: Backend, shapes: Shapes) -> _Before:
+    """Load the newest complete checkpoint, if any."""
+    folder = session.config.folder
+    session.world.run_on_main(lambda: remove_leftovers(folder))
+    checkpoint = load_checkpoint(folder, session.say, session.world, shapes)
     if checkpoint is None:
-        return 0, 0.0, {}, 0
+        return _Before()
     backend.load_state(checkpoint.state())
     info = checkpoint.info
-    return checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0)
+    return _Before(checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0))
 
 
 def _next(batches: Iterator[LoadedBatch], rows: int, rank: int) -> tuple[LoadedBatch | None, str]:
@@ -182,49 +194,46 @@ def _next(batches: Iterator[LoadedBatch], rows: int, rank: int) -> tuple[LoadedB
     return batch, ""
 
 
+@dataclass
 class _Loop:
     """The loop over steps, with periodic logging, evaluation and checkpoints."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        backend: Backend,
-        sets: Sets,
-        plan: Plan,
-        journal: Journal,
-        stop: StopRequest,
-        watch: Watch,
-        bad: BadSamples,
-        nonfinite: NonFiniteSteps,
-        say: Say,
-    ) -> None:
-        self.config, self.world, self.backend, self.sets = config, world, backend, sets
-        self.plan, self.journal, self.stop, self.watch, self.bad, self.say = plan, journal, stop, watch, bad, say
-        self.nonfinite, self.clock = nonfinite, journal.clock
-        self.saving = Saving(config, world, backend, say)
-        self.step = self.saved = self.first_step = 0
+    session: Session
+    backend: Backend
+    sets: Sets
+    plan: Plan
+    journal: Journal
+    stop: StopRequest
+    watch: Watch
+    bad: BadSamples
+    nonfinite: NonFiniteSteps
+    saving: Saving
+    first_step: int
 
-    def run(self, first_step: int) -> LoopResult:
+    def __post_init__(self) -> None:
+        self.config, self.world, self.say = self.session.config, self.session.world, self.session.say
+        self.clock = self.journal.clock
+        self.step = self.saved = self.first_step
+
+    def run(self) -> LoopResult:
         """Run steps first_step … plan.total - 1, or until all ranks know of a stop request. Collective.
 
         Raises DataError on every rank if one rank cannot read its batch.
         """
         try:
-            return self._run(first_step)
-        except (DataError, RankError):  # raised by all ranks together: what was being saved is whole
+            return self._run()
+        except (DataError, RankError):  # raised by all ranks together: the checkpoint in progress is intact
             self._settle()
             raise
         finally:
             self.saving.close()
 
-    def _run(self, first_step: int) -> LoopResult:
+    def _run(self) -> LoopResult:
         plan, every = self.plan, self.config.train
-        self.step = self.saved = self.first_step = first_step
         run = make_pretraining(self.config, self.world, self.backend, self.clock)
         self.say(f"{STARTING}loader processes, the first batch and the first step")
-        batches = Transfer.to(self.world.device, load(self.sets.train, self.config, self.world, first_step, plan.total))
-        if first_step == 0 and plan.knn_every:
+        batches = Transfer.to(self.world.device, load(self.sets.train, self.config, self.world, self.step, plan.total))
+        if self.step == 0 and plan.knn_every:
             self.say(f"{STARTING}kNN of the untrained encoder")
             self._evaluate()
             self.say(f"{STARTING}the first batch and the first step")
@@ -298,7 +307,7 @@ class _Loop:
     def _evaluate(self) -> None:
         self._doing("evaluation")
         with self.clock.stopped():
-            self.journal.log(self.step, knn_while_training(self.config, self.world, self.backend, self.sets.main, self.say))
+            self.journal.log(self.step, knn_while_training(self.session, self.backend, self.sets.main))
 
     def _checkpoint(self, *, last: bool = False) -> None:
         """Begin to save; training waits only for a copy to memory."""
@@ -325,7 +334,7 @@ class _Loop:
             self.saving.settle()
 
     def _train_on(self, run: Pretraining, batch: LoadedBatch) -> float:
-        """Take one step, or skip it if loss or gradient are non-finite. Returns its metrics and learning rate."""
+        """Take one step, or skip it if its loss or gradient is non-finite. Returns its learning rate."""
         rate, moment = self.plan.learning_rate(self.step), self.plan.moment(self.step)
         seed_step(self.config, self.step, self.world.rank)
         self.backend.set_learning_rate(rate)

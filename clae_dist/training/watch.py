@@ -20,12 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from clae_dist.config import Config
 from clae_dist.errors import HUNG, STOPPED
 from clae_dist.runs.folder import RunFolder
 from clae_dist.training.guard import StopRequest
 from clae_dist.training.hang_report import Phase, Report, read_report, stacks_by_ranks, verdict
-from clae_dist.world import World, abandon
+from clae_dist.training.session import Session
+from clae_dist.world import abandon
 
 T = TypeVar("T")
 GRACE_S = 5.0  # for the others to write what they do, and for storage that may be what hangs
@@ -39,9 +39,10 @@ class Watch:
     """`doing` sets the rank's activity. A thread checks that it changes within guard.hang_s, and that after a stop request the
     rank exits within guard.stop_within_s."""
 
-    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
-        self._config, self._world, self._stop = config, world, stop
-        self._folder = RunFolder(config.folder).hang
+    def __init__(self, session: Session, stop: StopRequest) -> None:
+        config = session.config
+        self._config, self._world, self._stop = config, session.world, stop
+        self._folder = session.folder.hang
         self._hosts: list[str] = []
         self._now = Phase("starting", 0)
         self._main = threading.get_ident()

@@ -13,6 +13,7 @@ import pytest
 from clae_dist.config import Config
 from clae_dist.errors import UNEXPECTED
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
+from clae_dist.training.session import Session
 from clae_dist.world import World
 from tests.small_run import small_run
 
@@ -21,7 +22,7 @@ def run(config: Config, target: Any, monkeypatch: pytest.MonkeyPatch) -> list[in
     """The exit codes with which the thread ends the process."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    with failing_threads_end_the_rank(config, World.single("cpu")):
+    with failing_threads_end_the_rank(Session(config, World.single("cpu"), print)):
         thread = threading.Thread(target=target, name="a helper", daemon=True)
         thread.start()
         thread.join()

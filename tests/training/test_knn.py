@@ -20,6 +20,7 @@ from clae_dist.files import file_sha256
 from clae_dist.models import build_model
 from clae_dist.training import knn
 from clae_dist.training.knn import knn_while_training
+from clae_dist.training.session import Session
 from clae_dist.world import World
 from tests.small_run import small_run
 
@@ -52,7 +53,7 @@ def test_a_run_with_odd_labels_trains(tmp_path: Path, labels: dict[int, int], li
     config, said = small_run(manifest.folder, tmp_path / "run"), list[str]()
     model = build_model(config)
     backend: Any = SimpleNamespace(average_local_statistics=lambda: None, full_model=lambda: nullcontext(model))
-    found = knn_while_training(config, World.single("cpu"), backend, manifest, said.append)
+    found = knn_while_training(Session(config, World.single("cpu"), said.append), backend, manifest)
     assert ("knn_accuracy" in found, bool(found)) == (len(labels) == 1, len(labels) == 1)
     assert line in "\n".join(said)
 
@@ -68,7 +69,7 @@ def test_the_features_of_the_knn(
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(knn, "knn_accuracy", lambda bank, queries, *rest: seen.append(queries.features_NF) or 50.0)
     backend: Any = SimpleNamespace(average_local_statistics=lambda: None, full_model=lambda: nullcontext(model))
-    assert knn_while_training(config, World.single("cpu"), backend, manifest, pytest.fail)
+    assert knn_while_training(Session(config, World.single("cpu"), pytest.fail), backend, manifest)
     assert model.training
     ((pixels, *_),) = EvaluationSet(manifest, "test", 16, 0).batches(100)
     images = torch.as_tensor(pixels) / 255

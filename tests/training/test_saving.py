@@ -15,6 +15,7 @@ from clae_dist.runs.checkpoint import Piece
 from clae_dist.runs.folder import RunFolder, step_of
 from clae_dist.training import saving
 from clae_dist.training.saving import Saving
+from clae_dist.training.session import Session
 from clae_dist.world import World
 
 
@@ -36,7 +37,7 @@ def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: 
     clock = SimpleNamespace(monotonic=lambda: 60 * minutes, perf_counter=time.perf_counter)
     monkeypatch.setattr(saving, "time", clock)
     config = Config(run_dir=str(tmp_path), checkpoint=Checkpointing(every_minutes=10))
-    saves = Saving(config, World.single("cpu"), OneTensor(), pytest.fail)  # type: ignore[arg-type]
+    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor())  # type: ignore[arg-type]
     due = []
     for step in range(1, 26):
         minutes += 1

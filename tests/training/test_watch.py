@@ -13,6 +13,7 @@ import pytest
 from clae_dist.config import Config, Guard
 from clae_dist.training import watch
 from clae_dist.training.guard import StopRequest
+from clae_dist.training.session import Session
 from clae_dist.training.watch import Watch
 from clae_dist.world import World
 
@@ -33,6 +34,6 @@ def test_a_machine_that_slept_is_not_taken_for_a_rank_that_hangs(tmp_path: Path,
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=monotonic, time=time.time, sleep=time.sleep))
     monkeypatch.setattr(Watch, "_give_up", lambda self, *seen: given_up.append(seen))
     config = Config(run_dir=str(tmp_path), guard=Guard(hang_s=2.0))  # looks every 0.2 s; 8 s may pass while it starts
-    with Watch(config, World.single("cpu"), StopRequest(tmp_path)):
+    with Watch(Session(config, World.single("cpu"), print), StopRequest(tmp_path)):
         assert enough.wait(60)
     assert not given_up

@@ -1,0 +1,24 @@
+"""The context that the parts of a training run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clae_dist.config import Config
+from clae_dist.runs.folder import RunFolder
+from clae_dist.world import World
+
+
+@dataclass(frozen=True)
+class Session:
+    """A rank's part of a training run: settings, ranks and console. `say` prints a line on rank 0 and nothing elsewhere."""
+
+    config: Config
+    world: World
+    say: Callable[[str], None]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(self.config.folder)
