@@ -24,12 +24,21 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ORPHANED = 1  # exit code of a process whose parent had died before
 _dedicated = False
+_has_forked = False
 
 
 def dedicate_process() -> None:
     """Declare that this process does nothing but one command: no program of a user shares it, so it may be forked."""
     global _dedicated
     _dedicated = True
+
+
+def has_forked() -> bool:
+    """True in a process that shares its memory with a fork server (`fork_server_from_here`).
+
+    Taking down its interpreter would write to every object, and so copy what is shared.
+    """
+    return _has_forked
 
 
 def name_process(name: str) -> None:
@@ -77,6 +86,7 @@ def fork_server_from_here(preload: str) -> bool:
     doing anything where a fork is unsafe: in a process that is not dedicated (a notebook's), or has threads or a CUDA context.
     `fork_server` starts a new interpreter there when it is needed.
     """
+    global _has_forked
     from multiprocessing import forkserver, resource_tracker, util
 
     torch = sys.modules.get("torch")
@@ -98,6 +108,7 @@ def fork_server_from_here(preload: str) -> bool:
     finally:
         module.spawnv_passfds = start_interpreter
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _has_forked = True
     return True
 
 

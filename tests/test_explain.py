@@ -110,6 +110,8 @@ def complete(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyp
         ("clae train quickstart optim.name =", {"adamw", "sgd", "lars"}),
         ("clae train quickstart optim.name = la", {"lars"}),
         ("clae train quickstart optim.name=la", {"optim.name=lars"}),  # where "=" does not split words
+        ("clae train quickstart method.name = si", {"simclr"}),
+        ("clae train quickstart objective.name = nt", {"nt_xent"}),
         ("clae train quickstart seed = 1 train.compile = f", {"false"}),
         ("clae train quickstart run_dir = ru", {"runs"}),
         ("clae doctor quickstart launch.dev", {"launch.device="}),

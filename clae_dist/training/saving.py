@@ -43,9 +43,12 @@ class Saving:
         self._last = time.monotonic()
         self._waited = False
 
-    def reserve(self) -> None:
-        """Reserve host memory in the background, once the optimiser has a state."""
-        self._writer.reserve(self._backend.pieces())
+    def reserve(self, step: int, last_step: int) -> None:
+        """Reserve host memory in the background, once the optimiser has a state, if a save will come during training."""
+        settings = self._session.config.checkpoint
+        next_step = settings.every_steps and (step // settings.every_steps + 1) * settings.every_steps
+        if settings.every_minutes or 0 < next_step < last_step:
+            self._writer.reserve(self._backend.pieces())
 
     def flags(self) -> tuple[bool, bool, bool]:
         """This rank's flags: time to save (by rank 0's clock), write in progress, write failed."""
@@ -76,8 +79,11 @@ class Saving:
                 settings.keep_every_hours * 3600,
             )
 
-    def save(self, step: int, info: dict[str, Any]) -> float:
-        """Begin to save the state after `step` steps. Returns the seconds that training waited. Raises CheckpointError."""
+    def save(self, step: int, info: dict[str, Any], *, last: bool = False) -> float:
+        """Begin to save the state after `step` steps; after the last one, the caller calls `settle` next.
+
+        Returns the seconds that training waited. Raises CheckpointError.
+        """
         start = time.perf_counter()
         if self._pending is not None:
             if not self._waited:
@@ -89,7 +95,7 @@ class Saving:
             self.settle()
         self._backend.average_local_statistics()
         self._pending = _Pending(step, info)
-        self._writer.begin(step, self._backend.pieces())
+        self._writer.begin(step, self._backend.pieces(), unchanged=last)
         self._last = time.monotonic()
         return time.perf_counter() - start
 

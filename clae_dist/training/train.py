@@ -333,7 +333,7 @@ class _Loop:
         with self.clock.stopped():
             if last:  # that of a moment ago
                 self.saving.settle()
-            blocked_s = self.saving.save(self.step, info)
+            blocked_s = self.saving.save(self.step, info, last=last)
         self.saved = self.step
         self.journal.log(self.step, {"checkpoint_blocked_s": blocked_s})
 
@@ -354,7 +354,7 @@ class _Loop:
             self.journal.add(metrics)
         self.step += 1
         if self.step == self.first_step + 1:
-            self.saving.reserve()
+            self.saving.reserve(self.step, self.plan.total)
         self._doing("training")
         return rate
 

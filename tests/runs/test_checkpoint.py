@@ -75,6 +75,24 @@ def test_a_save_is_of_the_moment_it_began(tmp_path: Path, monkeypatch: pytest.Mo
     assert Checkpoint(RunFolder(tmp_path).find_checkpoints()[0])["model/w"].eq(1).all()
 
 
+def test_tensors_that_stay_unchanged_are_written_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostMemory, "copy", lambda *_: pytest.fail("a copy was made"))
+    tensors = {
+        "dense": torch.rand(3, 4, requires_grad=True),
+        "channels last": torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last),
+        "with gaps": torch.rand(9)[::3],
+        "scalar": torch.tensor(2.0),
+    }
+    writer = Writer(tmp_path, 0, 1, "a", CPU)
+    writer.begin(1, [pieces_of(f"model/{name}", value, 0, 1, False) for name, value in tensors.items()], unchanged=True)
+    writer.join()
+    writer.commit(1, "ddp", {"images_seen": 1}, 3, 0)
+    writer.join()
+    assert writer.problem == ""
+    saved = Checkpoint(RunFolder(tmp_path).find_checkpoints()[0])
+    assert all(torch.equal(saved[f"model/{name}"], value) for name, value in tensors.items())
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_tensors_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setattr("clae_dist.runs.checkpoint.write._MOVE", 1000)

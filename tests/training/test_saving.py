@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +49,24 @@ def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: 
     saves.close()
     assert due == [10, 20]
     assert [step_of(path) for path in RunFolder(tmp_path).find_checkpoints()] == [20, 10]
+
+
+@pytest.mark.parametrize(
+    ("every", "reserved"),
+    [
+        pytest.param({"every_steps": 4}, True, id="a save during training"),
+        pytest.param({"every_steps": 5}, False, id="only the last step"),
+        pytest.param({"every_steps": 0}, False, id="none"),
+        pytest.param({"every_steps": 0, "every_minutes": 1.0}, True, id="at any time"),
+    ],
+)
+def test_memory_is_reserved_only_for_a_save_during_training(tmp_path: Path, every: dict[str, Any], reserved: bool) -> None:
+    """The last save waits for its end, so it needs no copy."""
+    config = Config(run_dir=str(tmp_path), checkpoint=Checkpointing(**every))
+    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor())  # type: ignore[arg-type]
+    saves.reserve(1, 5)
+    saves.save(5, {"images_seen": 5}, last=True)
+    saves.settle()
+    saves.close()
+    assert (saves._writer._memory._bytes.numel() > 0) == reserved
+    assert [step_of(path) for path in RunFolder(tmp_path).find_checkpoints()] == [5]

@@ -138,11 +138,16 @@ class Writer:
         share = share_of(list(pieces), self._rank)
         self._start(lambda: self._memory.reserve(share))
 
-    def begin(self, step: int, pieces: Iterable[Piece]) -> None:
-        """Copy this rank's share of the pieces, and write the copy in the background."""
+    def begin(self, step: int, pieces: Iterable[Piece], *, unchanged: bool = False) -> None:
+        """Copy this rank's share of the pieces, and write the copy in the background.
+
+        Args:
+            unchanged: the tensors will not change before the write has ended; those of a CPU are then not copied.
+        """
         self.join()
         share = share_of(list(pieces), self._rank)
-        copies = self._memory.copy(share)
+        in_place = unchanged and self._device.type == "cpu"
+        copies = [piece.tensor for piece in share] if in_place else self._memory.copy(share)
         copied = None
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
