@@ -55,7 +55,7 @@ def test_the_whole_job_on_a_small_budget(images: Path, tmp_path: Path) -> None:
     for protocol in ("knn", "linear"):
         assert all(0 < accuracy <= 100 for accuracy in summary["results"][protocol]["accuracy"].values())
 
-    assert "ray: 2 worker(s)" in said
+    assert "ray: 2 workers" in said
     assert "on the global batch's negatives" in said
     assert "mlflow ui --backend-store-uri sqlite:///" in said
     assert "kNN" in said.rsplit("== Report", 1)[1]

@@ -85,7 +85,7 @@ def test_no_message_shows_one(text: str) -> None:
         "step  10/600  epoch   1.67  loss 6.3685 (clean 3.8888, adversarial 2.4796)  lr 0.000999  left 1:23:44",
         "data: colours, 2 shards at /data/a@b/x; cache /c (as much as the disk has)",
         "MLflow's page: mlflow ui --backend-store-uri sqlite:////runs/mlflow.db",
-        "ray: 2 worker(s), with Ray 2.60.0; 12:03:01 user@host:/path",
+        "ray: 2 workers, with Ray 2.60.0; 12:03:01 user@host:/path",
         "https://h/a.tar?…::https://h/b.tar?…::pipe:curl … and",
         "https://host:5000/a/b.tar and s3://bucket/x-{000000..000009}.tar",
         "compressed ones through pipe:gzip -dc FILE.tar.gz",

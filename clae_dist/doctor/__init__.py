@@ -10,6 +10,7 @@ from clae_dist.doctor.finding import Finding
 from clae_dist.doctor.machine import clock, devices, limits, open_files, shared_memory
 from clae_dist.doctor.software import packages, python
 from clae_dist.doctor.stores import disk, mlflow_store, shards
+from clae_dist.wording import count_of
 
 Say = Callable[[str], None]
 
@@ -22,7 +23,7 @@ def run_doctor(config: Config | None, say: Say) -> int:
         say(f"{finding.level:<8}  {finding.what:<15}  {finding.found}")
         if finding.advice:
             say(f"{'':<8}  {'':<15}  -> {finding.advice}")
-    say(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['problem']} problems")
+    say(f"{counts['ok']} ok, {count_of(counts['warning'], 'warning')}, {count_of(counts['problem'], 'problem')}")
     return 1 if counts["problem"] else 0
 
 

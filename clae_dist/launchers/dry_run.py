@@ -15,6 +15,7 @@ from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending
 from clae_dist.recipe import Recipe
 from clae_dist.training.plan import Plan
+from clae_dist.wording import count_of
 
 _ROWS = 4  # a rank
 
@@ -51,5 +52,5 @@ def dry_run(recipe: Recipe, *, debug: bool = False) -> Ending:
         ending = start(recipe._replace(config=tiny), debug=debug)
     alone = ", without the other sets of data.mixture" if config.data.mixture else ""
     what = f"one step of {size} {images}{alone}"
-    message = f"{config.model.encoder} on {workers} rank(s), {what}; tracking and evaluation were skipped"
+    message = f"{config.model.encoder} on {count_of(workers, 'rank')}, {what}; tracking and evaluation were skipped"
     return replace(ending, message=ending.message if ending.code else message)

@@ -26,6 +26,7 @@ from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Recipe, Setting, build
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
+from clae_dist.wording import count_of
 
 _POLL_S = 0.2
 _GRACE_S = 15.0  # beyond guard.stop_within_s: ranks see the request and say how they end
@@ -79,7 +80,7 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     sizes = working_sizes(config)
     ray = _import_ray()
     others = f", or as few as {sizes[0]} while hosts are missing" if len(sizes) > 1 else ""
-    announce(f"ray: {sizes[-1]} worker(s){others}, with Ray {ray.__version__}; starting takes half a minute")
+    announce(f"ray: {count_of(sizes[-1], 'worker')}{others}, with Ray {ray.__version__}; starting takes half a minute")
     left_out = sorted(set(range(sizes[0], sizes[-1])) - set(sizes))
     if left_out:
         announce(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")

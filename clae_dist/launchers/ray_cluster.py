@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.versions import differences, host_versions
+from clae_dist.wording import count_of
 
 _NAMESPACE, _KEY = b"clae-dist", b"versions"
 _WAY_OUT = "install the same on all hosts (launch/env.sh of the same checkout does), then start this one again."
@@ -51,7 +52,7 @@ def compare(address: str) -> str:
         here = host_versions()
         told = ray.get(asked, timeout=120)
         different = [text for there, name in told if (text := differences(there, here, name, platform.node()))]
-        print(f"{len(nodes)} node(s), {ray.cluster_resources().get('CPU', 0):g} CPUs, ", end="")
+        print(f"{count_of(len(nodes), 'node')}, {ray.cluster_resources().get('CPU', 0):g} CPUs, ", end="")
         print(f"{ray.cluster_resources().get('GPU', 0):g} GPUs; {', '.join(f'{k} {v}' for k, v in here.items())}")
         return f"{'; '.join(different)}; {_WAY_OUT}" if different else ""
     finally:

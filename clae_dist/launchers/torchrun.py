@@ -9,6 +9,7 @@ from clae_dist.errors import BAD_CONFIG, ConfigError
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
 from clae_dist.recipe import Recipe
+from clae_dist.wording import count_of
 
 
 def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
@@ -36,9 +37,10 @@ def _check_elastic(config: Config) -> None:
     sizes = [hosts * per_host for hosts in range(int(low), int(high) + 1)]
     if wrong := [size for size in sizes if not config.works_on(size)]:
         raise ConfigError(
-            f"--nodes is {low}:{high} with {per_host} rank(s) each, but {' or '.join(map(str, wrong))} ranks cannot share "
-            f"batch.global_size {config.batch.global_size} in {config.num_streams} streams, and torchrun takes any number "
-            "between; use another range or batch.global_size, or Ray, which is told which numbers work (launch.min_workers)."
+            f"--nodes is {low}:{high} with {count_of(per_host, 'rank')} each, but {' or '.join(map(str, wrong))} ranks cannot "
+            f"share batch.global_size {config.batch.global_size} in {config.num_streams} streams, and torchrun takes any "
+            "number between; use another range or batch.global_size, or Ray, which is told which numbers work "
+            "(launch.min_workers)."
         )
 
 

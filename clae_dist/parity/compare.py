@@ -58,6 +58,7 @@ class Parity:
     param_grad: Difference
     input_grad: Difference
     params_after: Difference
+    attacked: bool  # the method attacks images: without that there is no input gradient and no delta
     delta_sign_agreement: float  # share of pixels with equal signs
     world_size: int
     backend: str
@@ -170,6 +171,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
     cause = likely_cause(config, world_size, dtype, wrong, many, one) if wrong else ""
     return Parity(
         **differences,
+        attacked=bool(one.signs.numel()),
         delta_sign_agreement=agreement,
         world_size=world_size,
         backend=config.parallel.backend,
@@ -247,10 +249,14 @@ def table(parity: Parity) -> Iterator[str]:
     yield f"  {'':<24}{'absolute':>12}{'relative':>12}{'rounding' if parity.rounding else '':>12}   largest in"
     for name, label in _QUANTITIES.items():
         value: Difference = getattr(parity, name)
+        if name == "input_grad" and not parity.attacked:
+            yield f"  {label:<24}{'–':>12}{'–':>12}{'':>12}   the method attacks no images"
+            continue
         verdict = f"   <- differs, {value.first} first, by {value.first_by:.2e}" if value.first else ""
         alone = f"{parity.rounding[name]:.2e}" if parity.rounding else ""
         yield f"  {label:<24}{value.absolute:>12.2e}{value.relative:>12.2e}{alone:>12}   {value.tensor}{verdict}"
-    yield f"  {'signs of delta':<24}{parity.delta_sign_agreement:>11.4%}"
+    if parity.attacked:
+        yield f"  {'signs of delta':<24}{parity.delta_sign_agreement:>11.4%}"
     if parity.free_running is not None:
         free = parity.free_running
         label = f"parameters, {parity.steps} free steps"
@@ -259,6 +265,7 @@ def table(parity: Parity) -> Iterator[str]:
     bar = f"{TOLERANCE[parity.dtype]:g} {'relative' if parity.rounding else 'absolute'}"
     rest = f", or {_TIMES_ROUNDING:g} times what rounding does to one process" if parity.rounding else ""
     where = f" at step {parity.failed_step}" if parity.failed_step else ""
-    yield f"parity: {'passed' if parity.passed else 'FAILED'}{where} (bar: {bar}{rest}; all signs)"
+    signs = "; all signs" if parity.attacked else ""
+    yield f"parity: {'passed' if parity.passed else 'FAILED'}{where} (bar: {bar}{rest}{signs})"
     if parity.cause:
         yield f"usual cause: {parity.cause}"

@@ -70,7 +70,8 @@ def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], fol
         )
     else:
         place = f"{first.doing} in {first.where}"
-        cause = f"all {num_ranks} rank(s) wait at {place}, such as {_of([first])}: network, device or storage"
+        waiting = "the only rank waits" if num_ranks == 1 else f"all {num_ranks} ranks wait"
+        cause = f"{waiting} at {place}, such as {_of([first])}: network, device or storage"
     stacks = RunFolder(folder).hang
     return (
         f"no progress for {first.quiet_s:.0f} s after step {first.step}: {cause}. Stacks of all ranks: {stacks}. "

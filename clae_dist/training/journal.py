@@ -16,6 +16,7 @@ from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
+from clae_dist.wording import count_of
 
 GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
 MOST_WAIT = WAITING  # percent of the time for data, above which a run says what to change
@@ -104,6 +105,6 @@ class Journal:
             self._session.say(
                 f"{waited:.0f} % of the time is spent waiting for data, more than {MOST_WAIT} %: more loader processes "
                 f"(data.workers is {workers} a rank, this machine has {usable_cores()} cores for "
-                f"{self._world.local_size} rank(s)), or smaller images (`python -m data_prep … --resize short=256`); "
+                f"{count_of(self._world.local_size, 'rank')}), or smaller images (`python -m data_prep … --resize short=256`); "
                 "`clae bench data` measures a core's rate."
             )

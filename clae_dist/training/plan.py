@@ -14,6 +14,7 @@ from clae_dist.data.loader import num_workers
 from clae_dist.errors import DataError
 from clae_dist.parallel import Backend
 from clae_dist.parallel.optim import learning_rate_at
+from clae_dist.wording import count_of
 from clae_dist.world import World
 
 
@@ -30,7 +31,7 @@ class Plan:
 
     @staticmethod
     def of(config: Config, num_samples: int) -> Plan:
-        """Raises DataError when there are fewer images than one global batch."""
+        """The plan for a split of `num_samples` images. Raises DataError if there are fewer than one global batch."""
         size = config.batch.global_size
         steps = num_samples // size
         if not steps:
@@ -52,7 +53,7 @@ class Plan:
         )
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Learning rate of step `step`, counted from 0."""
         config = self.config
         factors = {int(epoch) * self.steps_per_epoch: factor for epoch, factor in config.optim.factors.items()}
         return learning_rate_at(step, self.total, self.warmup, config.learning_rate(), config.optim.schedule, factors)
@@ -66,15 +67,15 @@ class Plan:
 
 
 def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
-    """Lines for the console: decisions, with their reasons. A collective: every rank must exhaust it."""
+    """Yield the lines that the console prints before the first step: what was chosen, and why. Collective: exhaust it."""
     config = plan.config
     size, rows = config.batch.global_size, config.rows_per_rank(world.size)
     micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
     streams = f"{1 + len(config.data.mixture)} sets" if config.data.mixture else f"{config.num_streams} canonical streams"
     hosts = sorted(set(world.gather_objects(platform.node())))
     yield (
-        f"ranks: {world.size} on {len(hosts)} host(s), {world.device.type}, {torch.get_num_threads()} torch thread(s) each; "
-        f"{backend.describe()}"
+        f"ranks: {world.size} on {count_of(len(hosts), 'host')}, {world.device.type}, "
+        f"{count_of(torch.get_num_threads(), 'torch thread')} each; {backend.describe()}"
     )
     yield f"precision: {backend.precision} ({backend.precision_reason})"
     yield (
@@ -83,13 +84,13 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     )
     yield (
         f"batch: {size} images = {world.size} x {rows}{micro}; {streams}; "
-        f"{num_workers(config, world.local_size)} loader process(es) a rank"
+        f"{count_of(num_workers(config, world.local_size), 'loader process', 'loader processes')} a rank"
     )
-    left_out = 0 if config.data.mixture else plan.num_samples - plan.steps_per_epoch * size
-    rest = f"; {left_out} are skipped, different ones each epoch" if left_out else ""
-    yield f"epoch: {plan.num_samples} images = {plan.steps_per_epoch} steps{rest}"
+    skipped = 0 if config.data.mixture else plan.num_samples - plan.steps_per_epoch * size
+    rest = f"; {skipped:,} are skipped, different ones each epoch" if skipped else ""
+    yield f"epoch: {plan.num_samples:,} images = {count_of(plan.steps_per_epoch, 'step')}{rest}"
     yield (
-        f"length: {plan.total} steps, {config.train.epochs:g} epochs; peak learning rate {config.learning_rate():.4g} "
-        f"({config.optim.name}, {config.optim.scaling} scaling)"
+        f"length: {count_of(plan.total, 'step')}, {count_of(config.train.epochs, 'epoch')}; "
+        f"peak learning rate {config.learning_rate():.4g} ({config.optim.name}, {config.optim.scaling} scaling)"
     )
     yield config.method.describe(config.attack)

@@ -42,6 +42,7 @@ from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
 from clae_dist.training.watch import ENDING, Watch
+from clae_dist.wording import count_of
 from clae_dist.world import World
 
 Say = Callable[[str], None]
@@ -267,7 +268,7 @@ class _Loop:
             if self.step == plan.total or (every_steps and self.step % every_steps == 0):
                 self._checkpoint(last=self.step == plan.total)
         self._settle()
-        self.say(f"finished: {self.step} steps, {plan.images_seen(self.step):,} images")
+        self.say(f"finished: {count_of(self.step, 'step')}, {plan.images_seen(self.step):,} images")
         return LoopResult("finished", self.step)
 
     def _doing(self, what: Kind) -> None:

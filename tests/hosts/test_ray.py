@@ -85,9 +85,9 @@ def test_three_hosts_train_to_the_bits_of_one(
     assert 5 <= saved_steps(tmp_path / "run")[0] < STEPS
     code, said = finish(cluster.submit(recipe, overrides))
     assert code == 0, said
-    assert "3 node(s), 3 CPUs, 0 GPUs; Python" in said
+    assert "3 nodes, 3 CPUs, 0 GPUs; Python" in said
     assert len(said.splitlines()) < 50, said  # our lines, not Ray's
-    assert "ranks: 3 on 3 host(s)" in said
+    assert "ranks: 3 on 3 hosts" in said
     assert_same_weights(tmp_path / "run", undisturbed(3))
 
     cluster.ok(2, "stop")
@@ -132,12 +132,12 @@ def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     process = cluster.submit(recipe, [f"run_dir={run_dir}", *(f"train.{key}={value}" for key, value in LONG.items()), *elastic])
     wait_for(run_dir, "step   5/120", [process])
     disturb(cluster)
-    shrunk = wait_for(run_dir, "ranks: 2 on 2 host(s)", [process], timeout_s=400)
+    shrunk = wait_for(run_dir, "ranks: 2 on 2 hosts", [process], timeout_s=400)
     _return(cluster)
     code, said = finish(process, timeout_s=600)
     assert code == 0, said
     console = (run_dir / "console.log").read_text()[len(shrunk) :]
-    assert "ranks: 3 on 3 host(s)" in console
+    assert "ranks: 3 on 3 hosts" in console
     assert "stopped after step" in console  # it saved before it grew
     assert_steps_once(run_dir, LONG_STEPS)
     found, wanted = weights(run_dir, LONG_STEPS), weights(undisturbed(3, **LONG), LONG_STEPS)

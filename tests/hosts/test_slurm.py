@@ -58,7 +58,7 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
     assert f"stopped with everything saved; requeueing job {job}" in said
     assert "started again for the 1. time" in said
     assert "resuming after step" in said
-    assert "ranks: 2 on 2 host(s)" in said
+    assert "ranks: 2 on 2 hosts" in said
     assert_same_weights(run_dir, undisturbed(2))
 
 

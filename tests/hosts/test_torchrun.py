@@ -71,7 +71,7 @@ def test_numbers_of_hosts_that_cannot_share_the_batch_are_refused_at_the_start(
     process = hosts.popen(1, torchrun(hosts, "2:3", recipe, overrides))
     code, said = finish(hosts.popen(0, torchrun(hosts, "2:3", recipe, overrides)))
     assert code == finish(process)[0] == 2
-    assert "--nodes is 2:3 with 1 rank(s) each, but 3 ranks cannot share batch.global_size 16" in said
+    assert "--nodes is 2:3 with 1 rank each, but 3 ranks cannot share batch.global_size 16" in said
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_three_hosts_train_to_the_bits_of_one(hosts: Hosts, recipe: Path, tmp_pa
     for process in start():
         code, said = finish(process)
         assert code == 0, said
-    assert "ranks: 3 on 3 host(s)" in (tmp_path / "run" / "console.log").read_text()
+    assert "ranks: 3 on 3 hosts" in (tmp_path / "run" / "console.log").read_text()
     assert_same_weights(tmp_path / "run", undisturbed(3))
 
 
@@ -130,10 +130,10 @@ def test_static_rendezvous_ends_with_a_lost_host_and_goes_on_from_the_checkpoint
 def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
     overrides = [f"run_dir={tmp_path}/run", "train.epochs=12"]
     start = [hosts.popen(host, torchrun(hosts, "2:3", recipe, overrides)) for host in range(3)]
-    wait_for(tmp_path / "run", "ranks: 3 on 3 host(s)", start)
+    wait_for(tmp_path / "run", "ranks: 3 on 3 hosts", start)
     wait_for(tmp_path / "run", "step  5/48", start)
     hosts.kill(2)
-    wait_for(tmp_path / "run", "ranks: 2 on 2 host(s)", start[:2])
+    wait_for(tmp_path / "run", "ranks: 2 on 2 hosts", start[:2])
     start[2] = hosts.popen(2, torchrun(hosts, "2:3", recipe, overrides))
     for process in start:
         code, said = finish(process)

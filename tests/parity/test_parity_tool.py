@@ -91,6 +91,8 @@ def test_what_is_right_passes(ranks: RankPool, world_size: int, encoder: str) ->
 def test_methods_pass(ranks: RankPool, variant: steps.Variant) -> None:
     found = ranks.run(2, on_ranks, replace(CONFIG, method=variant.method, attack=variant.attack), "")[0]
     assert found.passed, found
+    lines = "\n".join(table(found))
+    assert ("attacks no images" in lines) == ("signs of delta" not in lines) == (variant.method.name == "simclr")
 
 
 @pytest.mark.parametrize(

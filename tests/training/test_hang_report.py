@@ -29,7 +29,7 @@ def report(rank: int, doing: str = "training", where: str = "flags_anywhere (wor
         ),
         (
             [report(rank) for rank in range(4)],
-            "all 4 rank(s) wait at training in flags_anywhere (world.py:1), such as rank 0 on a",
+            "all 4 ranks wait at training in flags_anywhere (world.py:1), such as rank 0 on a",
         ),
     ],
 )
