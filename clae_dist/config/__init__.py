@@ -73,6 +73,7 @@ class Config(Section):
             near = _nearest_divisor(size, streams)
             raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; try {near}.")
         self.method.check(self.attack)
+        self.method.check_run(self)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
             raise ConfigError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, but train.epochs is {self.train.epochs:g}; "
@@ -121,7 +122,7 @@ class Config(Section):
             self,
             data=replace(self.data, streams=0),
             batch=replace(self.batch, global_size=rows * world_size, micro_size=micro),
-            method=self.method.for_few_rows(),
+            method=self.method.for_few_rows(rows * world_size),
         )
 
     def learning_rate(self) -> float:

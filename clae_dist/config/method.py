@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from clae_dist.config.rules import Section, setting
+
+if TYPE_CHECKING:
+    from clae_dist.config import Config
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,15 @@ class MethodSettings(Section, prefix="method"):
     title: ClassVar[str] = ""  # as reports and exports print it
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images, along norm layers of their own
 
-    name: str = setting("", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+    name: str = setting("", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+
+    @property
+    def key_decay(self) -> float:
+        """Decay of the momentum encoder's average of the weights; 0: there is none."""
+        return 0.0
+
+    def check_run(self, config: Config) -> None:
+        """Raise ConfigError if the method cannot work with the settings of the run."""
 
     def describe(self, attack: Attack) -> str:
         """One line for the console at the start of a run."""
@@ -34,8 +45,8 @@ class MethodSettings(Section, prefix="method"):
         """These settings with every term of the loss present from the first step: for measurements and rehearsals."""
         return self
 
-    def for_few_rows(self) -> Self:
-        """`from_the_start`, with shares of the batch that any even number of rows has."""
+    def for_few_rows(self, global_size: int) -> Self:
+        """`from_the_start`, with shares that any even number of rows has, and sizes that suit a global batch of so few."""
         return self.from_the_start()
 
 

@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from clae_dist import collectives
 from clae_dist.config import Objective
@@ -123,6 +124,21 @@ class Contrast:
             return per_pair_loss(self._objective, a, b, start, self._settings)
         assert isinstance(self._objective, PerAnchor)
         return per_anchor_loss(self._objective, a, b, start, self._settings, self._group)
+
+    def match(
+        self, queries_BD: torch.Tensor, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any
+    ) -> torch.Tensor:
+        """See Step.match. The similarities (B, K + N) exist at once."""
+        z, mine, everyone = map(at_least_float32, (queries_BD, keys.mine.detach(), keys.all.detach()))
+        images = torch.arange(len(mine), device=z.device)[index]
+        blocks = [(z * mine[index]).sum(1, keepdim=True)]
+        if queue_KD is not None:
+            blocks.append(z @ queue_KD.to(z.dtype).T)
+        if with_batch:
+            own = F.one_hot(self._rank * len(mine) + images, len(everyone)).bool()
+            blocks.append((z @ everyone.T).masked_fill(own, -torch.inf))
+        similar = torch.cat(blocks, 1) / self._settings.temperature
+        return (similar.logsumexp(1) - similar[:, 0]).mean()
 
 
 def per_anchor_loss(

@@ -28,6 +28,7 @@ class AttackedModel(Protocol):
     """Interface of a model for attacks."""
 
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
+    def key_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
     def untouched(self) -> AbstractContextManager[None]: ...
     def frozen(self) -> AbstractContextManager[None]: ...
     def parameters(self) -> Iterable[torch.Tensor]: ...
@@ -77,6 +78,10 @@ class Encoding:
         """Embeddings without a graph."""
         with torch.no_grad():
             return torch.cat([self.backend.attack_embed(part, route) for part in self._split(images)])
+
+    def keys(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Embeddings by the momentum encoder, without a graph."""
+        return torch.cat([self.backend.key_embed(part, route) for part in self._split(images)])
 
     def input_gradient(self, images: torch.Tensor, route: Route, loss_of: LossOf) -> LossAndGradient:
         """loss_of(z) and its gradient with respect to the images alone (B, 3, S, S): no parameter gradient, no reduction."""

@@ -120,14 +120,33 @@ class Step(ABC):
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
-    def embed_constant(self, images: torch.Tensor, route: Route = "clean") -> Rows:
-        """Unit rows of `images` without gradients; running statistics are not updated. Collective."""
+    def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
+        """Unit rows of `images` without gradients; running statistics are not updated. Collective.
+
+        With `momentum`, by the momentum encoder (MethodSettings.key_decay), which uses no batch statistics.
+        """
+        if momentum:
+            return self.run.contrast.rows(self.run.encoding.keys(images, route))
         with self.run.encoding.backend.untouched():
             return self.run.contrast.rows(self.run.encoding.constant(images, route))
 
     def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
         """The objective of the run: this rank's share, the mean over its anchors. Collective."""
         return self.run.contrast(anchors, keys)
+
+    def match(
+        self, queries: Rows, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any = _ALL
+    ) -> torch.Tensor:
+        """The mean over this rank's queries of the cross-entropy of a query's similarity to its own key, among that key, the
+        rows of the queue and, `with_batch`, the keys of all other images of the global batch.
+
+        Keys and queue are constants: a query has the gradient of its own term alone, and no gradient returns from other ranks.
+
+        Args:
+            index: the images of `keys` that the queries are of (see `choose`).
+        Reference: He et al. 2020, equation 1.
+        """
+        return self.run.contrast.match(queries.mine, keys, queue_KD, with_batch=with_batch, index=index)
 
     def choose(self, count: int, num_rows: int) -> Any:
         """An index of `count` of this rank's `num_rows` rows, evenly spaced: the same images for every number of ranks."""

@@ -64,7 +64,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     folder = RunFolder(record.run_dir)
     return {
         "name": record.config.name,
-        "method": "CLAE" if record.config.method.uses_attack else "SimCLR",
+        "method": record.config.method.title or record.config.method.name,
         "images_seen": metrics.images_seen,
         "images_per_s": statistics.median(rates) if rates else None,
         "loss": metrics.last("loss"),

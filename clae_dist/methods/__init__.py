@@ -13,6 +13,7 @@ from clae_dist.errors import ConfigError
 METHODS = {
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
+    "moco": "clae_dist.methods.moco:MoCo",
     "simclr": "clae_dist.methods.simclr:SimClr",
 }
 

@@ -65,5 +65,5 @@ class AdversarialTerm(MethodSettings):
     def from_the_start(self) -> Self:
         return replace(self, start_epoch=0.0, every=1)
 
-    def for_few_rows(self) -> Self:
+    def for_few_rows(self, global_size: int) -> Self:
         return replace(self.from_the_start(), fraction=0.5 if self.fraction < 1 else 1.0)

@@ -24,7 +24,7 @@ class ClaeSettings(AdversarialTerm):
     """The keys `method.*` of CLAE."""
 
     title: ClassVar[str] = "CLAE"
-    name: str = setting("clae", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+    name: str = setting("clae", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
     anchor: Literal["same", "other"] = setting(
         "same", help="View that is attacked: the anchor's own (same), or the other view of its image (other)."
     )

@@ -25,7 +25,7 @@ class ClaeFusedSettings(AdversarialTerm):
     """The keys `method.*` of fused CLAE."""
 
     title: ClassVar[str] = "CLAE (fused attack)"
-    name: str = setting("clae_fused", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+    name: str = setting("clae_fused", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
 
     def check(self, attack: Attack) -> None:
         one = "method.name=clae_fused takes one gradient, that of the clean loss in view y"

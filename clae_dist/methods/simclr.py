@@ -23,7 +23,7 @@ class SimClrSettings(MethodSettings):
     """SimCLR has no settings of its own."""
 
     title: ClassVar[str] = "SimCLR"
-    name: str = setting("simclr", help="Pretraining method: clae, clae_fused, simclr, or package.module:Class.")
+    name: str = setting("simclr", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
 
 
 class SimClr(Method):

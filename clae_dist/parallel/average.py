@@ -1,4 +1,7 @@
-"""Exponential moving average of the weights, for evaluation. Reference: Polyak & Juditsky 1992."""
+"""Exponential moving average of the weights: for evaluation, and for the keys of methods with a momentum encoder.
+
+Reference: Polyak & Juditsky 1992.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import torch
 
 
 class WeightAverage:
-    """average ← decay · average + (1 - decay) · weights, for this rank's shards of the weights.
+    """average ← decay · average + (1 - decay) · weights, for this rank's shards of the weights and other tensors of the model.
 
-    Running statistics are not averaged: those of the model are used. With decay 0 there is no average.
+    Tensors that are not among them, such as running statistics, are the model's own. With decay 0 there is no average.
     """
 
     def __init__(self, shards: Sequence[torch.Tensor], decay: float) -> None:

@@ -25,6 +25,8 @@ from clae_dist.parallel.named_state import everywhere, gather_whole
 from clae_dist.runs.checkpoint import Piece, Place, sections
 from clae_dist.world import World
 
+_STATISTICS = ("running_mean", "running_var")
+
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """The precision of a run and the reason for it."""
@@ -56,6 +58,8 @@ class Backend(ABC):
             compile_blocks(self.model.encoder)
         self._wrap()
         self.average = WeightAverage(self._shards(), config.train.ema_decay)
+        self._key_statistics = {name: value for name, value in self.model.named_buffers() if name.endswith(_STATISTICS)}
+        self.keys = WeightAverage([*self._shards(), *self._key_statistics.values()], config.method.key_decay)
         self.method_state = self._method_state()
 
     # ---- implemented by a backend ----
@@ -132,6 +136,21 @@ class Backend(ABC):
         with self.autocast():
             return self.model(images, route)
 
+    def key_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
+        """Unit rows (B, D) by the momentum encoder: average of weights and running statistics, in evaluation mode; no graph.
+
+        Collective with sharded parameters. Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
+        """
+        training = self.model.training
+        self._shards()  # only shards take the average: whole parameters go first, and again afterwards
+        with torch.no_grad(), self.keys.in_place():
+            self.model.eval()
+            try:
+                return self.attack_embed(images, route)
+            finally:
+                self.model.train(training)
+                self._shards()
+
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 
@@ -156,8 +175,9 @@ class Backend(ABC):
         Returns the norm before clipping.
         """
         norm = self._step()
-        if not self.average.decay or norm.isfinite():
+        if (self.average.decay or self.keys.decay) and norm.isfinite():
             self.average.update()
+            self.keys.update()
         return norm
 
     def gradient_norms(self) -> dict[str, float]:
@@ -184,9 +204,29 @@ class Backend(ABC):
             yield place.piece(f"model/{name}", parts.get(name, value))
         for (name, parameter), part in zip(weights.items(), self.average.parts, strict=False):  # none without an average
             yield self._place(parameter).piece(f"average/{name}", part)
+        yield from self._key_pieces("keys/")
         for name, value in self.method_state.items():
             yield everywhere(value, self.world).piece(f"method/{name}", value)
         yield from self._optimizer_pieces()
+
+    def _key_pieces(self, prefix: str) -> Iterator[Piece]:
+        """This rank's pieces of the momentum encoder: parameters and running statistics; none without one."""
+        places = [self._place(parameter) for parameter in self.model.parameters()]
+        places += [everywhere(value, self.world) for value in self._key_statistics.values()]
+        names = [*(name for name, _ in self.model.named_parameters()), *self._key_statistics]
+        for name, place, part in zip(names, places, self.keys.parts, strict=False):
+            yield place.piece(f"{prefix}{name}", part)
+
+    def key_weights(self) -> dict[str, torch.Tensor]:
+        """The momentum encoder's parameters and running statistics on every rank; {} without one. Collective."""
+        return dict(gather_whole(self._key_pieces(""), self.world))
+
+    def load_key_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Load the result of `key_weights`."""
+        for (name, parameter), part in zip(self.model.named_parameters(), self.keys.parts, strict=False):
+            self._place(parameter).fill(part, weights[name])
+        for name, part in zip(reversed(self._key_statistics), reversed(self.keys.parts), strict=False):
+            part.copy_(weights[name])
 
     def _place(self, parameter: nn.Parameter) -> Place:
         """Position of this rank's shard within the unsharded parameter."""
@@ -209,6 +249,8 @@ class Backend(ABC):
                     self._place(parameter).fill(part, state[section][name])
         for name, buffer in self._buffers().items():
             buffer.copy_(state["model"][name])
+        if self.keys.decay:
+            self.load_key_weights(state["keys"])
         for name, value in self.method_state.items():
             value.copy_(state["method"][name])
         self._weights_written()

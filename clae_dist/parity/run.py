@@ -47,7 +47,7 @@ def tiny(recipe: Recipe, *, world_size: int, rows: int) -> Config:
         precision = "float32" if config.parallel.backend == "deepspeed" else "float64"
     micro = config.batch.micro_size
     try:
-        config.method.for_few_rows().check_rows(rows, max(1, rows // 2) if micro else 0)
+        config.method.for_few_rows(rows * world_size).check_rows(rows, max(1, rows // 2) if micro else 0)
     except ConfigError as error:
         raise ConfigError(f"--rows is {rows}, which does not suit the method ({error}); use an even number.") from None
     if rows % 2 and micro:

@@ -87,13 +87,14 @@ class NonFiniteSteps:
             "gradient_norms": {name: norms[name] for name in worst},
             "ranks": self._world.gather_objects(rank),
         }
-        weights = self._backend.weights()
+        weights, keys = self._backend.weights(), self._backend.key_weights()
 
         def write() -> str:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
                 save_file({**self._backend.method_state}, folder / "method.safetensors")
+                save_file(keys, folder / "keys.safetensors")
                 write_atomically(folder / "step.json", (json.dumps(content, indent=1) + "\n").encode())
             except (OSError, SafetensorError) as error:  # the step is skipped without the record
                 return f"step {step + 1} could not be recorded: {error}"

@@ -111,6 +111,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     backend = make_backend(config, model, world)
     for name, value in _tensors(folder / "method.safetensors", backend.method_state).items():
         backend.method_state[name].copy_(value)
+    backend.load_key_weights(_tensors(folder / "keys.safetensors", backend.key_weights()))
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])
     run = make_pretraining(config, world, backend, Clock(world.device))

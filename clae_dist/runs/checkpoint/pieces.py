@@ -88,13 +88,13 @@ class StateSection(Mapping[str, torch.Tensor]):
 
 def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """{"model": {name: tensor}, "optimizer": {parameter: {"exp_avg": tensor, …}}, "average": {name: tensor},
-    "method": {name: tensor}}.
+    "method": {name: tensor}, "keys": {name: tensor}}; the last two only where the method has a state or a momentum encoder.
 
     The average, if any, has the model's names: buffers, which are not averaged, are the model's own.
     """
     model: dict[str, str] = {}
     average: dict[str, str] = {}
-    method: dict[str, str] = {}
+    others: dict[str, dict[str, str]] = {"method": {}, "keys": {}}
     optimizer: dict[str, dict[str, str]] = {}
     for name in tensors:
         section, _, rest = name.partition("/")
@@ -102,8 +102,8 @@ def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
             model[rest] = name
         elif section == "average":
             average[rest] = name
-        elif section == "method":
-            method[rest] = name
+        elif section in others:
+            others[section][rest] = name
         elif section == "optimizer":
             parameter, _, key = rest.rpartition("/")
             optimizer.setdefault(parameter, {})[key] = name
@@ -111,8 +111,7 @@ def sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "model": StateSection(tensors, model),
         "optimizer": {parameter: StateSection(tensors, keys) for parameter, keys in optimizer.items()},
     }
-    if method:
-        state["method"] = StateSection(tensors, method)
+    state |= {section: StateSection(tensors, names) for section, names in others.items() if names}
     if average:
         state["average"] = StateSection(tensors, {**model, **average})
     return state

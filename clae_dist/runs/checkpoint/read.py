@@ -146,7 +146,7 @@ def _misfit(checkpoint: Checkpoint, shapes: Shapes) -> str:
         of = key.rpartition("/")[0] if section == "optimizer" else key
         expected = shapes.get(of)
         scalar = section == "optimizer" and tensor.shape in ((), (1,))
-        if section in ("model", "average", "optimizer") and expected is None:
+        if section in ("model", "average", "keys", "optimizer") and expected is None:
             return f"{name} is of no tensor of the model"
         if expected is not None and tensor.shape != expected and not scalar:
             return f"{name} has the shape {tensor.shape}, the model's is {expected}"

@@ -1,0 +1,114 @@
+"""MoCo: keys by a slowly moving encoder, and a queue of them as negatives; with an adversarial view, CLAE on MoCo.
+
+References: He et al. 2020, Momentum contrast for unsupervised visual representation learning, algorithm 1; Cai et al. 2021,
+Exponential moving average normalization; Ho & Vasconcelos 2020, Contrastive learning with adversarial examples.
+
+# B rows on this rank, N rows on all ranks, K rows of the queue, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from clae_dist.config.rules import setting
+from clae_dist.contrast.method import Method, State, Terms
+from clae_dist.errors import ConfigError
+from clae_dist.methods.adversarial_term import AdversarialTerm
+
+if TYPE_CHECKING:
+    import torch
+
+    from clae_dist.config import Config
+    from clae_dist.contrast.interface import Step
+    from clae_dist.objectives.form import Rows
+
+
+@dataclass(frozen=True)
+class MoCoSettings(AdversarialTerm):
+    """The keys `method.*` of MoCo."""
+
+    title: ClassVar[str] = "MoCo"
+    name: str = setting("moco", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+    alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term.")
+    momentum: float = setting(
+        0.99, ge=0, lt=1, zero="the encoder itself", help="Decay of the key encoder's average of weights."
+    )
+    queue: int = setting(4096, ge=0, zero="no queue", help="Number of keys in the queue; a multiple of batch.global_size.")
+    include_batch: bool = setting(
+        True, help="The keys of the global batch are negatives, too. Without them no image's attack depends on another's."
+    )
+
+    @property
+    def uses_attack(self) -> bool:  # type: ignore[override]
+        return self.alpha > 0
+
+    @property
+    def key_decay(self) -> float:
+        return self.momentum
+
+    def check_run(self, config: Config) -> None:
+        if config.objective.name != "nt_xent":
+            raise ConfigError(
+                f"objective.name is {config.objective.name!r}, but method.name=moco has a loss of its own; remove it."
+            )
+        size = config.batch.global_size
+        if self.queue % size:
+            below = self.queue // size * size
+            raise ConfigError(
+                f"method.queue is {self.queue}, which batch.global_size {size} does not divide; try {below or size}."
+            )
+        if not self.queue and not self.include_batch:
+            raise ConfigError("method.queue is 0 and method.include_batch is false: there would be no negatives; change one.")
+        if config.model.norm == "local":
+            raise ConfigError(
+                "model.norm is 'local', but the key encoder averages running statistics, which would then differ between "
+                "ranks; use model.norm=global. The keys themselves use no batch statistics, so nothing leaks through them."
+            )
+
+    def for_few_rows(self, global_size: int) -> Self:
+        return replace(super().for_few_rows(global_size), queue=2 * global_size if self.queue else 0)
+
+    def describe_attack(self) -> str:
+        return f", momentum {self.momentum:g}, queue {self.queue}"
+
+
+class MoCo(Method):
+    """ℓ(f(x), k) + α · ℓ(f(x_adv), k), where k = g(y), g is the average of f, and x_adv raises ℓ(f(x'), k) within ε of x.
+
+    ℓ(q, k) is the cross-entropy of q's similarity to its key among the key, the queue and (include_batch) the other keys of
+    the global batch. Queue and keys are constants. Only clean keys enter the queue.
+    """
+
+    Settings = MoCoSettings
+    settings: MoCoSettings
+
+    def state(self, embedding_dim: int, seed: int) -> State:
+        import torch
+        import torch.nn.functional as F
+
+        if not self.settings.queue:
+            return {}
+        rows_KD = torch.randn(self.settings.queue, embedding_dim, generator=torch.Generator().manual_seed(seed))
+        return {"queue": F.normalize(rows_KD, dim=1)}
+
+    def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
+        settings = self.settings
+        keys, queue_KD = s.embed_constant(y, momentum=True), s.state.get("queue")
+        s.kept["keys"] = keys.all
+        if not settings.present(s):
+            return {"clean": (1.0, s.match(s.embed(x), keys, queue_KD, with_batch=settings.include_batch))}
+        rows = s.choose(settings.num_attacked(len(x)), len(x))
+
+        def loss(anchors: Rows, queries: Rows) -> torch.Tensor:
+            return s.match(queries, keys, queue_KD, with_batch=settings.include_batch, index=rows)
+
+        x_adv = s.attack(x[rows], loss, anchor=x[rows], rows=rows)
+        a, c = s.embed(x), s.embed(x_adv, "adversarial")
+        clean = s.match(a, keys, queue_KD, with_batch=settings.include_batch)
+        return {"clean": (1.0, clean), "adversarial": (settings.alpha, loss(a, c))}
+
+    def after_update(self, s: Step) -> None:
+        queue_KD, keys_ND = s.state["queue"], s.kept["keys"]
+        first = s.step * len(keys_ND) % len(queue_KD)  # K is a multiple of N
+        queue_KD[first : first + len(keys_ND)] = keys_ND.to(queue_KD.dtype)
