@@ -43,7 +43,7 @@ def test_every_stage_beside_its_peers(manifest: Manifest) -> None:
     ]
     floors = [row["floor_s"] for row in found["rows"] if "two crops, one core" in row["case"]]
     assert floors == [floors[0]] * 4
-    ready = next(row for row in found["rows"] if "moved work" in row["what"])
+    ready = next(row for row in found["rows"] if "JPEG to host-ready" in row["case"] and row["what"].startswith("ours:"))
     cores = 1000 * ready["median_s"]
     assert f"needs {cores:.1f} cores: data.workers={math.ceil(cores)}" in found["notes"][-1]
 

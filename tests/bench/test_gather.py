@@ -101,13 +101,14 @@ def test_bytes_beside_the_peers(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(gather, "QUICK", gather.GatherBench(world_sizes=(2,), repeats=2, message_bytes=(4096, 65536)))
     assert cli.main(["bench", "gather", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
+    live = [row for row in rows if "uel" not in row["case"]]  # uel's columns are constants: either way it sends the rows alone
     ratios: dict[str, float] = {}
-    for row in rows:
+    for row in live:
         ratios |= row["bytes_ratio_to"] if row["what"].startswith("log_sum_exp") else {}
     lean = {row["case"].split(":")[0]: row["wire_bytes"] for row in rows if row["what"].startswith("log_sum_exp")}
-    full = [row["wire_bytes"] for row in rows if row["what"].startswith(("open_clip", "reduce_scatter: ours"))]
+    (full,) = {row["wire_bytes"] for row in live if row["what"].startswith(("open_clip", "reduce_scatter: ours"))}
     assert len(lean) == len(names())
-    assert all(sent <= 0.52 * min(full) for sent in lean.values())
+    assert all(sent <= 0.52 * full for sent in lean.values())
     bars = {"reduce_scatter": 0.52, "open_clip": 0.52, "lightly": 0.35}
     assert all(ratios[name] <= bar for name, bar in bars.items() if name in ratios)
     assert all(name in ratios for name in peers.PACKAGES if peers.is_installed(name))
