@@ -30,7 +30,7 @@ class MoCoSettings(AdversarialTerm):
 
     title: ClassVar[str] = "MoCo"
     name: str = setting("moco", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
-    alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term.")
+    alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term. moco has 0 unless it is set.")
     momentum: float = setting(
         0.99, ge=0, lt=1, zero="the encoder itself", help="Decay of the key encoder's average of weights."
     )
