@@ -225,10 +225,10 @@ def _rank_main(
     guard.handed_on = lambda: int(asked.value)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    for target, stream in enumerate(streams, start=1):  # a signal now would break the launcher's side of it, so it waits
+        os.dup2(stream.detach(), target)
     begin_forked_process()
     dedicate_process()
-    for target, stream in enumerate(streams, start=1):
-        os.dup2(stream.detach(), target)
     spot.set_environment()
     ending.send(_ending(work, *arguments))
     leave(OK)
