@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
@@ -17,18 +17,17 @@ from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
-from clae_dist.deploy.initial import resolve
 from clae_dist.errors import ConfigError, DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.recipe import Recipe
-from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers, shapes_of
-from clae_dist.runs.claim import check_run_folder, only_run, open_run_folder
-from clae_dist.runs.folder import Identity, RunFolder
+from clae_dist.runs.checkpoint import shapes_of
+from clae_dist.runs.claim import only_run
+from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
-from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, check_tracking, continue_tracking, new_run_key
+from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, continue_tracking
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
@@ -36,6 +35,7 @@ from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.training.journal import Journal
 from clae_dist.training.knn import knn_while_training
 from clae_dist.training.nonfinite import NonFiniteSteps
+from clae_dist.training.opening import open_folder, resume
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.saving import Saving
@@ -89,25 +89,13 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     watch.doing("starting", 0)
     plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
 
-    def open_folder() -> Identity:
-        check_tracking(config, config.folder)
-        folder = RunFolder(config.folder)
-        check_run_folder(config, sets.train)
-        initial = resolve(config) if config.model.init and not folder.initial_file.exists() else None
-        identity = open_run_folder(recipe, sets.train, world, new_run_key(), initial.record if initial else None)
-        if initial:
-            initial.write(folder)
-            say(f"model.init: {initial.source}: {initial.match.describe()}; digest {initial.digest[:12]}")
-        return identity
-
-    identity: Identity = world.run_on_main(open_folder)
+    identity: Identity = world.run_on_main(lambda: open_folder(recipe, session, sets.train))
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
     load_initial(config.model, config.folder, model.encoder)
-    shapes = shapes_of(model)
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
-    before = _resume(session, backend, shapes)
+    before = resume(session, backend, shapes_of(model))
     first_step = before.step
     watch.doing("starting", first_step)
     for line in describe(plan, world, backend):
@@ -165,28 +153,6 @@ def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say)
         tracker.log_model(export_encoder(config.folder), manifest.digest)
     except (ConfigError, OSError) as error:
         say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
-
-
-@dataclass(frozen=True)
-class _Before:
-    """The part of the run that earlier starts have done and saved."""
-
-    step: int = 0
-    train_s: float = 0.0
-    bad_samples: dict[str, str] = field(default_factory=dict)
-    skipped_steps: int = 0
-
-
-def _resume(session: Session, backend: Backend, shapes: Shapes) -> _Before:
-    """Load the newest complete checkpoint, if any."""
-    folder = session.config.folder
-    session.world.run_on_main(lambda: remove_leftovers(folder))
-    checkpoint = load_checkpoint(folder, session.say, session.world, shapes)
-    if checkpoint is None:
-        return _Before()
-    backend.load_state(checkpoint.state())
-    info = checkpoint.info
-    return _Before(checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0))
 
 
 def _next(batches: Iterator[LoadedBatch], rows: int, rank: int) -> tuple[LoadedBatch | None, str]:

@@ -30,7 +30,7 @@ NOISE = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(9),
 
 @dataclass
 class Found:
-    """What one rank saw in a step."""
+    """Loss, gradients and adversarial images of one rank in a step."""
 
     loss: torch.Tensor
     grads: dict[str, torch.Tensor]

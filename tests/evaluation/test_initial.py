@@ -118,6 +118,16 @@ def test_a_run_keeps_its_start_and_needs_the_source_no_more(make_run: MakeRun, l
     exported = json.loads((export_encoder(config.folder) / "config.json").read_text())
     assert exported["initial_weights"] == identity.initial
     before = load_encoder(source)(IMAGES)
+    weights = RunFolder(config.folder).initial_file
+    kept = weights.read_text()
+    weights.unlink()  # as if the first start had been killed before it was written, and the source changed since
+    run_json = RunFolder(config.folder).identity_file
+    right = run_json.read_text()
+    run_json.write_text(right.replace(identity.initial["digest"], "0" * 64))
+    with pytest.raises(ConfigError, match="weights have changed since this run was begun"):
+        train(Recipe(config), World.single("cpu"), io.StringIO())
+    run_json.write_text(right)
+    weights.write_text(kept)
     shutil.rmtree(source)
     assert train(Recipe(config), World.single("cpu"), io.StringIO()).status == "finished"  # again: nothing is left to do
     assert evaluate_run(config.folder, say=lambda text: None)["results"]["knn"]
@@ -202,7 +212,7 @@ def test_weights_of_another_encoder_and_nan(tmp_path: Path) -> None:
 
 
 def test_published_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What timm would load, without a network."""
+    """timm is asked for them by name; here it answers without a network."""
     import timm
 
     asked: list[str] = []

@@ -1,0 +1,59 @@
+"""Opening a run: its folder with the weights that it begins from, and the state that earlier starts have saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from clae_dist.data.manifest import Manifest
+from clae_dist.deploy.initial import resolve
+from clae_dist.errors import ConfigError
+from clae_dist.parallel import Backend
+from clae_dist.recipe import Recipe
+from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers
+from clae_dist.runs.claim import check_run_folder, open_run_folder
+from clae_dist.runs.folder import Identity
+from clae_dist.tracking import check_tracking, new_run_key
+from clae_dist.training.session import Session
+
+
+@dataclass(frozen=True)
+class Before:
+    """The part of the run that earlier starts have done and saved."""
+
+    step: int = 0
+    train_s: float = 0.0
+    bad_samples: dict[str, str] = field(default_factory=dict)
+    skipped_steps: int = 0
+
+
+def open_folder(recipe: Recipe, session: Session, manifest: Manifest) -> Identity:
+    """Create the run folder, with a copy of the weights of model.init, or check that it belongs to this run. On one rank.
+
+    Raises ConfigError and StorageError.
+    """
+    config, folder = session.config, session.folder
+    check_tracking(config, config.folder)
+    check_run_folder(config, manifest)
+    initial = resolve(config) if config.model.init and not folder.initial_file.exists() else None
+    identity = open_run_folder(recipe, manifest, session.world, new_run_key(), initial.record if initial else None)
+    if initial:
+        if identity.initial != initial.record:  # a start that was killed before the copy was complete
+            raise ConfigError(
+                f"model.init is {initial.source!r}, whose weights have changed since this run was begun; restore them, or give "
+                "another run_dir."
+            )
+        initial.write(folder)
+        session.say(f"model.init: {initial.source}: {initial.match.describe()}; digest {initial.digest[:12]}")
+    return identity
+
+
+def resume(session: Session, backend: Backend, shapes: Shapes) -> Before:
+    """Load the newest complete checkpoint, if any. Collective."""
+    folder = session.config.folder
+    session.world.run_on_main(lambda: remove_leftovers(folder))
+    checkpoint = load_checkpoint(folder, session.say, session.world, shapes)
+    if checkpoint is None:
+        return Before()
+    backend.load_state(checkpoint.state())
+    info = checkpoint.info
+    return Before(checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0))
