@@ -7,6 +7,7 @@ failure.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from clae_dist.lifetime import end_with_parent
 from clae_dist.world import World
@@ -34,6 +36,7 @@ class RankPool:
         self._num_ranks = num_ranks
         self._imports = ("torchvision", "timm", *imports)  # once, before ranks are forked
         self._ranks: list[Any] = []  # a pipe each
+        self._num_calls = 0
 
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -53,8 +56,9 @@ class RankPool:
         if not self._ranks:
             self._start()
         chosen = self._ranks[:world_size]
+        self._num_calls += 1
         for pipe in chosen:
-            pipe.send_bytes(pickle.dumps((world_size, function, arguments)))
+            pipe.send_bytes(pickle.dumps((self._num_calls, world_size, function, arguments)))
         results, failures = [], []
         for rank, pipe in enumerate(chosen):
             if not pipe.poll(_TIMEOUT_S):
@@ -102,12 +106,16 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
     groups = {size: dist.new_group(range(size)) for size in range(1, num_ranks + 1)}
     while True:
         try:
-            size, function, arguments = pickle.loads(pipe.recv_bytes())
+            call, size, function, arguments = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
+        # The name of a new group holds the number of those before it, which calls on fewer ranks would leave different.
+        distributed_c10d._world.group_count = 1000 * call
+        faulthandler.dump_traceback_later(_TIMEOUT_S - 10)  # where it hangs
         world = World(rank, size, rank, size, torch.device("cpu"), groups[size] if size > 1 else None)
         try:
             answer: tuple[bool, Any] = (True, function(world, *arguments))
         except BaseException:
             answer = (False, f"rank {rank}: {traceback.format_exc()}")
+        faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))

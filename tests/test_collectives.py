@@ -38,3 +38,16 @@ def test_a_torch_without_the_new_names_keeps_the_old_ones(monkeypatch) -> None: 
     assert collectives._named("all_gather_single", "all_gather_into_tensor") == "all_gather_single"
     monkeypatch.delattr(torch.distributed, "all_gather_single")
     assert collectives._named("all_gather_single", "all_gather_into_tensor") == "all_gather_into_tensor"
+
+
+def _sum_in_pairs(world: World) -> float:
+    pair = world.rank // 2 * 2
+    number = torch.tensor(float(world.rank))
+    torch.distributed.all_reduce(number, group=world.subgroup([pair, pair + 1]))
+    return number.item()
+
+
+def test_a_group_of_fewer_ranks_leaves_the_pool_as_it_was(ranks: RankPool) -> None:
+    """torch counts groups into their names: a rank that has seen more of them would wait for ever in the next group."""
+    assert ranks.run(2, _sum_in_pairs) == [1, 1]
+    assert ranks.run(4, _sum_in_pairs) == [1, 1, 5, 5]

@@ -93,9 +93,10 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
     load_initial(config.model, config.folder, model.encoder)
+    shapes = shapes_of(model)  # before it is wrapped: ZeRO-3 leaves parameters of no elements
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
-    before = resume(session, backend, shapes_of(model))
+    before = resume(session, backend, shapes)
     first_step = before.step
     watch.doing("starting", first_step)
     for line in describe(plan, world, backend):
