@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,36 @@ _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRA
 def resolved(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Recipe:
     """The settings of recipe, command line and environment; the command line takes precedence over `defaults`."""
     return with_tracking_server(resolve(arguments.config, arguments.overrides, defaults))
+
+
+def extended(arguments: argparse.Namespace) -> Recipe:
+    """The settings of the run that continues the finished run `arguments.config` until `arguments.extend` epochs.
+
+    Its name and folder are the parent's with "-epochsN" unless the command line names others. Raises ConfigError for a folder
+    that is no run or is not trusted, and for settings that an extended run may not change.
+    """
+    from clae_dist.runs.folder import RunFolder
+    from clae_dist.runs.parent import check_extension
+    from clae_dist.runs.trust import open_run
+
+    parent = RunFolder(Path(os.path.abspath(arguments.config)))
+    before = open_run(parent.path, permission(arguments)).config
+    set_option(arguments, "extend", "train.epochs")
+    given = dict(text.split("=", 1) for text in arguments.overrides if "=" in text)
+    folder = given.get("name") or _extended_name(parent.path.name, arguments.extend)
+    defaults = [
+        f"name={_extended_name(before.name, arguments.extend)}",
+        f"run_dir={parent.path.parent / folder}",
+        f"train.parent={parent.path}",
+    ]
+    arguments.config = str(parent.config_file)
+    recipe = check_trust(arguments, resolved(arguments, defaults))
+    check_extension(recipe.config, before)
+    return recipe
+
+
+def _extended_name(name: str, epochs: str) -> str:
+    return f"{re.sub(r'-epochs[0-9.]+$', '', name)}-epochs{epochs}"
 
 
 def with_tracking_server(recipe: Recipe) -> Recipe:

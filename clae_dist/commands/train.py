@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from clae_dist.commands.arguments import add_config, add_launcher, add_trust
-from clae_dist.commands.settings import check_credentials, resolved, set_option
+from clae_dist.commands.settings import check_credentials, extended, resolved, set_option
 from clae_dist.errors import STOPPED
 from clae_dist.escape import say
 from clae_dist.options import Parser
@@ -25,8 +25,22 @@ SUMMARY = "pretrain an encoder, or resume an interrupted run from its newest che
 def add_arguments(parser: Parser) -> None:
     add_config(parser)
     add_launcher(parser, "ray", "torchrun", "local")
+    parser.add_argument(
+        "--extend",
+        metavar="epochs=N",
+        type=_epochs,
+        help="continue the finished run CONFIG (its folder) until N epochs, as a new run RUN-epochsN beside it that names it; "
+        "the learning rate follows the schedule of N epochs at once, which is a warm restart unless it is constant",
+    )
     parser.add_argument("--quiet", action="store_true", help="print only errors and the end; RUN/console.log has all lines")
     add_trust(parser)
+
+
+def _epochs(text: str) -> str:
+    key, _, value = text.partition("=")
+    if key != "epochs" or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not epochs=N, the length of the extended run, such as epochs=200")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with lasting_output(), exit_at_signals() as exit_if_asked:  # until a launcher listens
         set_option(arguments, "launcher", "launch.launcher")
-        recipe = resolved(arguments)
+        recipe = extended(arguments) if arguments.extend else resolved(arguments)
         check_credentials(recipe)
         from clae_dist.launchers import claim, start
 

@@ -14,6 +14,11 @@ class Train(Section, prefix="train"):
     """Length and precision of training, and how often metrics are computed."""
 
     epochs: float = setting(100.0, gt=0, hint="fractions are allowed", help="Epochs to train; may be fractional.")
+    parent: str = setting(
+        "",
+        zero="a run of its own",
+        help="Folder of a finished run that this one continues with more epochs; `clae train RUN --extend epochs=N` sets it.",
+    )
     precision: Literal["auto", "float64", "float32", "bfloat16"] = setting(
         "auto",
         help="Precision of the encoder. bfloat16: autocast, the loss stays float32. auto: bfloat16 on GPUs that support it, "

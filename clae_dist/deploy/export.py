@@ -118,12 +118,13 @@ def _exported_state(encoder: str, network: nn.Module) -> dict[str, torch.Tensor]
 
 
 def _origin(run_dir: Path) -> dict[str, Any]:
-    """The images of the run and the weights it began with ({}: initialised at random), as far as they are recorded."""
+    """The images of the run, the weights it began with ({}: random ones) and the run that it continues ({}: none)."""
     folder = RunFolder(run_dir)
     identity = folder.read_identity() if folder.identity_file.exists() else None
     return {
         "manifest_digest": identity.manifest_digest if identity else "",
         "initial_weights": identity.initial if identity else {},
+        "parent": identity.parent if identity else {},
     }
 
 

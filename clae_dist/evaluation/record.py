@@ -88,6 +88,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "manifest_digest": record.identity.get("manifest_digest") or evaluation.get("manifest_digest"),
         "package_version": record.identity.get("package_version"),
         "git_revision": record.identity.get("git_revision"),
+        "parent": record.identity.get("parent", {}).get("run"),
         "run_dir": str(record.run_dir),
         "report": str(folder.report_page),
         "checkpoints": str(folder.checkpoints),

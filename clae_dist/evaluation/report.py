@@ -289,6 +289,7 @@ def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
         "run folder": record.run_dir,
         "trained with clae-dist": identity.get("package_version", "–"),
         "git revision": identity.get("git_revision") or "–",
+        **({"continues": f"{summary['parent']}, after its {identity['parent']['step']} steps"} if summary["parent"] else {}),
         "manifest digest": summary["manifest_digest"] or "–",
         "undecodable images": replaced if bad_samples else "none",
         "backend": "{} over {}, {} ranks".format(*(identity.get(key, "–") for key in ("backend", "collectives", "world_size"))),

@@ -41,6 +41,7 @@ def _with_absolute_paths(config: Config) -> Config:
     return replace(
         config,
         run_dir=str(config.folder.absolute()),
+        train=replace(config.train, parent=config.train.parent and os.path.abspath(config.train.parent)),
         data=replace(config.data, shards=absolute(config.data.shards), mixture=mixture, cache=cache),
         tracking=replace(config.tracking, uri=uri),
     )

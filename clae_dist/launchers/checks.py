@@ -7,6 +7,7 @@ from clae_dist.launchers.local import default_workers
 from clae_dist.models import check_model
 from clae_dist.runs.claim import check_run_folder
 from clae_dist.tracking import check_tracking
+from clae_dist.training.extending import check_parent
 from clae_dist.training.sets import check_sets
 
 
@@ -18,5 +19,7 @@ def check_run(config: Config, *, with_images: bool = True) -> None:
     config.rows_per_rank(config.launch.workers or default_workers(config.launch.device))
     train = check_sets(config) if with_images else None
     check_tracking(config, config.folder)
-    check_run_folder(config, train)
+    identity = check_run_folder(config, train)
+    if config.train.parent and identity is None:
+        check_parent(config, train)
     check_model(config)

@@ -45,7 +45,7 @@ def dry_run(recipe: Recipe, *, debug: bool = False) -> Ending:
             run_dir=str(Path(folder) / "run"),
             data=replace(few_rows.data, verify="size", mixture={}),
             optim=replace(config.optim, warmup_epochs=0.0),
-            train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1),
+            train=replace(config.train, epochs=1 / max(1, total // size), knn_every=0.0, log_every=1, parent=""),
             launch=replace(config.launch, max_failures=0),
             tracking=replace(config.tracking, name="none"),
         )

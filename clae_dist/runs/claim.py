@@ -81,12 +81,12 @@ _OTHER_RUN = "Give another run_dir for a run of its own, or the old settings to 
 
 
 def open_run_folder(
-    recipe: Recipe, manifest: Manifest, world: World, run_key: str, initial: Mapping[str, str] | None = None
+    recipe: Recipe, manifest: Manifest, world: World, run_key: str, **begun_with: Mapping[str, str]
 ) -> Identity:
     """Create the run folder, or check that it belongs to this run; write config.yaml and run.json. Called on one rank.
 
     Args:
-        initial: source and digest of the weights that a new run starts from.
+        begun_with: `initial` and `parent` of the Identity of a new run.
 
     Raises: ConfigError if the folder belongs to another configuration or other images, StorageError if it cannot be written.
     """
@@ -104,7 +104,7 @@ def open_run_folder(
             run_key=run_key,
             started=time.time(),
             plugins=source_digests((config.method.name, config.objective.name)),
-            initial=dict(initial or {}),
+            **{name: dict(record) for name, record in begun_with.items()},
         )
     make_folder(folder.path)
     current: dict[str, Any] = {

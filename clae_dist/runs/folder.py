@@ -50,6 +50,7 @@ class Identity:
     started: float  # seconds since 1970, of the first start
     plugins: dict[str, str] = field(default_factory=dict)  # sha256 of the source of each method or objective from outside
     initial: dict[str, str] = field(default_factory=dict)  # source and digest of the weights of model.init
+    parent: dict[str, str] = field(default_factory=dict)  # run, run_key, step and checkpoint (sha256) that this run continues
 
     @property
     def tags(self) -> dict[str, str]:
@@ -59,6 +60,7 @@ class Identity:
             "git_revision": self.git_revision,
             "manifest_digest": self.manifest_digest,
             **{f"initial_weights_{name}": value for name, value in self.initial.items()},
+            **{f"parent_{name}": value for name, value in self.parent.items()},
         }
 
 
@@ -66,14 +68,15 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and is_list_of(is_text)(list(value.values()))
 
 
+_TEXTS = ("plugins", "initial", "parent")  # missing in run.json of older versions
+
+
 _FIELDS: dict[str, Check] = {
     **dict.fromkeys(("package_version", "git_revision", "manifest_digest", "backend", "collectives"), is_text),
     "run_key": lambda value: isinstance(value, str) and value.isalnum() and value.isascii(),
     "world_size": lambda value: is_count(value) and value > 0,
     "started": lambda value: is_number(value) and 0 <= value < 1e11,
-    **dict.fromkeys(
-        ("plugins", "initial"), lambda value: isinstance(value, dict) and is_list_of(is_text)(list(value.values()))
-    ),
+    **dict.fromkeys(_TEXTS, _is_texts),
 }
 
 
@@ -211,7 +214,7 @@ class RunFolder:
         """The content of run.json. Raises ConfigError if it is missing or damaged."""
         try:
             content = read_object(self.identity_file, 1 << 20)
-            content = {"plugins": {}, "initial": {}} | content  # runs of older versions have none
+            content = {name: {} for name in _TEXTS} | content
             expect(content, _FIELDS)
         except MissingError:
             raise ConfigError(f"RUN is {str(self.path)!r}, which holds no {IDENTITY_FILE}; name the folder of a run.") from None

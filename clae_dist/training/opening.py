@@ -13,6 +13,8 @@ from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers
 from clae_dist.runs.claim import check_run_folder, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.tracking import check_tracking, new_run_key
+from clae_dist.training.extending import open_parent
+from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
 
 
@@ -27,15 +29,31 @@ class Before:
 
 
 def open_folder(recipe: Recipe, session: Session, manifest: Manifest) -> Identity:
-    """Create the run folder, with a copy of the weights of model.init, or check that it belongs to this run. On one rank.
+    """Create the run folder, with the weights of model.init or the state of train.parent, or check that it belongs to this run.
+
+    On one rank.
 
     Raises ConfigError and StorageError.
     """
     config, folder = session.config, session.folder
     check_tracking(config, config.folder)
     check_run_folder(config, manifest)
-    initial = resolve(config) if config.model.init and not folder.initial_file.exists() else None
-    identity = open_run_folder(recipe, manifest, session.world, new_run_key(), initial.record if initial else None)
+    parent = open_parent(config, manifest, session.say) if config.train.parent and not folder.find_checkpoints() else None
+    initial = resolve(config) if config.model.init and not (config.train.parent or folder.initial_file.exists()) else None
+    begun_with: dict[str, dict[str, str]] = {}
+    if parent:
+        begun_with = {"initial": parent.identity.initial, "parent": parent.record}
+    elif initial:
+        begun_with = {"initial": initial.record}
+    identity = open_run_folder(recipe, manifest, session.world, new_run_key(), **begun_with)
+    if parent:
+        if identity.parent != parent.record:  # a start that was killed before the copy was complete
+            raise ConfigError(
+                f"train.parent is {config.train.parent!r}, which has changed since this run was begun; restore it, or give "
+                "another run_dir."
+            )
+        parent.begin(folder)
+        session.say(parent.describe(Plan.of(config, manifest.num_samples(config.data.train_split))))
     if initial:
         if identity.initial != initial.record:  # a start that was killed before the copy was complete
             raise ConfigError(
