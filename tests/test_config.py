@@ -151,7 +151,7 @@ def test_a_recipe_of_the_package_by_its_name(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "quickstart").rmdir()
     write(tmp_path, "seed: 5\n", "quickstart")
     assert resolve("quickstart")[0] == Config(seed=5)
-    with pytest.raises(ConfigError, match=r"'cifar10/claa\.yaml', .*\(did you mean cifar10/clae\?\); .* one of cifar10/clae, "):
+    with pytest.raises(ConfigError, match=r"'cifar10/claa\.yaml', .*\(did you mean cifar10/clae\?\); .* one of cifar10/acl, "):
         resolve("cifar10/claa.yaml")
 
 
