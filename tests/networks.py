@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from clae_dist.models.model import PretrainModel
+from clae_dist.models.model import PretrainModel, mlp
 from clae_dist.models.norms import add_routes, use_global_statistics
 
 
@@ -27,7 +27,7 @@ def small_model(
     """A float64 model; with norm "batch" it has two routes and the global batch's statistics over `group`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = PretrainModel(OneLayer(norm), 8, 8, 6, (mean,) * 3, (std,) * 3)
+        model = PretrainModel(OneLayer(norm), 8, mlp(8, 8, 6), 6, (mean,) * 3, (std,) * 3)
         for parameter in model.parameters():  # norm layers do not start at 1 and 0, where mistakes would hide
             nn.init.normal_(parameter, std=0.5)
     if norm == "batch":

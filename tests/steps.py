@@ -35,7 +35,7 @@ def share(world: World, rows: torch.Tensor) -> torch.Tensor:
 def pretraining(config: Config, world: World, backend: Backend, noise: torch.Tensor | None = None) -> Pretraining:
     """What a step works with, as training makes it; a batch is a pair (x, y), `noise` that of the whole global batch."""
 
-    def noise_of(batch: Any) -> torch.Tensor:
+    def noise_of(batch: Any, view: int) -> torch.Tensor:
         assert noise is not None
         return share(world, noise)
 

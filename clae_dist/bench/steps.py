@@ -21,6 +21,7 @@ from clae_dist.methods.clae import Clae
 from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.methods.simclr import SimClr
 from clae_dist.models import PretrainModel, build_model
+from clae_dist.models.model import mlp
 from clae_dist.models.norms import add_routes
 from clae_dist.objectives.form import Rows
 from clae_dist.parallel import make_backend
@@ -82,7 +83,7 @@ def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretrai
     )
     backend = make_backend(config, model, world)
     run = make_pretraining(config, world, backend, Clock(device))
-    return replace(run, augment=lambda batch: batch, noise=lambda batch: torch.rand_like(batch[0]))
+    return replace(run, augment=lambda batch: batch, noise=lambda batch, view: torch.rand_like(batch[view]))
 
 
 def _few_blocks(kind: Kind) -> str:
@@ -100,7 +101,14 @@ def _small_vit(config: Config, name: str) -> PretrainModel:
         size = config.data.image_size
         encoder = timm.create_model(name, img_size=size, patch_size=4, depth=4, num_classes=0)
         width = encoder.num_features
-        model = PretrainModel(encoder, width, width, config.model.projector_dim, config.model.mean, config.model.std)
+        model = PretrainModel(
+            encoder,
+            width,
+            mlp(width, width, config.model.projector_dim),
+            config.model.projector_dim,
+            config.model.mean,
+            config.model.std,
+        )
     add_routes(model.encoder, config.model.adversarial_norm_momentum)
     return model.double() if config.train.precision == "float64" else model
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from clae_dist.config.rules import Section, setting
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
+
+
+def name_of(method: str) -> Any:
+    """The setting `method.name` of a method."""
+    return setting(method, help="Pretraining method: one of the table in clae_dist/methods/README.md, or package.module:Class.")
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,14 @@ class MethodSettings(Section, prefix="method"):
     """
 
     title: ClassVar[str] = ""  # as reports and exports print it
-    uses_attack: ClassVar[bool] = False  # the method embeds adversarial images, along norm layers of their own
+    uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
 
-    name: str = setting("", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+    name: str = name_of("")
+
+    @property
+    def two_routes(self) -> bool:
+        """Adversarial images take norm layers of their own; else the method embeds everything along the clean route."""
+        return self.uses_attack
 
     @property
     def key_decay(self) -> float:
@@ -74,13 +84,18 @@ class Attack(Section, prefix="attack"):
         help="Length of a step in the unit of epsilon. Automatic: epsilon for fgsm, 2.5 epsilon / steps for pgd.",
     )
     random_start: bool = setting(False, help="Start at a random point of the ball instead of its centre.")
+    clip_start: bool = setting(
+        True, used_by="attack.random_start", help="The random start is a valid image, too, and not only what follows from it."
+    )
     freeze: Literal["auto", "always", "never"] = setting(
         "auto",
         no_effect=True,
         help="Parameters require no gradient during the attack. auto: where train.compile would compute them otherwise.",
     )
-    statistics: Literal["untouched", "updated"] = setting(
-        "untouched", help="Effect of the attack's forwards on running statistics of batch norm."
+    statistics: Literal["untouched", "updated", "running"] = setting(
+        "untouched",
+        help="Batch norm in the attack's forwards. untouched: batch statistics, running ones stay; updated: batch statistics, "
+        "running ones change; running: evaluation mode, with running statistics.",
     )
 
     def __post_init__(self) -> None:

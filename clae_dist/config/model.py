@@ -30,11 +30,13 @@ class Model(Section, prefix="model"):
     init_missing: Literal["error", "random"] = setting(
         "error", used_by="model.init", help="Tensors of the encoder that model.init lacks or has in another shape."
     )
-    projector: Literal["mlp", "linear"] = setting(
-        "mlp", help="Layers from the features to the embeddings. mlp: Linear-ReLU-Linear; linear: one linear layer."
+    projector: Literal["mlp", "linear", "mlp_bn", "mlp3_bn"] = setting(
+        "mlp",
+        help="Layers from the features to the embeddings. mlp: Linear-ReLU-Linear; linear: one linear layer; mlp_bn: "
+        "Linear-BN-ReLU-Linear; mlp3_bn: three layers with batch norm after each, along the two routes of the encoder's.",
     )
     projector_hidden: int = setting(
-        0, ge=0, zero="encoder's width", used_by="model.projector=mlp", help="Width of the projector's hidden layer."
+        0, ge=0, zero="encoder's width", used_by="model.projector=mlp…", help="Width of the projector's hidden layers."
     )
     projector_dim: int = setting(128, ge=2, help="Dimension of the embeddings that are contrasted.")
     norm: Literal["global", "local"] = setting(
@@ -67,7 +69,7 @@ class Model(Section, prefix="model"):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(
-            self.projector == "mlp" or not self.projector_hidden,
+            self.projector != "linear" or not self.projector_hidden,
             "projector_hidden",
             "model.projector=linear has no hidden layer; remove it, or use model.projector=mlp.",
         )

@@ -31,6 +31,7 @@ class Ball:
     epsilon: float | torch.Tensor
     norm: Norm = "linf"
     valid: tuple[float, float] | None = (0.0, 1.0)  # bounds of a pixel; None: unbounded
+    valid_start: bool = True  # a random start has valid pixels, too
 
     def step(self, x: torch.Tensor, at: torch.Tensor, gradient: torch.Tensor, length: float | torch.Tensor) -> torch.Tensor:
         """From `at` along the gradient's sign (linf) or direction (l2), then back into the ball around x and the bounds."""
@@ -45,11 +46,14 @@ class Ball:
     def random_point(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """A point of the ball around x from uniform noise in [0, 1) of x's shape: uniform in it."""
         if self.norm == "linf":
-            return self.inside(x + self.epsilon * (2 * noise - 1))
+            return self._start(x + self.epsilon * (2 * noise - 1))
         direction = _unit(torch.erfinv((2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6)))  # normal numbers: no direction is preferred
         # Uniform, whatever the direction; in float64, whose sum of so many numbers still has digits behind the point.
         volume = (noise.double().flatten(1).sum(1) * 1009).frac().to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-        return self.inside(x + self.epsilon * volume ** (1 / x[0].numel()) * direction)
+        return self._start(x + self.epsilon * volume ** (1 / x[0].numel()) * direction)
+
+    def _start(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inside(images) if self.valid_start else images
 
     def inside(self, images: torch.Tensor) -> torch.Tensor:
         """Valid pixels."""

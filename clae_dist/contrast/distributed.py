@@ -33,7 +33,7 @@ A wrong gather does not change the forward loss; tests/contrast/test_parity.py c
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,10 +42,12 @@ import torch.nn.functional as F
 
 from clae_dist import collectives
 from clae_dist.config import Objective
+from clae_dist.contrast.multi_view import dense_multi_view_loss, multi_view_loss
 from clae_dist.errors import ConfigError
 from clae_dist.objectives import Dense, PerAnchor, PerPair, find
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows
+from clae_dist.objectives.multi_view import ViewPairs
 from clae_dist.objectives.pairs import per_pair_loss
 from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exp_and_mean, log_sum_exps, pull
 
@@ -124,6 +126,13 @@ class Contrast:
             return per_pair_loss(self._objective, a, b, start, self._settings)
         assert isinstance(self._objective, PerAnchor)
         return per_anchor_loss(self._objective, a, b, start, self._settings, self._group)
+
+    def of_views(self, pairs: ViewPairs, views: Sequence[Rows]) -> torch.Tensor:
+        """See Step.contrast_views."""
+        start = self._rank * len(views[0].mine)
+        if self.gather == "reduce_scatter":
+            return dense_multi_view_loss(pairs, views, start, self._settings)
+        return multi_view_loss(pairs, views, start, self._settings, self._group)
 
     def match(
         self, queries_BD: torch.Tensor, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,12 @@ from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
 from clae_dist.contrast.method import Method, State
 from clae_dist.objectives.form import Rows
+from clae_dist.objectives.multi_view import ViewPairs
 from clae_dist.world import World
 
 GradientOf = Callable[[torch.Tensor], LossAndGradient]
 PairLoss = Callable[[Rows, Rows], torch.Tensor]  # (anchor, attacked) -> loss of this rank's anchors
+ViewsLoss = Callable[[Sequence[Rows]], torch.Tensor]  # attacked views -> loss of this rank's images
 _ALL = slice(None)
 
 
@@ -36,18 +38,24 @@ class Attacking:
     contrast: Contrast  # the objective on the rows of all ranks
     encoding: Encoding  # images and route -> embeddings, under the parallel backend
     pixel_std: torch.Tensor  # (1, 3, 1, 1): an ε in normalised units times this is an ε in pixels
-    noise: Callable[[Any], torch.Tensor]  # batch -> uniform in [0, 1), of x's shape: for a random start
+    noise: Callable[[Any, int], torch.Tensor]  # batch, number of a view -> uniform in [0, 1), of x's shape: for a random start
     state: State  # the method's
 
     @property
     def ball(self) -> Ball:
         """The images that an attack may reach, in pixels of [0, 1]."""
-        return Ball(self._in_pixels(self.attack.epsilon), self.attack.norm, (0.0, 1.0) if self.attack.clip else None)
+        attack = self.attack
+        return Ball(self._in_pixels(attack.epsilon), attack.norm, (0.0, 1.0) if attack.clip else None, attack.clip_start)
 
     @property
     def step_length(self) -> float | torch.Tensor:
         """Length of one step of the attack, in pixels of [0, 1]."""
         return self._in_pixels(self.attack.length_of_step)
+
+    def attack_statistics(self) -> AbstractContextManager[None]:
+        """Context of an attack's forwards: which statistics they use and change, by attack.statistics."""
+        backend = self.encoding.backend
+        return {"untouched": backend.untouched, "running": backend.evaluating, "updated": nullcontext}[self.attack.statistics]()
 
     def _in_pixels(self, length: float) -> float | torch.Tensor:
         return length if self.attack.unit == "pixel" else length * self.pixel_std
@@ -58,10 +66,8 @@ class Attacked:
     """The result of an attack of a step. `found` has the loss and gradient (of this rank's images, unscaled) at its start."""
 
     start: torch.Tensor
-    anchor: torch.Tensor | None  # None where the step needed no forward for the attack
-    route: Route
-    loss_of: PairLoss | None
     found: Perturbation
+    loss_after: Callable[[], torch.Tensor] | None  # of the loss that it raised, at its end; None: it took a known gradient
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,13 @@ class Step(ABC):
         """The objective of the run: this rank's share, the mean over its anchors. Collective."""
         return self.run.contrast(anchors, keys)
 
+    def contrast_views(self, views: Sequence[Rows], pairs: ViewPairs) -> torch.Tensor:
+        """The loss `pairs` on V views: this rank's share, the mean over its images. Collective if pairs are live.
+
+        It has the temperature of the run's objective, and no other of its settings.
+        """
+        return self.run.contrast.of_views(pairs, views)
+
     def match(
         self, queries: Rows, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any = _ALL
     ) -> torch.Tensor:
@@ -194,31 +207,75 @@ class Step(ABC):
             live_anchor: embed the anchor with a graph in each step and compute weight gradients, as the paper's code does.
         """
         run, attack = self.run, self.run.attack
-        with self._timed("attack"), nullcontext() if through is not None else self._protected():
-            noise = run.noise(self._batch)[rows] if attack.random_start else None
+        with self._timed("attack"), nullcontext() if through is not None else self.attack_forwards():
+            noise = run.noise(self._batch, 0)[rows] if attack.random_start else None
             if through is not None:
                 gradient_of = self._gradient_through(through, loss_of)
             elif live_anchor:
                 gradient_of = self._gradient_with_weights(anchor, route, loss_of)
             else:
                 apart = anchor is not start or noise is not None
-                constant = run.contrast.rows(run.encoding.constant(anchor, route)) if apart else None
+                constant = self._look(anchor, route) if apart else None
                 gradient_of = self._gradient(constant, route, loss_of)
             with nullcontext() if through is not None else run.encoding.backend.frozen():
                 steps, length = attack.num_steps, run.step_length
                 found = perturb(start, gradient_of, run.ball, steps=steps, step_length=length, noise=noise)
-            return self._record(Attacked(start, anchor, route, loss_of, found))
+            return self._record(
+                Attacked(start, found, lambda: loss_of(self._look(anchor, route), self._look(found.images, route)))
+            )
+
+    def attack_views(
+        self, starts: Sequence[torch.Tensor], loss_of: ViewsLoss, *, route: Route = "adversarial", noise_of: int = 0
+    ) -> list[torch.Tensor]:
+        """The images within ε of each view's `starts` (B, 3, S, S) that together raise loss_of(embeddings of all views), of the
+        whole global batch, the most. Collective. Parameters get no gradient.
+
+        The views are embedded as one batch of V·B images. Views that are not attacked are constants of `loss_of`.
+
+        Args:
+            noise_of: number of the noise that the first view starts from; the others have those that follow.
+        """
+        run, attack, num_views = self.run, self.run.attack, len(starts)
+
+        def loss(z: torch.Tensor) -> torch.Tensor:
+            return loss_of([run.contrast.rows(rows.contiguous()) for rows in z.chunk(num_views)])
+
+        with self._timed("attack"), self.attack_forwards(), run.encoding.backend.frozen():
+            noise = None
+            if attack.random_start:
+                noise = torch.cat([run.noise(self._batch, noise_of + view) for view in range(num_views)])
+            found = perturb(
+                torch.cat(list(starts)),
+                lambda images: run.encoding.input_gradient(images, route, loss),
+                run.ball,
+                steps=attack.num_steps,
+                step_length=run.step_length,
+                noise=noise,
+            )
+        views = [part.chunk(num_views) for part in (found.images, found.gradient)]
+
+        def loss_after() -> torch.Tensor:
+            return loss_of([self._look(images, route) for images in views[0]])
+
+        return [
+            self._record(Attacked(start, Perturbation(images, found.loss_before, gradient), loss_after))
+            for start, images, gradient in zip(starts, *views, strict=True)
+        ]
 
     def move(self, start: torch.Tensor, gradient: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """One step of the attack from `start` along a `gradient` of `loss` that is known already."""
         with self._timed("attack"):
             images = self.run.ball.step(start, start, gradient, self.run.step_length)
-            return self._record(Attacked(start, None, "clean", None, Perturbation(images, loss.detach(), gradient)))
+            return self._record(Attacked(start, Perturbation(images, loss.detach(), gradient), None))
 
     def can_share_forward(self) -> bool:
         """True if a training forward along the clean route can serve an attack (`attack(through=…)`): the adversarial route is
         the same function, the attack takes one step from the images themselves, and the graph survives its use."""
         return False
+
+    def attack_forwards(self) -> AbstractContextManager[None]:
+        """Context of forwards that belong to an attack, such as of an image that it moves away from (attack.statistics)."""
+        return self.run.attack_statistics()
 
     # ---- parts of an attack ----
 
@@ -229,8 +286,8 @@ class Step(ABC):
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def _protected(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def _look(self, images: torch.Tensor, route: Route) -> Rows:
+        return self.run.contrast.rows(self.run.encoding.constant(images, route))
 
     def _gradient(self, anchor: Rows | None, route: Route, loss_of: PairLoss) -> GradientOf:
         def loss(z: torch.Tensor) -> torch.Tensor:

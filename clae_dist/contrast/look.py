@@ -43,7 +43,7 @@ class Look(Step):
         self.pairs: list[Pair] = []
 
     def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
-        rows = self.run.contrast.rows(self.run.encoding.constant(images, route))
+        rows = self._look(images, route)
         self._embedded.append(Embedded(rows, images, route))
         return rows
 
@@ -66,13 +66,10 @@ class Look(Step):
     def loss_after(self, attacked: Attacked) -> torch.Tensor:
         """The loss that the attack raised, at the images that it found; for one that took the gradient of another loss, the
         first loss along the adversarial route. Collective."""
-        if attacked.loss_of is None or attacked.anchor is None:
+        if attacked.loss_after is None:
             return next(pair.loss for pair in self.pairs if pair.route != "clean")
-        anchor, rows = (
-            self.run.contrast.rows(self.run.encoding.constant(images, attacked.route))
-            for images in (attacked.anchor, attacked.found.images)
-        )
-        return attacked.loss_of(anchor, rows)
+        with self.attack_forwards():
+            return attacked.loss_after()
 
 
 def look(run: Attacking, batch: Any, x: torch.Tensor, y: torch.Tensor) -> Look:

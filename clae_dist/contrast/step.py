@@ -28,9 +28,6 @@ class Pretraining(Attacking):
     encoding: TrainingEncoding
     shared_norms: bool  # both routes of norm layers are the same function
     augment: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # batch -> x, y: (B, 3, S, S) in [0, 1] on the device
-    attack_statistics: Callable[
-        [], AbstractContextManager[None]
-    ]  # protects running statistics, unless attack.statistics=updated
     timed: Callable[[str], AbstractContextManager[None]]  # accounts for where the time goes
 
 
@@ -132,9 +129,6 @@ class TrainingStep(Step):
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return self.run.timed(name)
-
-    def _protected(self) -> AbstractContextManager[None]:
-        return self.run.attack_statistics()
 
     def _gradient_through(self, rows: Rows, loss_of: PairLoss) -> GradientOf:
         embedding = self._embedding_of(rows)

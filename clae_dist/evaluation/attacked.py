@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from clae_dist.contrast.interface import Attacking
 from clae_dist.contrast.look import look
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel
-from clae_dist.models.norms import untouched_statistics
+from clae_dist.models.norms import evaluation_mode, untouched_statistics
 from clae_dist.world import World
 
 
@@ -55,6 +56,9 @@ class _BareModel:
     def untouched(self) -> AbstractContextManager[None]:
         return untouched_statistics(self._model)
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        return evaluation_mode(self._model)
+
     def frozen(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -72,6 +76,10 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     device, dtype = model.mean.device, model.mean.dtype
     world = World.single(device)
     clean = images_n3SS.to(device, dtype) / 255
+
+    def noise(_: Any, number: int) -> torch.Tensor:
+        return torch.rand(clean.shape, generator=torch.Generator().manual_seed(number), dtype=dtype).to(device)
+
     run = Attacking(
         world=world,
         method=method,
@@ -79,7 +87,9 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         contrast=Contrast(config.objective, world),
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
-        noise=lambda _: torch.rand(clean.shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device),
+        noise=lambda _, number: torch.rand(clean.shape, generator=torch.Generator().manual_seed(number), dtype=dtype).to(
+            device
+        ),
         state=method.state(model.embedding_dim, config.seed),
     )
     training = model.training

@@ -11,9 +11,11 @@ from clae_dist.contrast.method import Method
 from clae_dist.errors import ConfigError
 
 METHODS = {
+    "acl": "clae_dist.methods.acl:Acl",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
     "moco": "clae_dist.methods.moco:MoCo",
+    "rocl": "clae_dist.methods.rocl:Rocl",
     "simclr": "clae_dist.methods.simclr:SimClr",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, Terms
 from clae_dist.errors import ConfigError
@@ -24,7 +25,7 @@ class ClaeSettings(AdversarialTerm):
     """The keys `method.*` of CLAE."""
 
     title: ClassVar[str] = "CLAE"
-    name: str = setting("clae", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+    name: str = name_of("clae")
     anchor: Literal["same", "other"] = setting(
         "same", help="View that is attacked: the anchor's own (same), or the other view of its image (other)."
     )

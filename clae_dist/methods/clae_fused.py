@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from clae_dist.config import Attack
-from clae_dist.config.rules import require, setting
+from clae_dist.config.method import name_of
+from clae_dist.config.rules import require
 from clae_dist.contrast.method import Method, Terms
 from clae_dist.methods.adversarial_term import AdversarialTerm
 
@@ -25,7 +26,7 @@ class ClaeFusedSettings(AdversarialTerm):
     """The keys `method.*` of fused CLAE."""
 
     title: ClassVar[str] = "CLAE (fused attack)"
-    name: str = setting("clae_fused", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+    name: str = name_of("clae_fused")
 
     def check(self, attack: Attack) -> None:
         one = "method.name=clae_fused takes one gradient, that of the clean loss in view y"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, State, Terms
 from clae_dist.errors import ConfigError
@@ -29,7 +30,7 @@ class MoCoSettings(AdversarialTerm):
     """The keys `method.*` of MoCo."""
 
     title: ClassVar[str] = "MoCo"
-    name: str = setting("moco", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+    name: str = name_of("moco")
     alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term. moco has 0 unless it is set.")
     momentum: float = setting(
         0.99, ge=0, lt=1, zero="the encoder itself", help="Decay of the key encoder's average of weights."

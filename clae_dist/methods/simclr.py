@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from clae_dist.config import MethodSettings
-from clae_dist.config.rules import setting
+from clae_dist.config.method import name_of
 from clae_dist.contrast.method import Method, Terms
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class SimClrSettings(MethodSettings):
     """SimCLR has no settings of its own."""
 
     title: ClassVar[str] = "SimCLR"
-    name: str = setting("simclr", help="Pretraining method: clae, clae_fused, moco, simclr, or package.module:Class.")
+    name: str = name_of("simclr")
 
 
 class SimClr(Method):

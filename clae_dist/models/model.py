@@ -7,17 +7,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from clae_dist.config import Config
+from clae_dist.config import Config, Model
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
 
 
 class PretrainModel(nn.Module):
-    """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
-
-    Args:
-        hidden: width of the hidden layer of a projector Linear-ReLU-Linear; None: the projector is one Linear.
-    """
+    """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -26,7 +22,7 @@ class PretrainModel(nn.Module):
         self,
         encoder: nn.Module,
         feature_dim: int,
-        hidden: int | None,
+        projector: nn.Sequential,
         dim: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -34,8 +30,7 @@ class PretrainModel(nn.Module):
         super().__init__()
         self.feature_dim, self.embedding_dim = feature_dim, dim
         self.encoder = encoder
-        layers = [] if hidden is None else [nn.Linear(feature_dim, hidden), nn.ReLU()]
-        self.projector = nn.Sequential(*layers, nn.Linear(hidden or feature_dim, dim))
+        self.projector = projector
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -46,8 +41,30 @@ class PretrainModel(nn.Module):
 
     def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
         """Projections (B, D) of unit length, at least float32, of pixels in [0, 1]."""
+        set_route(self.projector, route)
         projection = self.projector(self.features(images_B3HW, route))
         return F.normalize(projection if projection.dtype == torch.float64 else projection.float(), dim=1)
+
+
+def mlp(width: int, hidden: int, dim: int) -> nn.Sequential:
+    """SimCLR's projector: Linear-ReLU-Linear."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+
+def make_projector(settings: Model, width: int) -> nn.Sequential:
+    """The projector of model.projector, from features (B, width) to projections (B, D)."""
+    hidden, dim = settings.projector_hidden or width, settings.projector_dim
+    match settings.projector:
+        case "linear":
+            return nn.Sequential(nn.Linear(width, dim))
+        case "mlp":
+            return mlp(width, hidden, dim)
+        case "mlp_bn":
+            return nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+    layers: list[nn.Module] = []
+    for number, (inner, outer) in enumerate(((width, hidden), (hidden, hidden), (hidden, dim))):
+        layers += [nn.ReLU()] * (number > 0) + [nn.Linear(inner, outer, bias=number == 0), nn.BatchNorm1d(outer)]
+    return nn.Sequential(*layers)
 
 
 def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gpu: bool = False) -> PretrainModel:
@@ -66,12 +83,14 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
             for module in encoder.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.reset_parameters()
-        hidden = None if config.model.projector == "linear" else config.model.projector_hidden or feature_dim
-        model = PretrainModel(encoder, feature_dim, hidden, config.model.projector_dim, config.model.mean, config.model.std)
-    if config.method.uses_attack:
+        projector = make_projector(config.model, feature_dim)
+        model = PretrainModel(encoder, feature_dim, projector, config.model.projector_dim, config.model.mean, config.model.std)
+    if config.method.two_routes:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
+        if config.model.projector == "mlp3_bn":
+            add_routes(model.projector, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
-        use_global_statistics(model.encoder, group, on_gpu=on_gpu)
+        use_global_statistics(model, group, on_gpu=on_gpu)
     return model.double() if config.train.precision == "float64" else model
 
 

@@ -179,6 +179,17 @@ def untouched_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Context in which `module` is in evaluation mode."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@contextmanager
 def statistics_on_copies(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Context in which forwards change copies of the running statistics of these layers, not the originals."""
     own = [dict(norm._buffers) for norm in norms]

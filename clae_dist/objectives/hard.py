@@ -19,4 +19,5 @@ def hard(pos_A: torch.Tensor, lse_AS: torch.Tensor, num_negatives: int, settings
     Reference: Robinson et al. 2021, Contrastive learning with hard negative samples, equation 4.
     """
     weighted_A = math.log(num_negatives) + lse_AS[:, 0] - lse_AS[:, 1]
-    return pos_A.logaddexp(corrected(pos_A, weighted_A, num_negatives, settings)) - pos_A
+    rest_A = corrected(pos_A, weighted_A, num_negatives, settings.tau_plus, settings.temperature)
+    return pos_A.logaddexp(rest_A) - pos_A

@@ -19,7 +19,7 @@ from clae_dist.config import Config
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
-from clae_dist.models.norms import Route, statistics, untouched_statistics
+from clae_dist.models.norms import Route, evaluation_mode, statistics, untouched_statistics
 from clae_dist.parallel.average import WeightAverage
 from clae_dist.parallel.named_state import everywhere, gather_whole
 from clae_dist.runs.checkpoint import Piece, Place, sections
@@ -141,15 +141,12 @@ class Backend(ABC):
 
         Collective with sharded parameters. Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
         """
-        training = self.model.training
         self._shards()  # only shards take the average: whole parameters go first, and again afterwards
-        with torch.no_grad(), self.keys.in_place():
-            self.model.eval()
-            try:
+        try:
+            with torch.no_grad(), self.keys.in_place(), self.evaluating():
                 return self.attack_embed(images, route)
-            finally:
-                self.model.train(training)
-                self._shards()
+        finally:
+            self._shards()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
@@ -157,6 +154,10 @@ class Backend(ABC):
     def untouched(self) -> AbstractContextManager[None]:
         """Context in which forwards do not change the running statistics."""
         return untouched_statistics(self.model)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Context in which forwards use running statistics, change none, and drop nothing."""
+        return evaluation_mode(self.model)
 
     def frozen(self) -> AbstractContextManager[None]:
         """Context in which parameters require no gradient, if attack.freeze says so: compiled blocks would compute it."""

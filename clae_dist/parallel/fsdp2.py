@@ -59,13 +59,12 @@ class Fsdp2Backend(Backend):
         def unit(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy) -> None:
             fully_shard(module, mesh=mesh, reshard_after_forward=self.config.parallel.reshard_after_forward, mp_policy=policy)
 
-        for block in (*encoder_blocks(self.model.encoder), self.model.encoder):
+        for block in (*encoder_blocks(self.model.encoder), self.model.encoder, self.model.projector):
             norms = _unsharded_norms(block) if self._norms_apart() else []
             if norms:
                 unit(norms, as_it_is)
             if block not in norms:
                 unit(block, policy)
-        unit(self.model.projector, policy)
         unit(self.model, as_it_is)  # pixels and unit rows stay in their own type
         self._units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         for sharded in self._units:  # now, not at a first forward that may be a frozen one: it would fix the types of gradients

@@ -97,7 +97,7 @@ class _Run:
         self._run = replace(
             make_pretraining(config, world, self._backend, Clock(world.device)),
             augment=lambda batch: batch[:2],
-            noise=lambda batch: batch[2],
+            noise=lambda batch, view: batch[2 + view],
         )
 
     def state(self) -> dict[str, Any]:
@@ -116,7 +116,10 @@ class _Run:
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         side, size = config.data.image_size, config.batch.global_size
         x, y = (self._own(view) for view in global_batch(number, size, side, dtype))
-        noise = self._own(torch.rand((size, *x.shape[1:]), generator=_seeded(number), dtype=dtype))
+        noises = [
+            self._own(torch.rand((size, *x.shape[1:]), generator=_seeded(seed), dtype=dtype))
+            for seed in (number, 1000 + number)
+        ]
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
         seen: list[_Watched] = []
@@ -126,7 +129,7 @@ class _Run:
             seen[0].start = start
             return seen[0]
 
-        metrics = pretrain_step(self._run, (x, y, noise), Moment(number), watched)
+        metrics = pretrain_step(self._run, (x, y, *noises), Moment(number), watched)
         (step,) = seen
         clean = next(iter(metrics.terms.values()))
         loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()

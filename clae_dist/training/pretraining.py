@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import numpy as np
 import torch
 
@@ -31,8 +29,8 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         images = images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
         return augment(images, batch.draws[number], config.augment).to(dtype)
 
-    def noise(batch: LoadedBatch) -> torch.Tensor:
-        return uniform_noise(batch.draws[0], batch.views.shape[2:], world.device).to(dtype)
+    def noise(batch: LoadedBatch, number: int) -> torch.Tensor:
+        return uniform_noise(batch.draws[number], batch.views.shape[2:], world.device).to(dtype)
 
     return Pretraining(
         world=world,
@@ -45,7 +43,6 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         augment=lambda batch: (view(batch, 0), view(batch, 1)),
         noise=noise,
         state=backend.method_state,
-        attack_statistics=backend.untouched if config.attack.statistics == "untouched" else nullcontext,
         timed=clock.timed,
     )
 

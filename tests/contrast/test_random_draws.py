@@ -23,7 +23,7 @@ from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.methods.simclr import SimClr
-from clae_dist.models.model import PretrainModel
+from clae_dist.models.model import PretrainModel, mlp
 from clae_dist.models.norms import random_layers
 from clae_dist.parallel import make_backend
 from clae_dist.training.pretraining import seed_step
@@ -94,7 +94,7 @@ def run_step(world: World, config: Config, way: str) -> dict[str, torch.Tensor]:
     "drawing anew" (wrong)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = PretrainModel(Drawing(), WIDTH, 8, 6, (0.5,) * 3, (0.5,) * 3).double().train()
+        model = PretrainModel(Drawing(), WIDTH, mlp(WIDTH, 8, 6), 6, (0.5,) * 3, (0.5,) * 3).double().train()
         assert len(random_layers(model)) == 4
         backend = make_backend(config, model, world)
         run = steps.pretraining(config, world, backend, NOISE)

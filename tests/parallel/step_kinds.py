@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clae_dist.config import Attack, Config, Optim, Parallel, Train
-from clae_dist.models.model import PretrainModel
+from clae_dist.models.model import PretrainModel, mlp
 from clae_dist.models.norms import Route, add_routes, use_global_statistics
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.world import World
@@ -53,7 +53,7 @@ def blocks_model(norm: str, group: torch.distributed.ProcessGroup | None = None,
     """With norm "batch": two routes, which differ, and the global batch's statistics over `group`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = PretrainModel(Blocks(norm), 6, 7, 5, (0.5,) * 3, (0.5,) * 3)
+        model = PretrainModel(Blocks(norm), 6, mlp(6, 7, 5), 5, (0.5,) * 3, (0.5,) * 3)
         if norm == "batch":
             add_routes(model.encoder, adversarial_momentum=0.01)
         for parameter in model.parameters():  # norm layers do not start at 1 and 0, where mistakes would hide

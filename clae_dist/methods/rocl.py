@@ -1,0 +1,66 @@
+"""RoCL: robust contrastive learning with an adversarial image as a third view.
+
+Reference: Kim et al. 2020, Adversarial self-supervised contrastive learning, and its public code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from clae_dist.config.method import name_of
+from clae_dist.config.rules import setting
+from clae_dist.contrast.method import Method, Terms
+from clae_dist.methods.views import ViewsSettings
+from clae_dist.objectives.multi_view import ViewPairs, every_pair
+
+if TYPE_CHECKING:
+    import torch
+
+    from clae_dist.contrast.interface import Step
+    from clae_dist.objectives.form import Rows
+
+
+@dataclass(frozen=True)
+class RoclSettings(ViewsSettings):
+    """The keys `method.*` of RoCL."""
+
+    title: ClassVar[str] = "RoCL"
+    name: str = name_of("rocl")
+    regulariser: float = setting(
+        1 / 256, ge=0, zero="none", help="Weight of NT-Xent between the adversarial images and the other view."
+    )
+
+    @property
+    def two_routes(self) -> bool:
+        return False
+
+    def describe_attack(self) -> str:
+        return f", regulariser {self.regulariser:g}"
+
+
+class Rocl(Method):
+    """NT3(z(x), z(y), z(x_adv)) + w · NT2(z(x_adv), z(y)), where x_adv raises NT2(z(x'), z(y)) within ε of x.
+
+    NTv is the sum over ordered pairs of the v views, divided by v, each anchor against all rows of these views. The rows that
+    an anchor is compared with are constants, in the attack as well.
+    """
+
+    Settings = RoclSettings
+    settings: RoclSettings
+
+    def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
+        pair = ViewPairs(constant=every_pair(2, 1 / 2))
+        with s.attack_forwards():
+            other = s.embed_constant(y)
+
+        def loss(views: Sequence[Rows]) -> torch.Tensor:
+            return s.contrast_views([*views, other], pair)
+
+        (x_adv,) = s.attack_views([x], loss, route="clean")
+        a, b, c = s.embed(x), s.embed(y), s.embed(x_adv)
+        terms: Terms = {"three_views": (1.0, s.contrast_views([a, b, c], ViewPairs(constant=every_pair(3, 1 / 3))))}
+        if self.settings.regulariser:
+            terms["regulariser"] = (self.settings.regulariser, s.contrast_views([c, b], pair))
+        return terms
