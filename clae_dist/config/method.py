@@ -38,6 +38,11 @@ class MethodSettings(Section, prefix="method"):
         """Decay of the momentum encoder's average of the weights; 0: there is none."""
         return 0.0
 
+    @property
+    def key_statistics(self) -> Literal["averaged", "own"]:
+        """Running statistics of the momentum encoder: averaged like its weights, or of its own forwards in training mode."""
+        return "averaged"
+
     def check_run(self, config: Config) -> None:
         """Raise ConfigError if the method cannot work with the settings of the run."""
 

@@ -76,6 +76,7 @@ class Moment:
 
     step: int = 0
     steps_per_epoch: int = 1
+    epochs: float = 1.0  # of the whole run
 
 
 class Step(ABC):
@@ -100,6 +101,11 @@ class Step(ABC):
     def epoch(self) -> float:
         """Number of epochs before this step."""
         return self.moment.step / self.moment.steps_per_epoch
+
+    @property
+    def epochs(self) -> float:
+        """Number of epochs of the whole run."""
+        return self.moment.epochs
 
     def steps(self, epochs: float) -> int:
         """Number of steps in so many epochs."""
@@ -129,7 +135,9 @@ class Step(ABC):
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
         """Unit rows of `images` without gradients; running statistics are not updated. Collective.
 
-        With `momentum`, by the momentum encoder (MethodSettings.key_decay), which uses no batch statistics.
+        With `momentum`, by the momentum encoder (MethodSettings.key_decay). It uses no batch statistics, or (key_statistics
+        "own") its batch's, which then change its running ones. It comes before every `embed` of the step, whose graph would
+        not outlive the exchange of weights.
         """
         if momentum:
             return self.run.contrast.rows(self.run.encoding.keys(images, route))
@@ -225,7 +233,13 @@ class Step(ABC):
             )
 
     def attack_views(
-        self, starts: Sequence[torch.Tensor], loss_of: ViewsLoss, *, route: Route = "adversarial", noise_of: int = 0
+        self,
+        starts: Sequence[torch.Tensor],
+        loss_of: ViewsLoss,
+        *,
+        route: Route = "adversarial",
+        noise_of: int = 0,
+        keys: bool = False,
     ) -> list[torch.Tensor]:
         """The images within ε of each view's `starts` (B, 3, S, S) that together raise loss_of(embeddings of all views), of the
         whole global batch, the most. Collective. Parameters get no gradient.
@@ -233,12 +247,10 @@ class Step(ABC):
         The views are embedded as one batch of V·B images. Views that are not attacked are constants of `loss_of`.
 
         Args:
+            keys: the last view is embedded by the momentum encoder, through which its images have a gradient.
             noise_of: number of the noise that the first view starts from; the others have those that follow.
         """
         run, attack, num_views = self.run, self.run.attack, len(starts)
-
-        def loss(z: torch.Tensor) -> torch.Tensor:
-            return loss_of([run.contrast.rows(rows.contiguous()) for rows in z.chunk(num_views)])
 
         with self._timed("attack"), self.attack_forwards(), run.encoding.backend.frozen():
             noise = None
@@ -246,7 +258,7 @@ class Step(ABC):
                 noise = torch.cat([run.noise(self._batch, noise_of + view) for view in range(num_views)])
             found = perturb(
                 torch.cat(list(starts)),
-                lambda images: run.encoding.input_gradient(images, route, loss),
+                lambda images: self._views_gradient(images.chunk(num_views), route, loss_of, keys),
                 run.ball,
                 steps=attack.num_steps,
                 step_length=run.step_length,
@@ -255,7 +267,9 @@ class Step(ABC):
         views = [part.chunk(num_views) for part in (found.images, found.gradient)]
 
         def loss_after() -> torch.Tensor:
-            return loss_of([self._look(images, route) for images in views[0]])
+            parts = views[0]
+            last = [self.run.contrast.rows(self.run.encoding.keys(parts[-1], route))] if keys else []
+            return loss_of([self._look(images, route) for images in parts[: num_views - keys]] + last)
 
         return [
             self._record(Attacked(start, Perturbation(images, found.loss_before, gradient), loss_after))
@@ -288,6 +302,25 @@ class Step(ABC):
 
     def _look(self, images: torch.Tensor, route: Route) -> Rows:
         return self.run.contrast.rows(self.run.encoding.constant(images, route))
+
+    def _views_gradient(self, views: Sequence[torch.Tensor], route: Route, loss_of: ViewsLoss, keys: bool) -> LossAndGradient:
+        encoding, rows_of = self.run.encoding, self.run.contrast.rows
+        online, last = (views[:-1], views[-1]) if keys else (views, None)
+        last_z = None if last is None else [encoding.keys(last, route)]
+        online_z: list[torch.Tensor] = []
+
+        def loss(z: torch.Tensor) -> torch.Tensor:
+            online_z[:] = z.detach().chunk(len(online))
+            return loss_of([rows_of(rows.contiguous()) for rows in (*z.chunk(len(online)), *(last_z or ()))])
+
+        value, gradient = encoding.input_gradient(torch.cat(list(online)), route, loss)
+        if last is None:
+            return value, gradient
+        with encoding.backend.key_encoder():  # a second forward: the graph of the first would not outlive the context
+            _, of_last = encoding.input_gradient(
+                last, route, lambda z: loss_of([rows_of(rows.contiguous()) for rows in (*online_z, z)])
+            )
+        return value, torch.cat([gradient, of_last])
 
     def _gradient(self, anchor: Rows | None, route: Route, loss_of: PairLoss) -> GradientOf:
         def loss(z: torch.Tensor) -> torch.Tensor:

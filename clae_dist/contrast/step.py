@@ -90,6 +90,10 @@ class TrainingStep(Step):
         self.embeddings.append(embedding)
         return self.run.contrast.rows(embedding.z)
 
+    def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
+        assert not (momentum and self.embeddings), "the momentum encoder comes before the first `embed` of a step"
+        return super().embed_constant(images, route, momentum)
+
     def can_share_forward(self) -> bool:
         run = self.run
         return (

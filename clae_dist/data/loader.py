@@ -46,6 +46,7 @@ class LoadedBatch(NamedTuple):
     ids: torch.Tensor  # int64 (B,): index of the sample in its split
     labels: torch.Tensor  # int64 (B,): -1 without label
     bad: dict[str, str]  # samples that could not be decoded, with reasons; another of their shard is in their place
+    strength: float = 1.0  # of the augmentation (Augment.weakened)
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
 
 
@@ -67,6 +68,8 @@ class TwoViews(Dataset[LoadedBatch]):
     def __getitem__(self, step: int) -> LoadedBatch:
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
+        strength = self._config.augment.strength(step // self._order.steps_per_epoch, self._config.train.epochs)
+        augment = self._config.augment.weakened(strength)
         # One row of numbers per view and sample, on any rank: all world sizes train on the same pixels.
         draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epochs, places.ids) for view in (0, 1)])
         read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
@@ -74,8 +77,7 @@ class TwoViews(Dataset[LoadedBatch]):
         heights, widths = np.array([image.shape[1:] for image in images]).T
         views = torch.empty((2, rows, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
         for view in (0, 1):
-            cut, settings = draws[view, :, :CROP_DRAWS], self._config.augment
-            boxes = crop_boxes(cut, heights, widths, settings.crop_scale, settings.crop_ratio)
+            boxes = crop_boxes(draws[view, :, :CROP_DRAWS], heights, widths, augment.crop_scale, augment.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
         # float32 rounds one in 30 million to 1; a draw is below 1.
@@ -83,7 +85,7 @@ class TwoViews(Dataset[LoadedBatch]):
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
-        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, metadata)
+        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, strength, metadata)
 
 
 def make_order(config: Config, reader: ShardReader) -> Order | MixedOrder:

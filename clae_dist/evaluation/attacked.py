@@ -44,14 +44,9 @@ class _BareModel:
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
         return self._model(images, route)
 
-    def key_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """By the model itself in evaluation mode: a trained encoder and the average of its weights are close."""
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                return self._model(images, route)
-        finally:
-            self._model.train()
+    def key_encoder(self) -> AbstractContextManager[None]:
+        """The model itself in evaluation mode: a trained encoder and the average of its weights are close."""
+        return evaluation_mode(self._model)
 
     def untouched(self) -> AbstractContextManager[None]:
         return untouched_statistics(self._model)

@@ -14,6 +14,7 @@ METHODS = {
     "acl": "clae_dist.methods.acl:Acl",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
+    "dynacl": "clae_dist.methods.dynacl:DynAcl",
     "moco": "clae_dist.methods.moco:MoCo",
     "rocl": "clae_dist.methods.rocl:Rocl",
     "simclr": "clae_dist.methods.simclr:SimClr",

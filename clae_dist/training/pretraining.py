@@ -27,7 +27,7 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     def view(batch: LoadedBatch, number: int) -> torch.Tensor:
         images = batch.views[number].to(world.device, non_blocking=True)
         images = images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
-        return augment(images, batch.draws[number], config.augment).to(dtype)
+        return augment(images, batch.draws[number], config.augment.weakened(batch.strength)).to(dtype)
 
     def noise(batch: LoadedBatch, number: int) -> torch.Tensor:
         return uniform_noise(batch.draws[number], batch.views.shape[2:], world.device).to(dtype)
