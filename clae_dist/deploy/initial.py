@@ -18,9 +18,10 @@ from torch import nn
 from clae_dist.config import Config
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.plain import exported_names
+from clae_dist.deploy.resample import resample
 from clae_dist.errors import ConfigError
 from clae_dist.files import write_together
-from clae_dist.models.encoders import FAMILIES, build_encoder, library_arguments
+from clae_dist.models.encoders import FAMILIES, build_encoder, published_size
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.initial import read_weights
 
@@ -41,16 +42,17 @@ class Match:
     missing: list[str]  # in the encoder, not in the source
     other_shape: dict[str, str]  # name -> both shapes
     unused: list[str]  # in the source, not in the encoder: usually its classifier
+    resampled: dict[str, str]  # position embeddings of another image size: name -> both grids; they are among `loaded`
 
     def describe(self) -> str:
         """One line: how many tensors, and the names of those that were not loaded."""
         parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.resampled:
+            parts.append(f"{len(self.resampled)} of them resampled to this image size ({_pairs(self.resampled)})")
         if self.missing:
             parts.append(f"{len(self.missing)} not in the source ({_some(self.missing)})")
         if self.other_shape:
-            parts.append(
-                f"{len(self.other_shape)} of another shape ({_some([f'{k}: {v}' for k, v in self.other_shape.items()])})"
-            )
+            parts.append(f"{len(self.other_shape)} of another shape ({_pairs(self.other_shape)})")
         if self.unused:
             parts.append(f"{len(self.unused)} of the source not in the encoder ({_some(self.unused)})")
         return "; ".join(parts)
@@ -87,12 +89,13 @@ def resolve(config: Config) -> Initial:
 
     Raises ConfigError for a source that cannot be read, and for one that does not fit: a tensor of the encoder that the source
     lacks or has in another shape, unless model.init_missing is "random". The convolution that model.stem=cifar replaces starts
-    at random in any case.
+    at random in any case, and position embeddings of another image size are resampled.
     """
     source = config.model.init
     encoder, _ = build_encoder(config.model, config.data.image_size)
     own = encoder.state_dict()
     found = _renamed(_read(source, config), own, config.model.encoder)
+    found, resampled = _resampled(found, own)
     loaded = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
     other_shape = {
         name: f"{tuple(found[name].shape)} there, {tuple(own[name].shape)} here"
@@ -100,7 +103,7 @@ def resolve(config: Config) -> Initial:
         if name in found and found[name].shape != own[name].shape
     }
     missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    match = Match(list(loaded), missing, other_shape, [name for name in found if name not in own])
+    match = Match(list(loaded), missing, other_shape, [name for name in found if name not in own], resampled)
     bad = [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise _unusable(source, f"{bad[0]} holds NaN or infinity")
@@ -109,7 +112,7 @@ def resolve(config: Config) -> Initial:
     if not loaded or (wrong and config.model.init_missing == "error"):
         raise ConfigError(
             f"model.init is {source!r}, whose weights are not those of model.encoder {config.model.encoder}: "
-            f"{match.describe()}. Use the encoder that they belong to" + (", or model.init_missing=random." if loaded else ".")
+            f"{match.describe()}. Use {_that_fits(config, match)}" + (", or model.init_missing=random." if loaded else ".")
         )
     return Initial(source, _digest(loaded), match, {name: value.contiguous() for name, value in loaded.items()})
 
@@ -145,14 +148,13 @@ def _read(source: str, config: Config) -> Weights:
 
 
 def _pretrained(family: str, name: str, config: Config) -> Weights:
-    """Published weights, downloaded by timm or torchvision or from their cache."""
+    """Published weights, downloaded by timm or torchvision or from their cache, of the image size that they are made for."""
     architecture = name.partition(".")[0]
-    arguments = library_arguments(family, architecture, config.data.image_size)
     try:
         if family == "timm":
             import timm
 
-            network = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
+            network = timm.create_model(name, pretrained=True, num_classes=0)
         else:
             from torchvision import models
 
@@ -174,6 +176,25 @@ def _renamed(found: Weights, own: Weights, encoder: str) -> Weights:
     return {name if name in own else back.get(name, name): value for name, value in found.items()}
 
 
+def _resampled(found: Weights, own: Weights) -> tuple[Weights, dict[str, str]]:
+    """`found` with position embeddings of the shapes of `own`; and the grids of each that was resampled."""
+    changed, grids = dict(found), {}
+    for name in own.keys() & found.keys():
+        if found[name].shape != own[name].shape and (result := resample(name, found[name], own[name].shape)):
+            changed[name], grids[name] = result
+    return changed, dict(sorted(grids.items()))
+
+
+def _that_fits(config: Config, match: Match) -> str:
+    """What would work where weights do not fit: another image size, if only shapes differ, or the right encoder."""
+    source = config.model.encoder if config.model.init == "pretrained" else config.model.init
+    family, _, name = source.partition("/")
+    size = published_size(family, name.partition(".")[0]) if family in FAMILIES and name else 0
+    if match.loaded and not match.missing and size not in (0, config.data.image_size):
+        return f"data.image_size={size}, for which they were made"
+    return "the encoder that they belong to"
+
+
 def _has_cifar_stem(encoder: nn.Module) -> bool:
     return isinstance(getattr(encoder, "maxpool", None), nn.Identity)
 
@@ -184,6 +205,10 @@ def _digest(weights: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pairs(texts: Mapping[str, str]) -> str:
+    return _some([f"{name}: {text}" for name, text in texts.items()])
 
 
 def _some(names: list[str]) -> str:

@@ -94,7 +94,7 @@ def _timm_size(name: str, image_size: int) -> dict[str, Any]:
     """
     import timm
 
-    if image_size == _made_for("timm", name):
+    if image_size == published_size("timm", name):
         return {}
     for arguments in ({}, {"img_size": image_size}):
         try:
@@ -107,7 +107,7 @@ def _timm_size(name: str, image_size: int) -> dict[str, Any]:
     return {}  # build_encoder's error names the size that the encoder supports
 
 
-def _made_for(family: str, name: str) -> int:
+def published_size(family: str, name: str) -> int:
     """The image size of an encoder's published weights; 0 if unknown."""
     if family != "timm":
         return 299 if name == "inception_v3" else 224
@@ -131,7 +131,7 @@ def _feature_dim(encoder: nn.Module, name: str, image_size: int) -> int:
 
 def _wrong_size(name: str, image_size: int, error: Exception) -> ConfigError:
     family, _, short = name.partition("/")
-    size = _made_for(family, short)
+    size = published_size(family, short)
     way_out = f"use data.image_size={size}, or " if size and size != image_size else "use "
     reason = " ".join(str(error).split())[:120].rstrip(".")
     return ConfigError(

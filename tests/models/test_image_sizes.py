@@ -39,6 +39,15 @@ def test_an_encoder_of_fixed_size_is_made_for_the_run_s_size(encoder: str, image
     }
 
 
+@pytest.mark.parametrize("image_size", [32, 64, 96])
+@pytest.mark.parametrize(
+    "encoder",
+    ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224", "flexivit_small"],
+)
+def test_each_family_takes_small_images(encoder: str, image_size: int) -> None:
+    check_model(config_of(f"timm/{encoder}", image_size))
+
+
 @pytest.mark.parametrize("encoder", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "mixer_s16_224", "levit_128s"])
 def test_others_are_checked_without_memory_for_their_weights(encoder: str) -> None:
     check_model(config_of(f"timm/{encoder}", 128))
