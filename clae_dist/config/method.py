@@ -25,6 +25,7 @@ class MethodSettings(Section, prefix="method"):
 
     title: ClassVar[str] = ""  # as reports and exports print it
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
+    evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
     name: str = name_of("")
 

@@ -27,6 +27,7 @@ class DynAclSettings(ViewsSettings):
     """The keys `method.*` of DynACL."""
 
     title: ClassVar[str] = "DynACL"
+    evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "adversarial"
     name: str = name_of("dynacl")
     shift: float = setting(
         2 / 3, ge=0, le=1, zero="equal weights", help="Weight that has gone from the clean to the adversarial loss at the end."

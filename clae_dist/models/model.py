@@ -13,7 +13,12 @@ from clae_dist.models.norms import Route, add_routes, set_route, use_global_stat
 
 
 class PretrainModel(nn.Module):
-    """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width."""
+    """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
+
+    `evaluated_route` is the route of norm layers whose features stand for the model in evaluation.
+    """
+
+    evaluated_route: Route = "clean"
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -34,9 +39,9 @@ class PretrainModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def features(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """Features (B, F) of pixels in [0, 1], for evaluation."""
-        set_route(self.encoder, route)
+    def features(self, images_B3HW: torch.Tensor, route: Route | None = None) -> torch.Tensor:
+        """Features (B, F) of pixels in [0, 1], along the evaluated route unless another is given."""
+        set_route(self.encoder, route or self.evaluated_route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
     def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
@@ -85,6 +90,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
                     module.reset_parameters()
         projector = make_projector(config.model, feature_dim)
         model = PretrainModel(encoder, feature_dim, projector, config.model.projector_dim, config.model.mean, config.model.std)
+    model.evaluated_route = config.evaluated_route
     if config.method.two_routes:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
         if config.model.projector == "mlp3_bn":
