@@ -38,7 +38,7 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
 
     encoder.safetensors holds the evaluated route (evaluation.route) under the names that timm or torchvision give its weights,
     config.json what builds the model and its input, README.md the lines that load it. Where timm has the same model, the folder
-    also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. The folder appears complete or not at all;
+    also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. It appears complete or not at all;
     an older export is replaced.
     Raises ConfigError without a checkpoint, for a destination that holds something else, and for a folder that cannot be
     read or written safely (runs/trust.py); StorageError when the destination cannot be written.

@@ -46,5 +46,5 @@ def test_exports_and_embeddings_follow_it(tmp_path: Path) -> None:
     torch.testing.assert_close(load_encoder(config.folder, route="clean")(images), clean)
     export = export_encoder(config.folder)
     torch.testing.assert_close(load_encoder(export)(images), adversarial)
-    with pytest.raises(ConfigError, match="route is 'clean', but .* is an export, which holds the adversarial one; name the run"):
+    with pytest.raises(ConfigError, match="is an export, which holds the adversarial one; name the run"):
         load_encoder(export, route="clean")
