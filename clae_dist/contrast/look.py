@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from clae_dist.contrast.attacks import Attacked, Attacking
 from clae_dist.contrast.encoding import Route
-from clae_dist.contrast.interface import Attacked, Attacking, Moment, Step
+from clae_dist.contrast.interface import Moment, Step
 from clae_dist.objectives.form import Rows
 
 

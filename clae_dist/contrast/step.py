@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from clae_dist.contrast.attacks import Attacking, GradientOf, PairLoss
 from clae_dist.contrast.encoding import Embedding, Route, TrainingEncoding
-from clae_dist.contrast.interface import Attacking, GradientOf, Moment, PairLoss, Step
+from clae_dist.contrast.interface import Moment, Step
 from clae_dist.contrast.method import Terms
 from clae_dist.errors import RankError
 from clae_dist.objectives.form import Rows

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.contrast.attacks import Attacking
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.interface import Attacking
 from clae_dist.contrast.look import look
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from clae_dist.config import Config
-from clae_dist.contrast.interface import Attacked, Moment
+from clae_dist.contrast.attacks import Attacked
+from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
