@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from clae_dist.config import Config
 
 
+# weak: a crop out of the image with an eighth of its side of black around it, and a flip; bare: the whole image.
+ThirdView = Literal["none", "weak", "bare"]
+
+
 def name_of(method: str) -> Any:
     """The setting `method.name` of a method."""
     return setting(method, help="Pretraining method: one of the table in clae_dist/methods/README.md, or package.module:Class.")
@@ -25,6 +29,7 @@ class MethodSettings(Section, prefix="method"):
 
     title: ClassVar[str] = ""  # as reports and exports print it
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
+    third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
     name: str = name_of("")

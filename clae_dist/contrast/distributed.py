@@ -127,6 +127,14 @@ class Contrast:
         assert isinstance(self._objective, PerAnchor)
         return per_anchor_loss(self._objective, a, b, start, self._settings, self._group)
 
+    @property
+    def temperature(self) -> float:
+        return self._settings.temperature
+
+    def everyones(self, values: torch.Tensor) -> torch.Tensor:
+        """See Step.everyones."""
+        return gather_rows(values, self._group)
+
     def of_views(self, pairs: ViewPairs, views: Sequence[Rows]) -> torch.Tensor:
         """See Step.contrast_views."""
         start = self._rank * len(views[0].mine)

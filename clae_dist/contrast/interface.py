@@ -35,6 +35,7 @@ class Step(Attacks, ABC):
     def __init__(self, run: Attacking, batch: Any, moment: Moment) -> None:
         super().__init__(run, batch)
         self.moment = moment
+        self.more_views: list[torch.Tensor] = []
         self.kept: State = {}  # by `losses` for `after_update`
 
     @property
@@ -60,6 +61,21 @@ class Step(Attacks, ABC):
     def steps(self, epochs: float) -> int:
         """Number of steps in so many epochs."""
         return round(epochs * self.moment.steps_per_epoch)
+
+    @property
+    def temperature(self) -> float:
+        """The objective's."""
+        return self.run.contrast.temperature
+
+    @property
+    def augmentation(self) -> float:
+        """Share of the augmentation's full strength (augment.anneal_epochs), 1 at the start of a run."""
+        return float(getattr(self._batch, "strength", 1.0))
+
+    @property
+    def third(self) -> torch.Tensor:
+        """The third view of the images, (B, 3, S, S), where `MethodSettings.third_view` asks for one."""
+        return self.more_views[0]
 
     @property
     def ids(self) -> torch.Tensor:
@@ -104,6 +120,11 @@ class Step(Attacks, ABC):
         It has the temperature of the run's objective, and no other of its settings.
         """
         return self.run.contrast.of_views(pairs, views)
+
+    def everyones(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, …) of this rank to (N, …) of all, with gradient: for a loss of the whole batch that every rank computes alike.
+        Collective, in the backward as well."""
+        return self.run.contrast.everyones(values)
 
     def match(
         self, queries: Rows, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any = ALL

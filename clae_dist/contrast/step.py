@@ -28,7 +28,7 @@ class Pretraining(Attacking):
 
     encoding: TrainingEncoding
     shared_norms: bool  # both routes of norm layers are the same function
-    augment: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # batch -> x, y: (B, 3, S, S) in [0, 1] on the device
+    augment: Callable[[Any], tuple[torch.Tensor, ...]]  # batch -> views (B, 3, S, S) in [0, 1] on the device: x, y, a third
     timed: Callable[[str], AbstractContextManager[None]]  # accounts for where the time goes
 
 
@@ -57,7 +57,7 @@ def pretrain_step(
     Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`grad_norm`).
     """
     s = (make_step or TrainingStep)(run, batch, moment)
-    x, y = run.augment(batch)
+    x, y, *s.more_views = run.augment(batch)
     terms = run.method.losses(s, x, y)
     loss = s.total(terms)
     loss.backward()  # as far as the embeddings

@@ -90,7 +90,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     training = model.training
     model.train()
     with untouched_statistics(model):
-        seen = look(run, None, clean, clean.flip(3))
+        seen = look(run, None, clean, clean.flip(3), clean)
         (attacked, *_), loss_after = seen.attacks, seen.loss_after(seen.attacks[0])
     model.train(training)
     return AttackedImages(

@@ -12,6 +12,8 @@ from clae_dist.errors import ConfigError
 
 METHODS = {
     "acl": "clae_dist.methods.acl:Acl",
+    "advcl": "clae_dist.methods.advcl:AdvCl",
+    "air": "clae_dist.methods.air:Air",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
     "dynacl": "clae_dist.methods.dynacl:DynAcl",

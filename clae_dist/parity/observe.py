@@ -54,12 +54,11 @@ class Start:
     undecided: torch.Tensor  # of the same shape: true where the gradient is so small that its sign is arbitrary
 
 
-def global_batch(step: int, rows: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views (N, 3, S, S) in [0, 1] of synthetic images: coarse fields of colour, with different noise in each view."""
+def global_batch(step: int, rows: int, side: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Three views (N, 3, S, S) in [0, 1] of synthetic images: coarse fields of colour, with different noise in each view."""
     draw = _seeded(1 + step)
     fields = F.interpolate(torch.rand(rows, 3, 4, 4, generator=draw), size=(side, side), mode="bilinear")
-    x, y = (0.1 + 0.6 * fields + 0.2 * torch.rand(fields.shape, generator=draw) for _ in range(2))
-    return x.to(dtype), y.to(dtype)
+    return [(0.1 + 0.6 * fields + 0.2 * torch.rand(fields.shape, generator=draw)).to(dtype) for _ in range(3)]
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -97,8 +96,8 @@ class _Run:
         self._backend.model.train()
         self._run = replace(
             make_pretraining(config, world, self._backend, Clock(world.device)),
-            augment=lambda batch: batch[:2],
-            noise=lambda batch, view: batch[2 + view],
+            augment=lambda batch: batch[0],
+            noise=lambda batch, view: batch[1][view],
         )
 
     def state(self) -> dict[str, Any]:
@@ -116,11 +115,9 @@ class _Run:
         torch.manual_seed(number)
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         side, size = config.data.image_size, config.batch.global_size
-        x, y = (self._own(view) for view in global_batch(number, size, side, dtype))
-        noises = [
-            self._own(torch.rand((size, *x.shape[1:]), generator=_seeded(seed), dtype=dtype))
-            for seed in (number, 1000 + number)
-        ]
+        views = [self._own(view) for view in global_batch(number, size, side, dtype)]
+        draws = [_seeded(number + 1000 * view) for view in range(len(views))]
+        noises = [self._own(torch.rand((size, 3, side, side), generator=draw, dtype=dtype)) for draw in draws]
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
         seen: list[_Watched] = []
@@ -130,7 +127,7 @@ class _Run:
             seen[0].start = start
             return seen[0]
 
-        metrics = pretrain_step(self._run, (x, y, *noises), Moment(number), watched)
+        metrics = pretrain_step(self._run, (views, noises), Moment(number), watched)
         (step,) = seen
         clean = next(iter(metrics.terms.values()))
         loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()
