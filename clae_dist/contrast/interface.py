@@ -87,7 +87,7 @@ class Step(Attacks, ABC):
     def labels(self) -> torch.Tensor:
         """Label of each sample, -1 without one, (B,)."""
         labels: torch.Tensor = self._batch.labels
-        return labels
+        return labels.to(self.run.pixel_std.device, non_blocking=True)
 
     # ---- embeddings and losses ----
 
@@ -113,6 +113,11 @@ class Step(Attacks, ABC):
     def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
         """The objective of the run: this rank's share, the mean over its anchors. Collective."""
         return self.run.contrast(anchors, keys)
+
+    def spread_positives(self, a: Rows, b: Rows, groups_B: torch.Tensor) -> torch.Tensor:
+        """The change of NT-Xent between a and b when all images of a group, such as a class, are each other's positives: this
+        rank's share. An image of a negative group has no others. Collective."""
+        return self.run.contrast.spread_positives(a, b, groups_B)
 
     def contrast_views(self, views: Sequence[Rows], pairs: ViewPairs) -> torch.Tensor:
         """The loss `pairs` on V views: this rank's share, the mean over its images. Collective if pairs are live.

@@ -20,6 +20,7 @@ METHODS = {
     "moco": "clae_dist.methods.moco:MoCo",
     "rocl": "clae_dist.methods.rocl:Rocl",
     "simclr": "clae_dist.methods.simclr:SimClr",
+    "supcon": "clae_dist.methods.supcon:SupCon",
 }
 
 

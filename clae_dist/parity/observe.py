@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,14 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+class _Batch(NamedTuple):
+    """This rank's rows of a synthetic global batch."""
+
+    views: list[torch.Tensor]
+    noises: list[torch.Tensor]
+    labels: torch.Tensor
+
+
 class _Watched(TrainingStep):
     """A step that records its attacks. With `start`, undecided pixels are taken from the reference.
 
@@ -96,8 +104,8 @@ class _Run:
         self._backend.model.train()
         self._run = replace(
             make_pretraining(config, world, self._backend, Clock(world.device)),
-            augment=lambda batch: batch[0],
-            noise=lambda batch, view: batch[1][view],
+            augment=lambda batch: tuple(batch.views),
+            noise=lambda batch, view: batch.noises[view],
         )
 
     def state(self) -> dict[str, Any]:
@@ -119,6 +127,7 @@ class _Run:
         draws = [_seeded(number + 1000 * view) for view in range(len(views))]
         # Drawn in float32, whatever the precision: torch draws other numbers in float64.
         noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]
+        labels = self._own(torch.arange(size) % (1 + size // 3) - 1)  # about three images a class, and three without a label
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
         seen: list[_Watched] = []
@@ -128,7 +137,7 @@ class _Run:
             seen[0].start = start
             return seen[0]
 
-        metrics = pretrain_step(self._run, (views, noises), Moment(number), watched)
+        metrics = pretrain_step(self._run, _Batch(views, noises, labels), Moment(number), watched)
         (step,) = seen
         clean = next(iter(metrics.terms.values()))
         loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()
