@@ -30,6 +30,7 @@ class MethodSettings(Section, prefix="method"):
     title: ClassVar[str] = ""  # as reports and exports print it
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
     third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
+    weak_second_view: ClassVar[bool] = False  # crops and flips alone for y
     needs_labels: ClassVar[bool] = False  # of the training images
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
