@@ -125,7 +125,8 @@ class _Run:
         side, size = config.data.image_size, config.batch.global_size
         views = [self._own(view) for view in global_batch(number, size, side, dtype)]
         draws = [_seeded(number + 1000 * view) for view in range(len(views))]
-        noises = [self._own(torch.rand((size, 3, side, side), generator=draw, dtype=dtype)) for draw in draws]
+        # Drawn in float32, whatever the precision: torch draws other numbers in float64.
+        noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]
         labels = self._own(torch.arange(size) % (1 + size // 3) - 1)  # about three images a class, and three without a label
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
