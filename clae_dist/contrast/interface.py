@@ -121,15 +121,16 @@ class Step(ABC):
 
     @abstractmethod
     def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
-        """Unit rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
+        """Rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
 
+        They are projections of unit length, or features as they are (MethodSettings.embeds).
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
-        """Unit rows of `images` without gradients; running statistics are not updated. Collective.
+        """Rows of `images` without gradients; running statistics are not updated. Collective.
 
-        With `momentum`, by the momentum encoder (MethodSettings.key_decay), which uses no batch statistics.
+        With `momentum`, by the momentum encoder or the frozen one (MethodSettings.key_decay), which uses no batch statistics.
         """
         if momentum:
             return self.run.contrast.rows(self.run.encoding.keys(images, route))

@@ -11,6 +11,7 @@ from clae_dist.contrast.method import Method
 from clae_dist.errors import ConfigError
 
 METHODS = {
+    "anchored": "clae_dist.methods.anchored:Anchored",
     "acl": "clae_dist.methods.acl:Acl",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
