@@ -25,7 +25,7 @@ from clae_dist.bench.outcome import Outcome
 from clae_dist.config import Augment, Data
 from clae_dist.data.augment import augment
 from clae_dist.data.decode import as_tensor, decode_rgb
-from clae_dist.data.loader import TwoViews, make_order
+from clae_dist.data.loader import TrainingViews, make_order
 from clae_dist.data.shard_set import open_shards
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.devices import local_device
@@ -163,7 +163,7 @@ def _facts(images: torch.Tensor) -> torch.Tensor:
 
 def _batches(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
     say("JPEG to a batch: time")
-    data = TwoViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
+    data = TrainingViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
     v1, v2 = (peers.PilPairs(chunk.jpegs, settings.image_size, of) for of in ("v1", "v2"))
     runs: Runs = {
         "ours": ("crops on the host, the rest of the augmentation on the device", lambda: data[0]),

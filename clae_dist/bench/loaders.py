@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from clae_dist.bench import data_peers as peers
 from clae_dist.bench.chunk import Chunk, DataBench
 from clae_dist.bench.measure import Row, Say, Times, make_rows
-from clae_dist.data.loader import TwoViews, forkserver, load, make_order, start_loader_process
+from clae_dist.data.loader import TrainingViews, forkserver, load, make_order, start_loader_process
 from clae_dist.world import World
 
 Make = Callable[[Chunk, DataBench, int], Iterator[Any]]
@@ -91,7 +91,7 @@ def _steps(settings: DataBench, workers: int) -> int:
 
 
 def _threads(chunk: Chunk, settings: DataBench, count: int) -> Iterator[Any]:
-    data = TwoViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
+    data = TrainingViews(chunk.reader, make_order(chunk.config, chunk.reader), chunk.config, 0, 1)
     with ThreadPoolExecutor(max(1, count)) as pool:
         yield from pool.map(data.__getitem__, range(_steps(settings, count)))
 

@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, default=-1, metavar="N", help="processes that decode; 0: none; default: chosen")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     parser.add_argument(
-        "--route", choices=("clean", "adversarial"), default="clean", help="the norm layers of a run (default: clean)"
+        "--route", choices=("clean", "adversarial"), help="the norm layers of a run (default: those of its evaluation)"
     )
     add_trust(parser)
 

@@ -6,6 +6,7 @@ import importlib
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from clae_dist.config.images import Augment, Batch, Data
 from clae_dist.config.method import Attack, MethodSettings
@@ -72,6 +73,10 @@ class Config(Section):
         if streams and size % streams:
             near = _nearest_divisor(size, streams)
             raise ConfigError(f"data.streams is {streams}, which does not divide batch.global_size {size}; try {near}.")
+        if self.evaluation.route == "adversarial" and not self.method.two_routes:
+            raise ConfigError(
+                f"evaluation.route is 'adversarial', but method.name={self.method.name} has one route of norm layers; use auto."
+            )
         self.method.check(self.attack)
         self.method.check_run(self)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
@@ -124,6 +129,11 @@ class Config(Section):
             batch=replace(self.batch, global_size=rows * world_size, micro_size=micro),
             method=self.method.for_few_rows(rows * world_size),
         )
+
+    @property
+    def evaluated_route(self) -> Literal["clean", "adversarial"]:
+        """The norm layers of evaluation, exports and embeddings."""
+        return self.method.evaluated_route if self.evaluation.route == "auto" else self.evaluation.route
 
     def learning_rate(self) -> float:
         """The peak learning rate at this global batch (Goyal et al. 2017 for linear, Chen et al. 2020 B.1 for sqrt)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from clae_dist.config.rules import Section, require, setting
 
@@ -107,12 +107,36 @@ class Augment(Section, prefix="augment"):
     grey: float = setting(0.2, ge=0, le=1, help="Probability of conversion to greyscale.")
     blur: float = setting(0.0, ge=0, le=1, help="Probability of Gaussian blur.")
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), gt=0, help="Range of the blur's standard deviation in pixels.")
+    anneal_epochs: int = setting(
+        0,
+        ge=0,
+        zero="never",
+        help="Crops, jitter, grey and blur weaken after every so many epochs, from these settings at the start of a run to "
+        "none at its end; flips stay (Luo et al. 2023).",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             self.require(low <= high, name, "the first number is the lower one; use low <= high.")
+
+    def strength(self, epoch: int, epochs: float) -> float:
+        """Share of the augmentation in epoch `epoch` (from 0) of `epochs`: 1 at the start of a run. Reference: Luo et al. 2023,
+        Rethinking the effect of data augmentation in adversarial contrastive learning, equation 5."""
+        return max(0.0, 1 - epoch // self.anneal_epochs * self.anneal_epochs / epochs) if self.anneal_epochs else 1.0
+
+    def weakened(self, strength: float) -> Self:
+        """These settings at a strength from 0 (flips alone) to 1 (as they are)."""
+        if strength == 1:
+            return self
+        low, high = self.crop_scale
+        names = ("jitter", "brightness", "contrast", "saturation", "hue", "grey", "blur")
+        return replace(
+            self,
+            crop_scale=(1 - strength * (1 - low), 1 - strength * (1 - high)),
+            **{name: strength * getattr(self, name) for name in names},
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from clae_dist.config import Config
 
 
+# weak: a crop out of the image with an eighth of its side of black around it, and a flip; bare: the whole image.
+ThirdView = Literal["none", "weak", "bare"]
+
+
 def name_of(method: str) -> Any:
     """The setting `method.name` of a method."""
     return setting(method, help="Pretraining method: one of the table in clae_dist/methods/README.md, or package.module:Class.")
@@ -27,6 +31,9 @@ class MethodSettings(Section, prefix="method"):
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
     # The rows of Step.embed: projections of unit length, or the encoder's features as they are, without a projector.
     embeds: ClassVar[Literal["projections", "features"]] = "projections"
+    third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
+    needs_labels: ClassVar[bool] = False  # of the training images
+    evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
     name: str = name_of("")
 
@@ -39,6 +46,11 @@ class MethodSettings(Section, prefix="method"):
     def key_decay(self) -> float:
         """Decay of the momentum encoder's average of the weights; 0: there is none; 1: it stays as the run began."""
         return 0.0
+
+    @property
+    def key_statistics(self) -> Literal["averaged", "own"]:
+        """Running statistics of the momentum encoder: averaged like its weights, or of its own forwards in training mode."""
+        return "averaged"
 
     def check_run(self, config: Config) -> None:
         """Raise ConfigError if the method cannot work with the settings of the run."""

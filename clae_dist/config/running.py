@@ -206,7 +206,13 @@ class Tracking(Section, prefix="tracking"):
 
 @dataclass(frozen=True)
 class Evaluation(Section, prefix="evaluation"):
-    """kNN and linear probe on frozen features of the clean route."""
+    """kNN and linear probe on frozen features."""
+
+    route: Literal["auto", "clean", "adversarial"] = setting(
+        "auto",
+        used_by="a method with two routes",
+        help="Norm layers whose features are evaluated, exported and embedded. auto: those that the method trains for.",
+    )
 
     knn_k: int = setting(200, ge=1, help="Neighbours of the kNN classifier.")
     knn_temperature: float = setting(0.1, gt=0, help="Temperature of the neighbours' votes.")

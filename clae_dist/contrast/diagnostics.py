@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,8 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
         negatives of one rank alone would have got wrong. A method without an attack has those of the clean views only.
     """
     with run.encoding.backend.untouched():
-        x, y = run.augment(batch)
-        seen = look(run, batch, x, y)
+        views = run.augment(batch)
+        seen = look(run, batch, *views)
         values: dict[str, torch.Tensor] = {}
         for pair in seen.pairs:
             if pair.route == "clean" and "alignment" not in values:
@@ -37,14 +38,14 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
                 geometry = _geometry(run, pair.anchors.mine, pair.keys.mine)
                 values.update({f"{name}_adversarial": geometry[name] for name in geometry if name.startswith("cos_")})
         if seen.attacks:
-            values.update(_attack(run, seen, x, y, batch))
+            values.update(_attack(run, seen, views, batch))
     if not values:  # a method with a loss of its own
         return {}
     mean = run.world.mean(torch.stack([v.detach().double() for v in values.values()]).to(run.world.device))
     return dict(zip(values, mean.tolist(), strict=True))
 
 
-def _attack(run: Pretraining, seen: Look, x: torch.Tensor, y: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
+def _attack(run: Pretraining, seen: Look, views: Sequence[torch.Tensor], batch: Any) -> dict[str, torch.Tensor]:
     """Measurements of the first attack of a step."""
     attacked = seen.attacks[0]
     delta = (attacked.found.images - attacked.start).flatten(1)
@@ -55,7 +56,7 @@ def _attack(run: Pretraining, seen: Look, x: torch.Tensor, y: torch.Tensor, batc
         "attack_loss_after": seen.loss_after(attacked),
     }
     if run.world.size > 1:
-        alone = look(replace(run, contrast=run.contrast.of_this_rank_alone()), batch, x, y).attacks[0]
+        alone = look(replace(run, contrast=run.contrast.of_this_rank_alone()), batch, *views).attacks[0]
         wrong = attacked.found.gradient.sign() != alone.found.gradient.sign()
         values["wrong_sign_share"] = 100 * wrong.double().mean()
     return values

@@ -47,6 +47,7 @@ from clae_dist.errors import ConfigError
 from clae_dist.objectives import Dense, PerAnchor, PerPair, find
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows
+from clae_dist.objectives.groups import same_group, spread_positives
 from clae_dist.objectives.multi_view import ViewPairs
 from clae_dist.objectives.pairs import per_pair_loss
 from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exp_and_mean, log_sum_exps, pull
@@ -126,6 +127,19 @@ class Contrast:
             return per_pair_loss(self._objective, a, b, start, self._settings)
         assert isinstance(self._objective, PerAnchor)
         return per_anchor_loss(self._objective, a, b, start, self._settings, self._group)
+
+    @property
+    def temperature(self) -> float:
+        return self._settings.temperature
+
+    def everyones(self, values: torch.Tensor) -> torch.Tensor:
+        """See Step.everyones."""
+        return gather_rows(values, self._group)
+
+    def spread_positives(self, a: Rows, b: Rows, groups_B: torch.Tensor) -> torch.Tensor:
+        """See Step.spread_positives."""
+        same_BN = same_group(groups_B, self.everyones(groups_B), self._rank * len(groups_B))
+        return spread_positives(a, b, same_BN, self._settings.temperature)
 
     def of_views(self, pairs: ViewPairs, views: Sequence[Rows]) -> torch.Tensor:
         """See Step.contrast_views."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from clae_dist.contrast.attacks import Attacked, Attacking
 from clae_dist.contrast.encoding import Route
-from clae_dist.contrast.interface import Attacked, Attacking, Moment, Step
+from clae_dist.contrast.interface import Moment, Step
 from clae_dist.objectives.form import Rows
 
 
@@ -72,11 +73,12 @@ class Look(Step):
             return attacked.loss_after()
 
 
-def look(run: Attacking, batch: Any, x: torch.Tensor, y: torch.Tensor) -> Look:
-    """Run the method's losses on two views as they are from the first step on, and train nothing. Collective.
+def look(run: Attacking, batch: Any, x: torch.Tensor, y: torch.Tensor, *more: torch.Tensor) -> Look:
+    """Run the method's losses on two views (and a third) as they are from the first step on, and train nothing. Collective.
 
     The caller protects running statistics.
     """
     seen = Look(run, batch)
+    seen.more_views += more
     run.method.from_the_start().losses(seen, x, y)
     return seen

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from clae_dist.contrast.attacks import Attacking, GradientOf, PairLoss
 from clae_dist.contrast.encoding import Embedding, Route, TrainingEncoding
-from clae_dist.contrast.interface import Attacking, GradientOf, Moment, PairLoss, Step
+from clae_dist.contrast.interface import Moment, Step
 from clae_dist.contrast.method import Terms
 from clae_dist.errors import RankError
 from clae_dist.objectives.form import Rows
@@ -27,7 +28,7 @@ class Pretraining(Attacking):
 
     encoding: TrainingEncoding
     shared_norms: bool  # both routes of norm layers are the same function
-    augment: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]  # batch -> x, y: (B, 3, S, S) in [0, 1] on the device
+    augment: Callable[[Any], tuple[torch.Tensor, ...]]  # batch -> views (B, 3, S, S) in [0, 1] on the device: x, y, a third
     timed: Callable[[str], AbstractContextManager[None]]  # accounts for where the time goes
 
 
@@ -56,7 +57,7 @@ def pretrain_step(
     Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`grad_norm`).
     """
     s = (make_step or TrainingStep)(run, batch, moment)
-    x, y = run.augment(batch)
+    x, y, *s.more_views = run.augment(batch)
     terms = run.method.losses(s, x, y)
     loss = s.total(terms)
     loss.backward()  # as far as the embeddings
@@ -89,6 +90,10 @@ class TrainingStep(Step):
         embedding = self.run.encoding.embed(images, route, want_image_gradient=image_gradient, beside=beside)
         self.embeddings.append(embedding)
         return self.run.contrast.rows(embedding.z)
+
+    def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
+        assert not (momentum and self.embeddings), "the momentum encoder comes before the first `embed` of a step"
+        return super().embed_constant(images, route, momentum)
 
     def can_share_forward(self) -> bool:
         run = self.run

@@ -1,4 +1,4 @@
-"""Batches of two views: a map from a step to this rank's share of the global batch.
+"""Batches of two views, or of three: a map from a step to this rank's share of the global batch.
 
 Because the order is a function, a loader process receives a step and returns its batch: the batches are the same with any
 number of loader processes, and resuming means starting at another step.
@@ -27,7 +27,7 @@ from clae_dist.data.mixture import MixedFiles, MixedOrder
 from clae_dist.data.order import Order
 from clae_dist.data.prefetch import ahead_of
 from clae_dist.data.shards import ShardReader
-from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
+from clae_dist.data.views import CROP_DRAWS, centre_view, crop_boxes, resized_crop, shifted_view
 from clae_dist.errors import DataError
 from clae_dist.lifetime import begin_forked_process, fork_server, fork_server_from_here, main_module_hidden
 from clae_dist.world import World
@@ -41,15 +41,16 @@ _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 class LoadedBatch(NamedTuple):
     """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
 
-    views: torch.Tensor  # uint8 (2, B, 3, S, S), each interleaved in memory: cropped, not yet augmented
-    draws: torch.Tensor  # float32 (2, B, AUGMENT_DRAWS) in [0, 1), for the augmentation on the device
+    views: torch.Tensor  # uint8 (V, B, 3, S, S), each interleaved in memory: cropped, not yet augmented; V = 2 or 3
+    draws: torch.Tensor  # float32 (V, B, AUGMENT_DRAWS) in [0, 1), for the augmentation on the device
     ids: torch.Tensor  # int64 (B,): index of the sample in its split
     labels: torch.Tensor  # int64 (B,): -1 without label
     bad: dict[str, str]  # samples that could not be decoded, with reasons; another of their shard is in their place
+    strength: float = 1.0  # of the augmentation (Augment.weakened)
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
 
 
-class TwoViews(Dataset[LoadedBatch]):
+class TrainingViews(Dataset[LoadedBatch]):
     """A map-style dataset: `self[step]` is one rank's share of the global batch of a step."""
 
     def __init__(self, reader: ShardReader, order: Order | MixedOrder, config: Config, rank: int, world_size: int) -> None:
@@ -67,23 +68,33 @@ class TwoViews(Dataset[LoadedBatch]):
     def __getitem__(self, step: int) -> LoadedBatch:
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
+        strength = self._config.augment.strength(step // self._order.steps_per_epoch, self._config.train.epochs)
+        augment = self._config.augment.weakened(strength)
         # One row of numbers per view and sample, on any rank: all world sizes train on the same pixels.
-        draws = np.stack([uniforms(_DRAWS_A_VIEW, self._config.seed, 2 + view, places.epochs, places.ids) for view in (0, 1)])
+        seed, num_views = self._config.seed, num_views_of(self._config)
+        draws = np.stack([uniforms(_DRAWS_A_VIEW, seed, 2 + view, places.epochs, places.ids) for view in range(num_views)])
         read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
         images = [sample.image for sample in read]
         heights, widths = np.array([image.shape[1:] for image in images]).T
-        views = torch.empty((2, rows, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        views = torch.empty((num_views, rows, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
         for view in (0, 1):
-            cut, settings = draws[view, :, :CROP_DRAWS], self._config.augment
-            boxes = crop_boxes(cut, heights, widths, settings.crop_scale, settings.crop_ratio)
+            boxes = crop_boxes(draws[view, :, :CROP_DRAWS], heights, widths, augment.crop_scale, augment.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
+        for row, image in enumerate(images if num_views == 3 else ()):
+            weak = self._config.method.third_view == "weak"
+            views[2, row] = shifted_view(image, draws[2, row, :2], size) if weak else centre_view(image, size)
         # float32 rounds one in 30 million to 1; a draw is below 1.
         augment_draws = torch.from_numpy(np.minimum(draws[:, :, CROP_DRAWS:].astype(np.float32), _BELOW_ONE))
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
-        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, metadata)
+        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, strength, metadata)
+
+
+def num_views_of(config: Config) -> int:
+    """V, the views of an image that a step loads."""
+    return 2 if config.method.third_view == "none" else 3
 
 
 def make_order(config: Config, reader: ShardReader) -> Order | MixedOrder:
@@ -144,7 +155,7 @@ def load(manifest: Manifest, config: Config, world: World, first_step: int, last
     workers = num_workers(config, world.local_size)
     reader = ShardReader(manifest, config.data.train_split, config.data.metadata, world.local_size * max(1, workers))
     order, steps = make_order(config, reader), range(first_step, last_step)
-    views = TwoViews(reader, order, config, world.rank, world.size)
+    views = TrainingViews(reader, order, config, world.rank, world.size)
     batches = read_ahead(views, steps, workers, shared_memory_bytes(config, world), pin_memory=world.device.type == "cuda")
     return ahead_of(batches, manifest, order, config, world, steps)
 
@@ -173,7 +184,7 @@ def read_ahead(
 def shared_memory_bytes(config: Config, world: World) -> int:
     """Bytes of shared memory that the batches of this machine's ranks need in transport."""
     rows, size = config.rows_per_rank(world.size), config.data.image_size
-    batch_bytes = rows * (2 * 3 * size**2 + 2 * 4 * AUGMENT_DRAWS + 2 * 8)
+    batch_bytes = rows * (num_views_of(config) * (3 * size**2 + 4 * AUGMENT_DRAWS) + 2 * 8)
     return transport.needed_bytes(batch_bytes, num_workers(config, world.local_size), world.local_size)
 
 

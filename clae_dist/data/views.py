@@ -51,6 +51,17 @@ def resized_crop(image_3HW: torch.Tensor, box: np.ndarray, size: int) -> torch.T
     return F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
 
 
+def shifted_view(image_3HW: torch.Tensor, draws: np.ndarray, size: int) -> torch.Tensor:
+    """uint8 (3, size, size): the centre view, moved by up to an eighth of its side, with black where it ends.
+
+    `draws` are two uniform numbers. At 32 pixels it is the usual crop of CIFAR with a padding of 4.
+    """
+    pad = size // 8
+    padded = F.pad(centre_view(image_3HW, size), (pad,) * 4)
+    top, left = (int(draw * (2 * pad + 1)) for draw in draws)
+    return padded[:, top : top + size, left : left + size]
+
+
 def centre_view(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 (3, size, size) for evaluation: the short side to size / 0.875 (256 for 224), then the centre.
 

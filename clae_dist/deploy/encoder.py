@@ -71,15 +71,16 @@ class Encoder(nn.Module):
         return centre_view(pixels_of(image), self.image_size).float() / 255
 
 
-def load_encoder(run_or_export: str | os.PathLike[str], *, route: Route = "clean", trust: bool = False) -> Encoder:
+def load_encoder(run_or_export: str | os.PathLike[str], *, route: Route | None = None, trust: bool = False) -> Encoder:
     """The encoder of a run's newest committed checkpoint, or of a folder that `clae export` wrote; on the CPU, in float32.
 
-    Nothing in the folder is executed or unpickled. `route` selects the norm layers of a run that has two sets of them; an
-    export holds the clean ones. `trust` also opens a run folder of another user with links that lead out of it.
+    Nothing in the folder is executed or unpickled. `route` selects the norm layers of a run that has two sets of them, by
+    default those of its evaluation (evaluation.route); an export holds these alone. `trust` also opens a run folder of another
+    user with links that lead out of it.
     Raises ConfigError for a folder that is neither a run with a checkpoint nor an export, and for damaged or NaN weights.
     """
     folder = Path(run_or_export).expanduser()
-    if route not in get_args(Route):
+    if route is not None and route not in get_args(Route):
         raise ConfigError(f"route is {route!r}; use one of {', '.join(get_args(Route))}.")
     if os.path.lexists(folder / CONFIG_FILE):
         return _of_run(folder, route, Permission(trust))
@@ -91,9 +92,10 @@ def load_encoder(run_or_export: str | os.PathLike[str], *, route: Route = "clean
     )
 
 
-def _of_run(run_dir: Path, route: Route, permission: Permission) -> Encoder:
+def _of_run(run_dir: Path, route: Route | None, permission: Permission) -> Encoder:
     check_folder(run_dir, permission)
     config, model, info = load_model(run_dir)
+    route = route or config.evaluated_route
     if route != "clean" and not any(isinstance(module, RoutedNorm) for module in model.encoder.modules()):
         raise ConfigError(f"route is {route!r}, but the encoder of {str(run_dir)!r} has one set of norm layers; use clean.")
     weights = {key: value.float() for key, value in single_route_state(model.encoder.state_dict(), route).items()}
@@ -113,6 +115,7 @@ def _is_size(value: Any) -> bool:
 _FIELDS: dict[str, Check] = {
     "format_version": lambda value: value == FORMAT,
     "encoder": is_text,
+    "route": lambda value: value in get_args(Route),
     "input_size": _is_size,
     "mean": _is_rgb,
     "std": _is_rgb,
@@ -121,14 +124,15 @@ _FIELDS: dict[str, Check] = {
 }
 
 
-def _of_export(folder: Path, route: Route) -> Encoder:
-    if route != "clean":
-        raise ConfigError(f"route is {route!r}, but {str(folder)!r} is an export, which holds the clean one; name the run.")
+def _of_export(folder: Path, route: Route | None) -> Encoder:
     try:
         description = read_object(folder / CONFIG)
         expect(description, _FIELDS)
     except ReadError as error:
         raise _damaged(folder / CONFIG, str(error)) from None
+    if route not in (None, description["route"]):
+        held = description["route"]
+        raise ConfigError(f"route is {route!r}, but {str(folder)!r} is an export, which holds the {held} one; name the run.")
     try:
         with open_regular(folder / WEIGHTS) as file:
             stored = load(file.read())
@@ -151,8 +155,8 @@ def _built(folder: Path, description: dict[str, Any], stored: dict[str, torch.Te
         network, num_features = plain_encoder(settings, size, {back.get(key, key): value for key, value in stored.items()})
     except RuntimeError as error:
         raise _damaged(folder / WEIGHTS, " ".join(str(error).split())[:200]) from None
-    source = {key: description[key] for key in ("encoder", "step", "images_seen")}
-    return Encoder(network, num_features, size, mean, std, {**source, "route": "clean"})
+    source = {key: description[key] for key in ("encoder", "route", "step", "images_seen")}
+    return Encoder(network, num_features, size, mean, std, source)
 
 
 def _names(settings: Model, image_size: int) -> list[str]:

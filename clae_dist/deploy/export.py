@@ -36,10 +36,10 @@ WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
 def export_encoder(run_dir: Path, destination: Path | None = None, permission: Permission = NOTHING) -> Path:
     """Write the encoder of the newest checkpoint into the folder `destination` (default: RUN/export), and return the folder.
 
-    encoder.safetensors holds the clean route under the names that timm or torchvision give its weights, config.json what builds
-    the model and its input, README.md the lines that load it. Where timm has the same model, the folder also has timm's own
-    layout; elsewhere `timm_problem` in config.json is the reason. The folder appears complete or not at all; an older export is
-    replaced.
+    encoder.safetensors holds the evaluated route (evaluation.route) under the names that timm or torchvision give its weights,
+    config.json what builds the model and its input, README.md the lines that load it. Where timm has the same model, the folder
+    also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. It appears complete or not at all;
+    an older export is replaced.
     Raises ConfigError without a checkpoint, for a destination that holds something else, and for a folder that cannot be
     read or written safely (runs/trust.py); StorageError when the destination cannot be written.
     """
@@ -49,7 +49,9 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
     destination = destination or RunFolder(run_dir).export
     if destination.exists() and not _replaceable(destination):
         raise ConfigError(f"the destination is {str(destination)!r}, which holds other files; name a new folder.")
-    weights = {key: value.float() for key, value in single_route_state(model.encoder.state_dict()).items()}
+    weights = {
+        key: value.float() for key, value in single_route_state(model.encoder.state_dict(), config.evaluated_route).items()
+    }
     network, _ = plain_encoder(config.model, config.data.image_size, weights)
     description = _describe(config, info, _origin(run_dir), network, model.feature_dim)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
@@ -152,6 +154,7 @@ def _describe(
         "std": list(config.model.std),
         "encoder": config.model.encoder,
         "method": config.method.title or config.method.name,
+        "route": config.evaluated_route,
         "images_seen": info["images_seen"],
         "step": info["step"],
         **origin,

@@ -186,7 +186,7 @@ def _resampled(found: Weights, own: Weights) -> tuple[Weights, dict[str, str]]:
 
 
 def _that_fits(config: Config, match: Match) -> str:
-    """What would work where weights do not fit: another image size, if only shapes differ, or the right encoder."""
+    """The way out where weights do not fit: another image size, if only shapes differ, or the right encoder."""
     source = config.model.encoder if config.model.init == "pretrained" else config.model.init
     family, _, name = source.partition("/")
     size = published_size(family, name.partition(".")[0]) if family in FAMILIES and name else 0

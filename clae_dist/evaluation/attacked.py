@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.contrast.attacks import Attacking
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding, Route
-from clae_dist.contrast.interface import Attacking
 from clae_dist.contrast.look import look
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel
@@ -44,14 +44,9 @@ class _BareModel:
     def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
         return self._model(images, route)
 
-    def key_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """By the model itself in evaluation mode: a trained encoder and the average of its weights are close."""
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                return self._model(images, route)
-        finally:
-            self._model.train()
+    def key_encoder(self) -> AbstractContextManager[None]:
+        """The model itself in evaluation mode: a trained encoder and the average of its weights are close."""
+        return evaluation_mode(self._model)
 
     def untouched(self) -> AbstractContextManager[None]:
         return untouched_statistics(self._model)
@@ -95,7 +90,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
     training = model.training
     model.train()
     with untouched_statistics(model):
-        seen = look(run, None, clean, clean.flip(3))
+        seen = look(run, None, clean, clean.flip(3), clean)
         (attacked, *_), loss_after = seen.attacks, seen.loss_after(seen.attacks[0])
     model.train(training)
     return AttackedImages(

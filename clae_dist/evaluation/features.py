@@ -55,7 +55,7 @@ def extract(
     start: int = 0,
     step: int = 1,
 ) -> Features:
-    """Clean-route features of every `step`-th batch of a set, starting at batch `start`.
+    """Features of every `step`-th batch of a set, starting at batch `start`.
 
     The model runs in evaluation mode (running statistics, no gradient) and is returned to the modes it had. With
     start = rank and step = world size the ranks share the set, and `gather` joins their shares.
@@ -88,7 +88,7 @@ def extract_each(
             on_device = torch.as_tensor(images_b3SS).to(device)
             for model, parts in zip(models, features, strict=True):
                 pixels = on_device.to(_dtype(model)) / 255
-                parts.append(model.features(pixels, route="clean").float().cpu())  # type: ignore[operator]
+                parts.append(model.features(pixels).float().cpu())  # type: ignore[operator]
             labels.append(torch.as_tensor(labels_b).long().cpu())
             ids.append(torch.as_tensor(ids_b).long().cpu())
             if progress:

@@ -166,6 +166,7 @@ def _results(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
     loss = number(summary["loss"], ".3f")
     return {
         "protocols": protocols,
+        "route": record.config.evaluated_route,
         "chance": number(100 / evaluation["num_classes"], ".2f", " %") if protocols else "",
         "tested": _tested(evaluation) if protocols else "",
         "cards": [

@@ -13,11 +13,15 @@ from clae_dist.errors import ConfigError
 METHODS = {
     "anchored": "clae_dist.methods.anchored:Anchored",
     "acl": "clae_dist.methods.acl:Acl",
+    "advcl": "clae_dist.methods.advcl:AdvCl",
+    "air": "clae_dist.methods.air:Air",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
+    "dynacl": "clae_dist.methods.dynacl:DynAcl",
     "moco": "clae_dist.methods.moco:MoCo",
     "rocl": "clae_dist.methods.rocl:Rocl",
     "simclr": "clae_dist.methods.simclr:SimClr",
+    "supcon": "clae_dist.methods.supcon:SupCon",
 }
 
 

@@ -24,6 +24,7 @@ class AclSettings(ViewsSettings):
     """The keys `method.*` of ACL."""
 
     title: ClassVar[str] = "ACL"
+    evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "adversarial"
     name: str = name_of("acl")
     form: Literal["dual", "adversarial", "mixed"] = setting(
         "dual",

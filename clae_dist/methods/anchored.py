@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from clae_dist.config import Attack
+from clae_dist.config import Attack, MethodSettings
 from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, Terms
 from clae_dist.errors import ConfigError
-from clae_dist.methods.views import ViewsSettings
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +26,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AnchoredSettings(ViewsSettings):
+class AnchoredSettings(MethodSettings):
     """The keys `method.*` of anchored."""
 
     title: ClassVar[str] = "Anchored"
+    uses_attack: ClassVar[bool] = True
     embeds: ClassVar[Literal["projections", "features"]] = "features"
 
     name: str = name_of("anchored")

@@ -16,7 +16,11 @@ class PretrainModel(nn.Module):
     """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
 
     With an empty projector, embeddings are the features themselves, of any length.
+
+    `evaluated_route` is the route of norm layers whose features stand for the model in evaluation.
     """
+
+    evaluated_route: Route = "clean"
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -37,9 +41,9 @@ class PretrainModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def features(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """Features (B, F) of pixels in [0, 1], for evaluation."""
-        set_route(self.encoder, route)
+    def features(self, images_B3HW: torch.Tensor, route: Route | None = None) -> torch.Tensor:
+        """Features (B, F) of pixels in [0, 1], along the evaluated route unless another is given."""
+        set_route(self.encoder, route or self.evaluated_route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
     def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
@@ -91,6 +95,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
         projector = make_projector(config.model, feature_dim) if projects else nn.Sequential()
         dim = config.model.projector_dim if projects else feature_dim
         model = PretrainModel(encoder, feature_dim, projector, dim, config.model.mean, config.model.std)
+    model.evaluated_route = config.evaluated_route
     if config.method.two_routes:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
         if config.model.projector == "mlp3_bn":

@@ -16,18 +16,23 @@ class WeightAverage:
 
     Tensors that are not among them, such as running statistics, are the model's own. With decay 0 there is no average;
     with decay 1 it keeps the weights that it began with.
+
+    Args:
+        apart: tensors that take part in `in_place`, of which `parts` keeps a second version, and not an average.
     """
 
-    def __init__(self, shards: Sequence[torch.Tensor], decay: float) -> None:
+    def __init__(self, shards: Sequence[torch.Tensor], decay: float, apart: Sequence[torch.Tensor] = ()) -> None:
         self.decay = decay
-        self._shards = [shard.detach() for shard in shards] if decay else []
+        self._shards = [shard.detach() for shard in (*shards, *apart)] if decay else []
+        self._num_averaged = len(shards)
         self._average = [shard.clone() for shard in self._shards]
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimiser step."""
         if self._shards and self.decay < 1:
-            torch._foreach_lerp_(self._average, self._shards, 1 - self.decay)
+            count = self._num_averaged
+            torch._foreach_lerp_(self._average[:count], self._shards[:count], 1 - self.decay)
 
     @property
     def parts(self) -> list[torch.Tensor]:

@@ -59,7 +59,9 @@ class Backend(ABC):
         self._wrap()
         self.average = WeightAverage(self._shards(), config.train.ema_decay)
         self._key_statistics = {name: value for name, value in self.model.named_buffers() if name.endswith(_STATISTICS)}
-        self.keys = WeightAverage([*self._shards(), *self._key_statistics.values()], config.method.key_decay)
+        of_keys = (self._shards(), list(self._key_statistics.values()))
+        averaged, apart = of_keys if config.method.key_statistics == "own" else ([*of_keys[0], *of_keys[1]], [])
+        self.keys = WeightAverage(averaged, config.method.key_decay, apart)
         self.method_state = self._method_state()
 
     # ---- implemented by a backend ----
@@ -136,15 +138,18 @@ class Backend(ABC):
         with self.autocast():
             return self.model(images, route)
 
-    def key_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) by the momentum encoder: average of weights and running statistics, in evaluation mode; no graph.
+    @contextmanager
+    def key_encoder(self) -> Iterator[None]:
+        """Context in which the model is the momentum encoder: the average of its weights, with running statistics that are
+        averaged as well, in evaluation mode, or its own (MethodSettings.key_statistics). Collective with sharded parameters.
 
-        Collective with sharded parameters. Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
+        Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
         """
+        own = self.config.method.key_statistics == "own"
         self._shards()  # only shards take the average: whole parameters go first, and again afterwards
         try:
-            with torch.no_grad(), self.keys.in_place(), self.evaluating():
-                return self.attack_embed(images, route)
+            with self.keys.in_place(), nullcontext() if own else self.evaluating():
+                yield
         finally:
             self._shards()
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from clae_dist.config import Config
-from clae_dist.contrast.interface import Attacked, Moment
+from clae_dist.contrast.attacks import Attacked
+from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
@@ -53,16 +54,23 @@ class Start:
     undecided: torch.Tensor  # of the same shape: true where the gradient is so small that its sign is arbitrary
 
 
-def global_batch(step: int, rows: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views (N, 3, S, S) in [0, 1] of synthetic images: coarse fields of colour, with different noise in each view."""
+def global_batch(step: int, rows: int, side: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Three views (N, 3, S, S) in [0, 1] of synthetic images: coarse fields of colour, with different noise in each view."""
     draw = _seeded(1 + step)
     fields = F.interpolate(torch.rand(rows, 3, 4, 4, generator=draw), size=(side, side), mode="bilinear")
-    x, y = (0.1 + 0.6 * fields + 0.2 * torch.rand(fields.shape, generator=draw) for _ in range(2))
-    return x.to(dtype), y.to(dtype)
+    return [(0.1 + 0.6 * fields + 0.2 * torch.rand(fields.shape, generator=draw)).to(dtype) for _ in range(3)]
 
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+class _Batch(NamedTuple):
+    """This rank's rows of a synthetic global batch."""
+
+    views: list[torch.Tensor]
+    noises: list[torch.Tensor]
+    labels: torch.Tensor
 
 
 class _Watched(TrainingStep):
@@ -96,8 +104,8 @@ class _Run:
         self._backend.model.train()
         self._run = replace(
             make_pretraining(config, world, self._backend, Clock(world.device)),
-            augment=lambda batch: batch[:2],
-            noise=lambda batch, view: batch[2 + view],
+            augment=lambda batch: tuple(batch.views),
+            noise=lambda batch, view: batch.noises[view],
         )
 
     def state(self) -> dict[str, Any]:
@@ -115,11 +123,11 @@ class _Run:
         torch.manual_seed(number)
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         side, size = config.data.image_size, config.batch.global_size
-        x, y = (self._own(view) for view in global_batch(number, size, side, dtype))
-        noises = [
-            self._own(torch.rand((size, *x.shape[1:]), generator=_seeded(seed), dtype=dtype))
-            for seed in (number, 1000 + number)
-        ]
+        views = [self._own(view) for view in global_batch(number, size, side, dtype)]
+        draws = [_seeded(number + 1000 * view) for view in range(len(views))]
+        # Drawn in float32, whatever the precision: torch draws other numbers in float64.
+        noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]
+        labels = self._own(torch.arange(size) % (1 + size // 3) - 1)  # about three images a class, and three without a label
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
         seen: list[_Watched] = []
@@ -129,7 +137,7 @@ class _Run:
             seen[0].start = start
             return seen[0]
 
-        metrics = pretrain_step(self._run, (x, y, *noises), Moment(number), watched)
+        metrics = pretrain_step(self._run, _Batch(views, noises, labels), Moment(number), watched)
         (step,) = seen
         clean = next(iter(metrics.terms.values()))
         loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()

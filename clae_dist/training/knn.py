@@ -13,7 +13,6 @@ from clae_dist.evaluation.interval import wilson_interval
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.evaluation.scored import scored
 from clae_dist.models import PretrainModel
-from clae_dist.models.norms import Route
 from clae_dist.parallel import Backend
 from clae_dist.training.session import Session
 
@@ -25,8 +24,8 @@ class _Projected(nn.Module):
         super().__init__()
         self.model, self.feature_dim = model, model.embedding_dim
 
-    def features(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        embeddings: torch.Tensor = self.model(images, route)
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        embeddings: torch.Tensor = self.model(images, self.model.evaluated_route)
         return embeddings
 
 

@@ -60,7 +60,7 @@ class Plan:
 
     def moment(self, step: int) -> Moment:
         """A step as the method sees it."""
-        return Moment(step, self.steps_per_epoch)
+        return Moment(step, self.steps_per_epoch, self.config.train.epochs)
 
     def images_seen(self, step: int) -> int:
         return step * self.config.batch.global_size

@@ -24,10 +24,14 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     """Collect what a training step needs from the parts of a run."""
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
 
+    flips_alone = config.augment.weakened(0.0)
+
     def view(batch: LoadedBatch, number: int) -> torch.Tensor:
         images = batch.views[number].to(world.device, non_blocking=True)
         images = images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
-        return augment(images, batch.draws[number], config.augment).to(dtype)
+        strong = config.augment.weakened(batch.strength)
+        settings = strong if number < 2 else flips_alone if config.method.third_view == "weak" else None
+        return (images if settings is None else augment(images, batch.draws[number], settings)).to(dtype)
 
     def noise(batch: LoadedBatch, number: int) -> torch.Tensor:
         return uniform_noise(batch.draws[number], batch.views.shape[2:], world.device).to(dtype)
@@ -40,7 +44,7 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         encoding=TrainingEncoding(backend, config.batch.micro_size),
         pixel_std=backend.model.std,
         shared_norms=routes_are_one_function(backend.model),
-        augment=lambda batch: (view(batch, 0), view(batch, 1)),
+        augment=lambda batch: tuple(view(batch, number) for number in range(len(batch.views))),
         noise=noise,
         state=backend.method_state,
         timed=clock.timed,

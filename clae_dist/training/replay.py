@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clae_dist.config import Config, Data, Parallel
-from clae_dist.contrast.step import Moment, NonFinite, pretrain_step
+from clae_dist.contrast.step import NonFinite, pretrain_step
 from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
 from clae_dist.errors import ConfigError
@@ -27,6 +27,7 @@ from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is
 from clae_dist.runs.trust import NOTHING, Permission, open_run
 from clae_dist.training.clock import Clock
 from clae_dist.training.nonfinite import loss_parts
+from clae_dist.training.plan import Plan
 from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.session import Session
 from clae_dist.training.sets import open_sets
@@ -115,7 +116,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])
     run = make_pretraining(config, world, backend, Clock(world.device))
-    moment = Moment(step, max(1, train.num_samples(config.data.train_split) // config.batch.global_size))
+    moment = Plan.of(config, train.num_samples(config.data.train_split)).moment(step)
     (batch,) = load(train, config, world, step, step + 1)
     reader = ShardReader(train, config.data.train_split)
     mine = [reader.name_of(sample) for sample in batch.ids.tolist()]

@@ -47,8 +47,20 @@ def check_sets(config: Config) -> Manifest | None:
     if len(manifests) < len(names):
         return None
     train = _mixed(config, manifests)
-    Plan.of(config, train.num_samples(config.data.train_split))
+    _check_split(config, train)
     return train
+
+
+def _check_split(config: Config, train: Manifest) -> None:
+    """Raise DataError if the training split has too few images, or no labels for a method that needs them."""
+    split = config.data.train_split
+    Plan.of(config, train.num_samples(split))
+    counts = train.class_counts.get(split, ())
+    if config.method.needs_labels and not (any(counts) if counts else train.classes):
+        raise DataError(
+            f"method.name={config.method.name} needs labels, but no image of split {split!r} of {train.where} has one (label "
+            "-1 in its index); prepare the images from one folder a class, or use method.name=simclr."
+        )
 
 
 def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
@@ -68,11 +80,11 @@ def open_sets(session: Session, progress: Callable[[], None] = lambda: None) -> 
     Raises the same DataError or ConfigError on every rank.
     """
     config, world, say = session.config, session.world, session.say
-    data, split = config.data, config.data.train_split
+    data = config.data
     main = open_shards(data, world, say, progress)
     others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
     train = _mixed(config, [main, *others])
-    Plan.of(config, train.num_samples(split))
+    _check_split(config, train)
     for manifest in (main, *others):
         _check(manifest, session, progress)
     if others:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from clae_dist.config import Augment, Batch, Config, Data
+from clae_dist.config import Augment, Batch, Config, Data, Optim, Train
 from clae_dist.data import decode, loader
 from clae_dist.data.augment import augment
 from clae_dist.data.decode import as_tensor, torchvision_decoder
@@ -38,21 +38,27 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_synthetic_set(tmp_path_factory.mktemp("data") / "shards", 40, 20, num_shards=3)
 
 
-def batches(manifest: Manifest, rank: int = 0, size: int = 1, workers: int = 0, first: int = 0) -> list[Views]:
-    config = Config(data=Data(image_size=16, streams=4, shuffle_shards=2, workers=workers), batch=Batch(global_size=8))
+def batches(
+    manifest: Manifest, rank: int = 0, size: int = 1, workers: int = 0, first: int = 0, augment: Augment | None = None
+) -> list[Views]:
+    data = Data(image_size=16, streams=4, shuffle_shards=2, workers=workers)
+    optim = Optim(warmup_epochs=0)
+    config = Config(
+        data=data, batch=Batch(global_size=8), augment=augment or Augment(), optim=optim, train=Train(epochs=STEPS / 5)
+    )
     return list(load(manifest, config, replace(World.single("cpu"), rank=rank, size=size), first, STEPS))
 
 
 def together(parts: list[Views]) -> Views:
-    *tensors, bad, metadata = zip(*parts, strict=True)
+    *tensors, bad, strengths, metadata = zip(*parts, strict=True)
     joined = [torch.cat(part, dim=1 if part[0].dim() > 1 else 0) for part in tensors]
     skipped = {sample: reason for part in bad for sample, reason in part.items()}
-    return Views(*joined, skipped, [files for part in metadata for files in part])
+    return Views(*joined, skipped, strengths[0], [files for part in metadata for files in part])
 
 
 def assert_same(found: Views, wanted: Views) -> None:
     for name, a, b in zip(Views._fields, found, wanted, strict=True):
-        assert a == b if name in ("bad", "metadata") else torch.equal(a, b), name
+        assert a == b if name in ("bad", "strength", "metadata") else torch.equal(a, b), name
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on machines with fewer cores
@@ -105,6 +111,32 @@ def test_the_two_views_and_two_epochs_of_an_image_differ(manifest: Manifest) -> 
     assert not torch.equal(first.draws[0], first.draws[1])
     again = int((second.ids == first.ids[0]).nonzero())
     assert not torch.equal(second.draws[0, again], first.draws[0, 0])
+
+
+def test_an_annealed_augmentation_is_a_function_of_the_epoch(manifest: Manifest) -> None:
+    """The first epoch is that of the recipe, the second has half of it, wherever a run begins."""
+    annealed, plain = Augment(anneal_epochs=1), Augment()
+    found = batches(manifest, augment=annealed)
+    for batch, same in zip(found[:5], batches(manifest)[:5], strict=True):
+        assert_same(batch, same)
+    for batch, same in zip(found[5:], batches(manifest, augment=plain.weakened(0.5), first=5), strict=True):
+        assert_same(batch, same._replace(strength=0.5))
+    for batch, same in zip(batches(manifest, augment=annealed, first=7, workers=1), found[7:], strict=True):
+        assert_same(batch, same)
+
+
+def test_what_is_left_of_an_annealed_augmentation() -> None:
+    augment = Augment(crop_scale=(0.1, 1.0), brightness=0.4, hue=0.1, blur=0.5, anneal_epochs=50)
+    strengths = [augment.strength(epoch, 1000) for epoch in range(1000)]
+    assert len(set(strengths)) == 20
+    assert strengths[:51] == [1.0] * 50 + [0.95]
+    assert strengths[-1] == pytest.approx(0.05)
+    assert augment.weakened(1.0) == augment
+    half, none = augment.weakened(0.5), augment.weakened(0.0)
+    assert (half.crop_scale, half.jitter, half.brightness, half.grey) == ((0.55, 1.0), 0.4, 0.2, 0.1)
+    assert none.crop_scale == (1.0, 1.0)
+    assert none.jitter == none.grey == none.blur == none.hue == 0
+    assert none.flip == augment.flip
 
 
 def test_a_draw_that_rounds_to_one_is_still_below_it(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_a_small_shared_memory_costs_time_and_no_batch(tmp_path: Path) -> None:
 
 def test_what_comes_through_a_pipe_is_the_same_to_the_stride() -> None:
     views = torch.arange(2 * 3 * 4 * 4 * 3, dtype=torch.uint8).view(2, 3, 4, 4, 3).permute(0, 1, 4, 2, 3)
-    batch = LoadedBatch(views, torch.rand(2, 3, 5), torch.arange(3), torch.tensor([1, -1, 0]), {"a": "b"}, [{"txt": b"x"}])
+    batch = LoadedBatch(views, torch.rand(2, 3, 5), torch.arange(3), torch.tensor([1, -1, 0]), {"a": "b"}, 1.0, [{"txt": b"x"}])
     found = pickle.loads(pickle.dumps(transport._Piped(batch)))
     assert isinstance(found, LoadedBatch)
     for tensor, same in zip(found[:4], batch[:4], strict=True):

@@ -33,6 +33,8 @@ class Tried:
         order: list[int] | None = None,
         *,
         swap: bool = False,
+        same: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         config = Config(
             data=Data(image_size=SIDE),
@@ -40,7 +42,7 @@ class Tried:
             model=Model(init="pretrained"),  # read nowhere here, and required by a method that starts from weights
             method=method,
             attack=attack,
-            objective=Objective(temperature=TEMPERATURE),
+            objective=objective or Objective(temperature=TEMPERATURE),
             optim=Optim(name="sgd", learning_rate=0.1, scaling="none", warmup_epochs=0),
             train=Train(precision="float64"),
         )
@@ -53,11 +55,15 @@ class Tried:
                 )
         chosen = slice(None) if order is None else order
         self.x, self.y = (steps.images(view, N, SIDE)[chosen] for view in ((1, 0) if swap else (0, 1)))
+        if same:  # two equal views, with equal perturbations
+            self.y = self.x
         run = steps.pretraining(config, self.backend.world, self.backend)
-        noises = [noise(1 - view if swap else view)[chosen] for view in (0, 1)]
+        noises = [noise(0 if same else 1 - view if swap else view)[chosen] for view in (0, 1)] + [noise(2)[chosen]]
+        self.third = steps.images(9, N, SIDE)[chosen]
         run.__dict__["noise"] = lambda _, view: noises[view]
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step = TrainingStep(run, (self.x, self.y), Moment())
+        self.step.more_views = [self.third]
         self.terms: Terms = run.method.losses(self.step, self.x, self.y)
 
     def as_before(self) -> PretrainModel:

@@ -28,6 +28,7 @@ from clae_dist.config import (
     Train,
 )
 from clae_dist.contrast.distributed import Contrast
+from clae_dist.contrast.encoding import TrainingEncoding
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.data.synthetic import write_synthetic_set
@@ -112,7 +113,7 @@ def trained(world: World, config: Config, count: int = 3) -> dict[str, Any]:
     keys = []
     for step in range(count):
         x, y = (steps.share(world, steps.images(2 * step + view, N, SIDE)) for view in (0, 1))
-        keys.append(run.contrast.rows(backend.key_embed(y, "clean")).all.clone())
+        keys.append(run.contrast.rows(run.encoding.keys(y, "clean")).all.clone())
         pretrain_step(run, (x, y), Moment(step))
         weights.append(backend.weights())
     return {"weights": weights, "average": backend.key_weights(), "queue": run.state.get("queue"), "keys": keys}
@@ -142,8 +143,9 @@ def test_a_key_depends_on_its_own_image_alone_and_changes_nothing(momentum: floa
     backend.model.train()
     before = backend.weights()
     images = steps.images(5, 6, SIDE)
-    together = backend.key_embed(images, "clean")
-    torch.testing.assert_close(backend.key_embed(images[:2], "clean"), together[:2], atol=1e-14, rtol=0)
+    encoding = TrainingEncoding(backend)
+    together = encoding.keys(images, "clean")
+    torch.testing.assert_close(encoding.keys(images[:2], "clean"), together[:2], atol=1e-14, rtol=0)
     assert not together.requires_grad
     assert backend.model.training
     assert all(torch.equal(value, before[name]) for name, value in backend.weights().items())

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.config import Batch, Config, Data, Model, Optim, Train
+from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Train
 from clae_dist.contrast import distributed
+from clae_dist.methods.acl import AclSettings
 from clae_dist.methods.clae_fused import ClaeFused
 from clae_dist.methods.simclr import SimClr
 from clae_dist.parity.compare import Parity, compare, compare_steps, difference, table
@@ -93,6 +94,24 @@ def test_methods_pass(ranks: RankPool, variant: steps.Variant) -> None:
     assert found.passed, found
     lines = "\n".join(table(found))
     assert ("attacks no images" in lines) == ("signs of delta" not in lines) == (variant.method.name == "simclr")
+
+
+def in_float32(world: World, config: Config, wrong: str) -> Parity:
+    here = World.single("cpu")
+    one, starts = reference(alone(config), here, 2, "float32")
+    single = observe(alone(config), here, 2, starts)
+    with broken(wrong):
+        return compare_steps(config, world.size, "float32", observe(config, world, 2, starts), single, one)
+
+
+def test_a_long_attack_from_a_random_start_passes_in_float32(ranks: RankPool) -> None:
+    """Every precision has the same noise, and rounding may turn signs in its later steps; a wrong gather still fails."""
+    attack = Attack("pgd", epsilon=0.03, steps=5, step_size=0.008, random_start=True, statistics="running")
+    config = replace(CONFIG, method=AclSettings(), attack=attack, train=replace(CONFIG.train, precision="float32"))
+    found = ranks.run(2, in_float32, config, "")[0]
+    assert found.passed, found
+    assert found.input_grad.relative < 1e-3
+    assert not ranks.run(2, in_float32, config, "own shifts for everyone's")[0].passed
 
 
 @pytest.mark.parametrize(
