@@ -32,6 +32,7 @@ class MethodSettings(Section, prefix="method"):
     # The rows of Step.embed: projections of unit length, or the encoder's features as they are, without a projector.
     embeds: ClassVar[Literal["projections", "features"]] = "projections"
     third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
+    weak_second_view: ClassVar[bool] = False  # crops and flips alone for y
     needs_labels: ClassVar[bool] = False  # of the training images
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 

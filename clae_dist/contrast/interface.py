@@ -133,7 +133,14 @@ class Step(Attacks, ABC):
         return self.run.contrast.everyones(values)
 
     def match(
-        self, queries: Rows, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any = ALL
+        self,
+        queries: Rows,
+        keys: Rows,
+        queue_KD: torch.Tensor | None,
+        *,
+        with_batch: bool,
+        index: Any = ALL,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The mean over this rank's queries of the cross-entropy of a query's similarity to its own key, among that key, the
         rows of the queue and, `with_batch`, the keys of all other images of the global batch.
@@ -142,9 +149,23 @@ class Step(Attacks, ABC):
 
         Args:
             index: the images of `keys` that the queries are of (see `choose`).
+            targets: the wanted shares of a query's own key and of the rows of the queue, (queries, 1 + K), constant; without
+                them the own key has all.
         Reference: He et al. 2020, equation 1.
         """
-        return self.run.contrast.match(queries.mine, keys, queue_KD, with_batch=with_batch, index=index)
+        return self.run.contrast.match(queries.mine, keys, queue_KD, with_batch=with_batch, index=index, targets=targets)
+
+    def match_groups(
+        self, queries: Rows, keys: Rows, groups_N: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor], others: float
+    ) -> torch.Tensor:
+        """The cross-entropy of this rank's queries to their own key and, with the weight `others` in relation to it, to all
+        other rows of their group among queries, keys and queue. Collective, in the backward as well: queries are columns.
+
+        Args:
+            groups_N: of all images of the global batch; negative ones are no group.
+            queue: rows (K, D) and their groups, UNWRITTEN for rows that are no columns.
+        """
+        return self.run.contrast.match_groups(queries, keys, groups_N, queue, others)
 
     def choose(self, count: int, num_rows: int) -> Any:
         """An index of `count` of this rank's `num_rows` rows, evenly spaced: the same images for every number of ranks."""
