@@ -11,10 +11,10 @@ from clae_dist.contrast.method import Method
 from clae_dist.errors import ConfigError
 
 METHODS = {
-    "anchored": "clae_dist.methods.anchored:Anchored",
     "acl": "clae_dist.methods.acl:Acl",
     "advcl": "clae_dist.methods.advcl:AdvCl",
     "air": "clae_dist.methods.air:Air",
+    "anchored": "clae_dist.methods.anchored:Anchored",
     "ascl": "clae_dist.methods.ascl:Ascl",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
