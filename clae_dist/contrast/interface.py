@@ -93,17 +93,18 @@ class Step(Attacks, ABC):
 
     @abstractmethod
     def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
-        """Unit rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
+        """Rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
 
+        They are projections of unit length, or features as they are (MethodSettings.embeds).
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
-        """Unit rows of `images` without gradients; running statistics are not updated. Collective.
+        """Rows of `images` without gradients; running statistics are not updated. Collective.
 
-        With `momentum`, by the momentum encoder (MethodSettings.key_decay). It uses no batch statistics, or (key_statistics
-        "own") its batch's, which then change its running ones. It comes before every `embed` of the step, whose graph would
-        not outlive the exchange of weights.
+        With `momentum`, by the momentum encoder, or the frozen one (MethodSettings.key_decay). It uses no batch statistics, or
+        (key_statistics "own") its batch's, which then change its running ones. It comes before every `embed` of the step, whose
+        graph would not outlive the exchange of weights.
         """
         if momentum:
             return self.run.contrast.rows(self.run.encoding.keys(images, route))

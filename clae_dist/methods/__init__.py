@@ -14,6 +14,7 @@ METHODS = {
     "acl": "clae_dist.methods.acl:Acl",
     "advcl": "clae_dist.methods.advcl:AdvCl",
     "air": "clae_dist.methods.air:Air",
+    "anchored": "clae_dist.methods.anchored:Anchored",
     "ascl": "clae_dist.methods.ascl:Ascl",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
