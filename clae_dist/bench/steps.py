@@ -55,6 +55,7 @@ class Variant:
     method: MethodSettings
     attack: Attack = field(default_factory=Attack)
     objective: Objective = field(default_factory=Objective)
+    init: str = ""  # the weights that the method would begin with
 
     def units(self, shared_norms: bool) -> float | None:
         """See MethodSettings.units."""
@@ -91,7 +92,7 @@ def _of_recipes(compared: Mapping[str, Variant], batch: int) -> dict[str, Varian
         if folder != "cifar10":
             continue
         config = resolve(recipe).config
-        variant = Variant(config.method.for_few_rows(batch), config.attack, config.objective)
+        variant = Variant(config.method.for_few_rows(batch), config.attack, config.objective, config.model.init)
         cost = (variant.method.name, variant.units(False))
         if cost not in seen:
             seen.add(cost)
@@ -114,7 +115,7 @@ def prepare(kind: Kind, variant: Variant, device: torch.device) -> Pretraining:
     config = Config(
         data=Data(image_size=kind.image_size),
         batch=Batch(global_size=kind.batch),
-        model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder),
+        model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder, init=variant.init),
         method=variant.method,
         attack=variant.attack,
         objective=variant.objective,
