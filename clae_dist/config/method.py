@@ -31,6 +31,7 @@ class MethodSettings(Section, prefix="method"):
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
     third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
     needs_labels: ClassVar[bool] = False  # of the training images
+    takes_local_crops: ClassVar[bool] = False  # the loss has a term for views.local_crops
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
     name: str = name_of("")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clae_dist.config import Config, Model
+from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
 
@@ -103,4 +104,14 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
 def check_model(config: Config) -> None:
     """Build the model on torch's meta device, without memory for weights, to find errors. Raises ConfigError."""
     with torch.device("meta"):
-        build_model(config)
+        model = build_model(config).eval()
+    if config.views.local_crops:
+        size = config.local_size
+        try:
+            model(torch.empty((2, 3, size, size), device="meta", dtype=next(model.parameters()).dtype))
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise ConfigError(
+                f"views.local_size is {size}, which model.encoder {config.model.encoder!r} does not take beside images of "
+                f"{config.data.image_size} ({reason}); use a convolutional encoder, or no local crops."
+            ) from None
