@@ -27,6 +27,13 @@ class Data(Section, prefix="data"):
         help="Further sets and the share of every global batch drawn from each. data.shards supplies the rest and is the set "
         "that is evaluated on.",
     )
+    long_tail: float = setting(
+        0.0,
+        ge=0,
+        zero="all images",
+        help="Train on a long-tailed part of the labelled images, drawn by seed: so many times more images of the first class "
+        "than of the last, in proportion to their own numbers. Evaluation uses all images.",
+    )
     train_split: str = setting("train", help="Split to train on.")
     test_split: str = setting("test", help="Split to evaluate on.")
     image_size: int = setting(224, ge=8, help="Side of each view in pixels.")
@@ -85,6 +92,9 @@ class Data(Section, prefix="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        tail = self.long_tail
+        self.require(not 0 < tail < 1, "long_tail", "use 1 or more, such as 100, or 0 for all images.")
+        self.require(not (tail and self.mixture), "long_tail", "it is drawn from one set; remove data.mixture.")
         shares = list(self.mixture.values())  # without the names, which may be URLs with secrets
         rest = 1 - sum(shares)
         require(rest > 1e-9, "data.mixture", shares, f"the shares leave {rest:g} for data.shards; use shares below 1 in total.")

@@ -29,7 +29,10 @@ class MethodSettings(Section, prefix="method"):
 
     title: ClassVar[str] = ""  # as reports and exports print it
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
+    # The rows of Step.embed: projections of unit length, or the encoder's features as they are, without a projector.
+    embeds: ClassVar[Literal["projections", "features"]] = "projections"
     third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
+    weak_second_view: ClassVar[bool] = False  # crops and flips alone for y
     needs_labels: ClassVar[bool] = False  # of the training images
     takes_local_crops: ClassVar[bool] = False  # the loss has a term for views.local_crops
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
@@ -43,7 +46,7 @@ class MethodSettings(Section, prefix="method"):
 
     @property
     def key_decay(self) -> float:
-        """Decay of the momentum encoder's average of the weights; 0: there is none."""
+        """Decay of the momentum encoder's average of the weights; 0: there is none; 1: it stays as the run began."""
         return 0.0
 
     @property

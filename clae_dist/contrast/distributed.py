@@ -45,9 +45,10 @@ from clae_dist.config import Objective
 from clae_dist.contrast.multi_view import dense_multi_view_loss, multi_view_loss
 from clae_dist.errors import ConfigError
 from clae_dist.objectives import Dense, PerAnchor, PerPair, find
+from clae_dist.objectives.clusters import clustered_loss
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows
-from clae_dist.objectives.groups import same_group, spread_positives
+from clae_dist.objectives.groups import grouped_match, same_group, spread_positives
 from clae_dist.objectives.multi_view import ViewPairs
 from clae_dist.objectives.pairs import per_pair_loss
 from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exp_and_mean, log_sum_exps, pull
@@ -141,6 +142,13 @@ class Contrast:
         same_BN = same_group(groups_B, self.everyones(groups_B), self._rank * len(groups_B))
         return spread_positives(a, b, same_BN, self._settings.temperature)
 
+    def clusters(
+        self, a: Rows, b: Rows, centroids_CD: torch.Tensor, started: torch.Tensor, margin: tuple[float, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Step.contrast_clusters."""
+        start, views = self._rank * len(a.mine), (a.all.detach(), self.everyones(b.mine))
+        return clustered_loss(a.mine, b.mine, views, centroids_CD, started, start, self._settings.temperature, margin)
+
     def of_views(self, pairs: ViewPairs, views: Sequence[Rows]) -> torch.Tensor:
         """See Step.contrast_views."""
         start = self._rank * len(views[0].mine)
@@ -149,7 +157,14 @@ class Contrast:
         return multi_view_loss(pairs, views, start, self._settings, self._group)
 
     def match(
-        self, queries_BD: torch.Tensor, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any
+        self,
+        queries_BD: torch.Tensor,
+        keys: Rows,
+        queue_KD: torch.Tensor | None,
+        *,
+        with_batch: bool,
+        index: Any,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See Step.match. The similarities (B, K + N) exist at once."""
         z, mine, everyone = map(at_least_float32, (queries_BD, keys.mine.detach(), keys.all.detach()))
@@ -161,7 +176,16 @@ class Contrast:
             own = F.one_hot(self._rank * len(mine) + images, len(everyone)).bool()
             blocks.append((z @ everyone.T).masked_fill(own, -torch.inf))
         similar = torch.cat(blocks, 1) / self._settings.temperature
-        return (similar.logsumexp(1) - similar[:, 0]).mean()
+        towards = similar[:, 0] if targets is None else (targets * similar[:, : targets.shape[1]]).sum(1)
+        return (similar.logsumexp(1) - towards).mean()
+
+    def match_groups(
+        self, queries: Rows, keys: Rows, groups_N: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor], others: float
+    ) -> torch.Tensor:
+        """See Step.match_groups."""
+        start, all_ND = self._rank * len(queries.mine), self.everyones(queries.mine)
+        temperature = self._settings.temperature
+        return grouped_match(queries.mine, all_ND, keys.all.detach(), groups_N, queue, start, others, temperature)
 
 
 def per_anchor_loss(

@@ -98,17 +98,18 @@ class Step(Attacks, ABC):
 
     @abstractmethod
     def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
-        """Unit rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
+        """Rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
 
+        They are projections of unit length, or features as they are (MethodSettings.embeds).
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
-        """Unit rows of `images` without gradients; running statistics are not updated. Collective.
+        """Rows of `images` without gradients; running statistics are not updated. Collective.
 
-        With `momentum`, by the momentum encoder (MethodSettings.key_decay). It uses no batch statistics, or (key_statistics
-        "own") its batch's, which then change its running ones. It comes before every `embed` of the step, whose graph would
-        not outlive the exchange of weights.
+        With `momentum`, by the momentum encoder, or the frozen one (MethodSettings.key_decay). It uses no batch statistics, or
+        (key_statistics "own") its batch's, which then change its running ones. It comes before every `embed` of the step, whose
+        graph would not outlive the exchange of weights.
         """
         if momentum:
             return self.run.contrast.rows(self.run.encoding.keys(images, route))
@@ -124,6 +125,18 @@ class Step(Attacks, ABC):
         rank's share. An image of a negative group has no others. Collective."""
         return self.run.contrast.spread_positives(a, b, groups_B)
 
+    def contrast_clusters(
+        self, a: Rows, b: Rows, centroids_CD: torch.Tensor, started: torch.Tensor, margin: tuple[float, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The InfoNCE of a to b with each image's second nearest centroid as a further column, and the margins that rows of
+        one cluster are outside of (objectives/clusters.py): this rank's shares. Collective, in the backward as well.
+
+        Args:
+            started: (1,), false while there are no centroids yet.
+            margin: least and largest difference of a false negative's similarity to the positive's.
+        """
+        return self.run.contrast.clusters(a, b, centroids_CD, started, margin)
+
     def contrast_views(self, views: Sequence[Rows], pairs: ViewPairs) -> torch.Tensor:
         """The loss `pairs` on V views: this rank's share, the mean over its images. Collective if pairs are live.
 
@@ -137,7 +150,14 @@ class Step(Attacks, ABC):
         return self.run.contrast.everyones(values)
 
     def match(
-        self, queries: Rows, keys: Rows, queue_KD: torch.Tensor | None, *, with_batch: bool, index: Any = ALL
+        self,
+        queries: Rows,
+        keys: Rows,
+        queue_KD: torch.Tensor | None,
+        *,
+        with_batch: bool,
+        index: Any = ALL,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The mean over this rank's queries of the cross-entropy of a query's similarity to its own key, among that key, the
         rows of the queue and, `with_batch`, the keys of all other images of the global batch.
@@ -146,9 +166,23 @@ class Step(Attacks, ABC):
 
         Args:
             index: the images of `keys` that the queries are of (see `choose`).
+            targets: the wanted shares of a query's own key and of the rows of the queue, (queries, 1 + K), constant; without
+                them the own key has all.
         Reference: He et al. 2020, equation 1.
         """
-        return self.run.contrast.match(queries.mine, keys, queue_KD, with_batch=with_batch, index=index)
+        return self.run.contrast.match(queries.mine, keys, queue_KD, with_batch=with_batch, index=index, targets=targets)
+
+    def match_groups(
+        self, queries: Rows, keys: Rows, groups_N: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor], others: float
+    ) -> torch.Tensor:
+        """The cross-entropy of this rank's queries to their own key and, with the weight `others` in relation to it, to all
+        other rows of their group among queries, keys and queue. Collective, in the backward as well: queries are columns.
+
+        Args:
+            groups_N: of all images of the global batch; negative ones are no group.
+            queue: rows (K, D) and their groups, UNWRITTEN for rows that are no columns.
+        """
+        return self.run.contrast.match_groups(queries, keys, groups_N, queue, others)
 
     def choose(self, count: int, num_rows: int) -> Any:
         """An index of `count` of this rank's `num_rows` rows, evenly spaced: the same images for every number of ranks."""

@@ -8,14 +8,15 @@ Exponential moving average normalization; Ho & Vasconcelos 2020, Contrastive lea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, State, Terms
 from clae_dist.errors import ConfigError
 from clae_dist.methods.adversarial_term import AdversarialTerm
+from clae_dist.methods.queue import QueueSettings, enqueue, random_queue
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +27,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MoCoSettings(AdversarialTerm):
+class MoCoSettings(QueueSettings, AdversarialTerm):
     """The keys `method.*` of MoCo."""
 
     title: ClassVar[str] = "MoCo"
     name: str = name_of("moco")
     alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term. moco has 0 unless it is set.")
-    momentum: float = setting(
-        0.99, ge=0, lt=1, zero="the encoder itself", help="Decay of the key encoder's average of weights."
-    )
-    queue: int = setting(4096, ge=0, zero="no queue", help="Number of keys in the queue; a multiple of batch.global_size.")
     include_batch: bool = setting(
         True, help="The keys of the global batch are negatives, too. Without them no image's attack depends on another's."
     )
@@ -44,31 +41,10 @@ class MoCoSettings(AdversarialTerm):
     def uses_attack(self) -> bool:  # type: ignore[override]
         return self.alpha > 0
 
-    @property
-    def key_decay(self) -> float:
-        return self.momentum
-
     def check_run(self, config: Config) -> None:
-        if config.objective.name != "nt_xent":
-            raise ConfigError(
-                f"objective.name is {config.objective.name!r}, but method.name=moco has a loss of its own; remove it."
-            )
-        size = config.batch.global_size
-        if self.queue % size:
-            below = self.queue // size * size
-            raise ConfigError(
-                f"method.queue is {self.queue}, which batch.global_size {size} does not divide; try {below or size}."
-            )
+        super().check_run(config)
         if not self.queue and not self.include_batch:
             raise ConfigError("method.queue is 0 and method.include_batch is false: there would be no negatives; change one.")
-        if config.model.norm == "local":
-            raise ConfigError(
-                "model.norm is 'local', but the key encoder averages running statistics, which would then differ between "
-                "ranks; use model.norm=global. The keys themselves use no batch statistics, so nothing leaks through them."
-            )
-
-    def for_few_rows(self, global_size: int) -> Self:
-        return replace(super().for_few_rows(global_size), queue=2 * global_size if self.queue else 0)
 
     def describe_attack(self) -> str:
         return f", momentum {self.momentum:g}, queue {self.queue}"
@@ -85,18 +61,13 @@ class MoCo(Method):
     settings: MoCoSettings
 
     def state(self, embedding_dim: int, seed: int) -> State:
-        import torch
-        import torch.nn.functional as F
-
-        if not self.settings.queue:
-            return {}
-        rows_KD = torch.randn(self.settings.queue, embedding_dim, generator=torch.Generator().manual_seed(seed))
-        return {"queue": F.normalize(rows_KD, dim=1)}
+        settings = self.settings
+        return {"queue": random_queue(settings.queue, embedding_dim, seed)} if settings.queue else {}
 
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         settings = self.settings
         keys, queue_KD = s.embed_constant(y, momentum=True), s.state.get("queue")
-        s.kept["keys"] = keys.all
+        s.kept["queue"] = keys.all
         if not settings.present(s):
             return {"clean": (1.0, s.match(s.embed(x), keys, queue_KD, with_batch=settings.include_batch))}
         rows = s.choose(settings.num_attacked(len(x)), len(x))
@@ -110,6 +81,4 @@ class MoCo(Method):
         return {"clean": (1.0, clean), "adversarial": (settings.alpha, loss(a, c))}
 
     def after_update(self, s: Step) -> None:
-        queue_KD, keys_ND = s.state["queue"], s.kept["keys"]
-        first = s.step * len(keys_ND) % len(queue_KD)  # K is a multiple of N
-        queue_KD[first : first + len(keys_ND)] = keys_ND.to(queue_KD.dtype)
+        enqueue(s, s.kept)

@@ -16,6 +16,8 @@ from clae_dist.models.norms import Route, add_routes, set_route, use_global_stat
 class PretrainModel(nn.Module):
     """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
 
+    With an empty projector, embeddings are the features themselves, of any length.
+
     `evaluated_route` is the route of norm layers whose features stand for the model in evaluation.
     """
 
@@ -46,10 +48,11 @@ class PretrainModel(nn.Module):
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
     def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """Projections (B, D) of unit length, at least float32, of pixels in [0, 1]."""
+        """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F)."""
         set_route(self.projector, route)
-        projection = self.projector(self.features(images_B3HW, route))
-        return F.normalize(projection if projection.dtype == torch.float64 else projection.float(), dim=1)
+        z = self.projector(self.features(images_B3HW, route))
+        z = z if z.dtype == torch.float64 else z.float()
+        return F.normalize(z, dim=1) if len(self.projector) else z
 
 
 def mlp(width: int, hidden: int, dim: int) -> nn.Sequential:
@@ -89,8 +92,10 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
             for module in encoder.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.reset_parameters()
-        projector = make_projector(config.model, feature_dim)
-        model = PretrainModel(encoder, feature_dim, projector, config.model.projector_dim, config.model.mean, config.model.std)
+        projects = config.method.embeds == "projections"
+        projector = make_projector(config.model, feature_dim) if projects else nn.Sequential()
+        dim = config.model.projector_dim if projects else feature_dim
+        model = PretrainModel(encoder, feature_dim, projector, dim, config.model.mean, config.model.std)
     model.evaluated_route = config.evaluated_route
     if config.method.two_routes:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)

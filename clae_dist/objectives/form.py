@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+UNWRITTEN = -2  # the group of a row of a queue that holds no key yet; -1 is an image without a group
+
 Columns = Literal["both views", "other view"]
 Function = Callable[["torch.Tensor", "torch.Tensor", int, Any], "torch.Tensor"]
 PairFunction = Callable[["torch.Tensor", Any], "torch.Tensor"]

@@ -14,7 +14,8 @@ import torch
 class WeightAverage:
     """average ← decay · average + (1 - decay) · weights, for this rank's shards of the weights and other tensors of the model.
 
-    Tensors that are not among them, such as running statistics, are the model's own. With decay 0 there is no average.
+    Tensors that are not among them, such as running statistics, are the model's own. With decay 0 there is no average;
+    with decay 1 it keeps the weights that it began with.
 
     Args:
         apart: tensors that take part in `in_place`, of which `parts` keeps a second version, and not an average.
@@ -29,7 +30,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """After an optimiser step."""
-        if self._shards:
+        if self._shards and self.decay < 1:
             count = self._num_averaged
             torch._foreach_lerp_(self._average[:count], self._shards[:count], 1 - self.decay)
 

@@ -63,7 +63,7 @@ class Fsdp2Backend(Backend):
             norms = _unsharded_norms(block) if self._norms_apart() else []
             if norms:
                 unit(norms, as_it_is)
-            if block not in norms:
+            if block not in norms and any(True for _ in block.parameters()):
                 unit(block, policy)
         unit(self.model, as_it_is)  # pixels and unit rows stay in their own type
         self._units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]

@@ -71,6 +71,7 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     config = plan.config
     size, rows = config.batch.global_size, config.rows_per_rank(world.size)
     micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
+    projector = "with" if config.method.embeds == "projections" else "without"
     streams = f"{1 + len(config.data.mixture)} sets" if config.data.mixture else f"{config.num_streams} canonical streams"
     hosts = sorted(set(world.gather_objects(platform.node())))
     yield (
@@ -79,7 +80,7 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     )
     yield f"precision: {backend.precision} ({backend.precision_reason})"
     yield (
-        f"model: {config.model.encoder} with projector, {backend.num_parameters:,} parameters, "
+        f"model: {config.model.encoder} {projector} projector, {backend.num_parameters:,} parameters, "
         f"{config.model.norm} batch statistics"
     )
     yield (

@@ -33,7 +33,8 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
     def view(batch: LoadedBatch, number: int) -> torch.Tensor:
         images = pixels(batch.views[number])
         strong = config.augment.weakened(batch.strength)
-        settings = strong if number < 2 else flips_alone if config.method.third_view == "weak" else None
+        weak = config.method.weak_second_view if number == 1 else config.method.third_view == "weak"
+        settings = flips_alone if number and weak else strong if number < 2 else None
         return (images if settings is None else augment(images, batch.draws[number], settings)).to(dtype)
 
     def local(batch: LoadedBatch) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from clae_dist.config import Config
 from clae_dist.data import transport
 from clae_dist.data.loader import shared_memory_bytes
+from clae_dist.data.long_tail import long_tail
 from clae_dist.data.manifest import Manifest, check_shard
 from clae_dist.data.mixture import mix
 from clae_dist.data.prefetch import advice
@@ -23,7 +24,7 @@ from clae_dist.training.session import Session
 
 @dataclass(frozen=True)
 class Sets:
-    """`main` is the set of data.shards, which is evaluated on; `train` is `main` or a mixture that contains it."""
+    """`main` is the set of data.shards, which is evaluated on; `train` is `main`, its long-tailed part, or a mixture."""
 
     train: Manifest
     main: Manifest
@@ -46,6 +47,8 @@ def check_sets(config: Config) -> Manifest | None:
             manifests.append(open_shards(replace(config.data, shards=name)))
     if len(manifests) < len(names):
         return None
+    if config.data.long_tail and manifests[0].files:  # whose index is fetched when the ranks start
+        return None
     train = _mixed(config, manifests)
     _check_split(config, train)
     return train
@@ -64,9 +67,10 @@ def _check_split(config: Config, train: Manifest) -> None:
 
 
 def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
-    """The first set, or the mixture of all sets with the shares of data.mixture."""
+    """The first set or its long-tailed part, or the mixture of all sets with the shares of data.mixture."""
     if len(sets) == 1:
-        return sets[0]
+        tail, split = config.data.long_tail, config.data.train_split
+        return long_tail(sets[0], split, tail, config.seed) if tail else sets[0]
     _check_different(sets)
     shares = [1 - sum(config.data.mixture.values()), *config.data.mixture.values()]
     return mix(sets, shares, config.data.train_split)
@@ -83,10 +87,12 @@ def open_sets(session: Session, progress: Callable[[], None] = lambda: None) -> 
     data = config.data
     main = open_shards(data, world, say, progress)
     others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
-    train = _mixed(config, [main, *others])
+    train: Manifest = world.run_on_main(lambda: _mixed(config, [main, *others]))
     _check_split(config, train)
     for manifest in (main, *others):
         _check(manifest, session, progress)
+    if config.data.long_tail:
+        say(f"data: {train.name}: {train.num_samples(config.data.train_split):,} images")
     if others:
         say(f"data: a mixture of {train.name}; an epoch is as many images as they have together")
     if train.files is not None and train.files.any_remote:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clae_dist.config import Attack, Batch, Config, Data, MethodSettings, Objective, Optim, Train
+from clae_dist.config import Attack, Batch, Config, Data, MethodSettings, Model, Objective, Optim, Train
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.method import Terms
 from clae_dist.contrast.step import TrainingStep
@@ -39,6 +39,7 @@ class Tried:
         config = Config(
             data=Data(image_size=SIDE),
             batch=Batch(global_size=N),
+            model=Model(init="pretrained"),  # read nowhere here, and required by a method that starts from weights
             method=method,
             attack=attack,
             objective=objective or Objective(temperature=TEMPERATURE),
