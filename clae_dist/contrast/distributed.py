@@ -45,6 +45,7 @@ from clae_dist.config import Objective
 from clae_dist.contrast.multi_view import dense_multi_view_loss, multi_view_loss
 from clae_dist.errors import ConfigError
 from clae_dist.objectives import Dense, PerAnchor, PerPair, find
+from clae_dist.objectives.clusters import clustered_loss
 from clae_dist.objectives.dense import dense_loss
 from clae_dist.objectives.form import Rows
 from clae_dist.objectives.groups import grouped_match, same_group, spread_positives
@@ -140,6 +141,13 @@ class Contrast:
         """See Step.spread_positives."""
         same_BN = same_group(groups_B, self.everyones(groups_B), self._rank * len(groups_B))
         return spread_positives(a, b, same_BN, self._settings.temperature)
+
+    def clusters(
+        self, a: Rows, b: Rows, centroids_CD: torch.Tensor, started: torch.Tensor, margin: tuple[float, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Step.contrast_clusters."""
+        start, views = self._rank * len(a.mine), (a.all.detach(), self.everyones(b.mine))
+        return clustered_loss(a.mine, b.mine, views, centroids_CD, started, start, self._settings.temperature, margin)
 
     def of_views(self, pairs: ViewPairs, views: Sequence[Rows]) -> torch.Tensor:
         """See Step.contrast_views."""

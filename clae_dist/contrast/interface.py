@@ -120,6 +120,18 @@ class Step(Attacks, ABC):
         rank's share. An image of a negative group has no others. Collective."""
         return self.run.contrast.spread_positives(a, b, groups_B)
 
+    def contrast_clusters(
+        self, a: Rows, b: Rows, centroids_CD: torch.Tensor, started: torch.Tensor, margin: tuple[float, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The InfoNCE of a to b with each image's second nearest centroid as a further column, and the margins that rows of
+        one cluster are outside of (objectives/clusters.py): this rank's shares. Collective, in the backward as well.
+
+        Args:
+            started: (1,), false while there are no centroids yet.
+            margin: least and largest difference of a false negative's similarity to the positive's.
+        """
+        return self.run.contrast.clusters(a, b, centroids_CD, started, margin)
+
     def contrast_views(self, views: Sequence[Rows], pairs: ViewPairs) -> torch.Tensor:
         """The loss `pairs` on V views: this rank's share, the mean over its images. Collective if pairs are live.
 

@@ -18,6 +18,7 @@ METHODS = {
     "ascl": "clae_dist.methods.ascl:Ascl",
     "clae": "clae_dist.methods.clae:Clae",
     "clae_fused": "clae_dist.methods.clae_fused:ClaeFused",
+    "clusterns": "clae_dist.methods.clusterns:ClusterNs",
     "dscl": "clae_dist.methods.dscl:Dscl",
     "dynacl": "clae_dist.methods.dynacl:DynAcl",
     "moco": "clae_dist.methods.moco:MoCo",

@@ -15,7 +15,7 @@ from clae_dist.objectives.form import Dense, PerAnchor, PerPair
 
 __all__ = ["Dense", "PerAnchor", "PerPair", "check_name", "find", "names"]
 
-_NOT_OBJECTIVES = ("__init__", "dense", "form", "groups", "multi_view", "pairs", "softmax")
+_NOT_OBJECTIVES = ("__init__", "clusters", "dense", "form", "groups", "multi_view", "pairs", "softmax")
 
 
 @cache
