@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from clae_dist.config.images import Augment, Batch, Data
+from clae_dist.config.images import Augment, Batch, Data, Views
 from clae_dist.config.method import Attack, MethodSettings
 from clae_dist.config.model import Model, Optim
 from clae_dist.config.objective import Objective
@@ -33,6 +33,7 @@ __all__ = [
     "Parallel",
     "Tracking",
     "Train",
+    "Views",
 ]
 
 
@@ -51,6 +52,7 @@ class Config(Section):
     seed: int = setting(0, ge=0, lt=2**63, help="Seed of weights, order of samples and augmentations.")
     data: Data = Data()
     augment: Augment = Augment()
+    views: Views = Views()
     batch: Batch = Batch()
     model: Model = Model()
     objective: Objective = Objective()
@@ -77,6 +79,7 @@ class Config(Section):
             raise ConfigError(
                 f"evaluation.route is 'adversarial', but method.name={self.method.name} has one route of norm layers; use auto."
             )
+        self._check_local_crops()
         self.method.check(self.attack)
         self.method.check_run(self)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
@@ -129,6 +132,23 @@ class Config(Section):
             batch=replace(self.batch, global_size=rows * world_size, micro_size=micro),
             method=self.method.for_few_rows(rows * world_size),
         )
+
+    def _check_local_crops(self) -> None:
+        if self.views.local_crops and not self.method.takes_local_crops:
+            raise ConfigError(
+                f"views.local_crops is {self.views.local_crops}, for which method.name={self.method.name} has no term; remove "
+                "it, or use method.name=simclr or clae."
+            )
+        if self.views.local_crops and self.objective.name != "nt_xent":
+            raise ConfigError(
+                f"views.local_crops is {self.views.local_crops}, but objective.name is {self.objective.name!r}, which has no "
+                "form for more than two views; use objective.name=nt_xent."
+            )
+
+    @property
+    def local_size(self) -> int:
+        """Side of the small crops in pixels."""
+        return self.views.local_size or self.data.image_size // 2
 
     @property
     def evaluated_route(self) -> Literal["clean", "adversarial"]:

@@ -150,6 +150,24 @@ class Augment(Section, prefix="augment"):
 
 
 @dataclass(frozen=True)
+class Views(Section, prefix="views"):
+    """Further crops of every image, besides its two views (multi-crop: Caron et al. 2020, section 3.4)."""
+
+    local_crops: int = setting(0, ge=0, zero="none", help="Small crops of an image, each drawn to both of its views.")
+    local_size: int = setting(
+        0, ge=0, zero="half of data.image_size", used_by="views.local_crops", help="Side of the small crops in pixels."
+    )
+    local_scale: tuple[float, float] = setting(
+        (0.05, 0.14), gt=0, le=1, used_by="views.local_crops", help="Range of a small crop's area as a share of the image's."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.local_scale
+        self.require(low <= high, "local_scale", "the first number is the lower one; use low <= high.")
+
+
+@dataclass(frozen=True)
 class Batch(Section, prefix="batch"):
     """The global batch of one step; the share of a rank is derived from it."""
 

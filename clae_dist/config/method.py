@@ -34,6 +34,7 @@ class MethodSettings(Section, prefix="method"):
     third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
     weak_second_view: ClassVar[bool] = False  # crops and flips alone for y
     needs_labels: ClassVar[bool] = False  # of the training images
+    takes_local_crops: ClassVar[bool] = False  # the loss has a term for views.local_crops
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
     name: str = name_of("")

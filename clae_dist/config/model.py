@@ -39,8 +39,10 @@ class Model(Section, prefix="model"):
         0, ge=0, zero="encoder's width", used_by="model.projector=mlp…", help="Width of the projector's hidden layers."
     )
     projector_dim: int = setting(128, ge=2, help="Dimension of the embeddings that are contrasted.")
-    norm: Literal["global", "local"] = setting(
-        "global", help="Batch statistics of norm layers: over all ranks (global) or each rank's own (local)."
+    norm: Literal["global", "local", "fixed"] = setting(
+        "global",
+        help="Statistics of batch norm in training: of the batch over all ranks (global), of each rank's part of it (local), "
+        "or the running statistics of model.init, which stay (fixed).",
     )
     drop_rate: float = setting(
         0.0,
@@ -68,6 +70,11 @@ class Model(Section, prefix="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(
+            self.norm != "fixed" or bool(self.init),
+            "norm",
+            "an encoder that starts at random has no running statistics to keep: use model.norm=global, or set model.init.",
+        )
         self.require(
             self.projector != "linear" or not self.projector_hidden,
             "projector_hidden",

@@ -78,6 +78,11 @@ class Step(Attacks, ABC):
         return self.more_views[0]
 
     @property
+    def local(self) -> list[torch.Tensor]:
+        """The small crops of the images, each (B, 3, s, s), where views.local_crops asks for them."""
+        return self.more_views[self.run.method.settings.third_view != "none" :]
+
+    @property
     def ids(self) -> torch.Tensor:
         """Index of each sample in its split, (B,)."""
         ids: torch.Tensor = self._batch.ids

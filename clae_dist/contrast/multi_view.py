@@ -67,7 +67,9 @@ class _MultiViewLoss(torch.autograd.Function):
         z_VBD = torch.stack(list(mine))
         temperature, num_negatives = settings.temperature, count * (len(everyone[0]) - 1)
         chunk = chunk_size(z_VBD.shape[1], z_VBD.device, settings.chunk)
-        lse_VBS = torch.stack([log_sum_exps(z, everyone, temperature, pairs.scales, start, chunk) for z in z_VBD])
+        lse_VBS = z_VBD.new_zeros((*z_VBD.shape[:2], len(pairs.scales)))
+        for view in pairs.anchors:
+            lse_VBS[view] = log_sum_exps(z_VBD[view], everyone, temperature, pairs.scales, start, chunk)
         pos_VVB = torch.einsum("ubd,vbd->uvb", z_VBD, z_VBD) / temperature
 
         live = _adjoints(pairs, pairs.live, pos_VVB, lse_VBS, num_negatives, temperature)
@@ -99,12 +101,12 @@ class _MultiViewLoss(torch.autograd.Function):
                 continue
             own = [Weights(scale, sign, row_shift=own_VBS[view, :, index].contiguous()) for index, scale, sign in terms]
             for number, columns in enumerate(everyone):
-                as_column = [
-                    Weights(scale, sign, column_shift=column_NVS[:, number, index].contiguous())
-                    for index, scale, sign in terms
-                    if column_NVS is not None
-                ]
-                pull(z, columns, temperature, start, chunk, [*own, *as_column], out)
+                parts = own if view in pairs.anchors else []
+                if column_NVS is not None and number in pairs.anchors:
+                    shifts = column_NVS[:, number]
+                    parts = parts + [Weights(c, sign, column_shift=shifts[:, i].contiguous()) for i, c, sign in terms]
+                if parts:
+                    pull(z, columns, temperature, start, chunk, parts, out)
             found.append((out * (grads[0] / temperature)).to(dtypes[view]))
         return None, None, None, None, *found, *[None] * len(everyone)
 

@@ -33,6 +33,7 @@ from clae_dist.lifetime import begin_forked_process, fork_server, fork_server_fr
 from clae_dist.world import World
 
 Item = TypeVar("Item")
+_FIRST_LOCAL = 3  # the number of the first small crop, for its draws: after the views that there may be
 _DRAWS_A_VIEW = CROP_DRAWS + AUGMENT_DRAWS
 _PRELOAD = "clae_dist.data.preload"
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
@@ -48,6 +49,7 @@ class LoadedBatch(NamedTuple):
     bad: dict[str, str]  # samples that could not be decoded, with reasons; another of their shard is in their place
     strength: float = 1.0  # of the augmentation (Augment.weakened)
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
+    local: torch.Tensor | None = None  # uint8 (L, B, 3, s, s): the small crops of views.local_crops; L more rows of draws
 
 
 class TrainingViews(Dataset[LoadedBatch]):
@@ -72,7 +74,9 @@ class TrainingViews(Dataset[LoadedBatch]):
         augment = self._config.augment.weakened(strength)
         # One row of numbers per view and sample, on any rank: all world sizes train on the same pixels.
         seed, num_views = self._config.seed, num_views_of(self._config)
-        draws = np.stack([uniforms(_DRAWS_A_VIEW, seed, 2 + view, places.epochs, places.ids) for view in range(num_views)])
+        num_local = self._config.views.local_crops
+        numbers = (*range(num_views), *range(_FIRST_LOCAL, _FIRST_LOCAL + num_local))
+        draws = np.stack([uniforms(_DRAWS_A_VIEW, seed, 2 + view, places.epochs, places.ids) for view in numbers])
         read = [self._reader.read_or_next(*place) for place in zip(places.shards.tolist(), places.rows.tolist(), strict=True)]
         images = [sample.image for sample in read]
         heights, widths = np.array([image.shape[1:] for image in images]).T
@@ -81,6 +85,7 @@ class TrainingViews(Dataset[LoadedBatch]):
             boxes = crop_boxes(draws[view, :, :CROP_DRAWS], heights, widths, augment.crop_scale, augment.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
+        local = self._local_crops(images, draws[num_views:, :, :CROP_DRAWS], heights, widths) if num_local else None
         for row, image in enumerate(images if num_views == 3 else ()):
             weak = self._config.method.third_view == "weak"
             views[2, row] = shifted_view(image, draws[2, row, :2], size) if weak else centre_view(image, size)
@@ -89,7 +94,18 @@ class TrainingViews(Dataset[LoadedBatch]):
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
-        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, strength, metadata)
+        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, strength, metadata, local)
+
+    def _local_crops(
+        self, images: Sequence[torch.Tensor], draws: np.ndarray, heights: np.ndarray, widths: np.ndarray
+    ) -> torch.Tensor:
+        settings, size = self._config.views, self._config.local_size
+        local = torch.empty((len(draws), len(images), size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        for number, cuts in enumerate(draws):
+            boxes = crop_boxes(cuts, heights, widths, settings.local_scale, self._config.augment.crop_ratio)
+            for row, image in enumerate(images):
+                local[number, row] = resized_crop(image, boxes[row], size)
+        return local
 
 
 def num_views_of(config: Config) -> int:
@@ -184,7 +200,9 @@ def read_ahead(
 def shared_memory_bytes(config: Config, world: World) -> int:
     """Bytes of shared memory that the batches of this machine's ranks need in transport."""
     rows, size = config.rows_per_rank(world.size), config.data.image_size
-    batch_bytes = rows * (num_views_of(config) * (3 * size**2 + 4 * AUGMENT_DRAWS) + 2 * 8)
+    views, local = num_views_of(config), config.views.local_crops
+    pixels = 3 * (views * size**2 + local * config.local_size**2)
+    batch_bytes = rows * (pixels + (views + local) * 4 * AUGMENT_DRAWS + 2 * 8)
     return transport.needed_bytes(batch_bytes, num_workers(config, world.local_size), world.local_size)
 
 

@@ -55,9 +55,15 @@ class SideStream:
 
     def start(self, batch: LoadedBatch) -> LoadedBatch:
         with torch.cuda.stream(self._stream):
-            return batch._replace(views=batch.views.to(self._device, non_blocking=True))
+            views, local = (
+                None if tensor is None else tensor.to(self._device, non_blocking=True) for tensor in (batch.views, batch.local)
+            )
+            assert views is not None
+            return batch._replace(views=views, local=local)
 
     def hand_over(self, batch: LoadedBatch) -> None:
         working = torch.cuda.current_stream(self._device)
         working.wait_stream(self._stream)
-        batch.views.record_stream(working)  # its memory is of the side stream, which must not take it back before
+        for tensor in (batch.views, batch.local):
+            if tensor is not None:
+                tensor.record_stream(working)  # its memory is of the side stream, which must not take it back before

@@ -13,6 +13,7 @@ from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, Terms
 from clae_dist.errors import ConfigError
 from clae_dist.methods.adversarial_term import AdversarialTerm
+from clae_dist.methods.local_crops import local_terms
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ class ClaeSettings(AdversarialTerm):
     """The keys `method.*` of CLAE."""
 
     title: ClassVar[str] = "CLAE"
+    takes_local_crops: ClassVar[bool] = True
     name: str = name_of("clae")
     anchor: Literal["same", "other"] = setting(
         "same", help="View that is attacked: the anchor's own (same), or the other view of its image (other)."
@@ -59,7 +61,8 @@ class Clae(Method):
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         settings = self.settings
         if not settings.present(s):
-            return {"clean": (1.0, s.contrast(s.embed(x), s.embed(y)))}
+            first, second = s.embed(x), s.embed(y)
+            return {"clean": (1.0, s.contrast(first, second)), **local_terms(s, first, second)}
         rows = s.choose(settings.num_attacked(len(x)), len(x))
         # Where both routes are the same function, the attack uses the clean forward of x and costs no forward of its own.
         shared = settings.cost == "exact" and settings.anchor == "same" and settings.fraction == 1 and s.can_share_forward()
@@ -73,4 +76,5 @@ class Clae(Method):
         if a is None:
             a = s.embed(x)
         b, c = s.embed(y), s.embed(x_adv, "adversarial")
-        return {"clean": (1.0, s.contrast(a, b)), "adversarial": (settings.alpha, s.contrast(s.select(a, rows), c))}
+        adversarial = s.contrast(s.select(a, rows), c)
+        return {"clean": (1.0, s.contrast(a, b)), "adversarial": (settings.alpha, adversarial), **local_terms(s, a, b)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from clae_dist.config import MethodSettings
 from clae_dist.config.method import name_of
 from clae_dist.contrast.method import Method, Terms
+from clae_dist.methods.local_crops import local_terms
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +24,15 @@ class SimClrSettings(MethodSettings):
     """SimCLR has no settings of its own."""
 
     title: ClassVar[str] = "SimCLR"
+    takes_local_crops: ClassVar[bool] = True
     name: str = name_of("simclr")
 
 
 class SimClr(Method):
-    """L(z(x), z(y))."""
+    """L(z(x), z(y)), and a term of small crops, if there are any."""
 
     Settings = SimClrSettings
 
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
-        return {"clean": (1.0, s.contrast(s.embed(x), s.embed(y)))}
+        a, b = s.embed(x), s.embed(y)
+        return {"clean": (1.0, s.contrast(a, b)), **local_terms(s, a, b)}

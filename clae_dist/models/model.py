@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_dist.config import Config, Model
+from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
 
@@ -21,6 +25,7 @@ class PretrainModel(nn.Module):
     """
 
     evaluated_route: Route = "clean"
+    fixed_statistics = False  # batch norms of the encoder stay in evaluation mode (model.norm=fixed)
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -40,6 +45,14 @@ class PretrainModel(nn.Module):
         self.projector = projector
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.fixed_statistics:
+            for module in self.encoder.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train(False)
+        return self
 
     def features(self, images_B3HW: torch.Tensor, route: Route | None = None) -> torch.Tensor:
         """Features (B, F) of pixels in [0, 1], along the evaluated route unless another is given."""
@@ -96,16 +109,28 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
         dim = config.model.projector_dim if projects else feature_dim
         model = PretrainModel(encoder, feature_dim, projector, dim, config.model.mean, config.model.std)
     model.evaluated_route = config.evaluated_route
+    model.fixed_statistics = config.model.norm == "fixed"
     if config.method.two_routes:
         add_routes(model.encoder, config.model.adversarial_norm_momentum)
         if config.model.projector == "mlp3_bn":
             add_routes(model.projector, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
         use_global_statistics(model, group, on_gpu=on_gpu)
+    model.train()
     return model.double() if config.train.precision == "float64" else model
 
 
 def check_model(config: Config) -> None:
     """Build the model on torch's meta device, without memory for weights, to find errors. Raises ConfigError."""
     with torch.device("meta"):
-        build_model(config)
+        model = build_model(config).eval()
+    if config.views.local_crops:
+        size = config.local_size
+        try:
+            model(torch.empty((2, 3, size, size), device="meta", dtype=next(model.parameters()).dtype))
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise ConfigError(
+                f"views.local_size is {size}, which model.encoder {config.model.encoder!r} does not take beside images of "
+                f"{config.data.image_size} ({reason}); use a convolutional encoder, or no local crops."
+            ) from None

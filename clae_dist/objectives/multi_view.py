@@ -49,6 +49,11 @@ class ViewPairs:
         return (1.0,) if self.hard is None else (1 + self.hard.beta, self.hard.beta)
 
     @property
+    def anchors(self) -> list[int]:
+        """The views whose rows are anchors."""
+        return sorted({anchor for anchor, _ in (*self.live, *self.constant)})
+
+    @property
     def signs(self) -> tuple[int, ...]:
         """For each scale, 1 if the loss does not fall as that log-sum-exp grows, -1 if it does not rise."""
         return (1,) if self.hard is None else (1, -1)

@@ -16,6 +16,7 @@ from clae_dist.config import Config
 from clae_dist.contrast.attacks import Attacked
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import TrainingStep, pretrain_step
+from clae_dist.data.loader import num_views_of
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.training.clock import Clock
@@ -123,7 +124,10 @@ class _Run:
         torch.manual_seed(number)
         dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         side, size = config.data.image_size, config.batch.global_size
-        views = [self._own(view) for view in global_batch(number, size, side, dtype)]
+        views = [self._own(view) for view in global_batch(number, size, side, dtype)][: num_views_of(config)]
+        for crop in range(config.views.local_crops):
+            whole = self._own(global_batch(1000 * (crop + 1) + number, size, side, dtype)[0])
+            views.append(F.interpolate(whole, (config.local_size,) * 2, mode="area"))
         draws = [_seeded(number + 1000 * view) for view in range(len(views))]
         # Drawn in float32, whatever the precision: torch draws other numbers in float64.
         noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]

@@ -26,13 +26,22 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
 
     flips_alone = config.augment.weakened(0.0)
 
+    def pixels(images: torch.Tensor) -> torch.Tensor:
+        images = images.to(world.device, non_blocking=True)
+        return images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
+
     def view(batch: LoadedBatch, number: int) -> torch.Tensor:
-        images = batch.views[number].to(world.device, non_blocking=True)
-        images = images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
+        images = pixels(batch.views[number])
         strong = config.augment.weakened(batch.strength)
         weak = config.method.weak_second_view if number == 1 else config.method.third_view == "weak"
         settings = flips_alone if number and weak else strong if number < 2 else None
         return (images if settings is None else augment(images, batch.draws[number], settings)).to(dtype)
+
+    def local(batch: LoadedBatch) -> list[torch.Tensor]:
+        if batch.local is None:
+            return []
+        settings, draws = config.augment.weakened(batch.strength), batch.draws[len(batch.views) :]
+        return [augment(pixels(crops), draw, settings).to(dtype) for crops, draw in zip(batch.local, draws, strict=True)]
 
     def noise(batch: LoadedBatch, number: int) -> torch.Tensor:
         return uniform_noise(batch.draws[number], batch.views.shape[2:], world.device).to(dtype)
@@ -45,7 +54,7 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         encoding=TrainingEncoding(backend, config.batch.micro_size),
         pixel_std=backend.model.std,
         shared_norms=routes_are_one_function(backend.model),
-        augment=lambda batch: tuple(view(batch, number) for number in range(len(batch.views))),
+        augment=lambda batch: (*(view(batch, number) for number in range(len(batch.views))), *local(batch)),
         noise=noise,
         state=backend.method_state,
         timed=clock.timed,

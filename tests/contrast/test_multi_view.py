@@ -22,6 +22,7 @@ KINDS = {
     "live": (3, ViewPairs(live=every_pair(3, 1 / 6))),
     "constant": (3, ViewPairs(constant=every_pair(3, 1 / 3))),
     "mixed": (3, MIXED),
+    "two anchors": (4, ViewPairs(live={(2, 0): 0.5, (3, 1): 0.25}, constant={(2, 1): 0.3})),
     "four": (4, ViewPairs(live=every_pair(4, 1 / 12))),
     "hard": (3, replace(MIXED, hard=HardNegatives(beta=1.0, tau_plus=0.12))),
     "hard, without weights": (2, ViewPairs(live=every_pair(2, 0.5), hard=HardNegatives(beta=0.0, tau_plus=0.05))),

@@ -17,6 +17,7 @@ from clae_dist.methods.advcl import AdvClSettings
 from clae_dist.methods.air import AirSettings
 from clae_dist.methods.simclr import SimClr
 from clae_dist.world import World
+from tests.ranks import RankPool
 from tests.small_run import small_run
 from tests.training.disturbed import train_on
 
@@ -73,6 +74,6 @@ def test_ranks_and_loader_processes_see_the_same_views(manifest: Manifest) -> No
 
 
 @pytest.mark.parametrize("method", [AirSettings(), AdvClSettings()])
-def test_a_run_with_three_views(manifest: Manifest, tmp_path: Path, method: AirSettings) -> None:
+def test_a_run_with_three_views(ranks: RankPool, manifest: Manifest, tmp_path: Path, method: AirSettings) -> None:
     config = small_run(manifest.folder, tmp_path / "run", method=method)
-    assert train_on(World.single("cpu"), config) == "finished"
+    assert ranks.run(1, train_on, config) == ["finished"]

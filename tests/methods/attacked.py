@@ -63,7 +63,7 @@ class Tried:
         run.__dict__["noise"] = lambda _, view: noises[view]
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step = TrainingStep(run, (self.x, self.y), Moment())
-        self.step.more_views = [self.third]
+        self.step.more_views = [self.third] if method.third_view != "none" else []
         self.terms: Terms = run.method.losses(self.step, self.x, self.y)
 
     def as_before(self) -> PretrainModel:

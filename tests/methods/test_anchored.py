@@ -114,6 +114,30 @@ def test_the_original_stays_as_the_run_began(ranks: RankPool, backend: str, monk
         assert not all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def after_a_step(world: World, config: Config) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The loss of the first step, and the state of the model before and after it."""
+    run = _Run(config, world)
+    before = {name: value.clone() for name, value in run.state()["model"].items()}
+    return float(run.step(0).loss), before, run.state()["model"]
+
+
+def test_with_fixed_statistics_only_the_attack_makes_a_loss(ranks: RankPool) -> None:
+    """Batch norm as the frozen original has it, in training as well: no other image and no batch changes a feature."""
+    config = small("cifar10/anchored", 2, "attack.epsilon=0", "method.clean=1")
+    loss, before, after = ranks.run(2, after_a_step, config)[0]
+    assert loss < 1e-20
+    assert all(torch.equal(after[name], value) for name, value in before.items() if "running" in name)
+    config = small("cifar10/anchored", 2, "attack.epsilon=0", "method.clean=1", "model.norm=global")
+    loss, before, after = ranks.run(2, after_a_step, config)[0]
+    assert loss > 1e-3, "batch statistics differ from running ones"
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if "running" in name)
+
+
+def test_fixed_statistics_need_a_start() -> None:
+    with pytest.raises(ConfigError, match=r"model.norm is 'fixed'.*no running statistics to keep"):
+        Model(norm="fixed")
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

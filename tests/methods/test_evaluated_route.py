@@ -17,7 +17,7 @@ from clae_dist.methods.acl import AclSettings
 from clae_dist.methods.clae import ClaeSettings
 from clae_dist.methods.simclr import SimClr
 from clae_dist.runs.checkpoint import load_model
-from clae_dist.world import World
+from tests.ranks import RankPool
 from tests.small_run import small_run
 from tests.training.disturbed import train_on
 
@@ -31,11 +31,11 @@ def test_auto_is_the_route_that_a_method_trains_for() -> None:
         Config(method=SimClr.Settings(), evaluation=Evaluation(route="adversarial"))
 
 
-def test_exports_and_embeddings_follow_it(tmp_path: Path) -> None:
+def test_exports_and_embeddings_follow_it(ranks: RankPool, tmp_path: Path) -> None:
     shards = write_synthetic_set(tmp_path / "shards", 24, 16)
     config = small_run(shards.folder, tmp_path / "run", method=AclSettings())
     config = replace(config, train=replace(config.train, epochs=1))
-    assert train_on(World.single("cpu"), config) == "finished"
+    assert ranks.run(1, train_on, config) == ["finished"]
     _, model, _ = load_model(config.folder)
     images = torch.rand(3, 3, config.data.image_size, config.data.image_size)
     model.eval()

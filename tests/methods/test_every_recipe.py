@@ -24,6 +24,8 @@ from tests.ranks import RankPool
 SMALL = ["model.encoder=small_resnet", "data.image_size=16", "model.projector_dim=16", "train.threads=1"]
 CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")} | {
     "clae_fused": ["cifar10/clae", "method.name=clae_fused"],
+    "simclr, small crops": ["cifar10/simclr", "views.local_crops=2"],
+    "clae, small crops": ["cifar10/clae", "views.local_crops=2"],
     "acl, mixed": ["cifar10/acl", "method.form=mixed"],
     "acl, adversarial": ["cifar10/acl", "method.form=adversarial"],
 }
