@@ -15,14 +15,11 @@ from torch.utils.flop_counter import flop_registry
 
 from clae_dist.bench.measure import Row, Say, added_bytes, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
-from clae_dist.bench.steps import Kind, check, prepare, variants, views
+from clae_dist.bench.steps import Images, Kind, Variant, check, make_images, prepare, variants
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.devices import local_device
 
-# Units: the forward of one view is 1, its backward 2; plain SimCLR is 6.
-_UNITS = {"plain": 6.0, "original": 15.0, "exact": 11.0, "fused": 9.0, "fused_half": 7.5}
-_UNITS_SHARED = _UNITS | {"exact": 10.0}  # both routes are the same function, so the attack reuses the clean forward of x
 _NOTES = {
     "plain": "SimCLR without an attack",
     "original": "the paper's code: two attack forwards with a graph, weight gradients discarded",
@@ -44,12 +41,16 @@ _NARROW, _WIDE = (
     ("ViT-tiny, 4 blocks", "four_blocks/vit_tiny_patch16_224"),
     ("ViT-S, 4 blocks", "four_blocks/vit_small_patch16_224"),
 )
-CPU = (Kind("ResNet-18", "torchvision/resnet18", 32, 32), Kind(*_NARROW, 32, 64), Kind(*_WIDE, 32, 32))
+CPU = (
+    Kind("ResNet-18", "torchvision/resnet18", 32, 32, every_method=True),
+    Kind(*_NARROW, 32, 64),
+    Kind(*_WIDE, 32, 32),
+)
 FULL = StepBench()
-QUICK = StepBench((Kind("small residual network", "small_resnet", 32, 16), Kind(*_NARROW, 16, 8)), repeats=3)
+QUICK = StepBench((Kind("small residual network", "small_resnet", 32, 16, every_method=True), Kind(*_NARROW, 16, 8)), repeats=3)
 _AT_224 = (("ResNet-50", "torchvision/resnet50", 256), ("ViT-S/16", "timm/vit_small_patch16_224", 256))
 CUDA = (
-    Kind("ResNet-18", "torchvision/resnet18", 32, 512, "bfloat16"),
+    Kind("ResNet-18", "torchvision/resnet18", 32, 512, "bfloat16", every_method=True),
     Kind(*_NARROW, 32, 512, "bfloat16"),
     *(Kind(name, encoder, 224, batch, "bfloat16", c) for name, encoder, batch in _AT_224 for c in (False, True)),
 )
@@ -71,31 +72,38 @@ def bench(settings: StepBench, say: Say) -> Outcome:
 
 def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Row]:
     say(f"{kind.title()}: time")
-    images = views(kind, device)
-    prepared = {name: prepare(kind, method, device) for name, method in variants().items()}
+    images, compared = make_images(kind, device), variants(kind)
+    prepared = {name: prepare(kind, variant, device) for name, variant in compared.items()}
     steps = {name: one_step(run, images) for name, run in prepared.items()}
-    flops = {name: _flops(step) for name, step in _eager(kind, steps, images, device)}
+    flops = {name: _flops(step) for name, step in _eager(kind, compared, steps, images, device)}
     times = time_in_turns(steps, device, repeats, at_least_s=0.0)
     peaks = {name: added_bytes(step, device) for name, step in steps.items()}
-    plain, units = times["plain"].median_s, _UNITS_SHARED if prepared["exact"].shared_norms else _UNITS
+    plain, shared_norms = times["plain"].median_s, prepared["exact"].shared_norms
     notes, figures = {}, {}
     for name, time in times.items():
-        notes[name] = f"{_NOTES[name]}; {units[name]:g} units, plain has 6; the floor is these at the rate of plain"
+        units = compared[name].units(shared_norms)
+        counted = f"{units:g} units, plain has 6; the floor is these at the rate of plain" if units else "units not counted"
+        notes[name] = f"{_NOTES.get(name, f'the recipe cifar10/{name}')}; {counted}"
         more = {"images_per_s": kind.batch / time.median_s, **cpu_figure(time, device)}
         if device.type == "cpu":
             more["cpu_to_plain"] = min(time.cpu) / min(times["plain"].cpu)
         more |= {"flops": flops[name], "flops_to_plain": flops[name] / flops["plain"]}
         more["flops_per_s"] = flops[name] / time.median_s
-        figures[name] = {"floor_s": plain * units[name] / units["plain"], "added_bytes": peaks[name], "more": more}
+        floor = {"floor_s": plain * units / 6} if units else {}
+        figures[name] = {"added_bytes": peaks[name], "more": more, **floor}
     return make_rows(kind.title(), notes, times, figures)
 
 
 def _eager(
-    kind: Kind, steps: Mapping[str, Callable[[], Any]], images: tuple[torch.Tensor, torch.Tensor], device: torch.device
+    kind: Kind,
+    compared: Mapping[str, Variant],
+    steps: Mapping[str, Callable[[], Any]],
+    images: Images,
+    device: torch.device,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The steps without compilation, as the products in compiled blocks cannot be counted."""
-    for name, method in variants().items():
-        yield name, one_step(prepare(replace(kind, compile=False), method, device), images) if kind.compile else steps[name]
+    for name, variant in compared.items():
+        yield name, one_step(prepare(replace(kind, compile=False), variant, device), images) if kind.compile else steps[name]
 
 
 def _flops(step: Callable[[], Any]) -> float:
@@ -118,5 +126,5 @@ class _CountFlops(TorchDispatchMode):
         return result
 
 
-def one_step(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], Any]:
+def one_step(run: Pretraining, images: Images) -> Callable[[], Any]:
     return lambda: pretrain_step(run, images, Moment())

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from clae_dist.bench.measure import assert_equal
-from clae_dist.config import Batch, Config, Data, MethodSettings, Model, Optim, Train
+from clae_dist.config import Attack, Batch, Config, Data, MethodSettings, Model, Objective, Optim, Train
 from clae_dist.contrast.interface import Moment, evenly_spaced
 from clae_dist.contrast.look import look
 from clae_dist.contrast.step import Pretraining, pretrain_step
@@ -25,6 +25,7 @@ from clae_dist.models.model import mlp
 from clae_dist.models.norms import add_routes
 from clae_dist.objectives.form import Rows
 from clae_dist.parallel import make_backend
+from clae_dist.recipe import recipe_names, resolve
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
@@ -40,39 +41,84 @@ class Kind:
     batch: int
     precision: str = "float32"
     compile: bool = False
+    every_method: bool = False  # a row for each method of the recipes, besides CLAE's
 
     def title(self) -> str:
         compiled = ", compiled" if self.compile else ""
         return f"{self.name} at {self.image_size} px, batch {self.batch}, {self.precision}{compiled}"
 
 
-def variants() -> dict[str, MethodSettings]:
-    """The compared methods by the names of their rows."""
-    return {
-        "plain": SimClr.Settings(),
-        "original": Clae.Settings(cost="original"),
-        "exact": Clae.Settings(),
-        "fused": ClaeFused.Settings(),
-        "fused_half": ClaeFused.Settings(fraction=0.5),
+@dataclass(frozen=True)
+class Variant:
+    """The settings of a compared step; encoder and projector are those of all others."""
+
+    method: MethodSettings
+    attack: Attack = field(default_factory=Attack)
+    objective: Objective = field(default_factory=Objective)
+    init: str = ""  # the weights that the method would begin with
+
+    def units(self, shared_norms: bool) -> float | None:
+        """See MethodSettings.units."""
+        return self.method.units(self.attack, shared_norms)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch: three views (B, 3, S, S) of random images, and what methods may ask about them."""
+
+    views: tuple[torch.Tensor, ...]
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def variants(kind: Kind) -> dict[str, Variant]:
+    """The compared steps by the names of their rows."""
+    compared = {
+        "plain": Variant(SimClr.Settings()),
+        "original": Variant(Clae.Settings(cost="original")),
+        "exact": Variant(Clae.Settings()),
+        "fused": Variant(ClaeFused.Settings()),
+        "fused_half": Variant(ClaeFused.Settings(fraction=0.5)),
     }
+    return compared | (_of_recipes(compared, kind.batch) if kind.every_method else {})
 
 
-def views(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views of random images with pixels in [0.1, 0.9]."""
+def _of_recipes(compared: Mapping[str, Variant], batch: int) -> dict[str, Variant]:
+    """The first of CIFAR-10's recipes for each method and cost that is not compared yet, by its name."""
+    seen = {(variant.method.name, variant.units(False)) for variant in compared.values()}
+    found = {}
+    for recipe in recipe_names():
+        folder, _, name = recipe.rpartition("/")
+        if folder != "cifar10":
+            continue
+        config = resolve(recipe).config
+        variant = Variant(config.method.for_few_rows(batch), config.attack, config.objective, config.model.init)
+        cost = (variant.method.name, variant.units(False))
+        if cost not in seen:
+            seen.add(cost)
+            found[name] = variant
+    return found
+
+
+def make_images(kind: Kind, device: torch.device) -> Images:
+    """Random images with pixels in [0.1, 0.9], in two classes."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2, kind.batch, 3, kind.image_size, kind.image_size)
+    shape = (3, kind.batch, 3, kind.image_size, kind.image_size)
     dtype = torch.float64 if kind.precision == "float64" else torch.float32
-    x, y = (0.1 + 0.8 * torch.rand(shape, generator=generator)).to(device, dtype).unbind()
-    return x, y
+    views = (0.1 + 0.8 * torch.rand(shape, generator=generator)).to(device, dtype).unbind()
+    ids = torch.arange(kind.batch)
+    return Images(views, ids, ids % 2)
 
 
-def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretraining:
+def prepare(kind: Kind, variant: Variant, device: torch.device) -> Pretraining:
     """Make the parts of a step, under the DDP backend in a single process."""
     config = Config(
         data=Data(image_size=kind.image_size),
         batch=Batch(global_size=kind.batch),
-        model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder),
-        method=method,
+        model=Model(encoder="small_resnet" if _few_blocks(kind) else kind.encoder, init=variant.init),
+        method=variant.method,
+        attack=variant.attack,
+        objective=variant.objective,
         # Plain descent in float64, so that the parameters after a step determine its gradients.
         optim=Optim(name="sgd" if kind.precision == "float64" else "adamw", learning_rate=1e-3, momentum=0.0, weight_decay=0.0),
         train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
@@ -83,7 +129,7 @@ def prepare(kind: Kind, method: MethodSettings, device: torch.device) -> Pretrai
     )
     backend = make_backend(config, model, world)
     run = make_pretraining(config, world, backend, Clock(device))
-    return replace(run, augment=lambda batch: batch, noise=lambda batch, view: torch.rand_like(batch[view]))
+    return replace(run, augment=lambda batch: batch.views, noise=lambda batch, view: torch.rand_like(batch.views[view]))
 
 
 def _few_blocks(kind: Kind) -> str:
@@ -121,7 +167,7 @@ def check(kind: Kind, device: torch.device) -> None:
 
     In float64, by perturbation, loss, gradient norm and the parameters after a step of plain descent. Raises UnequalError.
     """
-    title, images, made = kind.title(), views(kind, device), variants()
+    title, images, made = kind.title(), make_images(kind, device), variants(kind)
     # On a GPU, unlike on a CPU, the rounding of products depends on their number.
     bit_for_bit = 0.0 if device.type == "cpu" else 1e-12
     views_of = {name: _perturbed(prepare(kind, made[name], device), images) for name in ("original", "exact")}
@@ -132,18 +178,18 @@ def check(kind: Kind, device: torch.device) -> None:
     assert_equal(title, "exact", result, expected, 1e-12 if shared else bit_for_bit)
     for name in ("fused", "fused_half"):
         result = _after(prepare(kind, made[name], device), images)
-        settings = made[name]
+        settings = made[name].method
         assert isinstance(settings, AdversarialTerm)
-        by_hand = _fused_by_hand(prepare(kind, settings, device), images, settings)
+        by_hand = _fused_by_hand(prepare(kind, made[name], device), images, settings)
         assert_equal(title, name, result, by_hand, 1e-9)  # float64: one graph adds in another order
 
 
-def _perturbed(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _perturbed(run: Pretraining, images: Images) -> torch.Tensor:
     with run.attack_statistics():
-        return look(run, images, *images).attacks[0].found.images - images[0]
+        return look(run, images, *images.views[:2]).attacks[0].found.images - images.views[0]
 
 
-def _after(run: Pretraining, images: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+def _after(run: Pretraining, images: Images) -> list[torch.Tensor]:
     """Loss, gradient norm and parameters after a step."""
     metrics = pretrain_step(run, images, Moment())
     return [metrics.loss, metrics.grad_norm, *_parameters(run)]
@@ -153,21 +199,20 @@ def _parameters(run: Pretraining) -> Iterator[torch.Tensor]:
     return (parameter.detach() for parameter in run.encoding.backend.parameters())
 
 
-def _fused_by_hand(
-    run: Pretraining, images: tuple[torch.Tensor, torch.Tensor], settings: AdversarialTerm
-) -> list[torch.Tensor]:
+def _fused_by_hand(run: Pretraining, images: Images, settings: AdversarialTerm) -> list[torch.Tensor]:
     """The fused step by its definition: an attack of its own on the clean route, then one graph and one backward."""
     backend: Any = run.encoding.backend
-    chosen = evenly_spaced(settings.num_attacked(len(images[0])), len(images[0]))
-    x, y = images[0], images[1].clone().requires_grad_()
+    chosen = evenly_spaced(settings.num_attacked(len(images.ids)), len(images.ids))
+    x, clean_y = images.views[:2]
+    y = clean_y.clone().requires_grad_()
 
     def rows(images: torch.Tensor, route: str) -> Rows:
         return run.contrast.rows(backend.embed(images, route))
 
     loss = run.contrast(rows(x, "clean"), rows(y, "clean"))
     (gradient,) = torch.autograd.grad(loss, y)
-    y_adv = run.ball.step(images[1], images[1], gradient, run.step_length)[chosen]
-    a, b, c = rows(x, "clean"), rows(images[1], "clean"), rows(y_adv, "adversarial")
+    y_adv = run.ball.step(clean_y, clean_y, gradient, run.step_length)[chosen]
+    a, b, c = rows(x, "clean"), rows(clean_y, "clean"), rows(y_adv, "adversarial")
     loss = run.contrast(a, b) + settings.alpha * run.contrast(Rows(a.mine[chosen], a.all[chosen]), c)
     backend.backward(loss)
     return [loss.detach(), backend.update(), *_parameters(run)]

@@ -18,8 +18,9 @@ and open_clip's losses.
              against up to a million. Floor: four matrix products, rows x all rows x width, timed in turns with the rest.
   gather     the loss on 2 and 4 processes (under torchrun: on its ranks, your network): collectives, and the bytes that a
              rank sends by ring algorithms. Floor: its collectives alone, by latency alpha_s and beta_s_per_byte as measured.
-  step       training steps (forward, attack, backward, optimiser) of plain SimCLR and of each CLAE method. Floor: the time
-             of plain SimCLR times the forward and backward units that the step needs.
+  step       training steps (forward, attack, backward, optimiser) of plain SimCLR, of each cost of CLAE and, on the first
+             encoder, of each method of the recipes. Floor: the time of plain SimCLR times the forward and backward units
+             that the method predicts (flops_to_plain x 6 are those counted).
   data       from shards to views, by stage and in total, with processes and with threads, beside Pillow's and torchvision's
              SimCLR pipeline and plain WebDataset; how many cores a GPU needs. Floor: a JPEG's entropy decoding alone.
   checkpoint how long a save of 1 GB of state blocks training, beside torch.save and torch's async_save, and how long until

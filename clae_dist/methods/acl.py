@@ -16,6 +16,7 @@ from clae_dist.methods.views import ViewsSettings
 if TYPE_CHECKING:
     import torch
 
+    from clae_dist.config import Attack
     from clae_dist.contrast.interface import Step
 
 
@@ -31,6 +32,11 @@ class AclSettings(ViewsSettings):
         help="dual (DS): the mean of the losses of the clean and of the adversarial views; adversarial (A2A): the latter; "
         "mixed (A2S): the clean first view and the adversarial second one.",
     )
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        if self.form == "mixed":
+            return 7 + 2 * attack.num_steps
+        return (6 if self.form == "adversarial" else 12) + 4 * attack.num_steps
 
     def describe_attack(self) -> str:
         return f", form {self.form}"

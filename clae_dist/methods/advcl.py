@@ -20,6 +20,7 @@ from clae_dist.objectives.multi_view import ViewPairs, every_pair
 if TYPE_CHECKING:
     import torch
 
+    from clae_dist.config import Attack
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
@@ -45,6 +46,9 @@ class AdvClSettings(HardSettings):
     adversarial_weight: float = setting(
         1.0, ge=0, used_by="method.asymmetry", help="Weight of the pairs with the adversarial view (A-InfoNCE)."
     )
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 15 + 2 * attack.num_steps
 
     def describe_attack(self) -> str:
         return f", high-pass radius {self.radius:g}" + self.describe_pairs(self.asymmetry)

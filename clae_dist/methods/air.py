@@ -16,6 +16,7 @@ from clae_dist.methods.views import ViewsSettings
 if TYPE_CHECKING:
     import torch
 
+    from clae_dist.config import Attack
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
@@ -38,6 +39,9 @@ class AirSettings(ViewsSettings):
     shift: float = setting(
         0.0, ge=0, le=1, zero="ACL-AIR", help="Weight that moves to the adversarial loss as the augmentation weakens."
     )
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 15 + 4 * attack.num_steps
 
     def describe_attack(self) -> str:
         weights = f"{self.standard:g} SIR + {self.adversarial:g} AIR"

@@ -20,7 +20,7 @@ from clae_dist.methods.queue import QueueSettings, enqueue, random_queue
 if TYPE_CHECKING:
     import torch
 
-    from clae_dist.config import Config
+    from clae_dist.config import Attack, Config
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
@@ -47,6 +47,9 @@ class AsclSettings(QueueSettings, AdversarialTerm):
     @property
     def uses_attack(self) -> bool:  # type: ignore[override]
         return self.alpha > 0
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 4 + (self.fraction * (3 + attack.random_start + 2 * attack.num_steps) if self.uses_attack else 0)
 
     def check_run(self, config: Config) -> None:
         super().check_run(config)
@@ -111,7 +114,8 @@ class Ascl(Method):
         def loss(anchors: Rows, queries: Rows) -> torch.Tensor:
             return s.match(queries, keys, queue_KD, with_batch=False, index=rows, targets=y_BM[rows])
 
-        x_adv = s.attack(x[rows], loss, anchor=x[rows], rows=rows)
+        start = x[rows]
+        x_adv = s.attack(start, loss, anchor=start, rows=rows)  # the anchor is not used: as the start it costs no forward
         a, c = s.embed(x), s.embed(x_adv, "adversarial")
         clean = s.match(a, keys, queue_KD, with_batch=False, targets=y_BM)
         return {"clean": (1.0, clean), "adversarial": (settings.alpha, loss(a, c))}

@@ -18,6 +18,7 @@ from clae_dist.methods.local_crops import local_terms
 if TYPE_CHECKING:
     import torch
 
+    from clae_dist.config import Attack
     from clae_dist.contrast.interface import Step
 
 
@@ -36,6 +37,13 @@ class ClaeSettings(AdversarialTerm):
         help="exact: the paper's gradient at the lowest cost. original: the same, with the anchor's forward and the weight "
         "gradients that the paper's code computes and discards.",
     )
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        if self.cost == "original":  # a forward with a graph and a backward, of anchor and attacked view
+            return 6 + self.fraction * (3 + 6 * attack.num_steps)
+        apart = self.anchor == "other" or attack.random_start  # the anchor's own forward
+        shared = shared_norms and attack.num_steps == 1 and self.fraction == 1 and not apart
+        return 6 + self.fraction * (3 + apart + 2 * attack.num_steps - shared)
 
     def describe_attack(self) -> str:
         return f", anchor {self.anchor}, cost {self.cost}"

@@ -28,6 +28,9 @@ class ClaeFusedSettings(AdversarialTerm):
     title: ClassVar[str] = "CLAE (fused attack)"
     name: str = name_of("clae_fused")
 
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 6 + 3 * self.fraction
+
     def check(self, attack: Attack) -> None:
         one = "method.name=clae_fused takes one gradient, that of the clean loss in view y"
         require(attack.name != "pgd", "attack.name", attack.name, f"{one}: use attack.name=fgsm, or method.name=clae.")

@@ -20,7 +20,7 @@ from clae_dist.objectives.form import UNWRITTEN
 if TYPE_CHECKING:
     import torch
 
-    from clae_dist.config import Config
+    from clae_dist.config import Attack, Config
     from clae_dist.contrast.interface import Step
 
 
@@ -34,6 +34,9 @@ class DsclSettings(QueueSettings):
     others: float = setting(
         8.0, ge=0, zero="the own key alone", help="Weight of all others of an image's class together; that of its own key is 1."
     )
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 4
 
     def check_run(self, config: Config) -> None:
         super().check_run(config)

@@ -18,7 +18,7 @@ from clae_dist.methods.views import ViewsSettings
 if TYPE_CHECKING:
     import torch
 
-    from clae_dist.config import Config
+    from clae_dist.config import Attack, Config
     from clae_dist.contrast.interface import Step
 
 
@@ -44,6 +44,9 @@ class DynAclSettings(ViewsSettings):
     @property
     def key_statistics(self) -> Literal["averaged", "own"]:
         return "own"
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 8 + 5 * attack.num_steps if self.momentum else 12 + 4 * attack.num_steps
 
     def check_run(self, config: Config) -> None:
         if self.momentum and config.model.norm == "local":

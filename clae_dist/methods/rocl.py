@@ -19,6 +19,7 @@ from clae_dist.objectives.multi_view import ViewPairs, every_pair
 if TYPE_CHECKING:
     import torch
 
+    from clae_dist.config import Attack
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
@@ -43,6 +44,9 @@ class RoclSettings(HardSettings):
     @property
     def two_routes(self) -> bool:
         return False
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 10 + 2 * attack.num_steps
 
     def describe_attack(self) -> str:
         changed = (self.asymmetry, self.adversarial_weight) != (0.5, 2.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from clae_dist.config import MethodSettings
+from clae_dist.config import Attack, MethodSettings
 from clae_dist.config.method import name_of
 from clae_dist.contrast.method import Method, Terms
 from clae_dist.methods.local_crops import local_terms
@@ -26,6 +26,9 @@ class SimClrSettings(MethodSettings):
     title: ClassVar[str] = "SimCLR"
     takes_local_crops: ClassVar[bool] = True
     name: str = name_of("simclr")
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 6
 
 
 class SimClr(Method):

@@ -15,6 +15,7 @@ from clae_dist.methods.labelled import LabelledSettings
 if TYPE_CHECKING:
     import torch
 
+    from clae_dist.config import Attack
     from clae_dist.contrast.interface import Step
 
 
@@ -24,6 +25,9 @@ class SupConSettings(LabelledSettings):
 
     title: ClassVar[str] = "SupCon"
     name: str = name_of("supcon")
+
+    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+        return 6
 
 
 class SupCon(Method):

@@ -61,3 +61,16 @@ def test_a_fused_step_with_another_perturbation_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(Step, "move", lambda s, start, gradient, loss: start)
     with pytest.raises(UnequalError, match="fused differs"):
         steps.check(replace(RESNET, precision="float64"), CPU)
+
+
+def test_methods_cost_the_units_that_they_predict() -> None:
+    """Every recipe's method and cost has a row. MoCo's attack once embedded an anchor that it did not use: 10 units, not 9."""
+    kind = replace(RESNET, every_method=True)
+    images, compared = steps.make_images(kind, CPU), steps.variants(kind)
+    assert {"acl", "advcl", "air", "clae-moco", "dynacl", "moco", "rocl"} < set(compared)
+    prepared = {name: steps.prepare(kind, variant, CPU) for name, variant in compared.items()}
+    flops = {name: step._flops(step.one_step(run, images)) for name, run in prepared.items()}
+    for name, variant in compared.items():
+        units = variant.units(prepared[name].shared_norms)
+        if units is not None:  # a first layer has an input gradient in attacks only, and not every method has a projector
+            assert 6 * flops[name] / flops["plain"] == pytest.approx(units, rel=0.03), name

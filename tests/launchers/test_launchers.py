@@ -12,13 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from clae_dist.data.manifest import Manifest
 from clae_dist.errors import FAILED, OK, STOPPED
+from clae_dist.methods.moco import MoCoSettings
+from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import account, read_lines
 from tests import processes
 from tests.processes import CLAE, TORCHRUN, Process, finish, read_until, started
-from tests.small_run import Undisturbed, assert_same_weights
+from tests.small_run import Undisturbed, assert_same_weights, write_recipe
 
 START = {"local": CLAE, "ray": CLAE, "torchrun": TORCHRUN}
 
@@ -97,6 +101,27 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     assert 4 <= int(RunFolder(tmp_path / "run").find_checkpoints()[0].name.removeprefix("step-")) < 24
     assert "resuming after step" in run(arguments)
     assert_same_weights(tmp_path / "run", undisturbed(2))
+
+
+@pytest.mark.slow
+def test_kill_minus_9_with_a_queue_and_a_momentum_encoder(shards: Manifest, tmp_path: Path) -> None:
+    """The method's tensors and the key encoder resume with the same bits as the weights."""
+    moco = write_recipe(tmp_path, shards, method=MoCoSettings(alpha=1.0, momentum=0.9, queue=48))
+    run(command(moco, tmp_path / "undisturbed", "local"))
+    arguments = command(moco, tmp_path / "run", "local", "launch.max_failures=0")
+    with started(*arguments) as process:
+        read_until(process, "step 10/24")
+        ranks_of(process)[1].kill()
+        code, said = finish(process)
+    assert code == FAILED, said
+    assert "resuming after step" in run(arguments)
+    one, other = (load_checkpoint(tmp_path / name, pytest.fail) for name in ("run", "undisturbed"))
+    assert one is not None
+    assert other is not None
+    for section in ("model", "keys", "method"):
+        expected = other.state()[section]
+        assert expected
+        assert [name for name, value in one.state()[section].items() if not torch.equal(value, expected[name])] == []
 
 
 @pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.long)])

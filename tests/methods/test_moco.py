@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,8 @@ def test_a_lost_run_resumes_bit_for_bit_and_on_other_ranks(ranks: RankPool, tmp_
     undisturbed, lost = config("undisturbed"), config("lost")
     assert ranks.run(2, train_on, undisturbed) == ["finished"] * 2
     assert ranks.run(2, train_on, lost, 3) == ["lost"] * 2
+    moved = config("moved")  # to another number of ranks
+    shutil.copytree(lost.folder, moved.folder)
     assert ranks.run(2, train_on, lost) == ["finished"] * 2
     checkpoints = [load_checkpoint(run.folder, pytest.fail) for run in (undisturbed, lost)]
     one, other = (checkpoint.state() for checkpoint in checkpoints if checkpoint is not None)
@@ -222,6 +225,9 @@ def test_a_lost_run_resumes_bit_for_bit_and_on_other_ranks(ranks: RankPool, tmp_
             assert torch.equal(found.pop("queue"), one["method"]["queue"])
             assert all(torch.equal(value, one["keys"][name]) for name, value in found.items())
             assert set(found) == set(one["keys"])
+    assert ranks.run(3, train_on, moved) == ["finished"] * 3
+    for found in ranks.run(3, keys_loaded, moved):
+        torch.testing.assert_close(found, {**one["keys"], "queue": one["method"]["queue"]}, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(
