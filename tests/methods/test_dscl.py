@@ -5,20 +5,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clae_dist.config import Batch, Config, Objective
+from clae_dist.config import Batch, Checkpointing, Config, Objective, Parallel, Train
 from clae_dist.contrast.distributed import Contrast
+from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import ConfigError
 from clae_dist.methods.dscl import Dscl, DsclSettings
 from clae_dist.objectives.form import UNWRITTEN
+from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.world import World
 from tests.methods.test_supcon import unit_rows
 from tests.ranks import RankPool
+from tests.small_run import small_run
+from tests.training.disturbed import train_on
 
 TEMPERATURE = 0.5
 LABELS = [2, 0, 2, -1, 1, 3]
@@ -111,3 +117,28 @@ def test_unwritten_rows_of_the_queue_have_no_influence() -> None:
 def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Config(batch=Batch(global_size=12), method=DsclSettings(**settings))
+
+
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_lost_run_on_a_long_tail_resumes_bit_for_bit(ranks: RankPool, tmp_path: Path, backend: Any) -> None:
+    shards = write_synthetic_set(tmp_path / "shards", 144, 16)
+
+    def config(name: str) -> Config:
+        more = {
+            "method": DsclSettings(queue=48),
+            "train": Train(epochs=1, precision="float64", threads=1, knn_every=0, diagnose_every=3),
+            "checkpoint": Checkpointing(every_steps=2),
+            "parallel": Parallel(backend=backend),
+        }
+        made = small_run(shards.folder, tmp_path / name, **more)
+        return replace(made, data=replace(made.data, long_tail=3.0))
+
+    undisturbed, lost = config("undisturbed"), config("lost")
+    assert ranks.run(2, train_on, undisturbed) == ["finished"] * 2
+    assert ranks.run(2, train_on, lost, 3) == ["lost"] * 2
+    assert ranks.run(2, train_on, lost) == ["finished"] * 2
+    checkpoints = [load_checkpoint(run.folder, pytest.fail) for run in (undisturbed, lost)]
+    one, other = (checkpoint.state() for checkpoint in checkpoints if checkpoint is not None)
+    for section in ("model", "keys", "method"):
+        assert all(torch.equal(value, other[section][name]) for name, value in one[section].items()), section
+    assert (one["method"]["labels"] >= 0).any()
