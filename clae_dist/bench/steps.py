@@ -129,7 +129,10 @@ def prepare(kind: Kind, variant: Variant, device: torch.device) -> Pretraining:
     )
     backend = make_backend(config, model, world)
     run = make_pretraining(config, world, backend, Clock(device))
-    return replace(run, augment=lambda batch: batch.views, noise=lambda batch, view: torch.rand_like(batch.views[view]))
+    num_views = 2 if variant.method.third_view == "none" else 3
+    return replace(
+        run, augment=lambda batch: batch.views[:num_views], noise=lambda batch, view: torch.rand_like(batch.views[view])
+    )
 
 
 def _few_blocks(kind: Kind) -> str:
