@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clae_dist.config import Batch, Config, Data, Model, Objective, Views
+from clae_dist.config import Batch, Config, Data, Model, Objective, Train, Views
 from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
@@ -70,7 +70,9 @@ def test_each_crop_is_drawn_to_both_views(method: SimClrSettings) -> None:
 
 
 def test_a_run_with_small_crops(ranks: RankPool, manifest: Manifest, tmp_path: Path) -> None:
-    config = small_run(manifest.folder, tmp_path / "run", method=ClaeSettings(), views=VIEWS)
+    config = small_run(
+        manifest.folder, tmp_path / "run", method=ClaeSettings(), views=VIEWS, train=Train(epochs=1, threads=1, knn_every=0)
+    )
     assert ranks.run(2, train_on, config) == ["finished"] * 2
 
 

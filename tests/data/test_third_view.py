@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clae_dist.config import Batch, Config, Data
+from clae_dist.config import Batch, Config, Data, Train
 from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
@@ -75,5 +75,5 @@ def test_ranks_and_loader_processes_see_the_same_views(manifest: Manifest) -> No
 
 @pytest.mark.parametrize("method", [AirSettings(), AdvClSettings()])
 def test_a_run_with_three_views(ranks: RankPool, manifest: Manifest, tmp_path: Path, method: AirSettings) -> None:
-    config = small_run(manifest.folder, tmp_path / "run", method=method)
+    config = small_run(manifest.folder, tmp_path / "run", method=method, train=Train(epochs=1, threads=1, knn_every=0))
     assert ranks.run(1, train_on, config) == ["finished"]

@@ -30,7 +30,12 @@ CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")}
     "acl, adversarial": ["cifar10/acl", "method.form=adversarial"],
 }
 FIRST = tuple(name for name in CASES if name.removeprefix("cifar10/") in METHODS)  # one for each method
-BACKENDS = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
+STATEFUL = [f"cifar10/{name}" for name in ("moco", "dynacl", "dscl", "clusterns")]  # one for each kind of state
+RESUMED = [
+    pytest.param(case, backend, marks=[] if case in STATEFUL and backend == "ddp" else pytest.mark.slow)
+    for case in FIRST
+    for backend in ("ddp", "fsdp2")
+]
 
 
 def small(case: str, world_size: int, *settings: str) -> Config:
@@ -110,8 +115,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert_same(value, other[key], f"{where}/{key}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize(("case", "backend"), RESUMED)
 def test_a_step_after_loading_is_the_step_that_would_have_followed(ranks: RankPool, case: str, backend: str) -> None:
     """Bit for bit on as many ranks; on others the same state is loaded, in which momentum, queues and averages are."""
     config = small(case, 2, f"parallel.backend={backend}")

@@ -33,7 +33,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def python(null_gpu: NullGpu, gpus: int, *arguments: str, **environment: str) -> Completed:
-    there = null_gpu.environment(gpus, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
+    # No kernel runs: memory that is used again would hold an earlier tensor's bytes for a result, and fresh memory is zero.
+    fresh = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    there = null_gpu.environment(gpus, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **fresh, **environment)
     return processes.run(sys.executable, *arguments, env=there, timeout=600)
 
 
