@@ -136,8 +136,12 @@ def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"run {number}" for number in range(1, len(runs) + 1)]
 
 
-def summary_table(*runs: Mapping[str, Any]) -> str:
-    """A table with one column per summary, of the run and those it is compared with."""
+def summary_table(*runs: Mapping[str, Any], more_rows: Sequence[tuple[str, Sequence[str]]] = ()) -> str:
+    """A table with one column per summary, of the run and those it is compared with.
+
+    Args:
+        more_rows: further rows, each a name and a value for every run, below a rule of their own.
+    """
     rows = [
         ["", *map(shown, _heads(runs))],
         *([["method", *(shown(run.get("method") or "–") for run in runs)]] if len(runs) > 1 else []),
@@ -148,12 +152,17 @@ def summary_table(*runs: Mapping[str, Any]) -> str:
         ["loss between clean views", *(number(run.get("loss_clean"), ".3f") for run in runs)],
         *_result_rows(runs),
     ]
+    num_rows = len(rows)
+    rows += [[name, *values] for name, values in more_rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for name, *values in rows:
         cells = [name.ljust(widths[0]), *(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * (sum(widths) + 2 * len(runs)))
+    rule = "-" * (sum(widths) + 2 * len(runs))
+    if more_rows:
+        lines[num_rows:num_rows] = [rule, "settings that differ"]
+    lines.insert(1, rule)
     lines.append("")
     for run in runs:
         lines.append(f"report       {shown(run.get('report') or '–')}")

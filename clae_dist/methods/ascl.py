@@ -30,6 +30,7 @@ class AsclSettings(QueueSettings, AdversarialTerm):
     """The keys `method.*` of ASCL."""
 
     title: ClassVar[str] = "ASCL"
+    units_without_term: ClassVar[float] = 4
     weak_second_view: ClassVar[bool] = True
     name: str = name_of("ascl")
     alpha: float = setting(0.0, ge=0, zero="ASCL itself", help="Weight of the adversarial term. ascl has 0 unless it is set.")

@@ -31,6 +31,7 @@ class MoCoSettings(QueueSettings, AdversarialTerm):
     """The keys `method.*` of MoCo."""
 
     title: ClassVar[str] = "MoCo"
+    units_without_term: ClassVar[float] = 4
     name: str = name_of("moco")
     alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term. moco has 0 unless it is set.")
     include_batch: bool = setting(
