@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from clae_dist import core_yaml
 from clae_dist.escape import shown
 from clae_dist.lease import EXPIRY_S, holder_of
 from clae_dist.reading import ReadError, is_number, open_regular, parse_line, read_object, read_text
@@ -25,9 +28,9 @@ _MAX_DEPTH = 8  # of folders below the one that is listed
 _SHOWN = ("loss", "knn_accuracy", "images_per_s")
 _FORMS = ("{:.3f}", "{:.1f} %", "{:,.0f}")
 _SETTINGS = {  # of a resolved config.yaml, whose layout recipe.to_yaml determines
-    "name": re.compile(r"^name: (.*?)(?:  # .*)?$", re.MULTILINE),
-    "method": re.compile(r"^method:\n(?:  .*\n)*?  name: (.*?)(?:  # .*)?$", re.MULTILINE),
-    "epochs": re.compile(r"^train:\n(?:  .*\n)*?  epochs: (.*?)(?:  # .*)?$", re.MULTILINE),
+    "name": re.compile(r"^name: (.*)$", re.MULTILINE),
+    "method": re.compile(r"^method:\n(?:  .*\n)*?  name: (.*)$", re.MULTILINE),
+    "epochs": re.compile(r"^train:\n(?:  .*\n)*?  epochs: (.*)$", re.MULTILINE),
 }
 
 
@@ -104,12 +107,22 @@ def _read_run(path: str) -> ListedRun:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    found = {key: match[1].strip() if (match := pattern.search(text)) else "" for key, pattern in _SETTINGS.items()}
+    found = {key: _value(match[1]) if (match := pattern.search(text)) else "" for key, pattern in _SETTINGS.items()}
     try:
         epochs: float | None = float(found["epochs"])
     except ValueError:
         epochs = None
     return {**found, "epochs": epochs if is_number(epochs) else None}
+
+
+def _value(text: str) -> str:
+    """A value of a line of YAML, without the comment behind it. Raises ReadError."""
+    if text[:1] not in ("'", '"'):
+        return text.partition("  # ")[0].strip()
+    try:
+        return str(core_yaml.construct(core_yaml.compose(text)))  # type: ignore[arg-type]  # a quote begins a scalar
+    except (yaml.YAMLError, ValueError) as error:
+        raise ReadError(f"{CONFIG_FILE} is not valid YAML: {' '.join(str(error).split())[:100]}") from None
 
 
 def _last_metrics(path: Path) -> tuple[dict[str, float], float | None]:
