@@ -93,23 +93,27 @@ class Place:
         work: Callable[[Sequence[int]], Iterable[Mapping[str, torch.Tensor]]],
         label: str,
         size: int = 1,
+        total: int = 0,
         name: str = "images",
     ) -> Journal:
         """The results of `units` units of work, in the journal that this returns. Collective.
 
         `work(numbers)` yields the result of each of these units. Ranks take turns at the units that are not finished yet, so
-        that a result must not depend on the rank. A unit has `size` things called `name`, for progress.
+        that a result must not depend on the rank. For progress, a unit has `size` things called `name`, of `total` in all.
         """
         world = self.world
         finished = world.run_on_main(lambda: self._finished(key))
         missing = [number for number in range(units) if number not in finished]
         journal = self.journal(key)
-        done = (units - len(missing)) * size
-        progress = Progress(units * size, done=done, name=name, label=f"{label}: ", say=self.say if world.is_main else _silent)
+        total = total or units * size
+        done = min((units - len(missing)) * size, total)
+        progress = Progress(total, done=done, name=name, label=f"{label}: ", say=self.say if world.is_main else _silent)
         mine = missing[world.rank :: world.size]
         for number, tensors in zip(mine, work(mine) if mine else (), strict=True):
             journal.add(number, tensors)
-            progress.add(size * world.size)
+            more = min(size * world.size, total - done)
+            done += more
+            progress.add(more)
         journal.close()
         world.gather_objects(None)  # every rank has written its share
         progress.close()
@@ -137,7 +141,7 @@ class Place:
                     found = self._embed({name: models[name] for name in missing}, views)
                     yield {"labels": views.labels, "ids": views.positions, **found}
 
-            journal = self.shared(key, -(-len(images) // batch_size), work, label, batch_size)
+            journal = self.shared(key, -(-len(images) // batch_size), work, label, batch_size, len(images))
             self.world.run_on_main(lambda: _write_features(journal, {name: places[name] for name in missing}))
         return {name: _read_features(at) for name, at in places.items()}
 
