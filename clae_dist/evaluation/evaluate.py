@@ -60,8 +60,8 @@ def evaluate(
     evaluation.train_images images that is the same for every run; the queries are the whole test split. Images without a
     label are skipped; protocols that use labels have no results for sets without labels or with a single class.
 
-    An interrupted evaluation continues where it was, and results of the same encoders on the same images under the same settings
-    are kept, unless `fresh`: so are those of protocols that are not in the suite.
+    An interrupted evaluation continues where it was. Unless `fresh`, results of the same encoders on the same images under the
+    same settings are kept, and those of protocols that are not in the suite.
 
     Raises: ConfigError, DataError for unusable shards, StorageError if the result cannot be written.
     """
@@ -165,9 +165,10 @@ class _Evaluation:
         found = self.place.features(self.examined.encoders, images, f"features, {split}{part}")
         for name, one in found.items():
             if not all(rows.isfinite().all() for rows in one.features_NF.split(_ROWS)):
+                encoder = "untrained" if name == "before" else "trained"
                 raise ConfigError(
-                    f"the {'untrained' if name == 'before' else 'trained'} encoder's features of {split} are NaN or infinite: no "
-                    "accuracy of them means anything. Train with optim.clip_norm=1 or a lower optim.learning_rate."
+                    f"the {encoder} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. Train "
+                    "with optim.clip_norm=1 or a lower optim.learning_rate."
                 )
         missing = len(images) - len(found["after"])
         if missing:

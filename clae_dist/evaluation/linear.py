@@ -46,7 +46,8 @@ class LinearHead:
         return features_NF @ self.weight.to(features_NF) + self.bias.to(features_NF)
 
     def accuracy(self, x_NF: torch.Tensor, y_N: torch.Tensor) -> float:
-        right = sum(int((self.logits(x).argmax(dim=1) == y).sum()) for x, y in zip(x_NF.split(_ROWS), y_N.split(_ROWS)))
+        parts = zip(x_NF.split(_ROWS), y_N.split(_ROWS), strict=True)
+        right = sum(int((self.logits(x).argmax(dim=1) == y).sum()) for x, y in parts)
         return 100 * right / len(y_N)
 
     def tensors(self) -> dict[str, torch.Tensor]:

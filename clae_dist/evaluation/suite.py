@@ -15,7 +15,6 @@ import yaml
 
 from clae_dist import core_yaml
 from clae_dist.config.conversion import convert
-from clae_dist.config.rules import Section
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.knn import Knn
 from clae_dist.evaluation.linear import LinearProbe
