@@ -167,8 +167,8 @@ class _Evaluation:
             if not all(rows.isfinite().all() for rows in one.features_NF.split(_ROWS)):
                 encoder = "untrained" if name == "before" else "trained"
                 raise ConfigError(
-                    f"the {encoder} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. Train "
-                    "with optim.clip_norm=1 or a lower optim.learning_rate."
+                    f"the {encoder} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. "
+                    "Train with optim.clip_norm=1 or a lower optim.learning_rate."
                 )
         missing = len(images) - len(found["after"])
         if missing:
