@@ -69,8 +69,19 @@ def read_batches(
 
     Ranks share the images with start = rank and step = world size. 0 processes: read in this one.
     """
-    batches = _Batches(images, positions, image_size, batch_size)
     firsts = range(start * batch_size, len(positions), step * batch_size)
+    return _batches_at(images, positions, image_size, batch_size, firsts, num_workers)
+
+
+def _batches_at(
+    images: Images,
+    positions: Sequence[int] | np.ndarray,
+    image_size: int,
+    batch_size: int,
+    firsts: Sequence[int],
+    num_workers: int,
+) -> Iterator[Views]:
+    batches = _Batches(images, positions, image_size, batch_size)
     batch_bytes = batch_size * (3 * image_size**2 + 2 * 8)
     return read_ahead(batches, firsts, num_workers, transport.needed_bytes(batch_bytes, num_workers))
 
@@ -81,6 +92,7 @@ class EvaluationSet:
     def __init__(
         self, manifest: Manifest, split: str, image_size: int, limit: int = 0, seed: int = 0, workers: int = 0
     ) -> None:
+        self.split = split
         self._images, self._image_size, self._workers = ShardImages(ShardReader(manifest, split)), image_size, workers
         total = len(self._images)
         self.ids = np.arange(total) if not 0 < limit < total else np.sort(permutation(total, seed)[:limit])
@@ -97,3 +109,8 @@ class EvaluationSet:
         return read_batches(
             self._images, self.ids, self._image_size, batch_size, num_workers=self._workers, start=start, step=step
         )
+
+    def numbered(self, batch_size: int, numbers: Sequence[int]) -> Iterator[Views]:
+        """The batches of these numbers, in their order, of all `batches` (batch_size)."""
+        firsts = [number * batch_size for number in numbers]
+        return _batches_at(self._images, self.ids, self._image_size, batch_size, firsts, self._workers)

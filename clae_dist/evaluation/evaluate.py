@@ -1,162 +1,256 @@
-"""`clae evaluate`: the encoder before and after pretraining under every evaluation protocol."""
+"""`clae evaluate`: encoders under evaluation protocols, on all ranks."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clae_dist import escape
-from clae_dist.config import Config
+from clae_dist import __version__, escape
 from clae_dist.data.draws import permutation
-from clae_dist.data.evaluation_set import EvaluationSet
-from clae_dist.data.loader import num_workers
-from clae_dist.data.manifest import Manifest
 from clae_dist.data.shard_set import open_shards
-from clae_dist.devices import local_device
 from clae_dist.errors import ConfigError
-from clae_dist.evaluation.features import Features, extract_each
+from clae_dist.evaluation.examined import Examined, examined_run
+from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.knn import nearest
-from clae_dist.evaluation.protocol import FORMAT, WHEN, Subject, headlines
-from clae_dist.evaluation.protocols import PROTOCOLS
-from clae_dist.evaluation.scored import scored
+from clae_dist.evaluation.linear import LinearHead, fit_head
+from clae_dist.evaluation.place import Place, digest_of, weights_digest
+from clae_dist.evaluation.protocol import FORMAT, EvaluationProtocol, Subject, headlines
+from clae_dist.evaluation.scored import Scored, scored
+from clae_dist.evaluation.stored import read_evaluation
+from clae_dist.evaluation.suite import default_suite
 from clae_dist.files import check_writable, write_atomically
-from clae_dist.models import PretrainModel, build_model
-from clae_dist.progress import Progress
-from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
-from clae_dist.runs.initial import load_initial
-from clae_dist.runs.trust import NOTHING, Permission, open_run
+from clae_dist.runs.trust import NOTHING, Permission
+from clae_dist.world import World
 
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8  # in the report
+_ROWS = 65_536  # of features in memory at once
 
 Say = Callable[[str], None]
 
 
-def evaluate_run(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
-    """Run every protocol on the encoder before and after pretraining; write and return evaluation.json.
-
-    "Before" is the encoder as `build_model` initialises it from the run's seed, "after" that of the newest checkpoint; both
-    see the same decoded pixels in the same pass, with the same settings. The bank is the train split, or a subset of
-    evaluation.train_images images that is the same for every run; the queries are the whole test split. Images without a
-    label are skipped; "results" is empty for sets without labels or with a single class.
-
-    Args:
-        shards: the location of the images, if they have moved.
+def evaluate_run(
+    run_dir: Path,
+    say: Say = escape.say,
+    shards: str = "",
+    permission: Permission = NOTHING,
+    suite: Sequence[EvaluationProtocol] | None = None,
+) -> dict[str, Any]:
+    """`evaluate` of a run in this process, by default with kNN and linear probe.
 
     Raises: ConfigError without a checkpoint, and for settings of the run that `permission` does not cover (runs/trust.py),
         DataError for unusable shards, StorageError if the result cannot be written.
     """
+    return evaluate(examined_run(run_dir, shards, permission), default_suite() if suite is None else suite, World.single(), say)
+
+
+def evaluate(
+    examined: Examined, suite: Sequence[EvaluationProtocol], world: World, say: Say = escape.say, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Run the protocols on each encoder; write and return evaluation.json. Collective.
+
+    All encoders see the same decoded pixels, with the same settings. The bank is the train split, or a subset of
+    evaluation.train_images images that is the same for every run; the queries are the whole test split. Images without a
+    label are skipped; protocols that use labels have no results for sets without labels or with a single class.
+
+    An interrupted evaluation continues where it was. Unless `fresh`, results of the same encoders on the same images under the
+    same settings are kept, and those of protocols that are not in the suite.
+
+    Raises: ConfigError, DataError for unusable shards, StorageError if the result cannot be written.
+    """
     started = time.perf_counter()
-    config = open_run(run_dir, permission).to_read_images(shards)
-    _, trained, info = load_model(run_dir)
-    check_writable(run_dir)  # before hours of work
-    if not config.data.shards:
-        raise ConfigError("data.shards is ''; name the folder of shards that the run was trained on.")
-    manifest = open_shards(config.data, say=say)
-    device = local_device()
-    say(f"evaluating {run_dir} after {info['images_seen']:,} images, on {device.type}; {manifest.name} {manifest.digest[:12]}")
-    result: dict[str, Any] = {
+    say = say if world.is_main else _silent
+    world.run_on_main(lambda: check_writable(examined.folder))  # before hours of work
+    manifest = open_shards(examined.config.data, world, say)
+    folder = RunFolder(examined.folder)
+    place = Place(world, folder.evaluation, examined.config, manifest, say, fresh)
+    say(f"evaluating {examined.title}, on {world.device.type}; {manifest.name} {manifest.digest[:12]}")
+    for model in examined.encoders.values():
+        model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    result = _about(examined, place)
+    if examined.config.data.test_split in manifest.splits:
+        earlier = {} if fresh else world.run_on_main(lambda: _earlier(folder.evaluation_file, result))
+        _Evaluation(examined, place, suite, result, earlier).run()
+    else:
+        split = examined.config.data.test_split
+        say(f"{manifest.where} has no {split!r} split: no accuracies. Prepare the set with one to get them.")
+    result["wall_s"] = round(time.perf_counter() - started, 2)
+    if world.is_main:
+        _write(folder.evaluation_file, result)
+    say(f"wrote {folder.evaluation_file} after {result['wall_s']:.0f} s")
+    return result
+
+
+def _silent(_: str) -> None: ...
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _about(examined: Examined, place: Place) -> dict[str, Any]:
+    """evaluation.json without results."""
+    manifest, data = place.manifest, examined.config.data
+    return {
         "format": FORMAT,
         "results": {},
         "protocols": {},
-        "train_images": manifest.num_samples(config.data.train_split),
+        "train_images": manifest.num_samples(data.train_split),
         "bank_images": 0,  # of those, the bank
-        "test_images": manifest.num_samples(config.data.test_split) if config.data.test_split in manifest.splits else 0,
+        "test_images": manifest.num_samples(data.test_split) if data.test_split in manifest.splits else 0,
         "num_classes": len(manifest.classes),
-        "images_seen": info["images_seen"],
-        "step": info["step"],
+        "images_seen": examined.images_seen,
+        "step": examined.step,
+        "weights": {when: weights_digest(model) for when, model in examined.encoders.items()},
         "manifest_digest": manifest.digest,
-        "device": device.type,
+        "device": place.world.device.type,
         "neighbours": [],
     }
-    if config.data.test_split in manifest.splits:
-        untrained = build_model(config)
-        load_initial(config.model, run_dir, untrained.encoder)
-        result.update(_compare(config, untrained, trained, manifest, device, say))
-    else:
-        say(f"{manifest.where} has no {config.data.test_split!r} split: no accuracies. Prepare the set with one to get them.")
-    result["wall_s"] = round(time.perf_counter() - started, 2)
-    path = RunFolder(run_dir).evaluation_file
-    write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-    say(f"wrote {path} after {result['wall_s']:.0f} s")
-    return result
 
 
-def _compare(
-    config: Config, untrained: PretrainModel, trained: PretrainModel, manifest: Manifest, device: torch.device, say: Say
-) -> dict[str, Any]:
-    """The part of evaluation.json that needs features of both encoders."""
-    for model in (untrained, trained):
-        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _earlier(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation.json that is there, if it is of the same encoders and images; otherwise empty."""
+    before = read_evaluation(path)[0] or {}
+    same = all(before.get(key) == result[key] for key in ("weights", "manifest_digest", "images_seen"))
+    return before if same else {}
 
-    # Small images decode at 10,000 per second and core, so starting worker processes would cost more than it saves.
-    workers = num_workers(config, 1) if config.data.image_size > 64 else 0
 
-    undecodable: dict[str, int] = {}
+class _Evaluation:
+    """One call of `evaluate` on a set with a test split; fills in `result`."""
 
-    def features(split: str, limit: int = 0) -> list[Features]:
-        images = EvaluationSet(manifest, split, config.data.image_size, limit, workers=workers)
-        part = f" ({len(images):,} of {manifest.num_samples(split):,})" if limit else ""
-        progress = Progress(len(images), label=f"features, {split}{part}: ", say=say)
-        features_of_each = extract_each(
-            [untrained, trained], images, device, config.evaluation.batch_size, progress=progress.add
-        )
-        progress.close()
-        for name, one in zip(("untrained", "trained"), features_of_each, strict=True):
-            if not one.features_NF.isfinite().all():
+    def __init__(
+        self,
+        examined: Examined,
+        place: Place,
+        suite: Sequence[EvaluationProtocol],
+        result: dict[str, Any],
+        earlier: Mapping[str, Any],
+    ) -> None:
+        self.examined, self.place, self.suite, self.result, self.earlier = examined, place, suite, result, earlier
+        self.config, self.world, self.say = examined.config, place.world, place.say
+
+    def run(self) -> None:
+        data, result = self.config.data, self.result
+        banks = self._features(data.train_split, self.config.evaluation.train_images)
+        tests = self._features(data.test_split)
+        bank, test = banks["after"], tests["after"]
+        result["bank_images"] = len(bank)
+        result["neighbours"] = self.world.run_on_main(lambda: _neighbours(bank, test, self.config.seed))
+        splits = (data.train_split, data.test_split)
+        pairs = {when: scored(banks[when], tests[when], *splits) for when in self.examined.encoders}
+        problem = self._say_labels(pairs["after"], splits)
+        subjects = {
+            when: self._subject(when, *((banks[when], tests[when]) if problem else (pair.bank, pair.queries)))
+            for when, pair in pairs.items()
+        }
+        suite = [protocol for protocol in self.suite if not (problem and protocol.uses_labels)]
+        notes = [protocol.note(subjects["after"]) for protocol in suite]
+        result["notes"] = [note for note in notes if note]
+        for note in result["notes"]:
+            self.say(note)
+        self._keep_earlier({protocol.name for protocol in suite})
+        for protocol in suite:
+            self._run(protocol, subjects)
+
+    def _features(self, split: str, limit: int = 0) -> dict[str, Features]:
+        images, total = self.place.images(split, limit), self.place.manifest.num_samples(split)
+        part = f" ({len(images):,} of {total:,})" if limit else ""
+        found = self.place.features(self.examined.encoders, images, f"features, {split}{part}")
+        for name, one in found.items():
+            if not all(rows.isfinite().all() for rows in one.features_NF.split(_ROWS)):
+                encoder = "untrained" if name == "before" else "trained"
                 raise ConfigError(
-                    f"the {name} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. Train "
-                    "with optim.clip_norm=1 or a lower optim.learning_rate."
+                    f"the {encoder} encoder's features of {split} are NaN or infinite: no accuracy of them means anything. "
+                    "Train with optim.clip_norm=1 or a lower optim.learning_rate."
                 )
-        if len(features_of_each[0]) < len(images):
-            undecodable[split] = len(images) - len(features_of_each[0])
-            say(f"{undecodable[split]} of {len(images):,} images of {split} cannot be decoded and were skipped.")
-        return features_of_each
+        missing = len(images) - len(found["after"])
+        if missing:
+            self.result.setdefault("undecodable", {})[split] = missing
+            self.say(f"{missing} of {len(images):,} images of {split} cannot be decoded and were skipped.")
+        return found
 
-    bank_before, bank = features(config.data.train_split, config.evaluation.train_images)
-    test_before, test = features(config.data.test_split)
-    result: dict[str, Any] = {
-        "bank_images": len(bank),
-        "undecodable": undecodable,
-        "neighbours": _neighbours(bank, test, config.seed),
-    }
-    splits = (config.data.train_split, config.data.test_split)
-    pairs = [scored(*pair, *splits) for pair in ((bank_before, test_before), (bank, test))]
-    result["unlabelled"] = dict(zip(splits, pairs[1].unlabelled, strict=True))
-    for line in pairs[1].notes:
-        say(line)
-    result["no_accuracies"] = pairs[1].problem
-    if pairs[1].problem:
-        say(f"no accuracies: {pairs[1].problem}. Images get labels from class folders: python -m data_prep prepare")
-        return result
-    subjects = [Subject(pair.bank, pair.queries, config.evaluation, config.seed, device) for pair in pairs]
-    result["num_classes"] = pairs[1].num_classes
-    result["protocols"] = {name: protocol.about(subjects[1]) for name, protocol in PROTOCOLS.items()}
-    result["notes"] = [note for protocol in PROTOCOLS.values() if (note := protocol.note(subjects[1]))]
-    for note in result["notes"]:
-        say(note)
-    result["results"] = _results(subjects, say)
-    return result
+    def _say_labels(self, pair: Scored, splits: tuple[str, str]) -> str:
+        """Report images without labels, and return the reason if there are no accuracies."""
+        self.result["unlabelled"] = dict(zip(splits, pair.unlabelled, strict=True))
+        for line in pair.notes:
+            self.say(line)
+        self.result["no_accuracies"] = pair.problem
+        if pair.problem:
+            self.say(f"no accuracies: {pair.problem}. Images get labels from class folders: python -m data_prep prepare")
+        else:
+            self.result["num_classes"] = pair.num_classes
+        return pair.problem
 
+    def _subject(self, when: str, bank: Features, queries: Features) -> Subject:
+        config, model = self.config, self.examined.encoders[when]
+        return Subject(bank, queries, config.evaluation, config.seed, self.world.device, when, model, self.place)
 
-def _results(subjects: Sequence[Subject], say: Say) -> dict[str, dict[str, dict[str, float]]]:
-    """Metrics of all protocols: {protocol: {metric: {"before": …, "after": …}}}."""
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for when, subject in zip(WHEN, subjects, strict=True):
-        for name, protocol in PROTOCOLS.items():
+    def _keep_earlier(self, suite: set[str]) -> None:
+        """Take over earlier results of protocols that are not asked for."""
+        for name in self.earlier.get("results", {}):
+            if name not in suite:
+                self._take_over(name)
+
+    def _take_over(self, name: str) -> None:
+        for part in ("results", "protocols"):
+            self.result[part][name] = self.earlier[part][name]
+
+    def _run(self, protocol: EvaluationProtocol, subjects: Mapping[str, Subject]) -> None:
+        """Run a protocol on every encoder, unless the same results are there, and write what there is so far."""
+        about = protocol.about(subjects["after"])
+        about["key"] = digest_of({"about": about, "bank": self.result["bank_images"], "version": __version__})
+        if self.earlier.get("protocols", {}).get(protocol.name) == about:
+            self._take_over(protocol.name)
+            self.say(f"{protocol.title}: the results of the same evaluation before are kept (--fresh computes them again)")
+            return
+        self.result["protocols"][protocol.name] = about
+        results = self.result["results"].setdefault(protocol.name, {})
+        for when, subject in subjects.items():
             started = time.perf_counter()
-            for metric, value in protocol.run(subject).items():
-                results.setdefault(name, {}).setdefault(metric, {})[when] = value
-            headline, wall_s = headlines(results, name)[when], time.perf_counter() - started
-            interval = interval_text(headline.interval)
-            say(f"{protocol.title} {when} pretraining: {headline.percent:.2f} % (95 % interval {interval}; {wall_s:.1f} s)")
-    return results
+            for metric, value in self._metrics(protocol, subject).items():
+                results.setdefault(metric, {})[when] = value
+            headline, wall_s = headlines(self.result["results"], protocol.name)[when], time.perf_counter() - started
+            interval = f"95 % interval {interval_text(headline.interval)}; " if headline.interval else ""
+            self.say(f"{protocol.title} {when} pretraining: {headline.percent:.2f} % ({interval}{wall_s:.1f} s)")
+        if self.world.is_main:
+            _write(RunFolder(self.examined.folder).evaluation_file, self.result)
+
+    def _metrics(self, protocol: EvaluationProtocol, subject: Subject) -> dict[str, float]:
+        if protocol.uses_head:
+            subject = replace(subject, head=self._head(subject))
+        if protocol.collective:
+            return protocol.run(subject)
+        metrics: dict[str, float] = self.world.run_on_main(lambda: protocol.run(subject))
+        return metrics
+
+    def _head(self, subject: Subject) -> LinearHead:
+        """The linear classifier of an encoder's features, fitted once."""
+        settings = subject.settings
+        key = {
+            "weights": self.result["weights"][subject.when],
+            "images": self.result["manifest_digest"],
+            "bank": len(subject.bank),
+            "settings": [settings.linear_iterations, settings.linear_penalty, subject.seed],
+        }
+
+        def fit() -> dict[str, torch.Tensor]:
+            return fit_head(
+                subject.bank,
+                subject.num_classes,
+                settings.linear_iterations,
+                settings.linear_penalty,
+                subject.seed,
+                subject.device,
+            ).tensors()
+
+        return LinearHead.from_tensors(self.world.run_on_main(lambda: self.place.kept("heads", key, fit)))
 
 
 def _neighbours(bank: Features, test: Features, seed: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,11 +123,11 @@ class Knn(EvaluationProtocol):
         accuracy = knn_accuracy(subject.bank, subject.queries, k, temperature, subject.device)
         return accuracy_metrics(accuracy, len(subject.queries))
 
-    def settings(self, subject: Subject) -> dict[str, float]:
+    def settings(self, subject: Subject) -> dict[str, Any]:
         k = usable_k(subject.settings.knn_k, len(subject.bank))
         return {"k": k, "temperature": subject.settings.knn_temperature, "bank_images": len(subject.bank)}
 
-    def describe(self, settings: Mapping[str, float]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         k, temperature, bank = settings["k"], settings["temperature"], settings["bank_images"]
         return f"weighted kNN with K = {k:g}, τ = {temperature:g} in a bank of {bank:,.0f} train images"
 

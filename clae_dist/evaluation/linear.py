@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # from strong to weak: each fit starts where the one before ended
 HELD_OUT = 0.1  # of the train split
+_ROWS = 65_536  # whose logits or double-precision copy are in memory at once: of all of ImageNet's they would not fit
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,67 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class _Head:
+class LinearHead:
+    """An affine classifier of features as they are: weight (F, C), bias (C,)."""
+
     weight: torch.Tensor
     bias: torch.Tensor
+    penalty: float = 0.0
+    held_out_accuracy: float | None = None
+
+    def logits(self, features_NF: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C) of features (N, F); differentiable."""
+        return features_NF @ self.weight.to(features_NF) + self.bias.to(features_NF)
 
     def accuracy(self, x_NF: torch.Tensor, y_N: torch.Tensor) -> float:
-        return 100 * float(((x_NF @ self.weight + self.bias).argmax(dim=1) == y_N).double().mean())
+        parts = zip(x_NF.split(_ROWS), y_N.split(_ROWS), strict=True)
+        right = sum(int((self.logits(x).argmax(dim=1) == y).sum()) for x, y in parts)
+        return 100 * right / len(y_N)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The head for storage; `from_tensors` reads it."""
+        held_out = math.nan if self.held_out_accuracy is None else self.held_out_accuracy
+        chosen = torch.tensor([self.penalty, held_out], dtype=torch.float64)
+        return {"weight": self.weight, "bias": self.bias, "chosen": chosen}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, torch.Tensor]) -> LinearHead:
+        penalty, held_out = tensors["chosen"].tolist()
+        return LinearHead(tensors["weight"], tensors["bias"], penalty, None if math.isnan(held_out) else held_out)
+
+
+def fit_head(
+    train: Features,
+    num_classes: int,
+    iterations: int = 100,
+    penalty: float = 0.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> LinearHead:
+    """The linear classifier of the train split's features, on the CPU.
+
+    Features are standardised with the train split's mean and deviation, which the head has in its weights. The loss is the mean
+    cross entropy plus penalty/2 · ‖weights‖² of standardised features, a convex problem that L-BFGS solves in at most
+    `iterations` steps, without a learning rate. Penalty 0 takes the best of PENALTIES on a tenth of *train* held out, and then
+    fits all of train. `seed` chooses that tenth. Raises DataError for sets without labels.
+    """
+    require_labels("train", train)
+    mean_F, std_F = train.features_NF.mean(dim=0), train.features_NF.std(dim=0, correction=0)
+    scale_F = torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), 0.0)  # a constant feature has no information
+    x_NF = ((train.features_NF - mean_F) * scale_F).to(device)
+    axes_FF = _principal_axes(x_NF)
+    x_NF = x_NF @ axes_FF
+    y_N = train.labels_N.to(device)
+    head = LinearHead(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
+    held_out_accuracy = None
+    if not penalty:
+        penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, head, iterations, seed)
+        if not math.isfinite(held_out_accuracy):
+            held_out_accuracy = None
+    head = _fit(x_NF, y_N, head, penalty, iterations)
+    weight_FC = scale_F.double()[:, None] * (axes_FF.cpu().double() @ head.weight.cpu().double())
+    bias_C = head.bias.cpu().double() - mean_F.double() @ weight_FC
+    return LinearHead(weight_FC.float(), bias_C.float(), penalty, held_out_accuracy)
 
 
 def linear_probe(
@@ -47,31 +104,18 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Probe:
-    """Percent of the test split that a linear classifier on the train split's features gets right.
+    """Percent of the test split that `fit_head` gets right; the test split is used once, at the end.
 
-    Features are standardised with the train split's mean and deviation. The loss is the mean cross entropy plus
-    penalty/2 · ‖weights‖², a convex problem that L-BFGS solves in at most `iterations` steps, without a learning rate.
-    Penalty 0 takes the best of PENALTIES on a tenth of *train* held out, and then fits all of train; the test split is
-    used once, at the end. `seed` chooses that tenth. Raises DataError for sets without labels.
+    Raises DataError for sets without labels.
     """
     require_labels("train", train)
     require_labels("test", test)
-    mean_F, std_F = train.features_NF.mean(dim=0), train.features_NF.std(dim=0, correction=0)
-    scale_F = torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), 0.0)  # a constant feature has no information
-    x_NF, test_NF = (((part.features_NF - mean_F) * scale_F).to(device) for part in (train, test))
-    axes_FF = _principal_axes(x_NF)
-    x_NF, test_NF = x_NF @ axes_FF, test_NF @ axes_FF
-    y_N = train.labels_N.to(device)
     num_classes = 1 + int(max(train.labels_N.max(), test.labels_N.max()))
-    blank = _Head(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
-    held_out_accuracy = None
-    if not penalty:
-        penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, blank, iterations, seed)
-    head = _fit(x_NF, y_N, blank, penalty, iterations)
-    return Probe(head.accuracy(test_NF, test.labels_N.to(device)), penalty, held_out_accuracy)
+    head = fit_head(train, num_classes, iterations, penalty, seed, device)
+    return Probe(head.accuracy(test.features_NF, test.labels_N), head.penalty, head.held_out_accuracy)
 
 
-def _choose_penalty(x_NF: torch.Tensor, y_N: torch.Tensor, head: _Head, iterations: int, seed: int) -> tuple[float, float]:
+def _choose_penalty(x_NF: torch.Tensor, y_N: torch.Tensor, head: LinearHead, iterations: int, seed: int) -> tuple[float, float]:
     """The penalty with the best accuracy on a tenth held out, the strongest of equals, and that accuracy in percent."""
     order_N = torch.randperm(len(y_N), generator=torch.Generator().manual_seed(seed)).to(y_N.device)
     num_held = min(max(1, round(HELD_OUT * len(y_N))), len(y_N) - 1)
@@ -90,13 +134,13 @@ def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:
     """(F, F) orthonormal: turned onto them, the features are uncorrelated, and the same problem is solved in fewer steps."""
     width = x_NF.shape[1]
     covariance_FF = torch.zeros((width, width), dtype=torch.float64, device=x_NF.device)
-    for rows_nF in x_NF.split(65_536):  # a double-precision copy of all of ImageNet's features would not fit
+    for rows_nF in x_NF.split(_ROWS):
         rows_nF = rows_nF.double()
         covariance_FF += rows_nF.T @ rows_nF / len(x_NF)
     return torch.linalg.eigh(covariance_FF).eigenvectors.to(x_NF.dtype)
 
 
-def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: _Head, penalty: float, iterations: int) -> _Head:
+def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: LinearHead, penalty: float, iterations: int) -> LinearHead:
     """L-BFGS in weights scaled by the root of a bound-like estimate of the curvature (Boehning 1992) along each feature."""
     curvature_F = x_NF.square().mean(dim=0) / len(start.bias) + penalty
     scale_F1 = curvature_F.rsqrt()[:, None]
@@ -115,25 +159,26 @@ def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: _Head, penalty: float, it
         return loss
 
     optimiser.step(loss_with_gradients)
-    return _Head(scale_F1 * scaled_FC.detach(), bias_C.detach())
+    return LinearHead(scale_F1 * scaled_FC.detach(), bias_C.detach())
 
 
 class LinearProbe(EvaluationProtocol):
     """The share of test images that a linear classifier on the train split's features gets right."""
 
     name, title = "linear", "linear probe"
+    uses_head = True
 
     def run(self, subject: Subject) -> dict[str, float]:
-        iterations, penalty = subject.settings.linear_iterations, subject.settings.linear_penalty
-        probe = linear_probe(subject.bank, subject.queries, iterations, penalty, subject.seed, subject.device)
-        metrics = {**accuracy_metrics(probe.accuracy, len(subject.queries)), "penalty": probe.penalty}
-        if probe.held_out_accuracy is not None and math.isfinite(probe.held_out_accuracy):
-            metrics["held_out_accuracy"] = probe.held_out_accuracy
+        assert subject.head is not None
+        accuracy = subject.head.accuracy(subject.queries.features_NF, subject.queries.labels_N)
+        metrics = {**accuracy_metrics(accuracy, len(subject.queries)), "penalty": subject.head.penalty}
+        if subject.head.held_out_accuracy is not None:
+            metrics["held_out_accuracy"] = subject.head.held_out_accuracy
         return metrics
 
-    def settings(self, subject: Subject) -> dict[str, float]:
+    def settings(self, subject: Subject) -> dict[str, Any]:
         return {"iterations": subject.settings.linear_iterations, "penalty": subject.settings.linear_penalty}
 
-    def describe(self, settings: Mapping[str, float]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         chosen = "chosen on a held-out tenth of them" if not settings["penalty"] else f"{settings['penalty']:g}"
         return f"logistic regression on the same train images with L2 penalty {chosen}"

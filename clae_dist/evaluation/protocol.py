@@ -1,16 +1,22 @@
-"""Interface of an evaluation protocol: a score of a frozen encoder's features, in a file of its own."""
+"""Interface of an evaluation protocol: scores of an encoder, in a file of its own."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from clae_dist.config import Evaluation
+from clae_dist.config.rules import Section
 from clae_dist.evaluation.features import Features
+from clae_dist.keys import flatten as flatten_settings
+
+if TYPE_CHECKING:
+    from clae_dist.evaluation.linear import LinearHead
+    from clae_dist.evaluation.place import Place
+    from clae_dist.models import PretrainModel
 
 FORMAT = 2  # of evaluation.json
 WHEN = ("before", "after")  # pretraining
@@ -19,32 +25,60 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]  # protocol → metric
 
 @dataclass(frozen=True)
 class Subject:
-    """The features of one encoder, with labels numbered from 0: `bank` of the train split, `queries` of the test split."""
+    """One encoder and its features of the labelled images, with labels numbered from 0.
+
+    `bank` are the features of the train split, `queries` those of the test split. The fields from `model` on are for protocols
+    that need more than features; without `place` they cannot run.
+    """
 
     bank: Features
     queries: Features
     settings: Evaluation
     seed: int
     device: torch.device
+    when: str = "after"
+    model: PretrainModel | None = None
+    place: Place | None = None
+    head: LinearHead | None = None  # a linear classifier of `bank`, for protocols that ask for one
+
+    @property
+    def num_classes(self) -> int:
+        return 1 + int(max(self.bank.labels_N.max(), self.queries.labels_N.max()))
 
 
-class EvaluationProtocol(ABC):
-    """One protocol. Tables, report and trackers loop over the results and know no protocol by name."""
+@dataclass(frozen=True)
+class NoSettings(Section):
+    """For a protocol without keys of its own."""
 
-    name: str  # in evaluation.json and in names of metrics
-    title: str  # in tables
 
-    @abstractmethod
+class EvaluationProtocol:
+    """One protocol with its settings. Tables, report and trackers loop over the results and know no protocol by name.
+
+    Results must not depend on the number of ranks, and must be a pure function of subject and settings.
+    """
+
+    name: ClassVar[str]  # in evaluation.json, in names of metrics and settings, on the command line
+    title: ClassVar[str]  # in tables
+    summary: ClassVar[str] = ""  # a clause for `clae evaluate --help`
+    Settings: ClassVar[type[Section]] = NoSettings  # keys NAME.…: a frozen dataclass whose fields are made by `setting`
+    collective: ClassVar[bool] = False  # every rank calls `run`; otherwise rank 0 alone, and the others wait
+    uses_labels: ClassVar[bool] = True
+    uses_head: ClassVar[bool] = False  # Subject.head is there
+
+    def __init__(self, own: Section | None = None) -> None:
+        self.own: Any = self.Settings() if own is None else own
+
     def run(self, subject: Subject) -> dict[str, float]:
-        """The metrics by name. The first is the headline, in percent; `…_low` and `…_high` are its 95 % interval."""
+        """The metrics by name. The first is the headline; `…_low` and `…_high` are its 95 % interval."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def settings(self, subject: Subject) -> dict[str, float]:
+    def settings(self, subject: Subject) -> dict[str, Any]:
         """The settings in effect."""
+        return flatten_settings(self.own)
 
-    @abstractmethod
-    def describe(self, settings: Mapping[str, float]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         """A clause for the report, given the settings in effect."""
+        raise NotImplementedError
 
     def about(self, subject: Subject) -> dict[str, Any]:
         """Title, description and settings, for evaluation.json: its readers need no list of protocols."""

@@ -32,8 +32,12 @@ def _is_before_and_after(value: Any) -> bool:
     return _is_mapping_of(is_number)(value) and len(value) > 0 and set(value) <= set(WHEN)
 
 
+def _is_setting(value: Any) -> bool:
+    return is_number(value) or is_text(value) or (isinstance(value, list) and all(map(_is_setting, value)))
+
+
 def _is_protocol(value: Any) -> bool:
-    if not isinstance(value, dict) or not _is_mapping_of(is_number)(value.get("settings")):
+    if not isinstance(value, dict) or not _is_mapping_of(_is_setting)(value.get("settings")):
         return False
     return is_text(value.get("title")) and is_text(value.get("description"))
 
@@ -63,6 +67,7 @@ _EVALUATION: dict[str, Check] = {
 _OPTIONAL: dict[str, Check] = {
     "wall_s": or_none(is_number),
     "step": is_count,
+    "weights": _is_mapping_of(is_text),
     "undecodable": _is_mapping_of(is_count),
     "unlabelled": _is_mapping_of(is_count),
     "no_accuracies": is_text,

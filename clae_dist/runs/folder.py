@@ -22,11 +22,11 @@ EVALUATION_FILE = "evaluation.json"
 SUMMARY_FILE = "summary.json"
 BAD_SAMPLES_FILE = "bad-samples.jsonl"
 TRAINING_LEASE, EVALUATION_LEASE = "training.lease", "evaluation.lease"
-CHECKPOINTS, EXPORT, HANG, INITIAL = "checkpoints", "export", "hang", "initial"
+CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL = "checkpoints", "evaluation", "export", "hang", "initial"
 NONFINITE, RAY, REPORT = "nonfinite", "ray", "report"
 REPORT_PAGE = "report.html"
 
-FOLDERS = frozenset((CHECKPOINTS, EXPORT, HANG, INITIAL, NONFINITE, RAY, REPORT))
+FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
     | {BAD_SAMPLES_FILE, TRAINING_LEASE, EVALUATION_LEASE}
@@ -117,6 +117,11 @@ class RunFolder:
     @property
     def evaluation_file(self) -> Path:
         return self.path / EVALUATION_FILE
+
+    @property
+    def evaluation(self) -> Path:
+        """Features and finished work of `clae evaluate`, from which an interrupted one continues; may be deleted."""
+        return self.path / EVALUATION
 
     @property
     def summary_file(self) -> Path:

@@ -46,7 +46,8 @@ def test_can_be_repeated_and_leaves_no_partial_file(make_run: MakeRun) -> None:
     run = make_run()
     first, second = ({**evaluate_run(run, _quiet), "wall_s": 0} for _ in range(2))
     assert first == second
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "evaluation.json", "run.json"]
+    names = ["checkpoints", "config.yaml", "evaluation", "evaluation.json", "run.json"]
+    assert sorted(path.name for path in run.iterdir()) == names
 
 
 def test_a_part_of_the_train_split_as_bank(make_run: MakeRun) -> None:
