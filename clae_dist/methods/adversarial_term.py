@@ -33,8 +33,8 @@ class AdversarialTerm(MethodSettings):
         since = s.step - s.steps(self.start_epoch)
         return self.alpha > 0 and since >= 0 and since % self.every == 0
 
-    def total_units(self, attack: Attack, steps: int, steps_per_epoch: int, shared_norms: bool = False) -> float | None:
-        units = self.units(attack, shared_norms)
+    def total_units(self, attack: Attack, steps: int, steps_per_epoch: int, *, shared_norms: bool = False) -> float | None:
+        units = self.units(attack, shared_norms=shared_norms)
         since = steps - round(self.start_epoch * steps_per_epoch)
         with_term = 0 if self.alpha == 0 or since <= 0 else -(-since // self.every)
         return None if units is None else units * with_term + self.units_without_term * (steps - with_term)

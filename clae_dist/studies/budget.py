@@ -34,13 +34,13 @@ class Cost:
                 f"method.name={method.name} does not count its encoder passes (MethodSettings.units); use budget.seconds or "
                 "budget.images."
             )
-        matters = method.units(attack, True) != method.units(attack, False)
+        matters = method.units(attack, shared_norms=True) != method.units(attack)
         return Cost(config, matters and routes_are_one_function(build_model(config)))
 
     def passes(self, steps: int, steps_per_epoch: int) -> float:
         """Encoder passes of the first `steps` steps."""
         config = self.config
-        units = config.method.total_units(config.attack, steps, steps_per_epoch, self.shared_norms)
+        units = config.method.total_units(config.attack, steps, steps_per_epoch, shared_norms=self.shared_norms)
         assert units is not None, "checked by Cost.of"
         return units * config.batch.global_size
 
