@@ -112,7 +112,9 @@ def working_sizes(config: Config) -> list[int]:
 
 
 def runs_that_fit(config: Config) -> int:
-    """The number of runs of this configuration that the cluster of RAY_ADDRESS holds at the same time, at least 1."""
+    """The number of runs of this configuration that fit on the cluster of RAY_ADDRESS at the same time; 1 without a cluster."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return 1
     workers = working_sizes(config)[-1]
     ray = _import_ray()
     _init(ray, workers, debug=False)

@@ -160,8 +160,8 @@ def _stop_requests(running: Sequence[_Running]) -> Iterator[list[int]]:
 
 
 def cells_at_once(config: Config) -> int:
-    """The number of cells that run side by side: on a Ray cluster (RAY_ADDRESS) as many as its resources hold, else 1."""
-    if config.launch.launcher != "ray" or not os.environ.get("RAY_ADDRESS"):
+    """The number of cells that run side by side: under Ray as many as fit, else 1."""
+    if config.launch.launcher != "ray":
         return 1
     from clae_dist.launchers.ray import runs_that_fit
 
