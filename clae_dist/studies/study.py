@@ -29,7 +29,7 @@ _MAX_CHOICES = 64  # of one method's grid
 
 @dataclass(frozen=True)
 class Budget:
-    """What every cell may spend; `epochs` are the baseline's, whose encoder passes all cells may spend."""
+    """The budget of every cell. The amount of `epochs` is the baseline's: all cells may spend the encoder passes of these."""
 
     kind: BudgetKind
     amount: float
