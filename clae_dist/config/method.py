@@ -54,7 +54,7 @@ class MethodSettings(Section, prefix="method"):
         """Running statistics of the momentum encoder: averaged like its weights, or of its own forwards in training mode."""
         return "averaged"
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float | None:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float | None:
         """Cost of a step with every term: the forward of one view is 1, its backward 2, its backward to the image alone 1.
 
         None: not counted. `clae bench step` compares it with the operations of a step.

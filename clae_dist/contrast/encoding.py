@@ -87,7 +87,7 @@ class Encoding:
 
     def input_gradient(self, images: torch.Tensor, route: Route, loss_of: LossOf) -> LossAndGradient:
         """loss_of(z) and its gradient with respect to the images alone (B, 3, S, S): no parameter gradient, no reduction."""
-        parts = self._split(images, True)
+        parts = self._split(images, as_leaves=True)
         with torch.enable_grad():
             if len(parts) == 1:
                 loss = loss_of(self.backend.attack_embed(parts[0], route))
@@ -110,7 +110,7 @@ class Encoding:
                 rows.append(self.backend.attack_embed(part, route))
         return torch.cat(rows).requires_grad_(), random
 
-    def _split(self, images: torch.Tensor, as_leaves: bool = False) -> tuple[torch.Tensor, ...]:
+    def _split(self, images: torch.Tensor, *, as_leaves: bool = False) -> tuple[torch.Tensor, ...]:
         parts = images.detach().split(self.micro_size or len(images))
         return tuple(part.detach().requires_grad_() for part in parts) if as_leaves else parts
 
@@ -124,11 +124,11 @@ class TrainingEncoding(Encoding):
         super().__init__(backend, micro_size)
 
     def embed(
-        self, images: torch.Tensor, route: Route, want_image_gradient: bool = False, beside: Embedding | None = None
+        self, images: torch.Tensor, route: Route, *, want_image_gradient: bool = False, beside: Embedding | None = None
     ) -> Embedding:
         """Embeds for training. Every rank must call it with as many rows. All embeddings of a step keep their graphs or none:
         one of fewer rows is embedded as that `beside` it was."""
-        parts = self._split(images, want_image_gradient)
+        parts = self._split(images, as_leaves=want_image_gradient)
         if len(parts) == 1 and (beside is None or len(beside.parts) == 1):
             graph = self.backend.embed(parts[0], route)
             return Embedding(graph.detach().requires_grad_(), route, (_Part(parts[0], graph, []),))
@@ -147,10 +147,10 @@ class TrainingEncoding(Encoding):
         whole = [(part.graph * grad).sum() for part, grad, _ in work if part.graph is not None]
         assert not (again and whole), "embeddings with and without a graph"
         if whole:
-            with self._holding(more_to_come):
+            with self._holding(hold=more_to_come):
                 self.backend.backward(sum(whole[1:], whole[0]))
         for number, (part, grad, route) in enumerate(again):
-            with self._holding(more_to_come or number < len(again) - 1), _drawing_again(part.random, part.images.device):
+            with self._holding(hold=more_to_come or number < len(again) - 1), _drawing_again(part.random, part.images.device):
                 self.backend.backward((self.backend.embed(part.images, route) * grad).sum())
 
     def input_gradient_of(self, embedding: Embedding, loss_of: LossOf) -> LossAndGradient:
@@ -162,7 +162,7 @@ class TrainingEncoding(Encoding):
         return loss.detach(), torch.autograd.grad(part.graph, part.images, grad_z, retain_graph=True)[0]
 
     @contextmanager
-    def _holding(self, hold: bool) -> Iterator[None]:
+    def _holding(self, *, hold: bool) -> Iterator[None]:
         if hold:
             with self.backend.reduction_held():
                 yield

@@ -97,14 +97,14 @@ class Step(Attacks, ABC):
     # ---- embeddings and losses ----
 
     @abstractmethod
-    def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
+    def embed(self, images: torch.Tensor, route: Route = "clean", *, image_gradient: bool = False) -> Rows:
         """Rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
 
         They are projections of unit length, or features as they are (MethodSettings.embeds).
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
-    def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
+    def embed_constant(self, images: torch.Tensor, route: Route = "clean", *, momentum: bool = False) -> Rows:
         """Rows of `images` without gradients; running statistics are not updated. Collective.
 
         With `momentum`, by the momentum encoder, or the frozen one (MethodSettings.key_decay). It uses no batch statistics, or

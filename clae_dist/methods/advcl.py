@@ -47,7 +47,7 @@ class AdvClSettings(HardSettings):
         1.0, ge=0, used_by="method.asymmetry", help="Weight of the pairs with the adversarial view (A-InfoNCE)."
     )
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 15 + 2 * attack.num_steps
 
     def describe_attack(self) -> str:

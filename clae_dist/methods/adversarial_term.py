@@ -20,7 +20,7 @@ class AdversarialTerm(MethodSettings):
 
     uses_attack: ClassVar[bool] = True
 
-    alpha: float = setting(1.0, ge=0, help="Weight of the adversarial term. moco has 0 unless it is set.")
+    alpha: float = setting(1.0, ge=0, help="Weight of the adversarial term. moco and ascl have 0 unless it is set.")
     start_epoch: float = setting(0.0, ge=0, help="Epochs before the first adversarial term.")
     every: int = setting(1, ge=1, hint="1 is every step", help="Only every so many steps have an adversarial term.")
     fraction: float = setting(

@@ -35,7 +35,7 @@ class DsclSettings(QueueSettings):
         8.0, ge=0, zero="the own key alone", help="Weight of all others of an image's class together; that of its own key is 1."
     )
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 4
 
     def check_run(self, config: Config) -> None:

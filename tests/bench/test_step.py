@@ -71,6 +71,6 @@ def test_methods_cost_the_units_that_they_predict() -> None:
     prepared = {name: steps.prepare(kind, variant, CPU) for name, variant in compared.items()}
     flops = {name: step._flops(step.one_step(run, images)) for name, run in prepared.items()}
     for name, variant in compared.items():
-        units = variant.units(prepared[name].shared_norms)
+        units = variant.units(shared_norms=prepared[name].shared_norms)
         if units is not None:  # a first layer has an input gradient in attacks only, and not every method has a projector
             assert 6 * flops[name] / flops["plain"] == pytest.approx(units, rel=0.03), name
