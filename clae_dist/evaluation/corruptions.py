@@ -28,9 +28,15 @@ class CorruptionSettings(Section, prefix="corruptions"):
         zero="all",
         help="Test images, of more a choice that is the same for every run; each is corrupted 65 times.",
     )
+    kinds: tuple[str, ...] = setting(KINDS, help="The corruptions: all that need no photographs, or some of them.")
     constants: Literal["auto", "cifar", "imagenet"] = setting(
         "auto", help="Strengths of the severities. auto: CIFAR-10-C's up to 64 pixels a side, ImageNet-C's above."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = len(self.kinds) > 0 and set(self.kinds) <= set(KINDS)
+        self.require(known, "kinds", f"use some of {', '.join(KINDS)}.")
 
 
 class Corruptions(EvaluationProtocol):
@@ -45,7 +51,7 @@ class Corruptions(EvaluationProtocol):
         (place, model), head, constants = place_and_model(subject), subject.head, self._constants(subject)
         assert head is not None
         images = place.images(place.config.data.test_split, self.own.images)
-        variants = [("", 0), *((kind, severity) for kind in KINDS for severity in SEVERITIES)]
+        variants = [("", 0), *((kind, severity) for kind in self.own.kinds for severity in SEVERITIES)]
         label_of = dict(zip(subject.queries.ids_N.tolist(), subject.queries.labels_N.tolist(), strict=True))
 
         def work(variant: int, views: Views) -> dict[str, torch.Tensor]:
@@ -56,21 +62,22 @@ class Corruptions(EvaluationProtocol):
             return {"right": (predicted == labels)[labels >= 0].byte()}
 
         digest = [float(head.weight.double().sum()), float(head.weight.double().abs().sum())]
-        key = {"corruptions": constants, "seed": subject.seed, "head": digest, "variants": len(variants)}
+        key = {"corruptions": constants, "seed": subject.seed, "head": digest, "kinds": list(self.own.kinds)}
         results = over_batches(subject, images, key, work, "corrupted images", len(variants))
         shares = {name: 100 * float(one["right"].double().mean()) for name, one in zip(variants, results, strict=True)}
         return self._metrics(subject, shares, len(results[0]["right"]))
 
     def _metrics(self, subject: Subject, shares: Mapping[tuple[str, int], float], count: int) -> dict[str, float]:
-        corrupted = [shares[kind, severity] for kind in KINDS for severity in SEVERITIES]
+        kinds = self.own.kinds
+        corrupted = [shares[kind, severity] for kind in kinds for severity in SEVERITIES]
         mean = sum(corrupted) / len(corrupted)
-        for kind in KINDS:
+        for kind in kinds:
             subject.details[kind] = [shares[kind, severity] for severity in SEVERITIES]
         return {
             **accuracy_metrics(mean, count),
             "clean_accuracy": shares["", 0],
-            **{f"severity_{s}_accuracy": sum(shares[kind, s] for kind in KINDS) / len(KINDS) for s in SEVERITIES},
-            **{f"{kind}_accuracy": sum(shares[kind, s] for s in SEVERITIES) / len(SEVERITIES) for kind in KINDS},
+            **{f"severity_{s}_accuracy": sum(shares[kind, s] for kind in kinds) / len(kinds) for s in SEVERITIES},
+            **{f"{kind}_accuracy": sum(shares[kind, s] for s in SEVERITIES) / len(SEVERITIES) for kind in kinds},
             "images": float(count),
         }
 
@@ -86,8 +93,9 @@ class Corruptions(EvaluationProtocol):
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         benchmark = "CIFAR-10-C" if settings["constants"] == "cifar" else "ImageNet-C"
+        kinds = len(settings["kinds"])
         number = f"{settings['images']:,}" if settings["images"] else "all"
         return (
-            f"mean accuracy of logistic regression, fitted to clean train images, on {number} test images under 13 of the "
+            f"mean accuracy of logistic regression, fitted to clean train images, on {number} test images under {kinds} of the "
             f"corruptions of {benchmark} in 5 severities (its constants, not its files; without snow and frost)"
         )

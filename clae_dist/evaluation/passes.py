@@ -38,8 +38,8 @@ def over_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """The results of `work(variant, views)` for every batch of `images`, joined for each variant. Collective.
 
-    Ranks share the batches; a start after a kill resumes with those that are missing. `key` describes variants and work beyond
-    the encoder and the images. Every rank gets all results, so that they are to be few numbers an image.
+    Ranks share the batches; they stay on disk, and a start after a kill resumes with those that are missing. `key` describes
+    variants and work beyond the encoder and the images. Every rank gets all results: keep them to few numbers an image.
     """
     place, model = place_and_model(subject)
     batch_size = place.config.evaluation.batch_size
@@ -67,8 +67,6 @@ def over_batches(
     for number, tensors in journal:
         for name, tensor in tensors.items():
             joined[number // batches].setdefault(name, []).append(tensor)
-    place.world.gather_objects(None)  # every rank has read
-    place.world.run_on_main(journal.remove)
     return [{name: torch.cat(parts) for name, parts in each_variant.items()} for each_variant in joined]
 
 

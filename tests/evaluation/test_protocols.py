@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,13 @@ from clae_dist.world import World
 from tests.ranks import RankPool
 
 MINE = "corruptions,calibration,ood,transfer,retrieval,learnability,geometry"
-FEW = ["corruptions.images=12", "ood.knn_k=5", "geometry.images=40", "learnability.splits=2"]
+FEW = [
+    "corruptions.images=12",
+    "corruptions.kinds=[shot_noise,elastic,jpeg]",
+    "ood.knn_k=5",
+    "geometry.images=40",
+    "learnability.splits=2",
+]
 
 
 def _evaluate(world: World, run: str, overrides: list[str], names: str = MINE) -> dict[str, Any]:
@@ -160,8 +165,6 @@ def test_a_pass_resumes_with_the_batches_that_are_missing(
     monkeypatch.setattr(passes, "embed", embed)
     fresh = _evaluate(World.single("cpu"), str(make_run(small_batches, run_dir=run.parent / "other")), suite, "ood")
     assert result["results"] == fresh["results"]
-    assert not list((run / "evaluation").rglob("*.part")), "the journals of finished passes are deleted"
-    assert os.path.isdir(run / "evaluation")
 
 
 def test_alignment_views_are_pure_functions_of_the_image() -> None:
