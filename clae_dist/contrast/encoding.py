@@ -27,7 +27,7 @@ Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes 
 class AttackedModel(Protocol):
     """Interface of a model for attacks."""
 
-    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
+    def attack_embed(self, images: torch.Tensor, route: Route, *, project: bool = True) -> torch.Tensor: ...
     def key_encoder(self) -> AbstractContextManager[None]: ...
     def untouched(self) -> AbstractContextManager[None]: ...
     def evaluating(self) -> AbstractContextManager[None]: ...
@@ -75,10 +75,10 @@ class Encoding:
     def __init__(self, backend: AttackedModel, micro_size: int = 0) -> None:
         self.backend, self.micro_size = backend, micro_size
 
-    def constant(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Embeddings without a graph."""
+    def constant(self, images: torch.Tensor, route: Route, *, project: bool = True) -> torch.Tensor:
+        """Embeddings, or features, without a graph."""
         with torch.no_grad():
-            return torch.cat([self.backend.attack_embed(part, route) for part in self._split(images)])
+            return torch.cat([self.backend.attack_embed(part, route, project=project) for part in self._split(images)])
 
     def keys(self, images: torch.Tensor, route: Route) -> torch.Tensor:
         """Embeddings by the momentum encoder, without a graph."""

@@ -116,6 +116,12 @@ class Step(Attacks, ABC):
         with self.run.encoding.backend.untouched():
             return self.run.contrast.rows(self.run.encoding.constant(images, route))
 
+    def features(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """The encoder's features (B, F) of this rank's images, without gradients; running statistics are not updated.
+        Collective with sharded parameters."""
+        with self.run.encoding.backend.untouched():
+            return self.run.encoding.constant(images, route, project=False)
+
     def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
         """The objective of the run: this rank's share, the mean over its anchors. Collective."""
         return self.run.contrast(anchors, keys)

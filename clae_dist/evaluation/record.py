@@ -71,6 +71,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "loss_clean": metrics.last("loss_clean"),  # comparable between CLAE and SimCLR, whose loss it is
         "results": evaluation.get("results", {}),
         "titles": {name: protocol["title"] for name, protocol in evaluation.get("protocols", {}).items()},
+        "units": {name: protocol.get("unit", "%") for name, protocol in evaluation.get("protocols", {}).items()},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
@@ -107,7 +108,7 @@ def _result_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         titles |= {name: (run.get("titles") or {}).get(name, name) for name in run.get("results") or {}}
     rows = []
     for name, title in titles.items():
-        pairs = [headlines(run.get("results") or {}, name) for run in runs]
+        pairs = [headlines(run.get("results") or {}, name, (run.get("units") or {}).get(name, "%")) for run in runs]
         rows.append([f"{shown(title)}, before → after", *(change(pair) for pair in pairs)])
         rows.append(["  95 % interval", *(_interval_change(pair) for pair in pairs)])
     return rows
@@ -115,7 +116,7 @@ def _result_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def change(pair: Mapping[str, Headline]) -> str:
     """ "31.2 % → 43.0 %", or a dash without an evaluation."""
-    return " → ".join(f"{pair[when].percent:.1f} %" for when in WHEN) if set(pair) == set(WHEN) else "–"
+    return " → ".join(pair[when].text() for when in WHEN) if set(pair) == set(WHEN) else "–"
 
 
 def _interval_change(pair: Mapping[str, Headline]) -> str:

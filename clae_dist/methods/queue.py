@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from clae_dist.config import Attack, MethodSettings
 from clae_dist.config.rules import setting
@@ -70,14 +71,12 @@ class QuerySettings(QueueSettings, AdversarialTerm):
         return 4 + (self.fraction * (3 + attack.random_start + 2 * attack.num_steps) if self.uses_attack else 0)
 
 
-class Match(Protocol):
-    """The loss of queries for the images at an index of the batch (see Step.choose)."""
+def match_terms(s: Step, settings: QuerySettings, x: torch.Tensor, match: Callable[[Rows, Any], torch.Tensor]) -> Terms:
+    """The loss match(f(x), every image) and, with α, that of x_adv, which raises it within ε of x. Collective.
 
-    def __call__(self, queries: Rows, index: Any) -> torch.Tensor: ...
-
-
-def match_terms(s: Step, settings: QuerySettings, x: torch.Tensor, match: Match) -> Terms:
-    """match(f(x)) and, with α, that of x_adv, which raises it within ε of x. Collective."""
+    Args:
+        match: the loss of queries for the images at an index of the batch (see Step.choose).
+    """
     every = s.choose(len(x), len(x))
     if not settings.present(s):
         return {"clean": (1.0, match(s.embed(x), every))}

@@ -59,12 +59,14 @@ class PretrainModel(nn.Module):
         set_route(self.encoder, route or self.evaluated_route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
-    def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F)."""
+    def forward(self, images_B3HW: torch.Tensor, route: Route = "clean", *, project: bool = True) -> torch.Tensor:
+        """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F), which
+        models without a projector have as well."""
         set_route(self.projector, route)
-        z = self.projector(self.features(images_B3HW, route))
+        z = self.features(images_B3HW, route)
+        z = self.projector(z) if project else z
         z = z if z.dtype == torch.float64 else z.float()
-        return F.normalize(z, dim=1) if len(self.projector) else z
+        return F.normalize(z, dim=1) if project and len(self.projector) else z
 
 
 def mlp(width: int, hidden: int, dim: int) -> nn.Sequential:
