@@ -45,7 +45,7 @@ def table_lines(plan: StudyPlan, results: Sequence[CellResult], tables: Sequence
     """The tables for the console."""
     yield progress_of(plan, results)
     for table in tables:
-        yield f"{table.title}, %: mean over seeds ± half of its 95 % interval; difference to {plan.study.baseline} by seed"
+        yield f"{table.title}: mean over seeds ± half of its 95 % interval; difference to {plan.study.baseline} by seed"
         width = max(len(row.method) for row in table.rows)
         for row in table.rows:
             difference = "" if row.difference is None else f"{mean_text(row.difference, '+.2f'):>18}  {row.verdict}"
@@ -120,7 +120,7 @@ def latex(tables: Sequence[Table]) -> str:
     """One tabular with a column for each protocol; needs the package booktabs."""
     methods = list(dict.fromkeys(row.method for table in tables for row in table.rows))
     lines = [f"\\begin{{tabular}}{{l{'r' * len(tables)}}}", "\\toprule"]
-    lines.append(" & ".join(["method", *(f"{_tex(table.title)} (\\%)" for table in tables)]) + " \\\\")
+    lines.append(" & ".join(["method", *(_tex(table.title) for table in tables)]) + " \\\\")
     lines.append("\\midrule")
     for method in methods:
         means = [next((row.mean for row in table.rows if row.method == method), None) for table in tables]

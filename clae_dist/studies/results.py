@@ -22,7 +22,7 @@ class CellResult:
 
     cell: Cell
     results: Mapping[str, Mapping[str, Mapping[str, float]]]
-    titles: Mapping[str, str]
+    titles: Mapping[str, str]  # with the unit of the headline
     curve: tuple[tuple[float, ...], tuple[float, ...]]
     images_seen: int
     train_s: float | None
@@ -30,7 +30,7 @@ class CellResult:
     def headline(self, protocol: str) -> float | None:
         """The first metric of a protocol after pretraining."""
         headline = headlines(self.results, protocol).get("after")
-        return headline.percent if headline else None
+        return headline.value if headline else None
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" than the baseline where the interval of the difference excludes 0, else ""."""
+        """ "higher" or "lower" than the baseline where the interval of the difference excludes 0, else ""."""
         ends = self.difference.interval if self.difference else None
-        return "" if ends is None or ends[0] <= 0 <= ends[1] else "better" if ends[0] > 0 else "worse"
+        return "" if ends is None or ends[0] <= 0 <= ends[1] else "higher" if ends[0] > 0 else "lower"
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,15 @@ def read_results(plan: StudyPlan) -> list[CellResult]:
                 "cells of a study share one set: use another --folder, or delete that run."
             )
         metrics, _ = read_metrics(RunFolder(cell.folder).metrics_file)
-        titles = {name: str(about["title"]) for name, about in evaluation["protocols"].items()}
+        titles = {name: _title(about) for name, about in evaluation["protocols"].items()}
         curve = _curve(cell, metrics, plan.passes is not None)
         results.append(CellResult(cell, evaluation["results"], titles, curve, evaluation["images_seen"], metrics.train_s))
     return results
+
+
+def _title(about: Mapping[str, Any]) -> str:
+    unit = about.get("unit", "%")
+    return f"{about['title']}, {unit}" if unit else str(about["title"])
 
 
 def _curve(cell: Cell, metrics: Metrics, in_passes: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
