@@ -56,6 +56,20 @@ def spans(path: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+def test_equal_seconds_at_the_measured_speed(write_study: WriteStudy, tmp_path: Path) -> None:
+    path = write_study(ONE_SEED.replace("passes: 1000", "seconds: 3"))
+    assert main(["study", str(path), "--dry-run"]) == 2  # not measured yet
+    assert main(["study", str(path), "--measure"]) == 0
+    study = read_study(path)
+    speeds = running.read_speeds(study)
+    assert speeds is not None
+    for cell in plan_cells(study, speeds).cells:
+        seconds = cell.steps * 24 / speeds[cell.method]
+        assert seconds <= 3 < seconds + 24 / speeds[cell.method]
+    assert main(["study", str(path), "--dry-run"]) == 0
+
+
+@pytest.mark.slow
 def test_cells_side_by_side(write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "cells_at_once", lambda _: 2)
     assert main(["study", str(write_study(ONE_SEED.replace("1000", "20000")))]) == 0
