@@ -64,6 +64,11 @@ class MethodSettings(Section, prefix="method"):
         """
         return None
 
+    def total_units(self, attack: Attack, steps: int, steps_per_epoch: int, *, shared_norms: bool = False) -> float | None:
+        """Cost of the first `steps` steps of a run in the unit of `units`, with the terms that each of them has."""
+        units = self.units(attack, shared_norms=shared_norms)
+        return None if units is None else units * steps
+
     def check_run(self, config: Config) -> None:
         """Raise ConfigError if the method cannot work with the settings of the run."""
 

@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from clae_dist.evaluation.linear import HELD_OUT, fit_head
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 NUM_BINS = 15  # Guo et al. 2017
 _RESAMPLES = 1000
@@ -116,3 +121,59 @@ def _reliability(bin_n: np.ndarray, confidence: np.ndarray, correct: np.ndarray,
     counts_M = np.bincount(bin_n, minlength=num_bins)
     sums = [np.bincount(bin_n, values, num_bins) / np.maximum(counts_M, 1) for values in (confidence, correct)]
     return Reliability(counts_M, *sums)
+
+
+class Calibration(EvaluationProtocol):
+    """Calibration of the linear probe on the test split, before and after temperature scaling."""
+
+    name, title = "calibration", "calibration error"
+    summary = "expected calibration error, likelihood and Brier score of the linear probe, with temperature scaling"
+    uses_head = True
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        """The temperature is fitted on a tenth of train that the classifier has not seen; so is none of it on test."""
+        assert subject.head is not None
+        bank, device = subject.bank, subject.device
+        order_N = torch.randperm(len(bank), generator=torch.Generator().manual_seed(subject.seed))
+        num_held = min(max(1, round(HELD_OUT * len(bank))), len(bank) - 1)
+        held, kept = order_N[:num_held].sort().values, order_N[num_held:].sort().values
+        iterations = subject.settings.linear_iterations
+        head = fit_head(bank.rows(kept), subject.num_classes, iterations, subject.head.penalty, subject.seed, device)
+        held_nC, logits_nC = (head.logits(part) for part in (bank.features_NF[held], subject.queries.features_NF))
+        temperature = fit_temperature(held_nC, bank.labels_N[held])
+        labels_n = subject.queries.labels_N
+        plain, scaled = (_measures(logits, labels_n) for logits in (logits_nC, logits_nC / temperature))
+        confidence_n, predicted_n = logits_nC.double().softmax(1).max(1)
+        low, high = error_interval(confidence_n, predicted_n == labels_n, subject.seed)
+        for name, logits in (("", logits_nC), ("scaled_", logits_nC / temperature)):
+            bins = _top_bins(logits, labels_n)
+            subject.details[f"{name}images"] = bins.counts_M.tolist()
+            subject.details[f"{name}confidence"] = bins.confidence_M.tolist()
+            subject.details[f"{name}accuracy"] = bins.accuracy_M.tolist()
+        metrics = {"ece": plain.pop("ece"), "ece_low": 100 * low, "ece_high": 100 * high, **plain}
+        return {**metrics, "temperature": temperature, **{f"scaled_{name}": value for name, value in scaled.items()}}
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        return (
+            f"expected calibration error ({NUM_BINS} bins of equal width) of logistic regression on nine tenths of the train "
+            "images, lower is better; the temperature is fitted on the other tenth"
+        )
+
+
+def _top_bins(logits_nC: torch.Tensor, labels_n: torch.Tensor) -> Reliability:
+    confidence_n, predicted_n = logits_nC.double().softmax(1).max(1)
+    return reliability(confidence_n, predicted_n == labels_n)
+
+
+def _measures(logits_nC: torch.Tensor, labels_n: torch.Tensor) -> dict[str, float]:
+    """Errors in percent, likelihood in nats, Brier score from 0 to 2."""
+    probability_nC = logits_nC.double().softmax(1)
+    confidence_n, predicted_n = probability_nC.max(1)
+    correct_n = predicted_n == labels_n
+    return {
+        "ece": 100 * reliability(confidence_n, correct_n).error,
+        "adaptive_ece": 100 * adaptive_reliability(confidence_n, correct_n).error,
+        "classwise_ece": 100 * classwise_error(probability_nC, labels_n),
+        "nll": negative_log_likelihood(logits_nC, labels_n),
+        "brier": brier_score(probability_nC, labels_n),
+    }

@@ -6,11 +6,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from clae_dist.config import Augment
+from clae_dist.config.rules import Section, setting
+from clae_dist.data.augment import AUGMENT_DRAWS, augment
+from clae_dist.data.draws import uniforms
+from clae_dist.data.evaluation_set import Views
+from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
+from clae_dist.evaluation.passes import over_batches, place_and_model
+from clae_dist.evaluation.place import Place
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
+from clae_dist.models import PretrainModel
+from clae_dist.models.norms import set_route
 
 _ROWS = 8192  # in float64 at once
 _PAIR_ROWS = 1024
@@ -96,3 +110,82 @@ def _gram(rows_nD: torch.Tensor, centre: bool = False) -> torch.Tensor:
 def _unit_blocks(rows_nD: torch.Tensor) -> Iterator[torch.Tensor]:
     for block_bD in rows_nD.split(_ROWS):
         yield F.normalize(block_bD.double(), dim=1)
+
+
+# ---- the protocol ----
+
+
+@dataclass(frozen=True)
+class GeometrySettings(Section, prefix="geometry"):
+    """Settings of the protocol `geometry`."""
+
+    images: int = setting(25_600, ge=10, help="Train images, of more a choice that is the same for every run. RankMe: 25,600.")
+
+
+class Geometry(EvaluationProtocol):
+    """Effective rank, decay of the spectrum, alignment and uniformity of features and projections of train images."""
+
+    name, title, unit = "geometry", "effective rank", ""
+    summary = "RankMe, alpha-ReQ, alignment and uniformity of features and projections, without labels"
+    uses_labels = False
+    collective = True
+    Settings = GeometrySettings
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        """Alignment is of two views under the run's own augmentation; everything else of images as they are."""
+        place, model = place_and_model(subject)
+        images, settings = place.images(place.config.data.train_split, self.own.images), place.config.augment
+
+        def work(_: int, views: Views) -> dict[str, torch.Tensor]:
+            plain = _rows(place, model, place.pixels(views.views, model))
+            ids = views.positions.numpy()
+            a, b = (
+                _rows(place, model, view_of(views.views, ids, subject.seed, view, settings).to(model.mean)) for view in (0, 1)
+            )
+            unit = [{name: F.normalize(rows.double(), dim=1) for name, rows in one.items()} for one in (a, b)]
+            distances = {f"{name} distance": (unit[0][name] - unit[1][name]).square().sum(1) for name in plain}
+            return {**plain, **distances}
+
+        key = {"geometry": repr(settings), "seed": subject.seed}
+        (found,) = over_batches(subject, images, key, work, "geometry")
+        metrics: dict[str, float] = place.world.run_on_main(lambda: _measures(found, subject.device))
+        return metrics
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        return f"RankMe of the features of up to {settings['images']:,} train images: a number of dimensions, not an accuracy"
+
+
+def _rows(place: Place, model: PretrainModel, pixels_b3SS: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Features (b, F) and, if there is a projector, projections (b, D), float32."""
+    set_route(model.projector, model.evaluated_route)
+    with place.autocast():
+        features = model.features(pixels_b3SS)
+        rows = {"features": features, **({"projections": model.projector(features)} if len(model.projector) else {})}
+    return {name: value.float() for name, value in rows.items()}
+
+
+def _measures(found: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name in [name for name in ("features", "projections") if name in found]:
+        rows_nD = found[name].to(device)
+        spectrum = alpha_req(rows_nD)
+        values = {
+            "rank_me": rank_me(rows_nD),
+            "alpha_req": spectrum.alpha,
+            "alpha_req_r2": spectrum.r_squared,
+            "alignment": float(found[f"{name} distance"].mean()),
+            "uniformity": uniformity(rows_nD),
+            "width": float(rows_nD.shape[1]),
+        }
+        metrics |= {f"{name}_{measure}": value for measure, value in values.items() if math.isfinite(value)}
+    return {**metrics, "images": float(len(found["features"]))}
+
+
+def view_of(images_n3SS: torch.Tensor, ids_n: np.ndarray, seed: int, view: int, settings: Augment) -> torch.Tensor:
+    """Augmented float images in [0, 1] of uint8 ones, on the CPU: a pure function of image, id, seed and view."""
+    side = images_n3SS.shape[2]
+    draws = uniforms(CROP_DRAWS + AUGMENT_DRAWS, seed, 0x6765, view, ids_n)
+    sides = np.full(len(ids_n), side)
+    boxes = crop_boxes(draws[:, :CROP_DRAWS], sides, sides, settings.crop_scale, settings.crop_ratio)
+    cuts = torch.stack([resized_crop(image, box, side) for image, box in zip(images_n3SS, boxes, strict=True)])
+    return augment(cuts.float() / 255, torch.from_numpy(draws[:, CROP_DRAWS:]).float().clamp_max(1 - 2**-24), settings)

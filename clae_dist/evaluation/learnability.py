@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from clae_dist.config.rules import Section, setting
 from clae_dist.evaluation.knn import nearest
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 _ROWS = 2048
 _LLOYD_STEPS = 100
@@ -156,3 +160,44 @@ def intrinsic_dimension(rows_nD: torch.Tensor) -> Dimension:
     x = log_ratio_n[:kept]
     y = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64, device=x.device) / count)
     return Dimension(likelihood, float((x * y).sum() / x.square().sum()), count)
+
+
+@dataclass(frozen=True)
+class LearnabilitySettings(Section, prefix="learnability"):
+    """Settings of the protocol `learnability`."""
+
+    images: int = setting(10_000, ge=10, help="Test images, of more a choice by the seed.")
+    clusters: int = setting(0, ge=0, zero="the root of the number of images", help="K-means clusters.")
+    splits: int = setting(5, ge=1, help="Random halves, and random orders of the prequential form.")
+
+
+class LearnabilityProtocol(EvaluationProtocol):
+    """Cluster Learnability in both published forms, and the intrinsic dimension, of the test images."""
+
+    name, title = "learnability", "cluster learnability"
+    summary = "Cluster Learnability and TwoNN intrinsic dimension, without labels"
+    uses_labels = False
+    Settings = LearnabilitySettings
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        rows_nD = subject.queries.choice(self.own.images, subject.seed).features_NF.to(subject.device)
+        arguments = (self.own.clusters, self.own.splits, subject.seed)
+        halves, prequential = cluster_learnability(rows_nD, *arguments), prequential_learnability(rows_nD, *arguments)
+        dimension = intrinsic_dimension(rows_nD)
+        metrics = {
+            "learnability": 100 * halves.mean,
+            "learnability_deviation": 100 * halves.deviation,
+            "prequential": 100 * prequential.mean,
+            "prequential_deviation": 100 * prequential.deviation,
+            "intrinsic_dimension": dimension.likelihood,
+            "intrinsic_dimension_slope": dimension.slope,
+            "distinct_rows": float(dimension.rows),
+        }
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        clusters = f"K = {settings['clusters']}" if settings["clusters"] else "K = √n"
+        return (
+            f"accuracy of a nearest neighbour on K-means labels ({clusters}) of up to {settings['images']:,} test images, mean "
+            f"over {settings['splits']} random halves"
+        )

@@ -7,14 +7,21 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from clae_dist.config.rules import Section, setting
+from clae_dist.data.draws import uniforms
 from clae_dist.evaluation.interval import Z_95
-from clae_dist.evaluation.knn import nearest
+from clae_dist.evaluation.knn import nearest, usable_k
+from clae_dist.evaluation.passes import Change, changed_features, place_and_model
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 _ROWS = 8192  # in float64 at once
 
@@ -117,3 +124,116 @@ def detect(score_Q: torch.Tensor, other_O: torch.Tensor) -> Detection:
     threshold = score[math.ceil(0.95 * len(score)) - 1]
     fpr95 = float((other <= threshold).mean())
     return Detection(auroc, max(0.0, auroc - half), min(1.0, auroc + half), fpr95)
+
+
+# ---- the protocol ----
+
+
+@dataclass(frozen=True)
+class OodSettings(Section, prefix="ood"):
+    """Settings of the protocol `ood`."""
+
+    sets: tuple[str, ...] = setting(
+        ("noise", "blurred"),
+        help="Folders of shards with foreign images, resized to the evaluated side, or the controls noise (independent pixels) "
+        "and blurred (the test images at half resolution: a resolution cue alone). The first gives the headline.",
+    )
+    images: int = setting(10_000, ge=2, help="Images of each set, of more a choice by the seed.")
+    knn_k: int = setting(50, ge=1, help="Neighbour of the kNN score. Published: 50 for CIFAR-10, 200 CIFAR-100, 1000 ImageNet.")
+
+
+class Ood(EvaluationProtocol):
+    """Detection of images of other sets, among the test images, by scores of the linear probe and of the features."""
+
+    name, title = "ood", "detection of foreign images"
+    summary = "AUROC and FPR95 of MSP, energy, kNN and Mahalanobis scores against other sets"
+    uses_head = collective = True
+    Settings = OodSettings
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        place, _ = place_and_model(subject)
+        features: dict[str, torch.Tensor] = {}
+        for location in self.own.sets:
+            name, rows = self._features(subject, location)
+            features[name if name not in features else f"{name}_{len(features) + 1}"] = rows
+        metrics: dict[str, float] = place.world.run_on_main(lambda: self._metrics(subject, features))
+        return metrics
+
+    def _features(self, subject: Subject, location: str) -> tuple[str, torch.Tensor]:
+        """The name of a foreign set or a control, and its features. Collective."""
+        (place, model), limit = place_and_model(subject), self.own.images
+        if location in CONTROLS:
+            images = place.images(place.config.data.test_split, limit)
+            key = {"control": location}
+            return location, changed_features(subject, images, key, CONTROLS[location], f"features, {location}").features_NF
+        further = place.further(location)
+        split = place.config.data.test_split
+        split = split if split in further.manifest.splits else next(iter(further.manifest.splits))
+        name = re.sub(r"\W+", "_", further.manifest.name).strip("_") or "set"
+        images = further.images(split, limit)
+        return name, further.features({"after": model}, images, f"features, {name}")["after"].features_NF
+
+    def _metrics(self, subject: Subject, features: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        inside = subject.queries.choice(self.own.images, subject.seed).features_NF
+        scores = self._scores(subject)
+        own = {name: score(inside) for name, score in scores.items()}
+        metrics: dict[str, float] = {}
+        for foreign, outside in features.items():
+            for name, score in scores.items():
+                other = score(outside)
+                found, key = detect(own[name], other), f"{foreign}_{name}"
+                metrics[f"{key}_auroc"] = 100 * found.auroc
+                if name == "knn":
+                    metrics[f"{key}_auroc_low"], metrics[f"{key}_auroc_high"] = 100 * found.auroc_low, 100 * found.auroc_high
+                metrics[f"{key}_fpr95"] = 100 * found.fpr95
+                _histogram(subject, key, own[name], other)
+        return metrics
+
+    def _scores(self, subject: Subject) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """The scores of features (Q, F), the headline's first."""
+        head, bank, device = subject.head, subject.bank, subject.device
+        assert head is not None
+        bank_NF, labels_N = bank.features_NF.to(device), bank.labels_N.to(device)
+        gaussians, k = Mahalanobis(bank_NF, labels_N), usable_k(self.own.knn_k, len(bank))
+        return {
+            "knn": lambda rows: knn_score(rows.to(device), bank_NF, k),
+            "msp": lambda rows: max_softmax_score(head.logits(rows)),
+            "energy": lambda rows: energy_score(head.logits(rows)),
+            "mahalanobis": lambda rows: gaussians.score(rows.to(device)),
+            "relative_mahalanobis": lambda rows: gaussians.relative_score(rows.to(device)),
+        }
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        return (
+            f"area under the ROC curve of the distance to the {settings['knn_k']}th neighbour in the train images, test images "
+            f"against the first of {len(settings['sets'])} sets of foreign images; 50 is chance"
+        )
+
+
+def _noise(images_n3SS: torch.Tensor, ids_n: np.ndarray) -> torch.Tensor:
+    """Images of independent uniform pixels."""
+    values = uniforms(math.prod(images_n3SS.shape[1:]), 0x6E6F, ids_n)
+    return torch.from_numpy((256 * values).astype(np.uint8)).reshape(images_n3SS.shape)
+
+
+def _blurred(images_n3SS: torch.Tensor, ids_n: np.ndarray) -> torch.Tensor:
+    """Images at half their resolution."""
+    side = images_n3SS.shape[2]
+    half = F.interpolate(images_n3SS, (max(1, side // 2),) * 2, mode="bilinear", antialias=True)
+    return F.interpolate(half, (side, side), mode="bilinear")
+
+
+CONTROLS: dict[str, Change] = {"noise": _noise, "blurred": _blurred}
+
+
+def _histogram(subject: Subject, key: str, inside_Q: torch.Tensor, outside_O: torch.Tensor) -> None:
+    """Shares of both sets in 40 bins between the outer percentiles, for the report."""
+    both = np.concatenate([part.detach().cpu().double().numpy() for part in (inside_Q, outside_O)])
+    first, last = np.quantile(both, (0.005, 0.995)).tolist()
+    if first == last:
+        return
+    edges = np.linspace(first, last, 41)
+    subject.details[f"{key}_edges"] = edges.tolist()
+    for name, scores in (("inside", inside_Q), ("outside", outside_O)):
+        counts = np.histogram(scores.detach().cpu().double().numpy().clip(first, last), edges)[0]
+        subject.details[f"{key}_{name}"] = (counts / len(scores)).tolist()

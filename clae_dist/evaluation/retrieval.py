@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from clae_dist.config.rules import Section, setting
+from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 _QUERIES = 256  # ranked at once
 
@@ -45,3 +49,33 @@ def retrieve(features_NF: torch.Tensor, labels_N: torch.Tensor, query_rows_Q: to
             hits[k] += int(found_qN[:, min(k, found_qN.shape[1]) - 1].gt(0).sum())
         queries += len(relevant_qN)
     return Retrieval(precision / max(1, queries), {k: hit / max(1, queries) for k, hit in hits.items()}, queries)
+
+
+@dataclass(frozen=True)
+class RetrievalSettings(Section, prefix="retrieval"):
+    """Settings of the protocol `retrieval`."""
+
+    queries: int = setting(10_000, ge=1, help="Test images that are queries, of more a choice by the seed.")
+    ranks: tuple[int, ...] = setting((1, 5, 10), ge=1, help="Values of k of the recall at k.")
+
+
+class RetrievalProtocol(EvaluationProtocol):
+    """Retrieval of test images of the query's class among all other test images."""
+
+    name, title = "retrieval", "retrieval"
+    summary = "mean average precision and recall at k among the test images"
+    Settings = RetrievalSettings
+
+    def run(self, subject: Subject) -> dict[str, float]:
+        gallery = subject.queries
+        rows = torch.arange(len(gallery))
+        if self.own.queries < len(gallery):
+            rows = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(subject.seed))
+            rows = rows[: self.own.queries].sort().values
+        features_NF, labels_N = gallery.features_NF.to(subject.device), gallery.labels_N.to(subject.device)
+        result = retrieve(features_NF, labels_N, rows.to(subject.device), self.own.ranks)
+        recall = {f"recall_at_{k}": 100 * share for k, share in result.recall_at.items()}
+        return {"map": 100 * result.mean_average_precision, **recall, "queries": float(result.queries)}
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        return "mean average precision of test images as queries for test images of their class, by cosine"

@@ -111,6 +111,23 @@ def working_sizes(config: Config) -> list[int]:
     return [size for size in range(config.launch.min_workers or workers, workers) if config.works_on(size)] + [workers]
 
 
+def runs_that_fit(config: Config) -> int:
+    """The number of runs of this configuration that fit on the cluster of RAY_ADDRESS at the same time; 1 without a cluster."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return 1
+    workers = working_sizes(config)[-1]
+    ray = _import_ray()
+    _init(ray, workers, debug=False)
+    try:
+        resources = ray.cluster_resources()
+        use_gpu = _use_gpu(config, resources.get("GPU", 0), workers, True)
+        # Ray Train asks for a CPU a worker, besides its GPU, and one for its controller.
+        per_run = {"CPU": workers + 1.0, **({"GPU": float(workers)} if use_gpu else {})}
+        return max(1, min(int(resources.get(name, 0) // needed) for name, needed in per_run.items()))
+    finally:
+        ray.shutdown()
+
+
 def _init(ray: Any, workers: int, *, debug: bool) -> None:
     # Workers import the package that this process runs, also from a checkout that is not installed.
     package = str(Path(__file__).parents[2])

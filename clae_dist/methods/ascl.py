@@ -29,6 +29,7 @@ class AsclSettings(QuerySettings):
     """The keys `method.*` of ASCL."""
 
     title: ClassVar[str] = "ASCL"
+    units_without_term: ClassVar[float] = 4
     weak_second_view: ClassVar[bool] = True
     name: str = name_of("ascl")
     neighbours: int = setting(1, ge=0, zero="MoCo", help="Number of keys of the queue that join an image's own in its target.")

@@ -30,6 +30,7 @@ class MoCoSettings(QuerySettings):
     """The keys `method.*` of MoCo."""
 
     title: ClassVar[str] = "MoCo"
+    units_without_term: ClassVar[float] = 4
     name: str = name_of("moco")
     include_batch: bool = setting(
         True, help="The keys of the global batch are negatives, too. Without them no image's attack depends on another's."
