@@ -27,7 +27,7 @@ Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes 
 class AttackedModel(Protocol):
     """Interface of a model for attacks."""
 
-    def attack_embed(self, images: torch.Tensor, route: Route, *, project: bool = True) -> torch.Tensor: ...
+    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor: ...
     def key_encoder(self) -> AbstractContextManager[None]: ...
     def untouched(self) -> AbstractContextManager[None]: ...
     def evaluating(self) -> AbstractContextManager[None]: ...
@@ -79,6 +79,13 @@ class Encoding:
         """Embeddings, or features, without a graph."""
         with torch.no_grad():
             return torch.cat([self.backend.attack_embed(part, route, project=project) for part in self._split(images)])
+
+    def regions(self, images: torch.Tensor, boxes_BL4: torch.Tensor, route: Route) -> torch.Tensor:
+        """Embeddings (B, L, D) of regions of the images, without a graph."""
+        parts = zip(self._split(images), self._split(boxes_BL4), strict=True)
+        with torch.no_grad():
+            rows = torch.cat([self.backend.attack_embed(part, route, boxes_BL4=boxes) for part, boxes in parts])
+        return rows.view(*boxes_BL4.shape[:2], -1)
 
     def keys(self, images: torch.Tensor, route: Route) -> torch.Tensor:
         """Embeddings by the momentum encoder, without a graph."""

@@ -14,6 +14,7 @@ from clae_dist.config import Config, Model
 from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
+from clae_dist.models.regions import feature_map, region_features
 
 
 class PretrainModel(nn.Module):
@@ -59,11 +60,22 @@ class PretrainModel(nn.Module):
         set_route(self.encoder, route or self.evaluated_route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
-    def forward(self, images_B3HW: torch.Tensor, route: Route = "clean", *, project: bool = True) -> torch.Tensor:
+    def forward(
+        self,
+        images_B3HW: torch.Tensor,
+        route: Route = "clean",
+        *,
+        project: bool = True,
+        boxes_BL4: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F), which
-        models without a projector have as well."""
+        models without a projector have as well. With boxes, those of regions (see models/regions.py): (B L, D)."""
         set_route(self.projector, route)
-        z = self.features(images_B3HW, route)
+        if boxes_BL4 is None:
+            z = self.features(images_B3HW, route)
+        else:
+            z = feature_map(self.encoder, self.feature_dim, lambda: self.features(images_B3HW, route))
+            z = region_features(z, boxes_BL4)
         z = self.projector(z) if project else z
         z = z if z.dtype == torch.float64 else z.float()
         return F.normalize(z, dim=1) if project and len(self.projector) else z
