@@ -93,10 +93,11 @@ def run_study(
         after_cell: called with the current plan whenever a cell has ended.
     """
     failed: dict[int, int] = {}
+    ended: set[int] = set()  # in this process: no cell runs twice
     running: list[_Running] = []
     with _stop_requests(running) as requested:
         while True:
-            waiting = _waiting(plan, {*failed, *(one.cell.index for one in running)})
+            waiting = _waiting(plan, ended | {one.cell.index for one in running})
             while waiting and len(running) < at_once and not requested:
                 cell = waiting.pop(0)
                 say(f"cell {cell.index} of {len(plan.cells)}: {cell.title}, {count_of(cell.steps, 'step')}; {cell.folder}")
@@ -104,9 +105,9 @@ def run_study(
                 running.append(_Running(cell, subprocess.Popen(command)))
             if not running:
                 break
-            ended = _wait(running)
-            for one in ended:
+            for one in _wait(running):
                 running.remove(one)
+                ended.add(one.cell.index)
                 code = one.process.returncode
                 if code in (STOPPED, INTERRUPTED):
                     requested.append(code)
@@ -128,9 +129,9 @@ def _waiting(plan: StudyPlan, taken: set[int]) -> list[Cell]:
 
 def _wait(running: Sequence[_Running]) -> list[_Running]:
     """The cells that have ended, at least one."""
-    while not (ended := [one for one in running if one.process.poll() is not None]):
+    while not (over := [one for one in running if one.process.poll() is not None]):
         time.sleep(_POLL_S)
-    return ended
+    return over
 
 
 @contextmanager
