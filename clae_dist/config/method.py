@@ -45,6 +45,11 @@ class MethodSettings(Section, prefix="method"):
         return self.uses_attack
 
     @property
+    def takes_regions(self) -> bool:
+        """The loss has features of regions of an image: the encoder must pool a map."""
+        return False
+
+    @property
     def key_decay(self) -> float:
         """Decay of the momentum encoder's average of the weights; 0: there is none; 1: it stays as the run began."""
         return 0.0

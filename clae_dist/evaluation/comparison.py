@@ -47,11 +47,15 @@ def differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
 def compare_runs(folders: Sequence[Path]) -> Iterator[str]:
     """The lines of the comparison of runs. Raises ConfigError for a folder that is no run, and for runs of different sets."""
     check_distinct(folders, "RUN")
-    summaries = [summarise(read_record(folder)) for folder in folders]
+    summaries = [_with_existing_report(summarise(read_record(folder))) for folder in folders]
     check_one_set(summaries)
     differ = differences([RunFolder(folder).read_config() for folder in folders])
     rows = [(key, [_text(value) for value in values]) for key, values in differ.items()]
     yield from summary_table(*summaries, more_rows=rows).split("\n")
+
+
+def _with_existing_report(summary: dict[str, Any]) -> dict[str, Any]:
+    return {**summary, "report": summary["report"] if Path(summary["report"]).is_file() else None}
 
 
 def _text(value: Any) -> str:

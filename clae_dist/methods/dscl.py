@@ -54,6 +54,10 @@ class DsclSettings(QueueSettings):
         low, high = self.patch_scale
         self.require(low <= high, "patch_scale", "the first number is the lower one; use low <= high.")
 
+    @property
+    def takes_regions(self) -> bool:
+        return self.patches > 0
+
     def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 4 + (1 + 3 * self.patches * self.patch_side**2 if self.patches else 0)
 

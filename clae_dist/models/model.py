@@ -138,6 +138,9 @@ def check_model(config: Config) -> None:
     """Build the model on torch's meta device, without memory for weights, to find errors. Raises ConfigError."""
     with torch.device("meta"):
         model = build_model(config).eval()
+    if config.method.takes_regions:
+        images = torch.empty((2, 3, config.data.image_size, config.data.image_size), device="meta", dtype=model.mean.dtype)
+        feature_map(model.encoder, model.feature_dim, lambda: model.features(images))
     if config.views.local_crops:
         size = config.local_size
         try:

@@ -30,7 +30,9 @@ def feature_map(encoder: nn.Module, feature_dim: int, forward: Callable[[], torc
         for hook in hooks:
             hook.remove()
     if not maps:
-        raise ConfigError("model.encoder pools no map of features, of which regions can be taken; use a ResNet.")
+        raise ConfigError(
+            "model.encoder pools no map of features, of which method.patches needs regions; use a ResNet, or method.patches=0."
+        )
     return next((one for one in reversed(maps) if one.shape[-1] > 1), maps[-1])  # the last may be pooled already
 
 

@@ -153,6 +153,11 @@ def _shared_set(study: Study, bases: Mapping[str, Recipe]) -> Manifest:
     """The training set that all methods have. Raises ConfigError for several."""
     manifests: dict[str, Manifest] = {}
     for name, base in bases.items():
+        if base.config.launch.launcher == "torchrun":
+            raise ConfigError(
+                f"launch.launcher is 'torchrun' for methods.{name} in {study.path}, but a study starts the ranks of its cells; "
+                "use launch.launcher=local or ray."
+            )
         manifest = check_sets(base.config)
         if manifest is None:
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,9 @@ import torch.nn.functional as F
 from clae_dist.config import Config, Data, Model, Objective, Train
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.errors import ConfigError
-from clae_dist.methods.dscl import patch_boxes, patches_of
+from clae_dist.methods.dscl import DsclSettings, patch_boxes, patches_of
 from clae_dist.models import build_model
-from clae_dist.models.model import PretrainModel
+from clae_dist.models.model import PretrainModel, check_model
 from clae_dist.models.regions import region_features
 from clae_dist.objectives.form import Rows
 from clae_dist.world import World
@@ -46,6 +48,13 @@ def test_a_region_is_the_mean_of_its_part_of_the_map() -> None:
 def test_an_encoder_without_a_map_is_refused() -> None:
     with pytest.raises(ConfigError, match="model.encoder pools no map of features"):
         model_of("timm/vit_tiny_patch16_224")(images(), boxes_BL4=WHOLE.expand(3, 1, 4))
+
+
+def test_the_encoder_is_checked_before_ranks_start() -> None:
+    config = Config(method=DsclSettings(patches=2), model=Model(encoder="small_resnet"), data=Data(image_size=32))
+    check_model(config)
+    with pytest.raises(ConfigError, match="method.patches=0"):
+        check_model(replace(config, model=Model(encoder="timm/vit_tiny_patch16_224")))
 
 
 def test_boxes_are_in_the_view_with_areas_in_their_range() -> None:

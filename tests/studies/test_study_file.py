@@ -30,6 +30,7 @@ SHIPPED = Path(__file__).parents[2] / "configs" / "studies" / "cifar10.yaml"
         ("passes: 1000", "passes: 10", "too small for one step of method.name=simclr, which needs 144"),
         ("passes: 1000", "images: 23", "too small for one step"),
         ("  clae:", "  simclr:", "'simclr' is set twice"),
+        ("name: tiny", "name: tiny\nset: {launch.launcher: torchrun}", "use launch.launcher=local or ray"),
         ("  clae:", "  ../clae:", "is not a plain name"),
         ("name: tiny", "name: tiny\nbaseline: moco", "is no method of it; use simclr, clae"),
         ("name: tiny", "nmae: tiny", "nmae in"),
