@@ -121,9 +121,8 @@ def runs_that_fit(config: Config) -> int:
     try:
         resources = ray.cluster_resources()
         use_gpu = _use_gpu(config, resources.get("GPU", 0), workers, True)
-        # Ray Train asks for a CPU a worker, besides its GPU, and one for its controller.
-        per_run = {"CPU": workers + 1.0, **({"GPU": float(workers)} if use_gpu else {})}
-        return max(1, min(int(resources.get(name, 0) // needed) for name, needed in per_run.items()))
+        # Ray Train asks for a GPU a worker, or for a CPU; its controller asks for none.
+        return max(1, int(resources.get("GPU" if use_gpu else "CPU", 0) // workers))
     finally:
         ray.shutdown()
 

@@ -19,6 +19,7 @@ from clae_dist.config import Config
 from clae_dist.errors import INTERRUPTED, OK, STOPPED, ConfigError
 from clae_dist.escape import say as print_line
 from clae_dist.evaluation.metrics import read_metrics
+from clae_dist.evaluation.suite import make_suite
 from clae_dist.files import write_atomically
 from clae_dist.launchers import claim, start
 from clae_dist.reading import MissingError, ReadError, is_number, read_object
@@ -34,10 +35,11 @@ from clae_dist.wording import count_of
 Say = Callable[[str], None]
 MEASURED_STEPS = 24  # of each method, the first third of which is not timed
 _POLL_S = 0.2
+_SAME_REQUEST_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def run_cell(cell: Cell, say: Say = print_line, *, debug: bool = False) -> int:
+def run_cell(study: Study, cell: Cell, say: Say = print_line, *, debug: bool = False) -> int:
     """Train and evaluate one cell, resuming what is there. Returns the exit code.
 
     Raises ConfigError for a cell whose settings are still to be selected.
@@ -56,7 +58,7 @@ def run_cell(cell: Cell, say: Say = print_line, *, debug: bool = False) -> int:
     if cell.stage == "select":
         say(f"{cell.title}: held-out accuracy within the train split {write_score(cell.folder, cell.score_file):.2f} %")
     else:
-        evaluate(cell.folder, say)
+        evaluate(cell.folder, say, suite=make_suite(study.suite, study.suite_overrides))
     return OK
 
 
@@ -92,10 +94,11 @@ def run_study(
         after_cell: called with the current plan whenever a cell has ended.
     """
     failed: dict[int, int] = {}
+    ended: set[int] = set()  # in this process: no cell runs twice
     running: list[_Running] = []
     with _stop_requests(running) as requested:
         while True:
-            waiting = _waiting(plan, {*failed, *(one.cell.index for one in running)})
+            waiting = _waiting(plan, ended | {one.cell.index for one in running})
             while waiting and len(running) < at_once and not requested:
                 cell = waiting.pop(0)
                 say(f"cell {cell.index} of {len(plan.cells)}: {cell.title}, {count_of(cell.steps, 'step')}; {cell.folder}")
@@ -103,9 +106,9 @@ def run_study(
                 running.append(_Running(cell, subprocess.Popen(command)))
             if not running:
                 break
-            ended = _wait(running)
-            for one in ended:
+            for one in _wait(running):
                 running.remove(one)
+                ended.add(one.cell.index)
                 code = one.process.returncode
                 if code in (STOPPED, INTERRUPTED):
                     requested.append(code)
@@ -127,23 +130,29 @@ def _waiting(plan: StudyPlan, taken: set[int]) -> list[Cell]:
 
 def _wait(running: Sequence[_Running]) -> list[_Running]:
     """The cells that have ended, at least one."""
-    while not (ended := [one for one in running if one.process.poll() is not None]):
+    while not (over := [one for one in running if one.process.poll() is not None]):
         time.sleep(_POLL_S)
-    return ended
+    return over
 
 
 @contextmanager
 def _stop_requests(running: Sequence[_Running]) -> Iterator[list[int]]:
-    """Inside, the first stop signal is passed on to the running cells, which save and leave; a second one kills them.
+    """Inside, the first stop signal is passed on to the running cells, which save and leave; a later one kills them.
 
+    `timeout` and schedulers send a signal to the process and to its group: one that arrives again at once is the same request.
     Yields the received signals.
     """
     received: list[int] = []
+    first_at: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        first_at.append(time.monotonic())
+        again = first_at[-1] - first_at[0] > _SAME_REQUEST_S
+        if len(received) > 1 and not again:
+            return
         for one in running:
-            if len(received) > 1 and number != signal.SIGUSR1:
+            if again and number != signal.SIGUSR1:
                 one.process.kill()
             elif number != signal.SIGINT:  # a terminal sends it to the cells as well
                 one.process.send_signal(signal.SIGTERM)
