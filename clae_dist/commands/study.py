@@ -98,7 +98,7 @@ def _cell(arguments: argparse.Namespace, plan: StudyPlan) -> int:
         raise ConfigError(
             f"--cell is {arguments.cell}, but the study has cells 0 to {len(plan.cells) - 1}; --dry-run lists them."
         )
-    return run_cell(plan.cells[arguments.cell], debug=arguments.debug)
+    return run_cell(plan.study, plan.cells[arguments.cell], debug=arguments.debug)
 
 
 def _all(arguments: argparse.Namespace, plan: StudyPlan) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from clae_dist.config import Config
 from clae_dist.data.manifest import Manifest
@@ -41,6 +41,7 @@ class Cell:
     steps: int = 0
     steps_per_epoch: int = 1
     passes: float | None = None  # encoder passes, where they are counted
+    protocols: frozenset[str] = frozenset()  # of its evaluation
 
     @property
     def title(self) -> str:
@@ -69,8 +70,15 @@ class Cell:
         """True if the cell is trained to its end and evaluated."""
         if self.stage == "select":
             return self.score() is not None
+        evaluation = self.evaluation()
+        return evaluation is not None and bool(
+            self.protocols <= set(evaluation["protocols"]) or evaluation.get("no_accuracies")
+        )
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """The content of evaluation.json, if it is of the end of the run."""
         evaluation, _ = read_evaluation(RunFolder(self.folder).evaluation_file)
-        return self.recipe is not None and evaluation is not None and evaluation.get("step") == self.steps
+        return evaluation if self.recipe and evaluation and evaluation.get("step") == self.steps else None
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,9 @@ class _Lengths:
             own["train.knn_every"] = repr(epochs / CURVE_POINTS)
         recipe = base_recipe(self._study, method, {**chosen, **own})
         passes = None if self.passes is None and not _is_counted(base.config) else Cost.of(base.config).passes(steps, per_epoch)
-        return Cell(index, stage, method.name, seed, folder, dict(chosen), recipe, steps, per_epoch, passes)
+        return Cell(
+            index, stage, method.name, seed, folder, dict(chosen), recipe, steps, per_epoch, passes, self._study.protocols
+        )
 
     def _steps_per_epoch(self, config: Config) -> int:
         return Plan.of(config, self._manifest.num_samples(config.data.train_split)).steps_per_epoch

@@ -10,7 +10,6 @@ from clae_dist.errors import ConfigError
 from clae_dist.evaluation.interval import Mean, mean_of
 from clae_dist.evaluation.metrics import Metrics, read_metrics
 from clae_dist.evaluation.protocol import headlines
-from clae_dist.evaluation.stored import read_evaluation
 from clae_dist.runs.folder import RunFolder
 from clae_dist.studies.budget import Cost
 from clae_dist.studies.cells import Cell, StudyPlan
@@ -61,10 +60,9 @@ def read_results(plan: StudyPlan) -> list[CellResult]:
     """The finished cells of the comparison. Raises ConfigError if one was evaluated on other images than the study's."""
     results = []
     for cell in plan.of("compare"):
-        if not cell.done:
+        evaluation = cell.evaluation()
+        if evaluation is None:
             continue
-        evaluation, _ = read_evaluation(RunFolder(cell.folder).evaluation_file)
-        assert evaluation is not None, "it is done"
         identity = RunFolder(cell.folder).read_identity()
         if identity.manifest_digest != plan.manifest.digest or evaluation["manifest_digest"] != plan.manifest.digest:
             raise ConfigError(

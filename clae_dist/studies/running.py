@@ -19,6 +19,7 @@ from clae_dist.config import Config
 from clae_dist.errors import INTERRUPTED, OK, STOPPED, ConfigError
 from clae_dist.escape import say as print_line
 from clae_dist.evaluation.metrics import read_metrics
+from clae_dist.evaluation.suite import make_suite
 from clae_dist.files import write_atomically
 from clae_dist.launchers import claim, start
 from clae_dist.reading import MissingError, ReadError, is_number, read_object
@@ -38,7 +39,7 @@ _SAME_REQUEST_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def run_cell(cell: Cell, say: Say = print_line, *, debug: bool = False) -> int:
+def run_cell(study: Study, cell: Cell, say: Say = print_line, *, debug: bool = False) -> int:
     """Train and evaluate one cell, resuming what is there. Returns the exit code.
 
     Raises ConfigError for a cell whose settings are still to be selected.
@@ -57,7 +58,7 @@ def run_cell(cell: Cell, say: Say = print_line, *, debug: bool = False) -> int:
     if cell.stage == "select":
         say(f"{cell.title}: held-out accuracy within the train split {write_score(cell.folder, cell.score_file):.2f} %")
     else:
-        evaluate(cell.folder, say)
+        evaluate(cell.folder, say, suite=make_suite(study.suite, study.suite_overrides))
     return OK
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from clae_dist import core_yaml
 from clae_dist.errors import ConfigError
+from clae_dist.evaluation.suite import DEFAULT, make_suite
 from clae_dist.reading import ReadError, read_text
 from clae_dist.recipe import check_key, dumped, find_recipe, parse_overrides
 from clae_dist.redact import redact_word
@@ -20,7 +21,8 @@ from clae_dist.redact import redact_word
 BudgetKind = Literal["passes", "epochs", "seconds", "images"]
 KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 _MAX_BYTES = 256 << 10
-_KEYS = ("name", "folder", "baseline", "seeds", "budget", "recipe", "set", "methods", "select_seed")
+_KEYS = ("name", "folder", "baseline", "seeds", "budget", "recipe", "set", "methods", "select_seed", "evaluate")
+_EVALUATE_KEYS = ("suite", "set")
 _METHOD_KEYS = ("recipe", "set", "select")
 _OWN_KEYS = ("name", "run_dir", "seed", "train.epochs", "train.parent")  # that a study sets for each cell
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -66,6 +68,13 @@ class Study:
     select_seed: int
     tracking_uri: str  # for methods that set none
     given: Mapping[str, str]  # settings of the command line
+    suite: str = ",".join(DEFAULT)  # protocols of `clae evaluate`, and their settings
+    suite_overrides: tuple[str, ...] = ()
+
+    @property
+    def protocols(self) -> frozenset[str]:
+        """Names of the protocols."""
+        return frozenset(protocol.name for protocol in make_suite(self.suite, self.suite_overrides))
 
     def method(self, name: str) -> StudyMethod:
         return next(method for method in self.methods if method.name == name)
@@ -107,6 +116,7 @@ def read_study(path: Path, overrides: Sequence[str] = (), folder: Path | None = 
         seeds=seeds,
         budget=_budget(content["budget"], path),
         methods=methods,
+        **_evaluation(content.get("evaluate", {}), path),
         select_seed=_count(content.get("select_seed", str(max(seeds) + 1)), f"select_seed in {path}"),
     )
 
@@ -240,6 +250,22 @@ def _budget(content: Any, path: Path) -> Budget:
     if not 0 < amount < 1e18:
         raise ConfigError(f"budget.{kind} in {path} is {amount:g}; use a positive number.")
     return Budget(kind, amount)
+
+
+def _evaluation(content: Any, path: Path) -> dict[str, Any]:
+    """The protocols of the study, checked. Raises ConfigError."""
+    where = f"evaluate in {path}"
+    if not isinstance(content, dict) or not isinstance(content.get("set", {}), dict):
+        raise ConfigError(f"{where} is not a mapping; write suite: knn,linear and set: lines.")
+    _check_keys(content, _EVALUATE_KEYS, where)
+    names = content.get("suite", ",".join(DEFAULT))
+    suite = ",".join(map(str, names)) if isinstance(names, list) else str(names)
+    overrides = tuple(f"{key}={_text(value)}" for key, value in content.get("set", {}).items())
+    try:
+        make_suite(suite, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return {"suite": suite, "suite_overrides": overrides}
 
 
 def _seeds(content: Any, path: Path) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from clae_dist import escape
 from clae_dist.deploy.export import CONFIG, export_encoder
 from clae_dist.evaluation.comparison import check_distinct, check_one_set
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.protocol import flat_metrics
+from clae_dist.evaluation.protocol import EvaluationProtocol, flat_metrics
 from clae_dist.evaluation.record import summary_table
 from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
@@ -24,10 +24,16 @@ from clae_dist.tracking import Tracker, continue_tracking
 Say = Callable[[str], None]
 
 
-def evaluate(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> dict[str, Any]:
+def evaluate(
+    run_dir: Path,
+    say: Say = escape.say,
+    shards: str = "",
+    permission: Permission = NOTHING,
+    suite: Sequence[EvaluationProtocol] | None = None,
+) -> dict[str, Any]:
     """Run evaluate_run() under the evaluation lease and send its results to MLflow too."""
     with only_evaluation(run_dir, say):
-        result = evaluate_run(run_dir, say, shards, permission)
+        result = evaluate_run(run_dir, say, shards, permission, suite)
     with _tracker(run_dir, result["images_seen"], say, permission) as tracker:
         tracker.log(flat_metrics(result["results"]), result["images_seen"])
     return result

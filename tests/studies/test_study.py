@@ -40,7 +40,10 @@ def finish(cell: Cell, digest: str, score: float) -> None:
     evaluation = {
         "format": 2,
         "results": results,
-        "protocols": {"knn": {"title": "kNN <b>", "description": "", "settings": {}}},
+        "protocols": {
+            "knn": {"title": "kNN <b>", "description": "", "settings": {}},
+            "linear": {"title": "linear probe", "description": "", "settings": {}},
+        },
         "train_images": 100,
         "bank_images": 100,
         "test_images": 100,

@@ -30,6 +30,8 @@ SHIPPED = Path(__file__).parents[2] / "configs" / "studies" / "cifar10.yaml"
         ("passes: 1000", "passes: 10", "too small for one step of method.name=simclr, which needs 144"),
         ("passes: 1000", "images: 23", "too small for one step"),
         ("  clae:", "  simclr:", "'simclr' is set twice"),
+        ("name: tiny", "name: tiny\nevaluate: {suite: 'knn,lineer'}", "did you mean linear?"),
+        ("name: tiny", "name: tiny\nevaluate: {set: {knn.nothing: 1}}", "knn.nothing"),
         ("name: tiny", "name: tiny\nset: {launch.launcher: torchrun}", "use launch.launcher=local or ray"),
         ("  clae:", "  ../clae:", "is not a plain name"),
         ("name: tiny", "name: tiny\nbaseline: moco", "is no method of it; use simclr, clae"),
@@ -93,3 +95,15 @@ def test_the_shipped_study_is_valid() -> None:
     study = read_study(SHIPPED)
     assert [method.name for method in study.methods] == ["simclr", "clae", "clae_fused", "hcl", "rocl"]
     assert (study.baseline, study.seeds, study.budget.kind) == ("simclr", (0, 1, 2), "passes")
+
+
+def test_a_cell_is_finished_when_it_has_every_protocol(write_study: WriteStudy) -> None:
+    """A protocol that is added to a finished study is evaluated by the same command."""
+    from tests.studies.test_study import finish
+
+    plan = plan_cells(read_study(write_study()))
+    finish(plan.cells[0], plan.manifest.digest, 40.0)
+    assert plan.cells[0].done
+    more = plan_cells(read_study(write_study(STUDY + "evaluate: {suite: 'knn,linear,geometry'}\n")))
+    assert not more.cells[0].done
+    assert more.cells[0].evaluation() is not None  # its results are in the table
