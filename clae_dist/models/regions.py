@@ -16,7 +16,10 @@ _BINS = 2  # a region is the mean of so many by so many parts, as in the public 
 
 
 def feature_map(encoder: nn.Module, feature_dim: int, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The last map (B, F, M, M) that a part of the encoder returns in `forward`. Raises ConfigError without one."""
+    """The last map (B, F, M, M) that a part of the encoder returns in `forward`.
+
+    Raises ConfigError for an encoder whose features are not the mean of such a map.
+    """
     maps: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -25,15 +28,22 @@ def feature_map(encoder: nn.Module, feature_dim: int, forward: Callable[[], torc
 
     hooks = [part.register_forward_hook(keep) for part in encoder.children()]
     try:
-        forward()
+        features_BF = forward()
     finally:
         for hook in hooks:
             hook.remove()
-    if not maps:
+    found = next((one for one in reversed(maps) if one.shape[-1] > 1), maps[-1] if maps else None)  # the last may be pooled
+    if found is None or not _near(found.mean((2, 3)), features_BF):
         raise ConfigError(
-            "model.encoder pools no map of features, of which method.patches needs regions; use a ResNet, or method.patches=0."
+            "model.encoder returns no mean of a map of features, of which method.patches needs regions; use a ResNet, or "
+            "method.patches=0."
         )
-    return next((one for one in reversed(maps) if one.shape[-1] > 1), maps[-1])  # the last may be pooled already
+    return found
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the rounding of half precision; always so without data, on torch's meta device."""
+    return a.is_meta or bool((a - b).float().norm() <= 0.05 * b.float().norm())
 
 
 def region_features(map_BFMM: torch.Tensor, boxes_BL4: torch.Tensor) -> torch.Tensor:
