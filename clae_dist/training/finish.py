@@ -10,12 +10,12 @@ from typing import Any
 
 from clae_dist import escape
 from clae_dist.deploy.export import CONFIG, export_encoder
-from clae_dist.evaluation.comparison import check_distinct, check_one_set
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.protocol import EvaluationProtocol, flat_metrics
-from clae_dist.evaluation.record import summary_table
-from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
+from clae_dist.report.comparison import check_distinct, check_one_set
+from clae_dist.report.record import summary_table
+from clae_dist.report.run_page import write_report
 from clae_dist.runs.claim import only_evaluation
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run
