@@ -19,9 +19,10 @@ from clae_dist.errors import ConfigError
 from clae_dist.evaluation.knn import Knn
 from clae_dist.evaluation.linear import LinearProbe
 from clae_dist.evaluation.protocol import EvaluationProtocol
+from clae_dist.evaluation.robust import Robust
 from clae_dist.redact import redact_word
 
-PROTOCOLS: dict[str, type[EvaluationProtocol]] = {protocol.name: protocol for protocol in (Knn, LinearProbe)}
+PROTOCOLS: dict[str, type[EvaluationProtocol]] = {protocol.name: protocol for protocol in (Knn, LinearProbe, Robust)}
 DEFAULT = ("knn", "linear")
 
 
@@ -61,6 +62,12 @@ def make_suite(names: str, overrides: Sequence[str] = ()) -> list[EvaluationProt
             raise ConfigError(f"{key} is given twice; keep one.")
         values[protocol][setting] = value
     return [protocol(protocol.Settings(**values[name])) for name, protocol in PROTOCOLS.items() if name in values]
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The texts key=value of protocols' settings, and the others."""
+    own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in PROTOCOLS]
+    return own, [text for text in overrides if text not in own]
 
 
 def _override(text: str) -> tuple[str, Any]:
