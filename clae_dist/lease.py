@@ -88,6 +88,14 @@ def refuse_if_held(path: Path, refuse: type[Exception], way_out: str, *, say: Sa
         _remove(path, stale)
 
 
+def holder_of(path: Path) -> Holder | None:
+    """The process that the lease `path` names; None without a lease, and for one that cannot be read."""
+    try:
+        return _parse(_read(path))
+    except OSError:
+        return None
+
+
 class _Lease:
     """This process's side of a lease."""
 

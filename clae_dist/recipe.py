@@ -94,12 +94,14 @@ def _check_key_node(key: str, node: yaml.Node, origin: str) -> None:
         )
 
 
+STUDIES = "studies"  # the folder of study files in it
 RECIPES = Path(__file__).parent / "recipes"  # the repository's configs/, which a wheel holds as well
 
 
 def recipe_names() -> list[str]:
     """The names of the recipes that come with the package, such as "quickstart" and "cifar10/clae"."""
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("**/*.yaml"))
+    files = [path.relative_to(RECIPES) for path in RECIPES.glob("**/*.yaml")]
+    return sorted(file.with_suffix("").as_posix() for file in files if file.parts[0] != STUDIES)
 
 
 def find_recipe(recipe: str | Path) -> Path:

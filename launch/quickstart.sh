@@ -132,7 +132,7 @@ count_workers() { # sets workers: one a GPU that torch can use, rounded down to 
   if [ "$gpus" -eq 0 ]; then workers=2; echo "ranks: 2 (no GPU that torch can use)"; return; fi
   workers=1
   while [ $((workers * 2)) -le "$gpus" ]; do workers=$((workers * 2)); done
-  echo "ranks: $workers ($gpus GPU(s), rounded down to a power of two)"
+  echo "ranks: $workers ($(count "$gpus" GPU), rounded down to a power of two)"
 }
 
 time_steps() { # time_steps EPOCHS: trains so long on local ranks, into a folder of its own
@@ -221,7 +221,8 @@ fi
 common+=(${planned[@]+"${planned[@]}"} ${settings[@]+"${settings[@]}"})
 
 last_of_each "${common[@]}" run_dir="$run_dir"
-step "Pretraining: CLAE on $workers rank(s)" clae train "$recipe" "${words[@]}"
+method=$(given method.name) || method=CLAE
+step "Pretraining: $method on $(count "$workers" rank)" clae train "$recipe" "${words[@]}"
 step "Evaluation" clae evaluate "$run_dir"
 report=(clae report "$run_dir")
 if [ -n "$compare" ]; then

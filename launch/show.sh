@@ -1,5 +1,9 @@
 # shellcheck shell=bash
-# How scripts print a command before they run it; sourced by them, not run.
+# How scripts print a command before they run it, and numbers; sourced by them, not run.
+
+count() { # count NUMBER NOUN: "1 rank", "2 ranks", "1:2 hosts"
+  if [ "$1" = 1 ]; then printf '1 %s' "$2"; else printf '%s %ss' "$1" "$2"; fi
+}
 
 show() { # show COMMAND …: as it could be typed, but without the secrets of URLs and of pipe: commands (clae_dist/redact.py)
   local probe=${python:-} shown=() place=0 word

@@ -90,7 +90,7 @@ fi
 # If ranks share the rendezvous's store, a host that joins later waits forever for messages from before (torch 2.15).
 case $nodes in *:*) variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) ;; esac
 run+=(--module clae_dist train "$config" --launcher torchrun ${settings[@]+"${settings[@]}"})
-say "$nodes host(s) of $ranks rank(s) meet at $(with_port "$host" "$port")"
+say "$(count "$nodes" host) with $(count "$ranks" rank) each, rendezvous at $(with_port "$host" "$port")"
 show env PYTHONPATH="$PYTHONPATH" "${variables[@]}" "${run[@]}"
 if [ -n "$dry" ]; then
   say "dry run: nothing was run. The other hosts run the same, with their own interface and address, and is_host=1 on $host alone."

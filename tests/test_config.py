@@ -14,7 +14,7 @@ from clae_dist.errors import ConfigError
 from clae_dist.keys import FIELDS, flatten, shapes_result
 from clae_dist.recipe import build, from_yaml, parse_overrides, recipe_names, resolve, to_yaml
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+RECIPES = [Path(__file__).parents[1] / "configs" / f"{name}.yaml" for name in recipe_names()]
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:

@@ -18,7 +18,7 @@ from clae_dist.bench.measure import Row
 from clae_dist.cores import usable_cores
 from clae_dist.versions import package_version
 
-_PACKAGES = ("torchvision", "timm", "lightly", "open_clip_torch")
+_PACKAGES = ("torchvision", "timm", "lightly", "open_clip_torch", "scikit-learn")
 
 
 @dataclass(frozen=True)

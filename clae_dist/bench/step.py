@@ -81,7 +81,7 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
     plain, shared_norms = times["plain"].median_s, prepared["exact"].shared_norms
     notes, figures = {}, {}
     for name, time in times.items():
-        units = compared[name].units(shared_norms)
+        units = compared[name].units(shared_norms=shared_norms)
         counted = f"{units:g} units, plain has 6; the floor is these at the rate of plain" if units else "units not counted"
         notes[name] = f"{_NOTES.get(name, f'the recipe cifar10/{name}')}; {counted}"
         more = {"images_per_s": kind.batch / time.median_s, **cpu_figure(time, device)}

@@ -57,9 +57,9 @@ class Variant:
     objective: Objective = field(default_factory=Objective)
     init: str = ""  # the weights that the method would begin with
 
-    def units(self, shared_norms: bool) -> float | None:
+    def units(self, *, shared_norms: bool) -> float | None:
         """See MethodSettings.units."""
-        return self.method.units(self.attack, shared_norms)
+        return self.method.units(self.attack, shared_norms=shared_norms)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def variants(kind: Kind) -> dict[str, Variant]:
 
 def _of_recipes(compared: Mapping[str, Variant], batch: int) -> dict[str, Variant]:
     """The first of CIFAR-10's recipes for each method and cost that is not compared yet, by its name."""
-    seen = {(variant.method.name, variant.units(False)) for variant in compared.values()}
+    seen = {(variant.method.name, variant.units(shared_norms=False)) for variant in compared.values()}
     found = {}
     for recipe in recipe_names():
         folder, _, name = recipe.rpartition("/")
@@ -93,7 +93,7 @@ def _of_recipes(compared: Mapping[str, Variant], batch: int) -> dict[str, Varian
             continue
         config = resolve(recipe).config
         variant = Variant(config.method.for_few_rows(batch), config.attack, config.objective, config.model.init)
-        cost = (variant.method.name, variant.units(False))
+        cost = (variant.method.name, variant.units(shared_norms=False))
         if cost not in seen:
             seen.add(cost)
             found[name] = variant
@@ -188,7 +188,7 @@ def check(kind: Kind, device: torch.device) -> None:
 
 
 def _perturbed(run: Pretraining, images: Images) -> torch.Tensor:
-    with run.attack_statistics():
+    with run.attack_forwards():
         return look(run, images, *images.views[:2]).attacks[0].found.images - images.views[0]
 
 

@@ -8,7 +8,7 @@ import sys
 from clae_dist.errors import ConfigError
 from clae_dist.options import Parser
 
-SUMMARY = "measure loss, gather, step, data, checkpoints, restarts or start-up on this machine"
+SUMMARY = "measure loss, gather, step, data, checkpoints, restarts, start-up or linear probe on this machine"
 DESCRIPTION = """\
 Measures this machine. All contenders are first checked to compute the same (loss and gradients against float64; steps bit for
 bit), then timed in turns, so that a disturbance of the machine affects all of them. `pip install -e '.[bench]'` adds lightly's
@@ -28,6 +28,7 @@ and open_clip's losses.
   restart    from kill -9 of one of two ranks to the next new training step, by parts.
   start      time from `clae train` on one CPU rank to its first update, and peak memory of all of its processes, beside the
              same loop written with lightly.
+  probe      the linear probe of `clae evaluate` beside scikit-learn's logistic regression, at one penalty and with the search.
 
 Each row: case; what ("name: description"); median_s; spread (interquartile range over median); ratio_to: {name: this median
 over that of another row of the case}; floor_s; added_bytes (peak memory of one call above the level before) or wire_bytes, and
@@ -38,7 +39,9 @@ affected by other processes. OMP_NUM_THREADS sets torch's threads. Progress is p
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "bench", choices=("contrast", "step", "gather", "data", "checkpoint", "restart", "start"), help="what to measure"
+        "bench",
+        choices=("contrast", "step", "gather", "data", "checkpoint", "restart", "start", "probe"),
+        help="what to measure",
     )
     parser.add_argument(
         "shards", metavar="SHARDS", nargs="?", default="", help="data: a set as in data.shards (default: synthetic images)"

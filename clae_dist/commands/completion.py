@@ -15,7 +15,10 @@ Prints a script that completes commands, options, recipes, keys of settings and 
 """
 
 _RECIPE, _SETTING, _EITHER = "_clae_recipe_file", "_clae_setting", "_clae_recipe_file_or_setting"
-_PATHS = {"run": "directory", "step": "directory", "shards": "directory", "to": "file", "compare": "directory"}
+_PATHS = {
+    **dict.fromkeys(("run", "runs", "step", "shards", "compare", "folder"), "directory"),
+    **dict.fromkeys(("to", "study"), "file"),
+}
 
 _BASH = """\
 _clae_values() {

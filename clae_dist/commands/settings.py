@@ -57,7 +57,7 @@ def _extended_name(name: str, epochs: str) -> str:
 
 def with_tracking_server(recipe: Recipe) -> Recipe:
     """The settings, with the tracking server of the environment unless they name one."""
-    store = _tracking_server()
+    store = tracking_server()
     config = recipe.config
     if not store or config.tracking.uri:
         return recipe
@@ -79,7 +79,7 @@ def permission(arguments: argparse.Namespace) -> Permission:
     """The user's permission to act on settings of a run folder."""
     from clae_dist.runs.trust import Permission
 
-    return Permission(arguments.trust, _tracking_server())
+    return Permission(arguments.trust, tracking_server())
 
 
 def check_trust(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
@@ -96,13 +96,13 @@ def check_trust(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
     from clae_dist.runs.trust import check_settings
 
     named = {key for key, origin in recipe.origins.items() if origin == "command line"}
-    return recipe._replace(config=check_settings(path, recipe.config, named, _tracking_server()))
+    return recipe._replace(config=check_settings(path, recipe.config, named, tracking_server()))
 
 
 def check_credentials(recipe: Recipe) -> None:
     """Raise ConfigError if MLflow's client would send the environment's credentials to a server that only a recipe names."""
     config = recipe.config
-    store, uri, origin = _tracking_server(), config.tracking.uri, recipe.origins["tracking.uri"]
+    store, uri, origin = tracking_server(), config.tracking.uri, recipe.origins["tracking.uri"]
     credentials = [name for name in _CREDENTIALS if os.environ.get(name)]
     named_by_user = origin in ("command line", "MLFLOW_TRACKING_URI") or not uri.startswith(("http:", "https:"))
     shown, of_environment = uri_without_secrets(uri), uri_without_secrets(store)
@@ -114,5 +114,6 @@ def check_credentials(recipe: Recipe) -> None:
         )
 
 
-def _tracking_server() -> str:
+def tracking_server() -> str:
+    """The tracking server that the environment names, or ""."""
     return os.environ.get("MLFLOW_TRACKING_URI", "")

@@ -45,6 +45,11 @@ class MethodSettings(Section, prefix="method"):
         return self.uses_attack
 
     @property
+    def takes_regions(self) -> bool:
+        """The loss has features of regions of an image: the encoder must pool a map."""
+        return False
+
+    @property
     def key_decay(self) -> float:
         """Decay of the momentum encoder's average of the weights; 0: there is none; 1: it stays as the run began."""
         return 0.0
@@ -54,7 +59,7 @@ class MethodSettings(Section, prefix="method"):
         """Running statistics of the momentum encoder: averaged like its weights, or of its own forwards in training mode."""
         return "averaged"
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float | None:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float | None:
         """Cost of a step with every term: the forward of one view is 1, its backward 2, its backward to the image alone 1.
 
         None: not counted. `clae bench step` compares it with the operations of a step.
@@ -63,6 +68,11 @@ class MethodSettings(Section, prefix="method"):
             shared_norms: both routes of norm layers are the same function, so that an attack may use a clean forward.
         """
         return None
+
+    def total_units(self, attack: Attack, steps: int, steps_per_epoch: int, *, shared_norms: bool = False) -> float | None:
+        """Cost of the first `steps` steps of a run in the unit of `units`, with the terms that each of them has."""
+        units = self.units(attack, shared_norms=shared_norms)
+        return None if units is None else units * steps
 
     def check_run(self, config: Config) -> None:
         """Raise ConfigError if the method cannot work with the settings of the run."""

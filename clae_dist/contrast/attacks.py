@@ -50,7 +50,7 @@ class Attacking:
         """Length of one step of the attack, in pixels of [0, 1]."""
         return self._in_pixels(self.attack.length_of_step)
 
-    def attack_statistics(self) -> AbstractContextManager[None]:
+    def attack_forwards(self) -> AbstractContextManager[None]:
         """Context of an attack's forwards: which statistics they use and change, by attack.statistics."""
         backend = self.encoding.backend
         return {"untouched": backend.untouched, "running": backend.evaluating, "updated": nullcontext}[self.attack.statistics]()
@@ -140,7 +140,7 @@ class Attacks:
                 noise = torch.cat([run.noise(self._batch, noise_of + view) for view in range(num_views)])
             found = perturb(
                 torch.cat(list(starts)),
-                lambda images: self._views_gradient(images.chunk(num_views), route, loss_of, keys),
+                lambda images: self._views_gradient(images.chunk(num_views), route, loss_of, keys=keys),
                 run.ball,
                 steps=attack.num_steps,
                 step_length=run.step_length,
@@ -171,7 +171,7 @@ class Attacks:
 
     def attack_forwards(self) -> AbstractContextManager[None]:
         """Context of forwards that belong to an attack, such as of an image that it moves away from (attack.statistics)."""
-        return self.run.attack_statistics()
+        return self.run.attack_forwards()
 
     # ---- parts of an attack ----
 
@@ -185,7 +185,9 @@ class Attacks:
     def _look(self, images: torch.Tensor, route: Route) -> Rows:
         return self.run.contrast.rows(self.run.encoding.constant(images, route))
 
-    def _views_gradient(self, views: Sequence[torch.Tensor], route: Route, loss_of: ViewsLoss, keys: bool) -> LossAndGradient:
+    def _views_gradient(
+        self, views: Sequence[torch.Tensor], route: Route, loss_of: ViewsLoss, *, keys: bool
+    ) -> LossAndGradient:
         encoding, rows_of = self.run.encoding, self.run.contrast.rows
         online, last = (views[:-1], views[-1]) if keys else (views, None)
         last_z = None if last is None else [encoding.keys(last, route)]

@@ -179,6 +179,12 @@ class Contrast:
         towards = similar[:, 0] if targets is None else (targets * similar[:, : targets.shape[1]]).sum(1)
         return (similar.logsumexp(1) - towards).mean()
 
+    def shares(self, rows_BD: torch.Tensor, keys: Rows, queue_KD: torch.Tensor) -> torch.Tensor:
+        """See Step.shares."""
+        z, mine, queue = (at_least_float32(rows.detach()) for rows in (rows_BD, keys.mine, queue_KD))
+        similar = torch.cat([(z * mine).sum(1, keepdim=True), z @ queue.to(z.dtype).T], 1)
+        return (similar / self._settings.temperature).softmax(1)
+
     def match_groups(
         self, queries: Rows, keys: Rows, groups_N: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor], others: float
     ) -> torch.Tensor:

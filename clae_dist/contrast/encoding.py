@@ -27,7 +27,7 @@ Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes 
 class AttackedModel(Protocol):
     """Interface of a model for attacks."""
 
-    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
+    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor: ...
     def key_encoder(self) -> AbstractContextManager[None]: ...
     def untouched(self) -> AbstractContextManager[None]: ...
     def evaluating(self) -> AbstractContextManager[None]: ...
@@ -75,10 +75,17 @@ class Encoding:
     def __init__(self, backend: AttackedModel, micro_size: int = 0) -> None:
         self.backend, self.micro_size = backend, micro_size
 
-    def constant(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Embeddings without a graph."""
+    def constant(self, images: torch.Tensor, route: Route, *, project: bool = True) -> torch.Tensor:
+        """Embeddings, or features, without a graph."""
         with torch.no_grad():
-            return torch.cat([self.backend.attack_embed(part, route) for part in self._split(images)])
+            return torch.cat([self.backend.attack_embed(part, route, project=project) for part in self._split(images)])
+
+    def regions(self, images: torch.Tensor, boxes_BL4: torch.Tensor, route: Route) -> torch.Tensor:
+        """Embeddings (B, L, D) of regions of the images, without a graph."""
+        parts = zip(self._split(images), self._split(boxes_BL4), strict=True)
+        with torch.no_grad():
+            rows = torch.cat([self.backend.attack_embed(part, route, boxes_BL4=boxes) for part, boxes in parts])
+        return rows.view(*boxes_BL4.shape[:2], -1)
 
     def keys(self, images: torch.Tensor, route: Route) -> torch.Tensor:
         """Embeddings by the momentum encoder, without a graph."""
@@ -87,7 +94,7 @@ class Encoding:
 
     def input_gradient(self, images: torch.Tensor, route: Route, loss_of: LossOf) -> LossAndGradient:
         """loss_of(z) and its gradient with respect to the images alone (B, 3, S, S): no parameter gradient, no reduction."""
-        parts = self._split(images, True)
+        parts = self._split(images, as_leaves=True)
         with torch.enable_grad():
             if len(parts) == 1:
                 loss = loss_of(self.backend.attack_embed(parts[0], route))
@@ -110,7 +117,7 @@ class Encoding:
                 rows.append(self.backend.attack_embed(part, route))
         return torch.cat(rows).requires_grad_(), random
 
-    def _split(self, images: torch.Tensor, as_leaves: bool = False) -> tuple[torch.Tensor, ...]:
+    def _split(self, images: torch.Tensor, *, as_leaves: bool = False) -> tuple[torch.Tensor, ...]:
         parts = images.detach().split(self.micro_size or len(images))
         return tuple(part.detach().requires_grad_() for part in parts) if as_leaves else parts
 
@@ -124,11 +131,11 @@ class TrainingEncoding(Encoding):
         super().__init__(backend, micro_size)
 
     def embed(
-        self, images: torch.Tensor, route: Route, want_image_gradient: bool = False, beside: Embedding | None = None
+        self, images: torch.Tensor, route: Route, *, want_image_gradient: bool = False, beside: Embedding | None = None
     ) -> Embedding:
         """Embeds for training. Every rank must call it with as many rows. All embeddings of a step keep their graphs or none:
         one of fewer rows is embedded as that `beside` it was."""
-        parts = self._split(images, want_image_gradient)
+        parts = self._split(images, as_leaves=want_image_gradient)
         if len(parts) == 1 and (beside is None or len(beside.parts) == 1):
             graph = self.backend.embed(parts[0], route)
             return Embedding(graph.detach().requires_grad_(), route, (_Part(parts[0], graph, []),))
@@ -147,10 +154,10 @@ class TrainingEncoding(Encoding):
         whole = [(part.graph * grad).sum() for part, grad, _ in work if part.graph is not None]
         assert not (again and whole), "embeddings with and without a graph"
         if whole:
-            with self._holding(more_to_come):
+            with self._holding(hold=more_to_come):
                 self.backend.backward(sum(whole[1:], whole[0]))
         for number, (part, grad, route) in enumerate(again):
-            with self._holding(more_to_come or number < len(again) - 1), _drawing_again(part.random, part.images.device):
+            with self._holding(hold=more_to_come or number < len(again) - 1), _drawing_again(part.random, part.images.device):
                 self.backend.backward((self.backend.embed(part.images, route) * grad).sum())
 
     def input_gradient_of(self, embedding: Embedding, loss_of: LossOf) -> LossAndGradient:
@@ -162,7 +169,7 @@ class TrainingEncoding(Encoding):
         return loss.detach(), torch.autograd.grad(part.graph, part.images, grad_z, retain_graph=True)[0]
 
     @contextmanager
-    def _holding(self, hold: bool) -> Iterator[None]:
+    def _holding(self, *, hold: bool) -> Iterator[None]:
         if hold:
             with self.backend.reduction_held():
                 yield

@@ -97,14 +97,14 @@ class Step(Attacks, ABC):
     # ---- embeddings and losses ----
 
     @abstractmethod
-    def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
+    def embed(self, images: torch.Tensor, route: Route = "clean", *, image_gradient: bool = False) -> Rows:
         """Rows of `images`, trained: gradients of every loss on them reach the encoder. Collective.
 
         They are projections of unit length, or features as they are (MethodSettings.embeds).
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
-    def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
+    def embed_constant(self, images: torch.Tensor, route: Route = "clean", *, momentum: bool = False) -> Rows:
         """Rows of `images` without gradients; running statistics are not updated. Collective.
 
         With `momentum`, by the momentum encoder, or the frozen one (MethodSettings.key_decay). It uses no batch statistics, or
@@ -115,6 +115,27 @@ class Step(Attacks, ABC):
             return self.run.contrast.rows(self.run.encoding.keys(images, route))
         with self.run.encoding.backend.untouched():
             return self.run.contrast.rows(self.run.encoding.constant(images, route))
+
+    def features(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """The encoder's features (B, F) of this rank's images, without gradients; running statistics are not updated.
+        Collective with sharded parameters."""
+        with self.run.encoding.backend.untouched():
+            return self.run.encoding.constant(images, route, project=False)
+
+    def regions(self, images: torch.Tensor, boxes_BL4: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """Rows (B, L, D) of regions of this rank's images, from the map that the encoder pools, without gradients; running
+        statistics are not updated. Collective with sharded parameters.
+
+        Args:
+            boxes_BL4: left, top, right and bottom as shares of an image's side.
+        """
+        with self.run.encoding.backend.untouched():
+            return self.run.encoding.regions(images, boxes_BL4, route)
+
+    def uniform(self, count: int) -> torch.Tensor:
+        """`count` uniform numbers in [0, 1) for each image, (B, count), a function of the seed, the epoch and the sample."""
+        noise: torch.Tensor = self.run.noise(self._batch, 0)
+        return noise.flatten(1)[:, :count]
 
     def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
         """The objective of the run: this rank's share, the mean over its anchors. Collective."""
@@ -171,6 +192,10 @@ class Step(Attacks, ABC):
         Reference: He et al. 2020, equation 1.
         """
         return self.run.contrast.match(queries.mine, keys, queue_KD, with_batch=with_batch, index=index, targets=targets)
+
+    def shares(self, rows_BD: torch.Tensor, keys: Rows, queue_KD: torch.Tensor) -> torch.Tensor:
+        """The softmax (B, 1 + K) of this rank's rows over their own key and the queue: constant `targets` of `match`."""
+        return self.run.contrast.shares(rows_BD, keys, queue_KD)
 
     def match_groups(
         self, queries: Rows, keys: Rows, groups_N: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor], others: float

@@ -43,7 +43,7 @@ class Look(Step):
         self._embedded: list[Embedded] = []
         self.pairs: list[Pair] = []
 
-    def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
+    def embed(self, images: torch.Tensor, route: Route = "clean", *, image_gradient: bool = False) -> Rows:
         rows = self._look(images, route)
         self._embedded.append(Embedded(rows, images, route))
         return rows

@@ -85,15 +85,15 @@ class TrainingStep(Step):
         self._taken: list[torch.Tensor] = []  # losses whose backward has been taken as far as the embeddings
         self._passed: list[Embedding] = []  # embeddings whose backward has been taken
 
-    def embed(self, images: torch.Tensor, route: Route = "clean", image_gradient: bool = False) -> Rows:
+    def embed(self, images: torch.Tensor, route: Route = "clean", *, image_gradient: bool = False) -> Rows:
         beside = self.embeddings[0] if self.embeddings else None
         embedding = self.run.encoding.embed(images, route, want_image_gradient=image_gradient, beside=beside)
         self.embeddings.append(embedding)
         return self.run.contrast.rows(embedding.z)
 
-    def embed_constant(self, images: torch.Tensor, route: Route = "clean", momentum: bool = False) -> Rows:
+    def embed_constant(self, images: torch.Tensor, route: Route = "clean", *, momentum: bool = False) -> Rows:
         assert not (momentum and self.embeddings), "the momentum encoder comes before the first `embed` of a step"
-        return super().embed_constant(images, route, momentum)
+        return super().embed_constant(images, route, momentum=momentum)
 
     def can_share_forward(self) -> bool:
         run = self.run

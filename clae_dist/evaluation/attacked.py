@@ -41,8 +41,8 @@ class _BareModel:
     def __init__(self, model: PretrainModel) -> None:
         self._model = model
 
-    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        return self._model(images, route)
+    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+        return self._model(images, route, **how)
 
     def key_encoder(self) -> AbstractContextManager[None]:
         """The model itself in evaluation mode: a trained encoder and the average of its weights are close."""

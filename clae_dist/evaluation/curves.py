@@ -146,7 +146,7 @@ def _mark_evaluation(axes: Axes, record: RunRecord) -> None:
     """Mark the result of `clae evaluate` beside those on subsets of the splits."""
     evaluation = record.evaluation or {}
     if after := headlines(evaluation.get("results", {}), "knn").get("after"):
-        point = [evaluation["images_seen"]], [after.percent]
+        point = [evaluation["images_seen"]], [after.value]
         axes.plot(*point, linestyle="none", marker="D", markersize=6, color=ADVERSARIAL, label="evaluation, all test images")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def _about(examined: Examined, place: Place) -> dict[str, Any]:
         "format": FORMAT,
         "results": {},
         "protocols": {},
+        "details": {},
         "train_images": manifest.num_samples(data.train_split),
         "bank_images": 0,  # of those, the bank
         "test_images": manifest.num_samples(data.test_split) if data.test_split in manifest.splits else 0,
@@ -150,8 +152,11 @@ class _Evaluation:
             for when, pair in pairs.items()
         }
         suite = [protocol for protocol in self.suite if not (problem and protocol.uses_labels)]
+        reasons = {protocol.title: protocol.skipped(subjects["after"]) for protocol in suite}
+        suite = [protocol for protocol in suite if not reasons[protocol.title]]
         notes = [protocol.note(subjects["after"]) for protocol in suite]
-        result["notes"] = [note for note in notes if note]
+        result["notes"] = [f"{title} was skipped: {reason}" for title, reason in reasons.items() if reason]
+        result["notes"] += [note for note in notes if note]
         for note in result["notes"]:
             self.say(note)
         self._keep_earlier({protocol.name for protocol in suite})
@@ -198,8 +203,9 @@ class _Evaluation:
                 self._take_over(name)
 
     def _take_over(self, name: str) -> None:
-        for part in ("results", "protocols"):
-            self.result[part][name] = self.earlier[part][name]
+        for part in ("results", "protocols", "details"):
+            if name in self.earlier.get(part, {}):
+                self.result[part][name] = self.earlier[part][name]
 
     def _run(self, protocol: EvaluationProtocol, subjects: Mapping[str, Subject]) -> None:
         """Run a protocol on every encoder, unless the same results are there, and write what there is so far."""
@@ -213,11 +219,15 @@ class _Evaluation:
         results = self.result["results"].setdefault(protocol.name, {})
         for when, subject in subjects.items():
             started = time.perf_counter()
+            subject = replace(subject, details={})
             for metric, value in self._metrics(protocol, subject).items():
                 results.setdefault(metric, {})[when] = value
-            headline, wall_s = headlines(self.result["results"], protocol.name)[when], time.perf_counter() - started
+            if subject.details:
+                self.result["details"].setdefault(protocol.name, {})[when] = subject.details
+            headline = headlines(self.result["results"], protocol.name, protocol.unit)[when]
+            wall_s = time.perf_counter() - started
             interval = f"95 % interval {interval_text(headline.interval)}; " if headline.interval else ""
-            self.say(f"{protocol.title} {when} pretraining: {headline.percent:.2f} % ({interval}{wall_s:.1f} s)")
+            self.say(f"{protocol.title} {when} pretraining: {headline.text(2)} ({interval}{wall_s:.1f} s)")
         if self.world.is_main:
             _write(RunFolder(self.examined.folder).evaluation_file, self.result)
 

@@ -28,6 +28,16 @@ class Features:
     def __len__(self) -> int:
         return self.features_NF.shape[0]
 
+    def rows(self, rows: torch.Tensor) -> Features:
+        """The features of some rows, in their order."""
+        return Features(self.features_NF[rows], self.labels_N[rows], self.ids_N[rows])
+
+    def choice(self, count: int, seed: int) -> Features:
+        """`count` images chosen by `seed`, in the order of rows; all if there are no more, or for 0."""
+        if not 0 < count < len(self):
+            return self
+        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
+
     @property
     def labelled(self) -> bool:
         """True if every image has a label."""

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.knn import require_labels
+from clae_dist.evaluation.logistic import Axes, principal_axes, solve
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # from strong to weak: each fit starts where the one before ended
 HELD_OUT = 0.1  # of the train split
+_TOLERANCE, _SEARCH_TOLERANCE = 1e-5, 1e-4  # nats above the minimum; the choice of a penalty does not need its exact fit
 _ROWS = 65_536  # whose logits or double-precision copy are in memory at once: of all of ImageNet's they would not fit
 
 
@@ -80,18 +81,18 @@ def fit_head(
     require_labels("train", train)
     mean_F, std_F = train.features_NF.mean(dim=0), train.features_NF.std(dim=0, correction=0)
     scale_F = torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), 0.0)  # a constant feature has no information
-    x_NF = ((train.features_NF - mean_F) * scale_F).to(device)
-    axes_FF = _principal_axes(x_NF)
-    x_NF = x_NF @ axes_FF
-    y_N = train.labels_N.to(device)
+    order_N = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    x_NF = torch.empty((len(train), len(mean_F)), device=device)  # in that order, so that the held-out part is no copy
+    for rows_n, block_nF in zip(order_N.split(_ROWS), x_NF.split(_ROWS), strict=True):
+        block_nF.copy_((train.features_NF[rows_n] - mean_F) * scale_F)
+    y_N = train.labels_N[order_N].to(device)
+    axes = principal_axes(x_NF)
     head = LinearHead(x_NF.new_zeros((x_NF.shape[1], num_classes)), x_NF.new_zeros(num_classes))
     held_out_accuracy = None
     if not penalty:
-        penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, head, iterations, seed)
-        if not math.isfinite(held_out_accuracy):
-            held_out_accuracy = None
-    head = _fit(x_NF, y_N, head, penalty, iterations)
-    weight_FC = scale_F.double()[:, None] * (axes_FF.cpu().double() @ head.weight.cpu().double())
+        head, penalty, held_out_accuracy = _choose_penalty(x_NF, y_N, axes, head, iterations)
+    head = _fit(x_NF, y_N, axes, head, penalty, iterations, _TOLERANCE)
+    weight_FC = scale_F.double()[:, None] * head.weight.cpu().double()
     bias_C = head.bias.cpu().double() - mean_F.double() @ weight_FC
     return LinearHead(weight_FC.float(), bias_C.float(), penalty, held_out_accuracy)
 
@@ -115,51 +116,28 @@ def linear_probe(
     return Probe(head.accuracy(test.features_NF, test.labels_N), head.penalty, head.held_out_accuracy)
 
 
-def _choose_penalty(x_NF: torch.Tensor, y_N: torch.Tensor, head: LinearHead, iterations: int, seed: int) -> tuple[float, float]:
-    """The penalty with the best accuracy on a tenth held out, the strongest of equals, and that accuracy in percent."""
-    order_N = torch.randperm(len(y_N), generator=torch.Generator().manual_seed(seed)).to(y_N.device)
+def _choose_penalty(
+    x_NF: torch.Tensor, y_N: torch.Tensor, axes: Axes, head: LinearHead, iterations: int
+) -> tuple[LinearHead, float, float | None]:
+    """The head and the penalty with the best accuracy on the first tenth (the strongest of equals), and it in percent."""
     num_held = min(max(1, round(HELD_OUT * len(y_N))), len(y_N) - 1)
-    held, kept = order_N[:num_held], order_N[num_held:]
-    if not len(kept):  # a single image: nothing to choose by
-        return PENALTIES[0], float("nan")
-    x_kept, y_kept, x_held, y_held = x_NF[kept], y_N[kept], x_NF[held], y_N[held]
-    scores = []
+    if num_held == 0:  # a single image: nothing to choose by
+        return head, PENALTIES[0], None
+    best: tuple[LinearHead, float, float] | None = None
     for penalty in PENALTIES:
-        head = _fit(x_kept, y_kept, head, penalty, iterations)
-        scores.append(head.accuracy(x_held, y_held))
-    return PENALTIES[scores.index(max(scores))], max(scores)
+        head = _fit(x_NF[num_held:], y_N[num_held:], axes, head, penalty, iterations, _SEARCH_TOLERANCE)
+        accuracy = head.accuracy(x_NF[:num_held], y_N[:num_held])
+        if best is None or accuracy > best[2]:
+            best = head, penalty, accuracy
+    assert best is not None
+    return best
 
 
-def _principal_axes(x_NF: torch.Tensor) -> torch.Tensor:
-    """(F, F) orthonormal: turned onto them, the features are uncorrelated, and the same problem is solved in fewer steps."""
-    width = x_NF.shape[1]
-    covariance_FF = torch.zeros((width, width), dtype=torch.float64, device=x_NF.device)
-    for rows_nF in x_NF.split(_ROWS):
-        rows_nF = rows_nF.double()
-        covariance_FF += rows_nF.T @ rows_nF / len(x_NF)
-    return torch.linalg.eigh(covariance_FF).eigenvectors.to(x_NF.dtype)
-
-
-def _fit(x_NF: torch.Tensor, y_N: torch.Tensor, start: LinearHead, penalty: float, iterations: int) -> LinearHead:
-    """L-BFGS in weights scaled by the root of a bound-like estimate of the curvature (Boehning 1992) along each feature."""
-    curvature_F = x_NF.square().mean(dim=0) / len(start.bias) + penalty
-    scale_F1 = curvature_F.rsqrt()[:, None]
-    scaled_FC = (start.weight / scale_F1).requires_grad_()
-    bias_C = start.bias.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [scaled_FC, bias_C], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def loss_with_gradients() -> torch.Tensor:
-        optimiser.zero_grad()
-        with torch.enable_grad():
-            weight_FC = scale_F1 * scaled_FC
-            loss = F.cross_entropy(x_NF @ weight_FC + bias_C, y_N) + penalty / 2 * weight_FC.square().sum()
-            loss.backward()
-        return loss
-
-    optimiser.step(loss_with_gradients)
-    return LinearHead(scale_F1 * scaled_FC.detach(), bias_C.detach())
+def _fit(
+    x_NF: torch.Tensor, y_N: torch.Tensor, axes: Axes, start: LinearHead, penalty: float, iterations: int, tolerance: float
+) -> LinearHead:
+    solution = solve(x_NF, y_N, axes, (start.weight, start.bias), penalty, iterations, tolerance)
+    return LinearHead(solution.weight, solution.bias)
 
 
 class LinearProbe(EvaluationProtocol):

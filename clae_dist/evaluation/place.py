@@ -109,12 +109,14 @@ class Place:
         done = min((units - len(missing)) * size, total)
         progress = Progress(total, done=done, name=name, label=f"{label}: ", say=self.say if world.is_main else _silent)
         mine = missing[world.rank :: world.size]
-        for number, tensors in zip(mine, work(mine) if mine else (), strict=True):
-            journal.add(number, tensors)
-            more = min(size * world.size, total - done)
-            done += more
-            progress.add(more)
-        journal.close()
+        try:
+            for number, tensors in zip(mine, work(mine) if mine else (), strict=True):
+                journal.add(number, tensors)
+                more = min(size * world.size, total - done)
+                done += more
+                progress.add(more)
+        finally:
+            journal.close()
         world.gather_objects(None)  # every rank has written its share
         progress.close()
         return self.journal(key)

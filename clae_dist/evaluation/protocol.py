@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +40,7 @@ class Subject:
     model: PretrainModel | None = None
     place: Place | None = None
     head: LinearHead | None = None  # a linear classifier of `bank`, for protocols that ask for one
+    details: dict[str, list[float]] = field(default_factory=dict)  # filled by a protocol on rank 0: figures for the report
 
     def parts(self) -> tuple[PretrainModel, Place]:
         """The model and the place, for protocols that need more than features."""
@@ -65,6 +66,7 @@ class EvaluationProtocol:
 
     name: ClassVar[str]  # in evaluation.json, in names of metrics and settings, on the command line
     title: ClassVar[str]  # in tables
+    unit: ClassVar[str] = "%"  # of the headline; "" for a plain number
     summary: ClassVar[str] = ""  # a clause for `clae evaluate --help`
     Settings: ClassVar[type[Section]] = NoSettings  # keys NAME.…: a frozen dataclass whose fields are made by `setting`
     collective: ClassVar[bool] = False  # every rank calls `run`; otherwise rank 0 alone, and the others wait
@@ -89,7 +91,11 @@ class EvaluationProtocol:
     def about(self, subject: Subject) -> dict[str, Any]:
         """Title, description and settings, for evaluation.json: its readers need no list of protocols."""
         settings = self.settings(subject)
-        return {"title": self.title, "description": self.describe(settings), "settings": settings}
+        return {"title": self.title, "unit": self.unit, "description": self.describe(settings), "settings": settings}
+
+    def skipped(self, subject: Subject) -> str:
+        """The reason if the protocol cannot run on this subject, or ""."""
+        return ""
 
     def note(self, subject: Subject) -> str:
         """A sentence about a setting that could not be used as requested, or ""."""
@@ -100,11 +106,17 @@ class EvaluationProtocol:
 class Headline:
     """The first metric of a protocol, before or after pretraining, with its 95 % interval if there is one."""
 
-    percent: float
+    name: str
+    value: float
     interval: tuple[float, float] | None
+    unit: str = "%"
+
+    def text(self, digits: int = 1) -> str:
+        """ "43.2 %", or "17.3" for a plain number."""
+        return f"{self.value:.{digits}f} %" if self.unit == "%" else f"{self.value:.4g} {self.unit}".rstrip()
 
 
-def headlines(results: Results, protocol: str) -> dict[str, Headline]:
+def headlines(results: Results, protocol: str, unit: str = "%") -> dict[str, Headline]:
     """The headline of a protocol before and after pretraining; empty if the protocol has no results."""
     metrics = results.get(protocol) or {}
     if not metrics:
@@ -112,7 +124,7 @@ def headlines(results: Results, protocol: str) -> dict[str, Headline]:
     name, values = next(iter(metrics.items()))
     low, high = (metrics.get(f"{name}_{end}", {}) for end in ("low", "high"))
     return {
-        when: Headline(value, (low[when], high[when]) if when in low and when in high else None)
+        when: Headline(name, value, (low[when], high[when]) if when in low and when in high else None, unit)
         for when, value in values.items()
     }
 

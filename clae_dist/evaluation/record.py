@@ -71,6 +71,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "loss_clean": metrics.last("loss_clean"),  # comparable between CLAE and SimCLR, whose loss it is
         "results": evaluation.get("results", {}),
         "titles": {name: protocol["title"] for name, protocol in evaluation.get("protocols", {}).items()},
+        "units": {name: protocol.get("unit", "%") for name, protocol in evaluation.get("protocols", {}).items()},
         "world_size": record.identity.get("world_size"),
         "backend": record.identity.get("backend"),
         "collectives": record.identity.get("collectives"),
@@ -107,7 +108,7 @@ def _result_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         titles |= {name: (run.get("titles") or {}).get(name, name) for name in run.get("results") or {}}
     rows = []
     for name, title in titles.items():
-        pairs = [headlines(run.get("results") or {}, name) for run in runs]
+        pairs = [headlines(run.get("results") or {}, name, (run.get("units") or {}).get(name, "%")) for run in runs]
         rows.append([f"{shown(title)}, before → after", *(change(pair) for pair in pairs)])
         rows.append(["  95 % interval", *(_interval_change(pair) for pair in pairs)])
     return rows
@@ -115,7 +116,7 @@ def _result_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def change(pair: Mapping[str, Headline]) -> str:
     """ "31.2 % → 43.0 %", or a dash without an evaluation."""
-    return " → ".join(f"{pair[when].percent:.1f} %" for when in WHEN) if set(pair) == set(WHEN) else "–"
+    return " → ".join(pair[when].text() for when in WHEN) if set(pair) == set(WHEN) else "–"
 
 
 def _interval_change(pair: Mapping[str, Headline]) -> str:
@@ -136,8 +137,12 @@ def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"run {number}" for number in range(1, len(runs) + 1)]
 
 
-def summary_table(*runs: Mapping[str, Any]) -> str:
-    """A table with one column per summary, of the run and those it is compared with."""
+def summary_table(*runs: Mapping[str, Any], more_rows: Sequence[tuple[str, Sequence[str]]] = ()) -> str:
+    """A table with one column per summary, of the run and those it is compared with.
+
+    Args:
+        more_rows: further rows, each a name and a value for every run, below a rule of their own.
+    """
     rows = [
         ["", *map(shown, _heads(runs))],
         *([["method", *(shown(run.get("method") or "–") for run in runs)]] if len(runs) > 1 else []),
@@ -148,12 +153,17 @@ def summary_table(*runs: Mapping[str, Any]) -> str:
         ["loss between clean views", *(number(run.get("loss_clean"), ".3f") for run in runs)],
         *_result_rows(runs),
     ]
+    num_rows = len(rows)
+    rows += [[name, *values] for name, values in more_rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for name, *values in rows:
         cells = [name.ljust(widths[0]), *(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * (sum(widths) + 2 * len(runs)))
+    rule = "-" * (sum(widths) + 2 * len(runs))
+    if more_rows:
+        lines[num_rows:num_rows] = [rule, "settings that differ"]
+    lines.insert(1, rule)
     lines.append("")
     for run in runs:
         lines.append(f"report       {shown(run.get('report') or '–')}")

@@ -160,7 +160,7 @@ def _results(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
     protocols = [
         {"title": about[name]["title"], "description": about[name]["description"], "pair": pair}
         for name in results
-        if name in about and set(pair := headlines(results, name)) == set(WHEN)
+        if name in about and set(pair := headlines(results, name, about[name].get("unit", "%"))) == set(WHEN)
     ]
     speed, wall_s = number(summary["images_per_s"]), number(summary["wall_s"], ",.0f", " s")
     loss = number(summary["loss"], ".3f")

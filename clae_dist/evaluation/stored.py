@@ -39,7 +39,7 @@ def _is_setting(value: Any) -> bool:
 def _is_protocol(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_mapping_of(_is_setting)(value.get("settings")):
         return False
-    return is_text(value.get("title")) and is_text(value.get("description"))
+    return all(is_text(value.get(name)) for name in ("title", "description")) and is_text(value.get("unit", "%"))
 
 
 _is_results = _is_mapping_of(_is_mapping_of(_is_before_and_after))
@@ -70,6 +70,7 @@ _OPTIONAL: dict[str, Check] = {
     "weights": _is_mapping_of(is_text),
     "undecodable": _is_mapping_of(is_count),
     "unlabelled": _is_mapping_of(is_count),
+    "details": _is_mapping_of(_is_mapping_of(_is_mapping_of(is_list_of(is_number)))),
     "no_accuracies": is_text,
     "notes": is_list_of(is_text),
 }
@@ -80,6 +81,7 @@ _SUMMARY: dict[str, Check] = {
     **dict.fromkeys(("images_per_s", "wall_s", "loss", "loss_clean"), or_none(is_number)),
     "results": _is_results,
     "titles": _is_mapping_of(is_text),
+    "units": _is_mapping_of(is_text),
 }
 
 

@@ -16,13 +16,32 @@ import yaml
 from clae_dist import core_yaml
 from clae_dist.config.conversion import convert
 from clae_dist.errors import ConfigError
+from clae_dist.evaluation.calibration import Calibration
+from clae_dist.evaluation.corruptions import Corruptions
+from clae_dist.evaluation.geometry import Geometry
 from clae_dist.evaluation.knn import Knn
+from clae_dist.evaluation.learnability import LearnabilityProtocol
 from clae_dist.evaluation.linear import LinearProbe
+from clae_dist.evaluation.ood import Ood
 from clae_dist.evaluation.protocol import EvaluationProtocol
+from clae_dist.evaluation.retrieval import RetrievalProtocol
 from clae_dist.evaluation.robust import Robust
+from clae_dist.evaluation.transfer import Transfer
 from clae_dist.redact import redact_word
 
-PROTOCOLS: dict[str, type[EvaluationProtocol]] = {protocol.name: protocol for protocol in (Knn, LinearProbe, Robust)}
+_ALL: tuple[type[EvaluationProtocol], ...] = (
+    Knn,
+    LinearProbe,
+    Robust,
+    Corruptions,
+    Calibration,
+    Ood,
+    Transfer,
+    RetrievalProtocol,
+    LearnabilityProtocol,
+    Geometry,
+)
+PROTOCOLS: dict[str, type[EvaluationProtocol]] = {protocol.name: protocol for protocol in _ALL}
 DEFAULT = ("knn", "linear")
 
 

@@ -123,6 +123,22 @@ def working_sizes(config: Config) -> list[int]:
     return [size for size in range(config.launch.min_workers or workers, workers) if config.works_on(size)] + [workers]
 
 
+def runs_that_fit(config: Config) -> int:
+    """The number of runs of this configuration that fit on the cluster of RAY_ADDRESS at the same time; 1 without a cluster."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return 1
+    workers = working_sizes(config)[-1]
+    ray = import_ray()
+    start_ray(ray, workers, debug=False)
+    try:
+        resources = ray.cluster_resources()
+        use_gpu = _use_gpu(config, resources.get("GPU", 0), workers, True)
+        # Ray Train asks for a GPU a worker, or for a CPU; its controller asks for none.
+        return max(1, int(resources.get("GPU" if use_gpu else "CPU", 0) // workers))
+    finally:
+        ray.shutdown()
+
+
 def start_ray(ray: Any, workers: int, *, debug: bool) -> None:
     # Workers import the package that this process runs, also from a checkout that is not installed.
     package = str(Path(__file__).parents[2])

@@ -33,7 +33,7 @@ class AclSettings(ViewsSettings):
         "mixed (A2S): the clean first view and the adversarial second one.",
     )
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         if self.form == "mixed":
             return 7 + 2 * attack.num_steps
         return (6 if self.form == "adversarial" else 12) + 4 * attack.num_steps

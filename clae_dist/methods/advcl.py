@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from clae_dist.config.method import ThirdView, name_of
 from clae_dist.config.rules import setting
-from clae_dist.contrast.method import Method, Terms
+from clae_dist.contrast.method import Method, State, Terms
+from clae_dist.errors import ConfigError
 from clae_dist.methods.views import HardSettings
 from clae_dist.objectives.multi_view import ViewPairs, every_pair
 
 if TYPE_CHECKING:
     import torch
 
-    from clae_dist.config import Attack
+    from clae_dist.config import Attack, Config
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
@@ -47,20 +48,39 @@ class AdvClSettings(HardSettings):
         1.0, ge=0, used_by="method.asymmetry", help="Weight of the pairs with the adversarial view (A-InfoNCE)."
     )
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
-        return 15 + 2 * attack.num_steps
+    adaptive_epochs: int = setting(
+        0,
+        ge=0,
+        zero="constant asymmetry",
+        used_by="method.asymmetry",
+        help="Epochs after which the asymmetry becomes 1/2 where attacks move the features little (A-InfoNCE has 30).",
+    )
+    min_distance: float = setting(
+        0.4, ge=0, used_by="method.adaptive_epochs", help="Mean distance of attacked features at which the asymmetry is 1/2."
+    )
+
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
+        return 15 + 2 * attack.num_steps + 2 * (self.adaptive_epochs > 0)
+
+    def check_run(self, config: Config) -> None:
+        super().check_run(config)
+        if self.adaptive_epochs and self.asymmetry < 0:
+            raise ConfigError(
+                f"method.adaptive_epochs is {self.adaptive_epochs}, but method.asymmetry is {self.asymmetry:g}, which is AdvCL "
+                "itself; set method.asymmetry, such as 0.2, or remove method.adaptive_epochs."
+            )
 
     def describe_attack(self) -> str:
-        return f", high-pass radius {self.radius:g}" + self.describe_pairs(self.asymmetry)
+        adaptive = f", adaptive after {self.adaptive_epochs} epochs" if self.adaptive_epochs else ""
+        return f", high-pass radius {self.radius:g}" + self.describe_pairs(self.asymmetry) + adaptive
 
-    @property
-    def pairs(self) -> ViewPairs:
+    def pairs(self, asymmetry: float) -> ViewPairs:
         """The pairs of views (adversarial, x, y, high-pass)."""
         pairs = dict(every_pair(4, 1 / 12))
-        if self.asymmetry < 0:
+        if asymmetry < 0:
             return ViewPairs(live=pairs, hard=self.hard)
         live = {pair: weight for pair, weight in pairs.items() if 0 not in pair}
-        towards, away = (2 * self.adversarial_weight / 12 * share for share in (self.asymmetry, 1 - self.asymmetry))
+        towards, away = (2 * self.adversarial_weight / 12 * share for share in (asymmetry, 1 - asymmetry))
         constant = {(view, 0): towards for view in (1, 2, 3)} | {(0, view): away for view in (1, 2, 3)}
         return ViewPairs(live, constant, self.hard)
 
@@ -74,6 +94,12 @@ class AdvCl(Method):
     Settings = AdvClSettings
     settings: AdvClSettings
 
+    def state(self, embedding_dim: int, seed: int) -> State:
+        """With an adaptive asymmetry: the sum of the first epochs' mean distances, and their number."""
+        import torch
+
+        return {"distances": torch.zeros(2)} if self.settings.adaptive_epochs else {}
+
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         sharp = high_pass(s.third, self.settings.radius)
         plain = ViewPairs(live=every_pair(4, 1 / 12))
@@ -84,8 +110,35 @@ class AdvCl(Method):
             return s.contrast_views([*views, *others], plain)
 
         (x_adv,) = s.attack_views([s.third], loss, noise_of=2)
+        pairs = self.settings.pairs(self._asymmetry(s, x_adv))
         views = [s.embed(x_adv, "adversarial"), *(s.embed(view) for view in (x, y, sharp))]
-        return {"four_views": (s.temperature / _BASE_TEMPERATURE, s.contrast_views(views, self.settings.pairs))}
+        return {"four_views": (s.temperature / _BASE_TEMPERATURE, s.contrast_views(views, pairs))}
+
+    def after_update(self, s: Step) -> None:
+        if s.epoch < self.settings.adaptive_epochs:
+            s.state["distances"] += s.kept["distances"]
+
+    def _asymmetry(self, s: Step, x_adv: torch.Tensor) -> float:
+        """The asymmetry of this step, by how far the attack moves the clean route's features over the global batch."""
+        import torch
+
+        settings = self.settings
+        if not settings.adaptive_epochs:
+            return settings.asymmetry
+        distance = s.everyones((s.features(x_adv) - s.features(s.third)).norm(dim=1)).mean()
+        s.kept["distances"] = torch.stack([distance, torch.ones_like(distance)])
+        total, count = s.state["distances"].tolist()
+        if s.epoch < settings.adaptive_epochs or not count:
+            return settings.asymmetry
+        return adapted(settings.asymmetry, distance.item(), total / count, settings.min_distance)
+
+
+def adapted(asymmetry: float, distance: float, usual: float, least: float) -> float:
+    """`asymmetry` for distances from `usual` on, 1/2 up to `least`, and linear in between (A-InfoNCE's code)."""
+    if distance >= usual:
+        return asymmetry
+    share = 1.0 if distance <= least else (usual - distance) / (usual - least)
+    return asymmetry + share * (0.5 - asymmetry)
 
 
 def high_pass(images: torch.Tensor, radius: float) -> torch.Tensor:

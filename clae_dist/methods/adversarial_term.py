@@ -19,8 +19,9 @@ class AdversarialTerm(MethodSettings):
     """Weight of the adversarial term, and when and on which part of the batch it is computed."""
 
     uses_attack: ClassVar[bool] = True
+    units_without_term: ClassVar[float] = 6  # of a step whose loss is the clean one alone
 
-    alpha: float = setting(1.0, ge=0, help="Weight of the adversarial term. moco has 0 unless it is set.")
+    alpha: float = setting(1.0, ge=0, help="Weight of the adversarial term. moco and ascl have 0 unless it is set.")
     start_epoch: float = setting(0.0, ge=0, help="Epochs before the first adversarial term.")
     every: int = setting(1, ge=1, hint="1 is every step", help="Only every so many steps have an adversarial term.")
     fraction: float = setting(
@@ -31,6 +32,12 @@ class AdversarialTerm(MethodSettings):
         """True if this step has an adversarial term."""
         since = s.step - s.steps(self.start_epoch)
         return self.alpha > 0 and since >= 0 and since % self.every == 0
+
+    def total_units(self, attack: Attack, steps: int, steps_per_epoch: int, *, shared_norms: bool = False) -> float | None:
+        units = self.units(attack, shared_norms=shared_norms)
+        since = steps - round(self.start_epoch * steps_per_epoch)
+        with_term = 0 if self.alpha == 0 or since <= 0 else -(-since // self.every)
+        return None if units is None else units * with_term + self.units_without_term * (steps - with_term)
 
     def describe(self, attack: Attack) -> str:
         share = f"; on {self.fraction:.0%} of the batch" if self.fraction < 1 else ""

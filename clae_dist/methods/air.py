@@ -40,7 +40,7 @@ class AirSettings(ViewsSettings):
         0.0, ge=0, le=1, zero="ACL-AIR", help="Weight that moves to the adversarial loss as the augmentation weakens."
     )
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 15 + 4 * attack.num_steps
 
     def describe_attack(self) -> str:

@@ -46,7 +46,7 @@ class AnchoredSettings(MethodSettings):
     def key_decay(self) -> float:
         return 1.0  # the frozen original
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 4 + 2 * attack.num_steps + 3 * (self.clean > 0)
 
     def check(self, attack: Attack) -> None:

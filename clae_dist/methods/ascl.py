@@ -8,31 +8,30 @@ Reference: Feng & Patras 2022, Adaptive soft contrastive learning, and its publi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, State, Terms
 from clae_dist.errors import ConfigError
-from clae_dist.methods.adversarial_term import AdversarialTerm
-from clae_dist.methods.queue import QueueSettings, enqueue, random_queue
+from clae_dist.methods.queue import QuerySettings, enqueue, match_terms, random_queue
 
 if TYPE_CHECKING:
     import torch
 
-    from clae_dist.config import Attack, Config
+    from clae_dist.config import Config
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
 
 @dataclass(frozen=True)
-class AsclSettings(QueueSettings, AdversarialTerm):
+class AsclSettings(QuerySettings):
     """The keys `method.*` of ASCL."""
 
     title: ClassVar[str] = "ASCL"
+    units_without_term: ClassVar[float] = 4
     weak_second_view: ClassVar[bool] = True
     name: str = name_of("ascl")
-    alpha: float = setting(0.0, ge=0, zero="ASCL itself", help="Weight of the adversarial term. ascl has 0 unless it is set.")
     neighbours: int = setting(1, ge=0, zero="MoCo", help="Number of keys of the queue that join an image's own in its target.")
     teacher_temperature: float = setting(
         0.05, gt=0, used_by="method.neighbours", help="Temperature of the similarities of an image's key to the queue."
@@ -43,13 +42,6 @@ class AsclSettings(QueueSettings, AdversarialTerm):
         help="Weights of the other keys before they are normalised. soft: neighbours · certainty · share of similarity, at "
         "most 1; adaptive_hard: the certainty for the nearest ones; hard: 1 for the nearest ones.",
     )
-
-    @property
-    def uses_attack(self) -> bool:  # type: ignore[override]
-        return self.alpha > 0
-
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
-        return 4 + (self.fraction * (3 + attack.random_start + 2 * attack.num_steps) if self.uses_attack else 0)
 
     def check_run(self, config: Config) -> None:
         super().check_run(config)
@@ -107,18 +99,11 @@ class Ascl(Method):
         keys = s.embed_constant(y, momentum=True)
         s.kept |= {"queue": keys.all, "written": written_K.new_ones(len(keys.all))}
         y_BM = targets(keys.mine, queue_KD, written_K, settings)
-        if not settings.present(s):
-            return {"clean": (1.0, s.match(s.embed(x), keys, queue_KD, with_batch=False, targets=y_BM))}
-        rows = s.choose(settings.num_attacked(len(x)), len(x))
 
-        def loss(anchors: Rows, queries: Rows) -> torch.Tensor:
-            return s.match(queries, keys, queue_KD, with_batch=False, index=rows, targets=y_BM[rows])
+        def match(queries: Rows, index: Any) -> torch.Tensor:
+            return s.match(queries, keys, queue_KD, with_batch=False, index=index, targets=y_BM[index])
 
-        start = x[rows]
-        x_adv = s.attack(start, loss, anchor=start, rows=rows)  # the anchor is not used: as the start it costs no forward
-        a, c = s.embed(x), s.embed(x_adv, "adversarial")
-        clean = s.match(a, keys, queue_KD, with_batch=False, targets=y_BM)
-        return {"clean": (1.0, clean), "adversarial": (settings.alpha, loss(a, c))}
+        return match_terms(s, settings, x, match)
 
     def after_update(self, s: Step) -> None:
         enqueue(s, s.kept)

@@ -38,7 +38,7 @@ class ClaeSettings(AdversarialTerm):
         "gradients that the paper's code computes and discards.",
     )
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         if self.cost == "original":  # a forward with a graph and a backward, of anchor and attacked view
             return 6 + self.fraction * (3 + 6 * attack.num_steps)
         apart = self.anchor == "other" or attack.random_start  # the anchor's own forward

@@ -28,7 +28,7 @@ class ClaeFusedSettings(AdversarialTerm):
     title: ClassVar[str] = "CLAE (fused attack)"
     name: str = name_of("clae_fused")
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 6 + 3 * self.fraction
 
     def check(self, attack: Attack) -> None:

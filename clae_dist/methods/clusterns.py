@@ -41,7 +41,7 @@ class ClusterNsSettings(MethodSettings):
     )
     far: float = setting(0.5, ge=0, used_by="method.false_weight", help="False negatives are at most so much less similar.")
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 6
 
     def check_run(self, config: Config) -> None:

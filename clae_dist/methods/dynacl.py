@@ -45,7 +45,7 @@ class DynAclSettings(ViewsSettings):
     def key_statistics(self) -> Literal["averaged", "own"]:
         return "own"
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 8 + 5 * attack.num_steps if self.momentum else 12 + 4 * attack.num_steps
 
     def check_run(self, config: Config) -> None:

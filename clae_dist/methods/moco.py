@@ -9,40 +9,32 @@ Exponential moving average normalization; Ho & Vasconcelos 2020, Contrastive lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, State, Terms
 from clae_dist.errors import ConfigError
-from clae_dist.methods.adversarial_term import AdversarialTerm
-from clae_dist.methods.queue import QueueSettings, enqueue, random_queue
+from clae_dist.methods.queue import QuerySettings, enqueue, match_terms, random_queue
 
 if TYPE_CHECKING:
     import torch
 
-    from clae_dist.config import Attack, Config
+    from clae_dist.config import Config
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
 
 @dataclass(frozen=True)
-class MoCoSettings(QueueSettings, AdversarialTerm):
+class MoCoSettings(QuerySettings):
     """The keys `method.*` of MoCo."""
 
     title: ClassVar[str] = "MoCo"
+    units_without_term: ClassVar[float] = 4
     name: str = name_of("moco")
-    alpha: float = setting(0.0, ge=0, zero="MoCo itself", help="Weight of the adversarial term. moco has 0 unless it is set.")
     include_batch: bool = setting(
         True, help="The keys of the global batch are negatives, too. Without them no image's attack depends on another's."
     )
-
-    @property
-    def uses_attack(self) -> bool:  # type: ignore[override]
-        return self.alpha > 0
-
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
-        return 4 + (self.fraction * (3 + attack.random_start + 2 * attack.num_steps) if self.uses_attack else 0)
 
     def check_run(self, config: Config) -> None:
         super().check_run(config)
@@ -71,18 +63,11 @@ class MoCo(Method):
         settings = self.settings
         keys, queue_KD = s.embed_constant(y, momentum=True), s.state.get("queue")
         s.kept["queue"] = keys.all
-        if not settings.present(s):
-            return {"clean": (1.0, s.match(s.embed(x), keys, queue_KD, with_batch=settings.include_batch))}
-        rows = s.choose(settings.num_attacked(len(x)), len(x))
 
-        def loss(anchors: Rows, queries: Rows) -> torch.Tensor:
-            return s.match(queries, keys, queue_KD, with_batch=settings.include_batch, index=rows)
+        def match(queries: Rows, index: Any) -> torch.Tensor:
+            return s.match(queries, keys, queue_KD, with_batch=settings.include_batch, index=index)
 
-        start = x[rows]
-        x_adv = s.attack(start, loss, anchor=start, rows=rows)  # the anchor is not used: as the start it costs no forward
-        a, c = s.embed(x), s.embed(x_adv, "adversarial")
-        clean = s.match(a, keys, queue_KD, with_batch=settings.include_batch)
-        return {"clean": (1.0, clean), "adversarial": (settings.alpha, loss(a, c))}
+        return match_terms(s, settings, x, match)
 
     def after_update(self, s: Step) -> None:
         enqueue(s, s.kept)

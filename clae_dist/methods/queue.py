@@ -1,16 +1,18 @@
-"""The momentum encoder and the queue of its last keys, as settings and as state of a method.
+"""The momentum encoder and the queue of its last keys, as settings and as state of a method; queries that may be attacked.
 
-# N rows on all ranks, K rows of the queue, D embedding width.
+# B rows on this rank, N rows on all ranks, K rows of the queue, D embedding width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from clae_dist.config import MethodSettings
+from clae_dist.config import Attack, MethodSettings
 from clae_dist.config.rules import setting
 from clae_dist.errors import ConfigError
+from clae_dist.methods.adversarial_term import AdversarialTerm
 from clae_dist.methods.labelled import check_no_objective
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
     from clae_dist.config import Config
     from clae_dist.contrast.interface import Step
-    from clae_dist.contrast.method import State
+    from clae_dist.contrast.method import State, Terms
+    from clae_dist.objectives.form import Rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,39 @@ class QueueSettings(MethodSettings):
 
     def for_few_rows(self, global_size: int) -> Self:
         return replace(super().for_few_rows(global_size), queue=2 * global_size if self.queue else 0)
+
+
+@dataclass(frozen=True)
+class QuerySettings(QueueSettings, AdversarialTerm):
+    """The keys `method.*` of methods that match queries with keys, and attack the queries if `alpha` is set."""
+
+    alpha: float = setting(
+        0.0, ge=0, zero="no attack", help="Weight of the adversarial term. moco and ascl have 0 unless it is set."
+    )
+
+    @property
+    def uses_attack(self) -> bool:  # type: ignore[override]
+        return self.alpha > 0
+
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
+        return 4 + (self.fraction * (3 + attack.random_start + 2 * attack.num_steps) if self.uses_attack else 0)
+
+
+def match_terms(s: Step, settings: QuerySettings, x: torch.Tensor, match: Callable[[Rows, Any], torch.Tensor]) -> Terms:
+    """The loss match(f(x), every image) and, with α, that of x_adv, which raises it within ε of x. Collective.
+
+    Args:
+        match: the loss of queries for the images at an index of the batch (see Step.choose).
+    """
+    every = s.choose(len(x), len(x))
+    if not settings.present(s):
+        return {"clean": (1.0, match(s.embed(x), every))}
+    rows = s.choose(settings.num_attacked(len(x)), len(x))
+    start = x[rows]
+    # The anchor is not used: as the start it costs no forward.
+    x_adv = s.attack(start, lambda _, queries: match(queries, rows), anchor=start, rows=rows)
+    a, c = s.embed(x), s.embed(x_adv, "adversarial")
+    return {"clean": (1.0, match(a, every)), "adversarial": (settings.alpha, match(c, rows))}
 
 
 def random_queue(size: int, embedding_dim: int, seed: int) -> torch.Tensor:

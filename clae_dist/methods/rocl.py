@@ -45,7 +45,7 @@ class RoclSettings(HardSettings):
     def two_routes(self) -> bool:
         return False
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 10 + 2 * attack.num_steps
 
     def describe_attack(self) -> str:

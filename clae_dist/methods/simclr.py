@@ -27,7 +27,7 @@ class SimClrSettings(MethodSettings):
     takes_local_crops: ClassVar[bool] = True
     name: str = name_of("simclr")
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 6
 
 

@@ -26,7 +26,7 @@ class SupConSettings(LabelledSettings):
     title: ClassVar[str] = "SupCon"
     name: str = name_of("supcon")
 
-    def units(self, attack: Attack, shared_norms: bool = False) -> float:
+    def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
         return 6
 
 

@@ -14,6 +14,7 @@ from clae_dist.config import Config, Model
 from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
+from clae_dist.models.regions import feature_map, region_features
 
 
 class PretrainModel(nn.Module):
@@ -59,12 +60,25 @@ class PretrainModel(nn.Module):
         set_route(self.encoder, route or self.evaluated_route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
-    def forward(self, images_B3HW: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F)."""
+    def forward(
+        self,
+        images_B3HW: torch.Tensor,
+        route: Route = "clean",
+        *,
+        project: bool = True,
+        boxes_BL4: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F), which
+        models without a projector have as well. With boxes, those of regions (see models/regions.py): (B L, D)."""
         set_route(self.projector, route)
-        z = self.projector(self.features(images_B3HW, route))
+        if boxes_BL4 is None:
+            z = self.features(images_B3HW, route)
+        else:
+            z = feature_map(self.encoder, self.feature_dim, lambda: self.features(images_B3HW, route))
+            z = region_features(z, boxes_BL4)
+        z = self.projector(z) if project else z
         z = z if z.dtype == torch.float64 else z.float()
-        return F.normalize(z, dim=1) if len(self.projector) else z
+        return F.normalize(z, dim=1) if project and len(self.projector) else z
 
 
 def mlp(width: int, hidden: int, dim: int) -> nn.Sequential:
@@ -124,6 +138,9 @@ def check_model(config: Config) -> None:
     """Build the model on torch's meta device, without memory for weights, to find errors. Raises ConfigError."""
     with torch.device("meta"):
         model = build_model(config).eval()
+    if config.method.takes_regions:
+        images = torch.empty((2, 3, config.data.image_size, config.data.image_size), device="meta", dtype=model.mean.dtype)
+        feature_map(model.encoder, model.feature_dim, lambda: model.features(images))
     if config.views.local_crops:
         size = config.local_size
         try:

@@ -133,10 +133,10 @@ class Backend(ABC):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D), bypassing the wrapper, whose bookkeeping expects a backward for every forward."""
+    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+        """Unit rows (B, D), or as `how` asks the model, bypassing the wrapper, which expects a backward for every forward."""
         with self.autocast():
-            return self.model(images, route)
+            return self.model(images, route, **how)
 
     @contextmanager
     def key_encoder(self) -> Iterator[None]:

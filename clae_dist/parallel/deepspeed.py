@@ -177,10 +177,10 @@ class DeepSpeedBackend(Backend):
         """Unit rows (B, D) of a training forward, bypassing the engine like an attack's forward."""
         return self.attack_embed(images, route)
 
-    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D), bypassing the engine."""
+    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+        """Unit rows (B, D), or as `how` asks the model, bypassing the engine."""
         # ZeRO's flat buffers make weights contiguous again, so the images must be channels last.
-        return super().attack_embed(images.contiguous(memory_format=torch.channels_last), route)
+        return super().attack_embed(images.contiguous(memory_format=torch.channels_last), route, **how)
 
     @contextmanager
     def reduction_held(self) -> Iterator[None]:

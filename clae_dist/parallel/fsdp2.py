@@ -93,13 +93,13 @@ class Fsdp2Backend(Backend):
 
     # ---- forward ----
 
-    def attack_embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D). The units gather their parameters; a backward of it reduces nothing."""
+    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+        """Unit rows (B, D), or as `how` asks the model. The units gather their parameters; a backward of it reduces nothing."""
         if not self._units:
-            return super().attack_embed(images, route)
+            return super().attack_embed(images, route, **how)
         # Recomputation that stops early would leave a norm unit within the block as if its forward had not ended.
         with set_checkpoint_early_stop(False):
-            return self.model(images.contiguous(memory_format=torch.channels_last), route)
+            return self.model(images.contiguous(memory_format=torch.channels_last), route, **how)
 
     def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
         """Unit rows (B, D) of a training forward."""

@@ -98,7 +98,7 @@ def open_run(run_dir: Path, permission: Permission = NOTHING) -> OpenedRun:
     if not os.path.lexists(path):
         raise folder.missing()
     if permission.trust:
-        return OpenedRun(run_dir, from_yaml(path, AnyPlugin()), True, permission.store)
+        return OpenedRun(run_dir, from_yaml(path, AnyPlugin()), trusted=True, store=permission.store)
     strange = next(strange_entries(run_dir), "")
     if strange and path.is_symlink():
         raise _strange(run_dir, strange)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from clae_dist import escape
 from clae_dist.config import Config
@@ -12,7 +13,7 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import ConsoleTracker
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.files import MetricsFile, MetricsRows
-from clae_dist.tracking.tracker import Say, Status, Tracker, Trackers
+from clae_dist.tracking.tracker import MetricsRow, Say, Status, Tracker, Trackers
 
 __all__ = [
     "MetricsFile",
@@ -62,24 +63,9 @@ def continue_tracking(
     check_tracking(config, run_dir)
     if config.tracking.name == "none":
         return Tracker()
-    from clae_dist.tracking import mlflow
-    from clae_dist.tracking.background import BackgroundTracker
-
-    uri, name = mlflow.store_uri(config, run_dir), run_dir.resolve().name
-    store = mlflow.MlflowStore(
-        uri,
-        config,
-        name,
-        run_key,
-        tags,
-        say,
-        training=False,
-        trained=trained,
-        config_file=RunFolder(run_dir).config_file,
-        dataset=dataset,
-    )
     rows = MetricsRows(RunFolder(run_dir).metrics_file) if trained else ()
-    return BackgroundTracker(store, say, images_seen=images_seen, rows=rows)
+    more: dict[str, Any] = {"tags": tags, "training": False, "trained": trained, "dataset": dataset}
+    return _mlflow(config, run_dir, run_key, say, images_seen=images_seen, rows=rows, **more)[0]
 
 
 def build_trackers(
@@ -114,13 +100,27 @@ def build_trackers(
     others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
     page = ""
     if config.tracking.name == "mlflow":
-        from clae_dist.tracking import mlflow
-        from clae_dist.tracking.background import BackgroundTracker
-
-        uri = mlflow.store_uri(config, run_dir)
-        name, config_file = run_dir.resolve().name, RunFolder(run_dir).config_file
-        store = mlflow.MlflowStore(uri, config, name, run_key, tags, say, config_file=config_file, dataset=dataset)
+        more: dict[str, Any] = {"tags": tags, "dataset": dataset}
         # A killed process may not have sent all lines of the file.
-        others.append(BackgroundTracker(store, say, images_seen=resume_images_seen, rows=file.rows()))
-        page = mlflow.page_command(uri)
+        tracker, page = _mlflow(config, run_dir, run_key, say, images_seen=resume_images_seen, rows=file.rows(), **more)
+        others.append(tracker)
     return Trackers(file, others, say, page)
+
+
+def _mlflow(
+    config: Config,
+    run_dir: Path,
+    run_key: str,
+    say: Say,
+    *,
+    images_seen: int,
+    rows: Sequence[MetricsRow] | MetricsRows,
+    **more: Any,
+) -> tuple[Tracker, str]:
+    """A tracker that sends to MLflow (`more`: see MlflowStore), and the command that opens its page."""
+    from clae_dist.tracking import mlflow
+    from clae_dist.tracking.background import BackgroundTracker
+
+    uri, config_file = mlflow.store_uri(config, run_dir), RunFolder(run_dir).config_file
+    store = mlflow.MlflowStore(uri, config, run_dir.resolve().name, run_key, say=say, config_file=config_file, **more)
+    return BackgroundTracker(store, say, images_seen=images_seen, rows=rows), mlflow.page_command(uri)

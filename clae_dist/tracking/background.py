@@ -8,34 +8,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
-from clae_dist.data.urls import redact_text
 from clae_dist.tracking.files import MetricsRows
-from clae_dist.tracking.tracker import MetricsRow, Say, Status, Tracker
+from clae_dist.tracking.mlflow import MlflowStore
+from clae_dist.tracking.tracker import MetricsRow, Refused, Say, Status, Tracker, brief
 
 ROWS_AT_ONCE = 100
-
-
-class Refused(Exception):
-    """The store rejected the request; a retry cannot succeed."""
-
-
-class Store(Protocol):
-    """The destination. Called from one thread only; any exception other than Refused is retried."""
-
-    address: str
-
-    def open(self) -> None:
-        """Find or create the run; may be called again after a failure."""
-
-    def log_rows(self, rows: list[MetricsRow]) -> None: ...
-
-    def log_artifacts(self, path: Path, name: str) -> None: ...
-
-    def log_model(self, export_folder: Path, digest: str, images_seen: int) -> None: ...
-
-    def close(self, status: Status) -> None: ...
 
 
 class _GaveUp(Exception):
@@ -43,7 +21,7 @@ class _GaveUp(Exception):
 
 
 class BackgroundTracker(Tracker):
-    """A Tracker that queues for a Store.
+    """A Tracker that queues for a store, which is called from one thread only. Any exception of it but Refused is retried.
 
     Metrics wait in a queue of `capacity` rows; when it is full the oldest row is dropped and counted. Artifacts and the
     model are never dropped before the end. `close` waits at most `close_timeout_s`.
@@ -54,7 +32,7 @@ class BackgroundTracker(Tracker):
 
     def __init__(
         self,
-        store: Store,
+        store: MlflowStore,
         say: Say,
         *,
         images_seen: int = 0,
@@ -197,9 +175,3 @@ class BackgroundTracker(Tracker):
                 self._unreachable = False
                 self._say(f"{self._store.address} is reachable again.")
             return
-
-
-def brief(error: BaseException) -> str:
-    """The first line of an error, shortened for the console, without credentials."""
-    text = (redact_text(str(error)).strip().splitlines() or [type(error).__name__])[0]
-    return text if len(text) <= 160 else text[:157] + "..."

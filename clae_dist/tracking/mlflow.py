@@ -1,4 +1,4 @@
-"""MLflow as a Store. The only file that imports mlflow (the vendor's package: imports here are absolute)."""
+"""MLflow as a store. The only file that imports mlflow (the vendor's package: imports here are absolute)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from clae_dist.data.urls import uri_without_secrets
 from clae_dist.errors import ConfigError
 from clae_dist.keys import flatten
 from clae_dist.runs.folder import CONFIG_FILE
-from clae_dist.tracking.background import Refused, brief
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
-from clae_dist.tracking.tracker import MetricsRow, Say, Status
+from clae_dist.tracking.tracker import MetricsRow, Refused, Say, Status, brief
 
 Item = TypeVar("Item")
 RUN_KEY_TAG = "clae.run_key"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clae_dist.data.urls import redact_text
+
 Status = Literal["finished", "stopped", "failed"]  # stopped: by a signal, can be resumed
 Say = Callable[[str], None]
 
@@ -36,6 +38,10 @@ class Tracker:
 
     def close(self, status: Status) -> None:
         """Send what is left; nothing may be logged afterwards."""
+
+
+class Refused(Exception):
+    """The store rejected the request; a retry cannot succeed."""
 
 
 class Trackers(Tracker):
@@ -75,3 +81,9 @@ class Trackers(Tracker):
                     f"{type(tracker).__name__} failed in {method} ({type(error).__name__}: {error}) and is off for the rest "
                     f"of this run; metrics.jsonl is still written."
                 )
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, shortened for the console, without credentials."""
+    text = (redact_text(str(error)).strip().splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -13,7 +13,7 @@ from clae_dist import escape
 from clae_dist.deploy.examined import examined
 from clae_dist.deploy.export import CONFIG, export_encoder
 from clae_dist.devices import Request as Device
-from clae_dist.errors import ConfigError
+from clae_dist.evaluation.comparison import check_distinct, check_one_set
 from clae_dist.evaluation.evaluate import evaluate as evaluate_all
 from clae_dist.evaluation.protocol import flat_metrics
 from clae_dist.evaluation.record import summary_table
@@ -67,17 +67,15 @@ def report(
 ) -> dict[str, Any]:
     """Write the report, log it to MLflow, and print the table beside those of the runs `compare`. Returns the summary.
 
-    Raises ConfigError for a run that is named twice, and for one that has no report yet.
+    Raises ConfigError for a run that is named twice, one that has no report yet, and runs of different sets.
     """
-    folders = [path.resolve() for path in (run_dir, *compare)]
-    twice = next((path for path in folders if folders.count(path) > 1), None)
-    if twice:
-        raise ConfigError(f"--compare names {str(twice)!r}, which is in the table already; name another run.")
+    check_distinct([run_dir, *compare], "--compare")
     for path in compare:
         check_folder(path, permission)
     others = [read_summary(path) for path in compare]
     write_report(run_dir, say, shards, permission)
     summary = read_summary(run_dir)
+    check_one_set([summary, *others])
     with _tracker(run_dir, summary["images_seen"] or 0, say, permission) as tracker:
         tracker.log_artifacts(RunFolder(run_dir).report, "report")
     for line in ["", *summary_table(summary, *others).split("\n")]:

@@ -65,12 +65,12 @@ def test_a_fused_step_with_another_perturbation_is_refused(monkeypatch: pytest.M
 
 def test_methods_cost_the_units_that_they_predict() -> None:
     """Every recipe's method and cost has a row. MoCo's attack once embedded an anchor that it did not use: 10 units, not 9."""
-    kind = replace(RESNET, every_method=True)
+    kind = replace(RESNET, image_size=32, every_method=True)  # a patch of half its side has a quarter of every map
     images, compared = steps.make_images(kind, CPU), steps.variants(kind)
     assert {"acl", "advcl", "air", "clae-moco", "dynacl", "moco", "rocl"} < set(compared)
     prepared = {name: steps.prepare(kind, variant, CPU) for name, variant in compared.items()}
     flops = {name: step._flops(step.one_step(run, images)) for name, run in prepared.items()}
     for name, variant in compared.items():
-        units = variant.units(prepared[name].shared_norms)
+        units = variant.units(shared_norms=prepared[name].shared_norms)
         if units is not None:  # a first layer has an input gradient in attacks only, and not every method has a projector
             assert 6 * flops[name] / flops["plain"] == pytest.approx(units, rel=0.03), name

@@ -66,12 +66,14 @@ class OnePass(TrainingEncoding):
     def embed(
         self, images: torch.Tensor, route: Route, want_image_gradient: bool = False, beside: Embedding | None = None
     ) -> Embedding:
-        parts = [_Part(part, self.backend.embed(part, route), []) for part in self._split(images, want_image_gradient)]
+        parts = [
+            _Part(part, self.backend.embed(part, route), []) for part in self._split(images, as_leaves=want_image_gradient)
+        ]
         return Embedding(torch.cat([part.graph for part in parts]).detach().requires_grad_(), route, tuple(parts))  # type: ignore[misc]
 
     def input_gradient(self, images: torch.Tensor, route: Route, loss_of: LossOf) -> LossAndGradient:
         with torch.enable_grad():
-            parts = self._split(images, True)
+            parts = self._split(images, as_leaves=True)
             loss = loss_of(torch.cat([self.backend.attack_embed(part, route) for part in parts]))
             return loss.detach(), torch.cat(torch.autograd.grad(loss, parts))
 

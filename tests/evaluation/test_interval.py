@@ -81,7 +81,7 @@ def test_every_accuracy_has_its_interval_wherever_it_is_said(make_run: MakeRun) 
     assert "evaluation.knn_k is 200, more than a third of the bank of 150 images: kNN uses K = 50." in said
     for kind in ("knn", "linear"):
         for headline in headlines(found["results"], kind).values():
-            assert headline.interval == pytest.approx(wilson_interval(headline.percent, 30), abs=1e-3)
+            assert headline.interval == pytest.approx(wilson_interval(headline.value, 30), abs=1e-3)
     spoken = [line for line in said if "pretraining: " in line]
     assert len(spoken) == 4
     assert all("95 % interval" in line for line in spoken)
@@ -90,7 +90,7 @@ def test_every_accuracy_has_its_interval_wherever_it_is_said(make_run: MakeRun) 
     for row, when in (("untrained encoder", "before"), ("after pretraining", "after")):
         for cell, kind in zip(rows[row], ("knn", "linear"), strict=True):
             headline = headlines(found["results"], kind)[when]
-            assert cell == f"{headline.percent:.2f} %\n{interval_text(headline.interval)}"
+            assert cell == f"{headline.value:.2f} %\n{interval_text(headline.interval)}"
             assert max(map(len, cell.splitlines())) <= 12  # two such columns fit into 390 pixels
     assert "kNN uses K = 50." in report
     summary = json.loads((run / "summary.json").read_text())

@@ -13,11 +13,11 @@ import pytest
 
 from clae_dist.config import Config
 from clae_dist.keys import flatten
-from clae_dist.recipe import resolve
+from clae_dist.recipe import recipe_names, resolve
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-RECIPES = sorted(path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml"))
+RECIPES = [Path(f"{name}.yaml") for name in recipe_names()]
 
 
 DEFAULTS = HERE / "defaults.yaml"

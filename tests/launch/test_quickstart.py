@@ -244,7 +244,7 @@ def test_ctrl_c_lets_the_run_save_and_ends_with_its_exit_code(quickstart: Quicks
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=30)[0]
     assert process.returncode == 75
-    assert said.splitlines()[-1].startswith('quickstart: stopped during "Pretraining: CLAE on 2 rank(s)"; the same command')
+    assert said.splitlines()[-1].startswith('quickstart: stopped during "Pretraining: CLAE on 2 ranks"; the same command')
     assert quickstart.ran()[-1][1] == "train"
 
 

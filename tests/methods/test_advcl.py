@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from clae_dist.config import Config, Objective
+from clae_dist.contrast.interface import Moment
 from clae_dist.errors import ConfigError
-from clae_dist.methods.advcl import AdvClSettings, high_pass
+from clae_dist.methods.advcl import AdvClSettings, adapted, high_pass
 from clae_dist.methods.rocl import RoclSettings
 from tests.methods.attacked import PGD, TEMPERATURE, Tried, noise
 
@@ -92,9 +93,38 @@ def test_rocl_is_the_symmetric_form_with_twice_the_weight() -> None:
     assert without < plain
 
 
+@pytest.mark.parametrize(
+    ("distance", "expected"), [(2.5, 0.2), (2.0, 0.2), (1.5, 0.3), (0.5, 0.5), (0.1, 0.5)], ids=lambda value: f"{value:g}"
+)
+def test_asymmetry_between_the_usual_and_the_least_distance(distance: float, expected: float) -> None:
+    assert adapted(0.2, distance, usual=2.0, least=0.5) == pytest.approx(expected)
+
+
+def test_adaptive_asymmetry_follows_the_distances_of_attacked_features() -> None:
+    settings = AdvClSettings(radius=2.0, asymmetry=0.2, adaptive_epochs=1, min_distance=0.0)
+    tried = Tried(settings, BATCH, "group")
+    s, method, model = tried.step, tried.step.run.method, tried.model
+    expected = (model.features(tried.attacked[0], "clean") - model.features(tried.third, "clean")).norm(dim=1).mean().detach()
+    method.after_update(s)
+    method.after_update(s)
+    torch.testing.assert_close(s.state["distances"], torch.stack([2 * expected, 2 * torch.ones_like(expected)]))
+    s.state["distances"][0] *= 2  # attacks now move features half as far as they usually did
+    assert method._asymmetry(s, tried.attacked[0]) == 0.2  # type: ignore[attr-defined]
+    s.moment = Moment(step=1)
+    assert method._asymmetry(s, tried.attacked[0]) == pytest.approx(0.35)  # type: ignore[attr-defined]
+    before = s.state["distances"].clone()
+    method.after_update(s)
+    assert torch.equal(s.state["distances"], before)
+
+
+def test_adaptive_epochs_without_an_asymmetry_are_refused() -> None:
+    with pytest.raises(ConfigError, match="method.adaptive_epochs is 3, but method.asymmetry is -1, which is AdvCL itself"):
+        Config(method=AdvClSettings(adaptive_epochs=3))
+
+
 def test_hard_negatives_only_with_a_share_of_the_class() -> None:
     assert RoclSettings().hard is None
-    hard = AdvClSettings(tau_plus=0.1).pairs.hard
+    hard = AdvClSettings(tau_plus=0.1).pairs(-1.0).hard
     assert hard is not None
     assert (hard.beta, hard.tau_plus) == (1.0, 0.1)
     _, plain = total_and_gradients(AdvClSettings(radius=2.0))

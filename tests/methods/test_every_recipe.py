@@ -26,6 +26,7 @@ CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")}
     "clae_fused": ["cifar10/clae", "method.name=clae_fused"],
     "simclr, small crops": ["cifar10/simclr", "views.local_crops=2"],
     "clae, small crops": ["cifar10/clae", "views.local_crops=2"],
+    "dscl, no patches": ["cifar10/dscl", "method.patches=0"],
     "acl, mixed": ["cifar10/acl", "method.form=mixed"],
     "acl, adversarial": ["cifar10/acl", "method.form=adversarial"],
 }

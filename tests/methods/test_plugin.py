@@ -15,9 +15,11 @@ from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.plugins import find_beside
 from tests import processes
 from tests.processes import ROOT, Completed
+from tests.small_run import assert_same_weights
 
 README = (ROOT / "clae_dist" / "methods" / "README.md").read_text()
 GUIDE = README[README.index("## Add a method") :]
+OBJECTIVE = README[README.index("## Add an objective") :].split("```python\n", 1)[1].split("```")[0]
 SMALL = (
     "data: {image_size: 16, workers: 0}\n"
     "batch: {global_size: 8}\n"
@@ -78,6 +80,23 @@ def test_a_run_records_its_plugin_and_keeps_to_it(home: Path, tmp_path: Path) ->
     done = clae(tmp_path, *train(home))
     assert done.returncode == 2
     assert "the source of pushed:Pushed has changed" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_an_objective_of_ones_own_trains_under_torchrun_as_under_the_local_launcher(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    objective = "mine_nt_xent:margin_nt_xent"
+    (tmp_path / "mine" / "mine_nt_xent.py").write_text(OBJECTIVE)
+    (tmp_path / "mine" / "recipe.yaml").write_text(
+        f"objective: {{name: '{objective}', margin: 0.2}}\nmethod: {{name: simclr}}\n" + SMALL
+    )
+    environment = processes.environment(HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path))
+    for launcher, start in (("local", processes.CLAE), ("torchrun", processes.TORCHRUN)):
+        more = (f"data.shards={home / 'shards'}", f"run_dir={tmp_path / launcher}", "--launcher", launcher)
+        done = processes.run(*start, "train", "mine/recipe.yaml", *more, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert list(json.loads((tmp_path / launcher / "run.json").read_text())["plugins"]) == [objective]
+    assert_same_weights(tmp_path / "local", tmp_path / "torchrun", steps=2)
 
 
 def test_a_foreign_run_folder_imports_nothing(home: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clae_dist.tracking.background import BackgroundTracker, MetricsRow, Refused
-from clae_dist.tracking.tracker import Status
+from clae_dist.tracking.background import BackgroundTracker
+from clae_dist.tracking.tracker import MetricsRow, Refused, Status
 
 
 class FakeStore:

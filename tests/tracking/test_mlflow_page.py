@@ -17,10 +17,9 @@ from clae_dist.evaluation.curves import CHARTS
 from clae_dist.recipe import to_yaml
 from clae_dist.runs.goodput import Goodput
 from clae_dist.tracking import TrackedSet, build_trackers, continue_tracking, new_run_key
-from clae_dist.tracking.background import Refused
 from clae_dist.tracking.metric_groups import _GROUP_OF, grouped
 from clae_dist.tracking.mlflow import MlflowStore, refusals
-from clae_dist.tracking.tracker import MetricsRow
+from clae_dist.tracking.tracker import MetricsRow, Refused
 
 mlflow = pytest.importorskip("mlflow")
 TAGS = {"package_version": "0.1.0", "git_revision": "0123abcd", "manifest_digest": "sha256:feed"}

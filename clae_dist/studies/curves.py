@@ -1,0 +1,44 @@
+"""Learning curves of a study against their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from clae_dist.evaluation.curves import INK, plain_axes, png
+from clae_dist.studies.results import CellResult
+
+# Colours that colour-blind people tell apart (Okabe & Ito 2008), and a marker and a line style each.
+_STYLES = tuple(
+    zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7d858f"),
+        ("o", "s", "^", "D", "v", "P", "X"),
+        ("-", "--", "-.", ":", "-", "--", "-."),
+        strict=True,
+    )
+)
+
+
+def draw_curves(results: Sequence[CellResult], methods: Sequence[str], in_passes: bool) -> Iterator[tuple[str, bytes]]:
+    """Title and PNG of the kNN accuracy over encoder passes or images: the mean over seeds, and the range as a band."""
+    figure = Figure(figsize=(4.1, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    for number, method in enumerate(methods):
+        curves = [result.curve for result in results if result.cell.method == method and result.curve[0]]
+        if not curves:
+            continue
+        colour, marker, line = _STYLES[number % len(_STYLES)]
+        length = min(len(x) for x, _ in curves)
+        x, y = np.array(curves[0][0][:length]), np.array([accuracies[:length] for _, accuracies in curves])
+        axes.plot(x, y.mean(0), line, color=colour, marker=marker, markersize=4, lw=1.7, label=method)
+        axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, lw=0)
+    if not axes.get_lines():
+        return
+    plain_axes(axes)
+    axes.set_xlabel("encoder passes" if in_passes else "images seen", fontsize=9, color=INK)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.6
+    )
+    yield "kNN accuracy while training, %", png(figure)
