@@ -203,6 +203,9 @@ class Ood(EvaluationProtocol):
             "relative_mahalanobis": lambda rows: gaussians.relative_score(rows.to(device)),
         }
 
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        return {**super().settings(subject), "knn_k": usable_k(self.own.knn_k, len(subject.bank))}
+
     def describe(self, settings: Mapping[str, Any]) -> str:
         return (
             f"area under the ROC curve of the distance to the {settings['knn_k']}th neighbour in the train images, test images "

@@ -17,6 +17,7 @@ from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.evaluation.scored import scored
 from clae_dist.files import write_atomically
 from clae_dist.runs.checkpoint import load_model
+from clae_dist.runs.trust import open_run
 
 _DRAW = 0x5E1EC7  # seed of the held-out tenth: the same for every run
 
@@ -27,7 +28,8 @@ def held_out_accuracy(run_dir: Path) -> float:
     The encoder has seen the held-out images without their labels. At most evaluation.train_images images take part.
     Raises ConfigError for a set without labels.
     """
-    config, model, _ = load_model(run_dir)
+    config = open_run(run_dir).to_read_images()
+    _, model, _ = load_model(run_dir)
     settings, split = config.evaluation, config.data.train_split
     device = local_device()
     images = EvaluationSet(open_shards(config.data), split, config.data.image_size, settings.train_images)

@@ -179,6 +179,14 @@ def test_alignment_views_are_pure_functions_of_the_image() -> None:
     assert alignment(whole.flatten(1).double(), whole.flatten(1).double()) == 0
 
 
+def test_the_neighbour_in_use_is_recorded(make_run: Callable[..., Path]) -> None:
+    """A bank of 150 images has no 1000th neighbour that says anything."""
+    suite = make_suite("ood", ["ood.knn_k=1000", "ood.sets=[noise]"])
+    about = evaluate_run(make_run(), lambda _: None, suite=suite)["protocols"]["ood"]
+    assert about["settings"]["knn_k"] == 50
+    assert "50th neighbour" in about["description"]
+
+
 def test_every_protocol_describes_itself(
     make_run: Callable[..., Path], evaluated: Callable[..., tuple[Path, dict[str, Any]]]
 ) -> None:
