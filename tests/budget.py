@@ -32,6 +32,7 @@ _MINUTES = {  # of the default part; tests directly in tests/ are "."
     "parallel": 2.0,
     "parity": 0.5,
     "runs": 1.0,
+    "studies": 0.4,
     "tracking": 0.5,
     "training": 2.0,
 }
