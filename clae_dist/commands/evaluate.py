@@ -13,7 +13,11 @@ from clae_dist.redact import redact_text
 
 SUMMARY = "evaluate an encoder: kNN, linear probe, robust accuracy and more, before and after pretraining"
 
-_EPILOG = """protocols: knn, linear (default), robust; `clae config --explain PROTOCOL` lists their settings
+PROTOCOLS = (  # evaluation/suite.py, which takes seconds to import
+    "knn linear robust semi finetune corruptions calibration ood transfer retrieval learnability geometry"
+)
+_EPILOG = f"""protocols: {PROTOCOLS.replace(" ", ", ")}
+`clae config --explain PROTOCOL` lists the settings of one; clae_dist/evaluation/README.md says how to read the results
 
 examples:
   clae evaluate runs/first

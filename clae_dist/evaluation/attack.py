@@ -89,7 +89,7 @@ def import_autoattack() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"robust.attacks has autoattack, but pyautoattack cannot be imported ({error}); pip install "
-            "'clae-dist[evaluation]', or use robust.attacks=[fgsm, pgd]."
+            "'pyautoattack>=0.2', or use robust.attacks=[fgsm, pgd]."
         ) from None
     return pyautoattack
 
@@ -99,8 +99,8 @@ def autoattack(
 ) -> tuple[torch.Tensor, list[str]]:
     """AutoAttack's standard version (Croce & Hein 2020): bool (n,), true for images that stay right, and its warnings.
 
-    With C < 10 classes the targeted attacks try all C - 1 others. With C < 4, where their loss (DLR) is not defined, they are
-    left out, which AutoAttack's authors have no standard for.
+    With C < 10 classes the targeted attacks try all C - 1 others. With C < 4 their loss (DLR) is not defined: untargeted FAB
+    replaces them, for which the authors have no standard.
     """
     package = import_autoattack()
     shown = {"linf": "Linf", "l2": "L2"}[norm]

@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from clae_dist.data.draws import hashed, permutation, uniforms
+from clae_dist.data.evaluation_set import Views
 from clae_dist.evaluation.attack import attack
 from clae_dist.evaluation.classifier import Classifier
+from clae_dist.evaluation.features import Features
+from clae_dist.evaluation.passes import over_batches
 from clae_dist.evaluation.place import Place, digest_of, weights_digest
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.files import make_folders, write_atomically
@@ -207,13 +210,12 @@ class _Fit:
     def _step(self, number: int, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate(number / self.total)
-        self.optimiser.zero_grad(set_to_none=False)
-        (self.loss_of(self.classifier, images, labels, noise).sum() / self.size).backward()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
+        loss = self.loss_of(self.classifier, images, labels, noise).sum() / self.size
+        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True, materialize_grads=True)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.world.add_up(flat)
         for parameter, part in zip(self.trained, flat.split([p.numel() for p in self.trained]), strict=True):
-            parameter.grad = part.view_as(parameter)
+            parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))  # in the parameter's memory format
         self.optimiser.step()
 
     def _batches(self, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -254,6 +256,23 @@ class _Fit:
 
 
 def _silent(_: str) -> None: ...
+
+
+def accuracy(classifier: Classifier, subject: Subject, images: Features, split: str, label: str) -> float:
+    """Percent of `images` of a split that the classifier gets right; ranks share them. Collective."""
+    _, place = subject.parts()
+    wanted = place.images(split)
+    wanted.ids = images.ids_N.numpy()
+
+    def work(_: int, views: Views) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            predicted = classifier(place.pixels(views.views, classifier.model)).argmax(1)
+        return {"predicted": predicted, "ids": views.positions}
+
+    key = {"accuracy": weights_digest(classifier), "of": classifier.route}
+    (found,) = over_batches(subject, wanted, key, work, f"accuracy, {label}, {subject.when}")
+    assert torch.equal(found["ids"], images.ids_N)
+    return 100 * float((found["predicted"] == images.labels_N).double().mean())
 
 
 def shifted(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
