@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from clae_dist.evaluation.curves import INK, plain_axes, png
+from clae_dist.report.curves import INK, plain_axes, png
 from clae_dist.studies.results import CellResult
 
 # Colours that colour-blind people tell apart (Okabe & Ito 2008), and a marker and a line style each.

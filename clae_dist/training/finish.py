@@ -13,13 +13,13 @@ from clae_dist import escape
 from clae_dist.deploy.examined import examined
 from clae_dist.deploy.export import CONFIG, export_encoder
 from clae_dist.devices import Request as Device
-from clae_dist.evaluation.comparison import check_distinct, check_one_set
 from clae_dist.evaluation.evaluate import evaluate as evaluate_all
 from clae_dist.evaluation.protocol import flat_metrics
-from clae_dist.evaluation.record import summary_table
-from clae_dist.evaluation.report import write_report
 from clae_dist.evaluation.stored import read_summary
 from clae_dist.evaluation.suite import DEFAULT, make_suite, split_overrides
+from clae_dist.report.comparison import check_distinct, check_one_set
+from clae_dist.report.record import summary_table
+from clae_dist.report.run_page import write_report
 from clae_dist.runs.claim import only_evaluation
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run

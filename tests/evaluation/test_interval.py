@@ -13,8 +13,8 @@ from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.interval import interval_text, wilson_interval
 from clae_dist.evaluation.knn import usable_k
 from clae_dist.evaluation.protocol import flat_metrics, headlines
-from clae_dist.evaluation.record import read_record, summarise, summary_table
-from clae_dist.evaluation.report import write_report
+from clae_dist.report.record import read_record, summarise, summary_table
+from clae_dist.report.run_page import write_report
 
 MakeRun = Callable[..., Path]
 

@@ -18,8 +18,8 @@ from clae_dist.evaluation.evaluate import evaluate, evaluate_run
 from clae_dist.evaluation.examined import examined_run
 from clae_dist.evaluation.geometry import alignment, view_of
 from clae_dist.evaluation.protocol import headlines
-from clae_dist.evaluation.record import read_record, summarise, summary_table
 from clae_dist.evaluation.suite import PROTOCOLS, make_suite
+from clae_dist.report.record import read_record, summarise, summary_table
 from clae_dist.world import World
 from tests.ranks import RankPool
 

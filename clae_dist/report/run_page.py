@@ -19,15 +19,15 @@ from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.devices import local_device
 from clae_dist.errors import ConfigError, DataError
-from clae_dist.evaluation.attacked import AttackedImages, amplification, attack_images
-from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.interval import interval_text
-from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
 from clae_dist.evaluation.protocol import WHEN, headlines
-from clae_dist.evaluation.record import RunRecord, number, read_record, summarise
 from clae_dist.files import check_writable, remove, write_together
 from clae_dist.page import data_uri, render
+from clae_dist.report.attacked import AttackedImages, amplification, attack_images
+from clae_dist.report.curves import CHARTS, Chart, draw_chart, missing_keys
+from clae_dist.report.pictures import draw_neighbours, draw_triples, share_right
+from clae_dist.report.record import RunRecord, number, read_record, summarise
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import KINDS, MEANING

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from clae_dist.evaluation.protocol import headlines
-from clae_dist.evaluation.record import RunRecord
+from clae_dist.report.record import RunRecord
 
 CLEAN, ADVERSARIAL, THIRD, FOURTH = "#3b82b8", "#d9653b", "#4e9f75", "#9a7fc0"
 INK = "#7d858f"  # of axes and text: readable on white and on near-black

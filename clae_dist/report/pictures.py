@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clae_dist.escape import shown
-from clae_dist.evaluation.attacked import AttackedImages, amplification
-from clae_dist.evaluation.curves import INK, RIGHT, WRONG, png
+from clae_dist.report.attacked import AttackedImages, amplification
+from clae_dist.report.curves import INK, RIGHT, WRONG, png
 
 NUM_TRIPLES = 8
 LONGEST_LABEL = 12
