@@ -70,20 +70,19 @@ def read_batches(
     Ranks share the images with start = rank and step = world size. 0 processes: read in this one.
     """
     firsts = range(start * batch_size, len(positions), step * batch_size)
-    return _batches_at(images, positions, image_size, batch_size, firsts, num_workers)
-
-
-def _batches_at(
-    images: Images,
-    positions: Sequence[int] | np.ndarray,
-    image_size: int,
-    batch_size: int,
-    firsts: Sequence[int],
-    num_workers: int,
-) -> Iterator[Views]:
     batches = _Batches(images, positions, image_size, batch_size)
     batch_bytes = batch_size * (3 * image_size**2 + 2 * 8)
     return read_ahead(batches, firsts, num_workers, transport.needed_bytes(batch_bytes, num_workers))
+
+
+class _Lists(Dataset[Views]):
+    """A map-style dataset: `self[i]` are the images at the i-th list of positions."""
+
+    def __init__(self, images: Images, lists: Sequence[Sequence[int] | np.ndarray], image_size: int) -> None:
+        self._images, self._lists, self._image_size = images, lists, image_size
+
+    def __getitem__(self, number: int) -> Views:
+        return read_views(self._images, self._lists[number], self._image_size)
 
 
 class EvaluationSet:
@@ -110,7 +109,8 @@ class EvaluationSet:
             self._images, self.ids, self._image_size, batch_size, num_workers=self._workers, start=start, step=step
         )
 
-    def numbered(self, batch_size: int, numbers: Sequence[int]) -> Iterator[Views]:
-        """The batches of these numbers, in their order, of all `batches` (batch_size)."""
-        firsts = [number * batch_size for number in numbers]
-        return _batches_at(self._images, self.ids, self._image_size, batch_size, firsts, self._workers)
+    def lists(self, ids: Sequence[Sequence[int] | np.ndarray]) -> Iterator[Views]:
+        """`images` of each list of ids, read ahead."""
+        largest = max(map(len, ids), default=0) * (3 * self._image_size**2 + 2 * 8)
+        lists = _Lists(self._images, ids, self._image_size)
+        return read_ahead(lists, range(len(ids)), self._workers, transport.needed_bytes(largest, self._workers))

@@ -11,7 +11,6 @@ from clae_dist.config.rules import Section, setting
 from clae_dist.errors import DataError
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.linear import linear_probe
-from clae_dist.evaluation.passes import place_and_model
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.evaluation.scored import Scored, scored
 
@@ -38,7 +37,7 @@ class Transfer(EvaluationProtocol):
         return "" if self.own.sets else "transfer.sets is empty; name folders of shards: transfer.sets=[/data/eurosat]."
 
     def run(self, subject: Subject) -> dict[str, float]:
-        place, _ = place_and_model(subject)
+        _, place = subject.parts()
         metrics: dict[str, float] = {}
         for location in self.own.sets:
             name, pair = self._features(subject, location)
@@ -50,7 +49,7 @@ class Transfer(EvaluationProtocol):
 
     def _features(self, subject: Subject, location: str) -> tuple[str, Scored]:
         """The name of a set, and the features of its labelled images. Collective. Raises DataError without labels."""
-        place, model = place_and_model(subject)
+        model, place = subject.parts()
         further, data = place.further(location), place.config.data
         name = re.sub(r"\W+", "_", further.manifest.name).strip("_") or "set"
         splits = (data.train_split, data.test_split)
