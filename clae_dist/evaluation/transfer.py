@@ -45,7 +45,7 @@ class Transfer(EvaluationProtocol):
             found: dict[str, float] = place.world.run_on_main(lambda pair=pair: _accuracy(subject, pair))
             metrics |= {f"{name}_{metric}": value for metric, value in found.items()}
         accuracies = [value for metric, value in metrics.items() if metric.endswith("_accuracy")]
-        return {"accuracy": sum(accuracies) / len(accuracies), **metrics}
+        return {"mean_accuracy": sum(accuracies) / len(accuracies), **metrics}
 
     def _features(self, subject: Subject, location: str) -> tuple[str, Scored]:
         """The name of a set, and the features of its labelled images. Collective. Raises DataError without labels."""
