@@ -89,7 +89,7 @@ def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], Non
         "in a bank of 150 train images",
         "ddp over gloo",
         "linear probe",
-        "untrained encoder",
+        "untrained",
         "command line",
         "manifest digest",
         "data.shards"[5:],
