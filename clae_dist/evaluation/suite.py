@@ -23,6 +23,7 @@ from clae_dist.evaluation.geometry import Geometry
 from clae_dist.evaluation.knn import Knn
 from clae_dist.evaluation.learnability import LearnabilityProtocol
 from clae_dist.evaluation.linear import LinearProbe
+from clae_dist.evaluation.linear_sgd import LinearSgd
 from clae_dist.evaluation.ood import Ood
 from clae_dist.evaluation.protocol import EvaluationProtocol
 from clae_dist.evaluation.retrieval import RetrievalProtocol
@@ -35,6 +36,7 @@ _ALL: tuple[type[EvaluationProtocol], ...] = (
     Knn,
     LinearProbe,
     Robust,
+    LinearSgd,
     Semi,
     Finetune,
     Corruptions,

@@ -21,6 +21,7 @@ from torch import nn
 
 from clae_dist.data.draws import hashed, permutation, uniforms
 from clae_dist.data.evaluation_set import Views
+from clae_dist.data.views import CROP_DRAWS
 from clae_dist.evaluation.attack import attack
 from clae_dist.evaluation.classifier import Classifier
 from clae_dist.evaluation.features import Features
@@ -140,7 +141,7 @@ def fit(
 ) -> Classifier:
     """A copy of the classifier with a head of zeros, trained on `rows` of the subject's bank (default: all). Collective.
 
-    Images are cropped out of a border of an eighth of their side, and mirrored. `whole`: train all weights, with batch norms
+    Images are cropped at random and mirrored (`supervised_view`). `whole`: train all weights, with batch norms
     over the global batch; otherwise the head alone, with the encoder in evaluation mode. It is saved every minute, and the same
     call resumes.
     """
@@ -226,10 +227,11 @@ class _Fit:
             epoch, batch = divmod(number, self.per_epoch)
             order = permutation(len(self.rows), seed, epoch)[batch * self.size : (batch + 1) * self.size]
             chosen.append(self.rows[order][self.world.rank :: self.world.size])
-        views = place.images(place.config.data.train_split).lists([bank.ids_N[rows].numpy() for rows in chosen])
-        for number, rows, read in zip(range(start, self.total), chosen, views, strict=True):
-            ids = bank.ids_N[rows].numpy()
-            pixels = place.pixels(shifted(read.views, uniforms(3, seed, number, ids)), self.classifier.model)
+        lists = [bank.ids_N[rows].numpy() for rows in chosen]
+        draws = [uniforms(CROP_DRAWS + 1, seed, number, ids) for number, ids in enumerate(lists, start)]
+        views = place.images(place.config.data.train_split).lists(lists, draws)
+        for number, rows, ids, read in zip(range(start, self.total), chosen, lists, views, strict=True):
+            pixels = place.pixels(read.views, self.classifier.model)
             generators = [torch.Generator().manual_seed(int(key)) for key in hashed(seed, number, ids, 1) >> np.uint64(2)]
             noise = [torch.rand(pixels.shape[1:], generator=generator) for generator in generators]
             yield pixels, bank.labels_N[rows].to(pixels.device), torch.stack(noise).to(pixels)
@@ -273,20 +275,3 @@ def accuracy(classifier: Classifier, subject: Subject, images: Features, split: 
     (found,) = over_batches(subject, wanted, key, work, f"accuracy, {label}, {subject.when}")
     assert torch.equal(found["ids"], images.ids_N)
     return 100 * float((found["predicted"] == images.labels_N).double().mean())
-
-
-def shifted(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-    """uint8 images (n, 3, S, S), each cut at random out of itself with a black border of S/8, and mirrored or not.
-
-    `draws` (n, 3) are uniform in [0, 1): row, column, mirror.
-    """
-    side = images.shape[-1]
-    border = side // 8
-    padded = F.pad(images, (border,) * 4)
-    tops, lefts = ((draws[:, i] * (2 * border + 1)).astype(int) for i in (0, 1))
-    cut = [padded[i, :, tops[i] : tops[i] + side, lefts[i] : lefts[i] + side] for i in range(len(images))]
-    return (
-        torch.stack([one.flip(-1) if draw < 0.5 else one for one, draw in zip(cut, draws[:, 2], strict=True)])
-        if cut
-        else images
-    )

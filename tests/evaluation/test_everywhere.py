@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,10 @@ from clae_dist.errors import ConfigError
 from clae_dist.evaluation.evaluate import evaluate, evaluate_run
 from clae_dist.evaluation.examined import examined_run
 from clae_dist.evaluation.suite import make_suite
-from clae_dist.launchers.evaluate import evaluate_on
 from clae_dist.training import finish
 from clae_dist.world import World
-from tests.processes import CLAE, read_until, started
+from tests import processes
+from tests.processes import CLAE, clae, read_until, started
 from tests.processes import finish as ended
 
 MakeRun = Callable[..., Path]
@@ -171,12 +172,18 @@ def test_bad_input(make_run: MakeRun, capsys: pytest.CaptureFixture[str], words:
 
 
 @pytest.mark.slow
-def test_the_local_launcher_and_ray(make_run: MakeRun) -> None:
+@pytest.mark.parametrize("launcher", ["local", "torchrun", "ray"])
+def test_every_launcher(make_run: MakeRun, launcher: str) -> None:
+    """Two ranks find what a process alone finds, AutoAttack's verdicts included."""
     run = make_run()
-    request = finish.Request(str(run), suite="knn,robust", overrides=AUTOATTACK, fresh=True, device="cpu", threads=1)
-    found: list[dict[str, Any]] = []
-    for launcher, workers in (("local", 1), ("local", 2), ("ray", 2)):
-        assert evaluate_on(request, launcher, workers).code == 0
-        found.append(json.loads((run / "evaluation.json").read_text())["results"])
-    assert found[0] == found[1] == found[2]
-    assert next(iter(found[0]["robust"])) == "slf_autoattack"
+    words = ("evaluate", run, "--suite", "knn,robust", "--device", "cpu", "--threads", 1, "--fresh", *AUTOATTACK)
+    assert clae(*words).returncode == 0
+    alone = json.loads((run / "evaluation.json").read_text())["results"]
+    if launcher == "torchrun":
+        program = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "clae_dist")
+        found = processes.run(*program, *words, "--launcher", "torchrun")
+    else:
+        found = clae(*words, "--launcher", launcher, "--workers", 2)
+    assert found.returncode == 0, found.stderr
+    assert json.loads((run / "evaluation.json").read_text())["results"] == alone
+    assert next(iter(alone["robust"])) == "slf_autoattack"

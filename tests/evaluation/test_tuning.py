@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from clae_dist.evaluation.place import Place, evenly
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.evaluation.scored import scored
 from clae_dist.evaluation.suite import make_suite
-from clae_dist.evaluation.tuning import Schedule, cross_entropy, fit, shifted, trades
+from clae_dist.evaluation.tuning import Schedule, cross_entropy, fit, trades
 from clae_dist.world import World
 
 MakeRun = Callable[..., Path]
@@ -44,7 +43,7 @@ def _trained(world: World, run: str, folder: str, loss: str, whole: bool) -> dic
     assert subject.head is not None
     model = subject.model.double()
     classifier = Classifier(model, subject.head, "adversarial" if loss == "trades" else "clean")
-    tuned = fit(classifier, subject, Schedule(2, 0.05, 1e-4, 30, drops=(0.5,)), getattr(tuning, loss), "test", whole=whole)
+    tuned = fit(classifier, subject, Schedule(1, 0.05, 1e-4, 50, drops=(0.5,)), getattr(tuning, loss), "test", whole=whole)
     return {name: value.clone() for name, value in tuned.state_dict().items()}
 
 
@@ -109,16 +108,6 @@ def test_subsets_are_balanced_nested_and_a_function_of_the_seed() -> None:
     assert not torch.equal(evenly(labels, 9, 6), chosen[9])
 
 
-def test_shifted_images_are_crops_of_the_padded_image() -> None:
-    images = torch.arange(2 * 3 * 16 * 16).reshape(2, 3, 16, 16).to(torch.uint8)
-    middle, corner = np.array([[0.5, 0.5, 0.9]] * 2), np.array([[0.0, 0.999, 0.1]] * 2)
-    assert torch.equal(shifted(images, middle), images)
-    moved = shifted(images, corner)  # two rows of black above, two columns of black at the right, then mirrored
-    assert torch.equal(moved[..., 2:, 2:], images[..., :14, 2:].flip(-1))
-    assert not moved[..., :2, :].any()
-    assert not moved[..., :2].any()
-
-
 def test_trades_is_cross_entropy_and_six_times_the_divergence(make_run: MakeRun, tmp_path: Path) -> None:
     """KL(clean ‖ adversarial), as kl_div(log p_adversarial, p_clean) computes it; without an attack the term is zero."""
     subject = _subject(make_run("method.name=simclr"), World.single("cpu"), tmp_path)
@@ -151,6 +140,8 @@ def test_semi_and_finetune(make_run: MakeRun) -> None:
     assert next(iter(semi)) == "accuracy_10"
     assert full["accuracy"]["after"] > 50
     assert len(found["details"]["semi"]["after"]["ids of 10 %, seed 0"]) == 15
+    sgd = make_suite("linear_sgd", ("linear_sgd.epochs=20", "linear_sgd.batch=50", "linear_sgd.learning_rate=5"))
+    assert evaluate_run(run, lambda _: None, suite=sgd)["results"]["linear_sgd"]["accuracy"]["before"] > 80
     grid = ("finetune.learning_rates=[0.05, 1e-6]", "finetune.weight_decays=[0]", "finetune.epochs=2", "finetune.batch=50")
     chosen = evaluate_run(run, lambda _: None, suite=make_suite("finetune", grid))["results"]["finetune"]
     assert chosen["learning_rate"]["after"] == 0.05
