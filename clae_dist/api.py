@@ -117,4 +117,4 @@ def evaluate(run: str | os.PathLike[str], *, shards: str = "", trust: bool = Fal
 
     permission = Permission(trust, os.environ.get("MLFLOW_TRACKING_URI", ""))
     say = (lambda _: None) if quiet else escape.say
-    return finish.evaluate(Path(run).expanduser(), say, shards, permission)
+    return finish.evaluate(finish.Request(os.fspath(run), shards, permission=permission), say=say)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from clae_dist.config.rules import Rule
 from clae_dist.errors import ConfigError
-from clae_dist.keys import FIELDS, fields_with
+from clae_dist.keys import FIELDS, Fields, fields_with
 from clae_dist.methods import METHODS
 from clae_dist.recipe import dumped
 from clae_dist.redact import redact_word
@@ -29,6 +29,7 @@ class Explanation:
         bounds: the allowed range, such as "0 (automatic) or more"; may be empty.
         used_by: the settings under which this one has a meaning; empty: always.
         changes_result: False if a resumed run may change the setting.
+        of_run: False for a setting of an evaluation protocol.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Explanation:
     default: str
     used_by: str
     changes_result: bool
+    of_run: bool = True  # a setting of a recipe
 
     @property
     def values(self) -> str:
@@ -52,7 +54,8 @@ class Explanation:
         lines = [self.key, *textwrap.wrap(self.help, 96), f"values: {self.values}", f"default: {self.default}"]
         if self.used_by:
             lines.append(f"used by: {self.used_by}")
-        lines.append(f"may change when a run resumes: {'no' if self.changes_result else 'yes'}")
+        if self.of_run:
+            lines.append(f"may change when a run resumes: {'no' if self.changes_result else 'yes'}")
         return "\n  ".join(lines)
 
 
@@ -91,32 +94,38 @@ def explanations() -> dict[str, Explanation]:
     order = {section: place for place, section in enumerate(dict.fromkeys(map(_section, FIELDS)))}
     known = {}
     for key in sorted(fields, key=lambda key: order[_section(key)]):
-        field, hint = fields[key]
-        rule: Rule = field.metadata["rule"]
         several = "" if len(methods[key]) == len(METHODS) else f"method.name={' or '.join(methods[key])}"
-        known[key] = Explanation(
-            key=key,
-            help=rule.help,
-            kind=_kind(hint),
-            bounds=rule.bounds(),
-            choices=_choices(hint),
-            default=_default(field),
-            used_by=rule.used_by or several,
-            changes_result=not rule.no_effect,
-        )
+        known[key] = _explanation(key, *fields[key], several)
     return known
+
+
+def _explanation(key: str, field: dataclasses.Field[Any], hint: Any, used_by: str, *, of_run: bool = True) -> Explanation:
+    rule: Rule = field.metadata["rule"]
+    return Explanation(
+        key=key,
+        help=rule.help,
+        kind=_kind(hint),
+        bounds=rule.bounds(),
+        choices=_choices(hint),
+        default=_default(field),
+        used_by=rule.used_by or used_by,
+        changes_result=not rule.no_effect,
+        of_run=of_run,
+    )
 
 
 def _section(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def explain(key: str) -> str:
-    """The explanation of a setting, of all settings of a section, or of all settings ("").
+def explain(key: str, of_protocols: Fields | None = None) -> str:
+    """The explanation of a setting, of all settings of a section or an evaluation protocol, or of all settings of a run ("").
 
     Raises ConfigError for a key that does not exist.
     """
     known = explanations()
+    for name, typed_field in (of_protocols or {}).items():
+        known[name] = _explanation(name, *typed_field, f"clae evaluate --suite {name.partition('.')[0]}", of_run=False)
     chosen = [one for name, one in known.items() if name == key or name.startswith(f"{key}.") or not key]
     if not chosen:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -116,10 +116,10 @@ def strange_value(rng: Rng, data: bytes) -> bytes:
 def read_everything(run: Path) -> int:
     """Every reader of a run's files; how many of them refused what is there."""
     from clae_dist.errors import ConfigError
-    from clae_dist.evaluation.record import read_record, summarise, summary_table
-    from clae_dist.evaluation.report import _values
     from clae_dist.evaluation.stored import read_summary
     from clae_dist.page import render
+    from clae_dist.report.record import read_record, summarise, summary_table
+    from clae_dist.report.run_page import _values
     from clae_dist.runs.checkpoint import load_model
     from clae_dist.runs.checkpoint.listing import say_checkpoints
     from clae_dist.training.replay import num_ranks, read_step

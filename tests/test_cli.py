@@ -79,11 +79,18 @@ def test_data_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "nowhere is not a folder; name the folder that `python -m data_prep prepare" in error
 
 
+def test_help_of_evaluate_names_every_protocol() -> None:
+    from clae_dist.commands import evaluate
+    from clae_dist.evaluation.suite import PROTOCOLS
+
+    assert evaluate.PROTOCOLS.split() == list(PROTOCOLS)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "report", "export"])
 def test_a_folder_that_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
     code, error = failing(capsys, command, str(tmp_path))
     assert code == 2
-    assert "RUN is" in error
+    assert ("SUBJECT is" if command == "evaluate" else "RUN is") in error
 
 
 def test_torchrun_s_launcher_without_torchrun(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from clae_dist.cli import main as clae
 from clae_dist.data.manifest import content_digest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.escape import in_json, shown, shown_lines
-from clae_dist.evaluation.pictures import draw_neighbours
 from clae_dist.page import render
+from clae_dist.report.pictures import draw_neighbours
 from data_prep.__main__ import main as data_prep
 from tests.test_architecture import OURS, ROOT
 

@@ -73,7 +73,7 @@ def test_an_option_given_twice(capsys: pytest.CaptureFixture[str], program: obje
 @pytest.mark.parametrize(
     ("program", "words", "usage"),
     [
-        (main, ["evaluate", "runs/a", "runs/b"], "usage: clae evaluate"),
+        (main, ["export", "runs/a", "runs/b"], "usage: clae export"),
         (main, ["bench", "data", "/d/x-0.tar", "/d/x-1.tar"], "usage: clae bench"),
         (data_prep, ["verify", "a", "b"], "usage: python -m data_prep verify"),
     ],
@@ -81,7 +81,7 @@ def test_an_option_given_twice(capsys: pytest.CaptureFixture[str], program: obje
 def test_arguments_that_are_too_many_show_the_command_s_usage(
     capsys: pytest.CaptureFixture[str], program: object, words: list[str], usage: str
 ) -> None:
-    """`clae evaluate R1 R2` showed the usage of `clae`."""
+    """`clae export R1 R2` showed the usage of `clae`."""
     assert callable(program)
     with pytest.raises(SystemExit):
         program(words)

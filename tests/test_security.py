@@ -104,6 +104,6 @@ def test_whoever_opens_a_run_asks_whether_it_is_trusted() -> None:
     """A run's config.yaml may be a stranger's: what reads it and opens shards or a store goes through runs/trust.py."""
     reads, acts = r"\b(load_model|read_record|from_yaml)\(", r"\b(open_shards|open_sets|continue_tracking)\("
     both = {name for name, text in OURS.items() if re.search(reads, text) and re.search(acts, text)}
-    assert "clae_dist/evaluation/report.py" in both
+    assert "clae_dist/report/run_page.py" in both
     both.add("clae_dist/evaluation/examined.py")  # reads what evaluation/evaluate.py opens
     assert [name for name in both if "open_run(" not in OURS[name]] == []

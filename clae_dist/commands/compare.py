@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if len(arguments.runs) < 2:
         raise ConfigError(f"only {str(arguments.runs[0])!r} is given; name two or more runs, such as runs/clae runs/simclr.")
-    from clae_dist.evaluation.comparison import compare_runs
+    from clae_dist.report.comparison import compare_runs
     from clae_dist.runs.trust import check_folder
 
     for folder in arguments.runs:

@@ -16,7 +16,7 @@ Prints a script that completes commands, options, recipes, keys of settings and 
 
 _RECIPE, _SETTING, _EITHER = "_clae_recipe_file", "_clae_setting", "_clae_recipe_file_or_setting"
 _PATHS = {
-    **dict.fromkeys(("run", "runs", "step", "shards", "compare", "folder"), "directory"),
+    **dict.fromkeys(("run", "subject", "runs", "step", "shards", "compare", "folder"), "directory"),
     **dict.fromkeys(("to", "study"), "file"),
 }
 

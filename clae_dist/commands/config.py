@@ -19,7 +19,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="?",
         const="",
         metavar="KEY",
-        help="print meaning, values, default and use of a setting, of a section, or of all settings",
+        help="print meaning, values, default and use of a setting, of a section or an evaluation protocol, or of all settings",
     )
     parser.add_argument("--markdown", action="store_true", help="with --explain: the table of configs/README.md")
 
@@ -44,5 +44,14 @@ def _explain(arguments: argparse.Namespace) -> int:
         raise ConfigError("--explain explains settings of any recipe; omit CONFIG, or omit --explain to print its settings.")
     if arguments.markdown and arguments.explain != "":
         raise ConfigError("--markdown prints the table of all settings; write --explain --markdown.")
-    print(markdown_table() if arguments.markdown else explain(arguments.explain), end="" if arguments.markdown else "\n")
+    if arguments.markdown:
+        print(markdown_table(), end="")
+        return 0
+    try:
+        text = explain(arguments.explain)
+    except ConfigError:
+        from clae_dist.evaluation.suite import setting_keys  # which takes seconds to import
+
+        text = explain(arguments.explain, setting_keys())
+    print(text)
     return 0

@@ -18,7 +18,7 @@ from clae_dist.data.images import Images, ShardImages
 from clae_dist.data.loader import read_ahead
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import BadSampleError, ShardReader
-from clae_dist.data.views import centre_view
+from clae_dist.data.views import centre_view, supervised_view
 
 
 class Views(NamedTuple):
@@ -30,16 +30,22 @@ class Views(NamedTuple):
     bad: dict[int, str]
 
 
-def read_views(images: Images, positions: Sequence[int] | np.ndarray, image_size: int) -> Views:
-    """Read the images at these positions, and skip those that cannot be decoded."""
+def read_views(
+    images: Images, positions: Sequence[int] | np.ndarray, image_size: int, draws: np.ndarray | None = None
+) -> Views:
+    """Read the images at these positions, and skip those that cannot be decoded.
+
+    With `draws`, a row an image, they are views for training (`supervised_view`), otherwise centre views.
+    """
     views, labels, read, bad = [torch.empty((0, 3, image_size, image_size), dtype=torch.uint8)], [], [], {}
-    for position in map(int, positions):
+    for row, position in enumerate(map(int, positions)):
         try:
             pixels, label = images.read(position)
         except BadSampleError as error:
             bad[position] = f"{error.sample}: {error.reason}"
             continue
-        views.append(centre_view(pixels, image_size)[None])
+        view = centre_view(pixels, image_size) if draws is None else supervised_view(pixels, draws[row], image_size)
+        views.append(view[None])
         labels.append(label)
         read.append(position)
     return Views(torch.cat(views), torch.tensor(labels, dtype=torch.int64), torch.tensor(read, dtype=torch.int64), bad)
@@ -70,20 +76,22 @@ def read_batches(
     Ranks share the images with start = rank and step = world size. 0 processes: read in this one.
     """
     firsts = range(start * batch_size, len(positions), step * batch_size)
-    return _batches_at(images, positions, image_size, batch_size, firsts, num_workers)
-
-
-def _batches_at(
-    images: Images,
-    positions: Sequence[int] | np.ndarray,
-    image_size: int,
-    batch_size: int,
-    firsts: Sequence[int],
-    num_workers: int,
-) -> Iterator[Views]:
     batches = _Batches(images, positions, image_size, batch_size)
     batch_bytes = batch_size * (3 * image_size**2 + 2 * 8)
     return read_ahead(batches, firsts, num_workers, transport.needed_bytes(batch_bytes, num_workers))
+
+
+class _Lists(Dataset[Views]):
+    """A map-style dataset: `self[i]` are the images at the i-th list of positions, with the i-th draws if there are any."""
+
+    def __init__(
+        self, images: Images, lists: Sequence[Sequence[int] | np.ndarray], image_size: int, draws: Sequence[np.ndarray] | None
+    ) -> None:
+        self._images, self._lists, self._image_size, self._draws = images, lists, image_size, draws
+
+    def __getitem__(self, number: int) -> Views:
+        draws = self._draws[number] if self._draws else None
+        return read_views(self._images, self._lists[number], self._image_size, draws)
 
 
 class EvaluationSet:
@@ -110,7 +118,8 @@ class EvaluationSet:
             self._images, self.ids, self._image_size, batch_size, num_workers=self._workers, start=start, step=step
         )
 
-    def numbered(self, batch_size: int, numbers: Sequence[int]) -> Iterator[Views]:
-        """The batches of these numbers, in their order, of all `batches` (batch_size)."""
-        firsts = [number * batch_size for number in numbers]
-        return _batches_at(self._images, self.ids, self._image_size, batch_size, firsts, self._workers)
+    def lists(self, ids: Sequence[Sequence[int] | np.ndarray], draws: Sequence[np.ndarray] | None = None) -> Iterator[Views]:
+        """The images of each list of ids, read ahead; with `draws` as views for training (`read_views`)."""
+        largest = max(map(len, ids), default=0) * (3 * self._image_size**2 + 2 * 8)
+        lists = _Lists(self._images, ids, self._image_size, draws)
+        return read_ahead(lists, range(len(ids)), self._workers, transport.needed_bytes(largest, self._workers))

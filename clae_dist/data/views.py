@@ -62,6 +62,19 @@ def shifted_view(image_3HW: torch.Tensor, draws: np.ndarray, size: int) -> torch
     return padded[:, top : top + size, left : left + size]
 
 
+def supervised_view(image_3HW: torch.Tensor, draws: np.ndarray, size: int) -> torch.Tensor:
+    """uint8 (3, size, size): the usual view of training with labels, mirrored or not. `draws`: CROP_DRAWS + 1 uniform numbers.
+
+    Up to 64 pixels the centre view, moved (`shifted_view`); above, a crop of 8 to 100 % of the image, resized.
+    """
+    if size <= 64:
+        view = shifted_view(image_3HW, draws[:2], size)
+    else:
+        height, width = (np.array([length]) for length in image_3HW.shape[1:])
+        view = resized_crop(image_3HW, crop_boxes(draws[None, :-1], height, width, (0.08, 1.0), (3 / 4, 4 / 3))[0], size)
+    return view.flip(2) if draws[-1] < 0.5 else view
+
+
 def centre_view(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 (3, size, size) for evaluation: the short side to size / 0.875 (256 for 224), then the centre.
 

@@ -1,1 +1,1 @@
-"""Evaluation of frozen encoders under several protocols, and reports of runs."""
+"""Evaluation of frozen encoders under several protocols."""

@@ -12,7 +12,7 @@ from clae_dist.config.rules import Section, setting
 from clae_dist.data.evaluation_set import Views
 from clae_dist.evaluation.corruption_kinds import KINDS, SEVERITIES, Constants, corrupt
 from clae_dist.evaluation.interval import accuracy_metrics
-from clae_dist.evaluation.passes import embed, over_batches, place_and_model
+from clae_dist.evaluation.passes import embed, over_batches
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 _LARGEST_CIFAR = 64  # pixels a side
@@ -48,7 +48,7 @@ class Corruptions(EvaluationProtocol):
     Settings = CorruptionSettings
 
     def run(self, subject: Subject) -> dict[str, float]:
-        (place, model), head, constants = place_and_model(subject), subject.head, self._constants(subject)
+        (model, place), head, constants = subject.parts(), subject.head, self._constants(subject)
         assert head is not None
         images = place.images(place.config.data.test_split, self.own.images)
         variants = [("", 0), *((kind, severity) for kind in self.own.kinds for severity in SEVERITIES)]
@@ -82,7 +82,7 @@ class Corruptions(EvaluationProtocol):
         }
 
     def _constants(self, subject: Subject) -> Constants:
-        place, _ = place_and_model(subject)
+        _, place = subject.parts()
         if self.own.constants == "auto":
             return "cifar" if place.config.data.image_size <= _LARGEST_CIFAR else "imagenet"
         constants: Constants = self.own.constants

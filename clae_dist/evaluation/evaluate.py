@@ -15,11 +15,11 @@ from clae_dist import __version__, escape
 from clae_dist.data.draws import permutation
 from clae_dist.data.shard_set import open_shards
 from clae_dist.errors import ConfigError
+from clae_dist.evaluation.classifier import with_head
 from clae_dist.evaluation.examined import Examined, examined_run
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.knn import nearest
-from clae_dist.evaluation.linear import LinearHead, fit_head
 from clae_dist.evaluation.place import Place, digest_of, weights_digest
 from clae_dist.evaluation.protocol import FORMAT, EvaluationProtocol, Subject, headlines
 from clae_dist.evaluation.scored import Scored, scored
@@ -233,33 +233,11 @@ class _Evaluation:
 
     def _metrics(self, protocol: EvaluationProtocol, subject: Subject) -> dict[str, float]:
         if protocol.uses_head:
-            subject = replace(subject, head=self._head(subject))
+            subject = with_head(subject)
         if protocol.collective:
             return protocol.run(subject)
         metrics: dict[str, float] = self.world.run_on_main(lambda: protocol.run(subject))
         return metrics
-
-    def _head(self, subject: Subject) -> LinearHead:
-        """The linear classifier of an encoder's features, fitted once."""
-        settings = subject.settings
-        key = {
-            "weights": self.result["weights"][subject.when],
-            "images": self.result["manifest_digest"],
-            "bank": len(subject.bank),
-            "settings": [settings.linear_iterations, settings.linear_penalty, subject.seed],
-        }
-
-        def fit() -> dict[str, torch.Tensor]:
-            return fit_head(
-                subject.bank,
-                subject.num_classes,
-                settings.linear_iterations,
-                settings.linear_penalty,
-                subject.seed,
-                subject.device,
-            ).tensors()
-
-        return LinearHead.from_tensors(self.world.run_on_main(lambda: self.place.kept("heads", key, fit)))
 
 
 def _neighbours(bank: Features, test: Features, seed: int) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from clae_dist.data.augment import AUGMENT_DRAWS, augment
 from clae_dist.data.draws import uniforms
 from clae_dist.data.evaluation_set import Views
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
-from clae_dist.evaluation.passes import over_batches, place_and_model
+from clae_dist.evaluation.passes import over_batches
 from clae_dist.evaluation.place import Place
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.models import PretrainModel
@@ -109,7 +109,7 @@ class Geometry(EvaluationProtocol):
 
     def run(self, subject: Subject) -> dict[str, float]:
         """Alignment is of two views under the run's own augmentation; everything else of images as they are."""
-        place, model = place_and_model(subject)
+        model, place = subject.parts()
         images, settings = place.images(place.config.data.train_split, self.own.images), place.config.augment
 
         def work(_: int, views: Views) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from clae_dist.config.rules import Section, setting
 from clae_dist.data.draws import uniforms
 from clae_dist.evaluation.interval import Z_95
 from clae_dist.evaluation.knn import nearest, usable_k
-from clae_dist.evaluation.passes import Change, changed_features, place_and_model
+from clae_dist.evaluation.passes import Change, changed_features
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 
 _ROWS = 8192  # in float64 at once
@@ -151,7 +151,7 @@ class Ood(EvaluationProtocol):
     Settings = OodSettings
 
     def run(self, subject: Subject) -> dict[str, float]:
-        place, _ = place_and_model(subject)
+        _, place = subject.parts()
         features: dict[str, torch.Tensor] = {}
         for location in self.own.sets:
             name, rows = self._features(subject, location)
@@ -161,7 +161,7 @@ class Ood(EvaluationProtocol):
 
     def _features(self, subject: Subject, location: str) -> tuple[str, torch.Tensor]:
         """The name of a foreign set or a control, and its features. Collective."""
-        (place, model), limit = place_and_model(subject), self.own.images
+        (model, place), limit = subject.parts(), self.own.images
         if location in CONTROLS:
             images = place.images(place.config.data.test_split, limit)
             key = {"control": location}

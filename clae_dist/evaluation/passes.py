@@ -21,13 +21,6 @@ from clae_dist.models import PretrainModel
 Change = Callable[[torch.Tensor, np.ndarray], torch.Tensor]  # uint8 images (b, 3, S, S) and ids (b,) → images
 
 
-def place_and_model(subject: Subject) -> tuple[Place, PretrainModel]:
-    """The images and the encoder of a subject that has them."""
-    assert subject.place is not None
-    assert subject.model is not None
-    return subject.place, subject.model
-
-
 def over_batches(
     subject: Subject,
     images: EvaluationSet,
@@ -41,7 +34,7 @@ def over_batches(
     Ranks share the batches; they stay on disk, and a start after a kill resumes with those that are missing. `key` describes
     variants and work beyond the encoder and the images. Every rank gets all results: keep them to few numbers an image.
     """
-    place, model = place_and_model(subject)
+    model, place = subject.parts()
     batch_size = place.config.evaluation.batch_size
     batches = -(-len(images) // batch_size)
     full_key = {
@@ -57,7 +50,8 @@ def over_batches(
     }
 
     def each(numbers: Sequence[int]) -> Iterator[Mapping[str, torch.Tensor]]:
-        views_of_each = images.numbered(batch_size, [number % batches for number in numbers])
+        firsts = [number % batches * batch_size for number in numbers]
+        views_of_each = images.lists([images.ids[first : first + batch_size] for first in firsts])
         for number, views in zip(numbers, views_of_each, strict=True):
             with frozen(model):
                 yield work(number // batches, views)
@@ -72,7 +66,7 @@ def over_batches(
 
 def changed_features(subject: Subject, images: EvaluationSet, key: Mapping[str, Any], change: Change, label: str) -> Features:
     """Features of changed images. Collective."""
-    place, model = place_and_model(subject)
+    model, place = subject.parts()
 
     def work(_: int, views: Views) -> dict[str, torch.Tensor]:
         features = embed(place, model, change(views.views, views.positions.numpy()))

@@ -139,7 +139,8 @@ class Place:
             key = {"features": [places[name].name for name in missing], "batch": batch_size}
 
             def work(numbers: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
-                for views in images.numbered(batch_size, numbers):
+                ids = [images.ids[number * batch_size : (number + 1) * batch_size] for number in numbers]
+                for views in images.lists(ids):
                     found = self._embed({name: models[name] for name in missing}, views)
                     yield {"labels": views.labels, "ids": views.positions, **found}
 

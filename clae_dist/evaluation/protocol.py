@@ -42,6 +42,12 @@ class Subject:
     head: LinearHead | None = None  # a linear classifier of `bank`, for protocols that ask for one
     details: dict[str, list[float]] = field(default_factory=dict)  # filled by a protocol on rank 0: figures for the report
 
+    def parts(self) -> tuple[PretrainModel, Place]:
+        """The model and the place, for protocols that need more than features."""
+        assert self.model is not None
+        assert self.place is not None
+        return self.model, self.place
+
     @property
     def num_classes(self) -> int:
         return 1 + int(max(self.bank.labels_N.max(), self.queries.labels_N.max()))

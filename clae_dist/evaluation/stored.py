@@ -74,7 +74,6 @@ _OPTIONAL: dict[str, Check] = {
     "no_accuracies": is_text,
     "notes": is_list_of(is_text),
 }
-_WITH_RESULTS: dict[str, Check] = {"num_classes": lambda value: is_count(value) and value > 0}
 _SUMMARY: dict[str, Check] = {
     **dict.fromkeys(("method", "name", "report", "checkpoints"), or_none(is_text)),
     "images_seen": or_none(is_count),
@@ -92,8 +91,6 @@ def read_evaluation(path: Path) -> tuple[dict[str, Any] | None, str]:
         if content.get("format", 1) != FORMAT:
             raise ReadError(f"format {str(content.get('format', 1))[:20]}, this version reads {FORMAT}")
         expect(content, _EVALUATION, _OPTIONAL)
-        if content["results"]:
-            expect(content, _WITH_RESULTS)
     except MissingError:
         return None, ""
     except ReadError as error:

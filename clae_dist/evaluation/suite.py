@@ -18,19 +18,27 @@ from clae_dist.config.conversion import convert
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.calibration import Calibration
 from clae_dist.evaluation.corruptions import Corruptions
+from clae_dist.evaluation.finetune import Finetune
 from clae_dist.evaluation.geometry import Geometry
 from clae_dist.evaluation.knn import Knn
 from clae_dist.evaluation.learnability import LearnabilityProtocol
 from clae_dist.evaluation.linear import LinearProbe
+from clae_dist.evaluation.linear_sgd import LinearSgd
 from clae_dist.evaluation.ood import Ood
 from clae_dist.evaluation.protocol import EvaluationProtocol
 from clae_dist.evaluation.retrieval import RetrievalProtocol
+from clae_dist.evaluation.robust import Robust
+from clae_dist.evaluation.semi import Semi
 from clae_dist.evaluation.transfer import Transfer
 from clae_dist.redact import redact_word
 
 _ALL: tuple[type[EvaluationProtocol], ...] = (
     Knn,
     LinearProbe,
+    Robust,
+    LinearSgd,
+    Semi,
+    Finetune,
     Corruptions,
     Calibration,
     Ood,
@@ -81,6 +89,12 @@ def make_suite(names: str, overrides: Sequence[str] = ()) -> list[EvaluationProt
     return [protocol(protocol.Settings(**values[name])) for name, protocol in PROTOCOLS.items() if name in values]
 
 
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The texts key=value of protocols' settings, and the others."""
+    own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in PROTOCOLS]
+    return own, [text for text in overrides if text not in own]
+
+
 def _override(text: str) -> tuple[str, Any]:
     """Key and converted value of a text key=value."""
     key, equals, written = text.partition("=")
@@ -89,7 +103,7 @@ def _override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"{redact_word(text)!r} is not an override; write protocol.setting=value, such as robust.images=500.")
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "`clae config --explain` lists the settings of all protocols."
+        hint = f"did you mean {close[0]}?" if close else f"`clae config --explain {key.partition('.')[0]}` lists its settings."
         raise ConfigError(f"{redact_word(key)} is not a setting of an evaluation protocol; {hint}")
     try:
         node = core_yaml.compose(written)

@@ -11,7 +11,6 @@ from clae_dist.config.rules import Section, setting
 from clae_dist.errors import DataError
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.linear import linear_probe
-from clae_dist.evaluation.passes import place_and_model
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.evaluation.scored import Scored, scored
 
@@ -38,7 +37,7 @@ class Transfer(EvaluationProtocol):
         return "" if self.own.sets else "transfer.sets is empty; name folders of shards: transfer.sets=[/data/eurosat]."
 
     def run(self, subject: Subject) -> dict[str, float]:
-        place, _ = place_and_model(subject)
+        _, place = subject.parts()
         metrics: dict[str, float] = {}
         for location in self.own.sets:
             name, pair = self._features(subject, location)
@@ -46,11 +45,11 @@ class Transfer(EvaluationProtocol):
             found: dict[str, float] = place.world.run_on_main(lambda pair=pair: _accuracy(subject, pair))
             metrics |= {f"{name}_{metric}": value for metric, value in found.items()}
         accuracies = [value for metric, value in metrics.items() if metric.endswith("_accuracy")]
-        return {"accuracy": sum(accuracies) / len(accuracies), **metrics}
+        return {"mean_accuracy": sum(accuracies) / len(accuracies), **metrics}
 
     def _features(self, subject: Subject, location: str) -> tuple[str, Scored]:
         """The name of a set, and the features of its labelled images. Collective. Raises DataError without labels."""
-        place, model = place_and_model(subject)
+        model, place = subject.parts()
         further, data = place.further(location), place.config.data
         name = re.sub(r"\W+", "_", further.manifest.name).strip("_") or "set"
         splits = (data.train_split, data.test_split)

@@ -33,7 +33,7 @@ _GRACE_S = 15.0  # beyond guard.stop_within_s: ranks see the request and say how
 _NAMESPACE = "clae-dist"  # in Ray's own store, where rank 0 leaves its ending for this process: the disk may be full
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
     # Ray Train reads these when it is imported.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -61,13 +61,25 @@ def _rank_main(settings: dict[str, Any]) -> None:
     except RankBroke as error:  # without its cause, which Ray would log with whatever secrets it holds
         raise RankBroke(str(error), error.code) from None
     if os.environ.get("RANK") == "0":
-        _store()._internal_kv_put(settings["name"], json.dumps(vars(ending)), namespace=_NAMESPACE)
+        RayStore().put(settings["name"], json.dumps(vars(ending)))
 
 
-def _store() -> Any:
-    from ray.experimental import internal_kv
+class RayStore:
+    """Ray's own store, through which rank 0's ending reaches the process that started the ranks."""
 
-    return internal_kv
+    def __init__(self) -> None:
+        from ray.experimental import internal_kv
+
+        self._kv = internal_kv
+
+    def put(self, name: str, text: str) -> None:
+        self._kv._internal_kv_put(name, text, namespace=_NAMESPACE)
+
+    def take(self, name: str) -> str:
+        """The text of that name, which is removed."""
+        text: str = self._kv._internal_kv_get(name, namespace=_NAMESPACE)
+        self._kv._internal_kv_del(name, namespace=_NAMESPACE)
+        return text
 
 
 def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
@@ -78,18 +90,18 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     """
     config = recipe.config
     sizes = working_sizes(config)
-    ray = _import_ray()
+    ray = import_ray()
     others = f", or as few as {sizes[0]} while hosts are missing" if len(sizes) > 1 else ""
     announce(f"ray: {count_of(sizes[-1], 'worker')}{others}, with Ray {ray.__version__}; starting takes half a minute")
     left_out = sorted(set(range(sizes[0], sizes[-1])) - set(sizes))
     if left_out:
         announce(f"ray: never {', '.join(map(str, left_out))}, which cannot share batch.global_size {config.batch.global_size}")
     try:
-        _init(ray, sizes[-1], debug=debug)
+        start_ray(ray, sizes[-1], debug=debug)
     except SystemExit:  # while it starts, Ray ends this process at a SIGTERM
         return Ending(STOPPED, "SIGTERM before training began; the same command starts it.")
     if not debug:
-        _quieten(ray)
+        quieten(ray)
     stop_file = RunFolder(config.folder.resolve()).stop_file
     try:
         with _StopFile(stop_file) as stop:
@@ -116,8 +128,8 @@ def runs_that_fit(config: Config) -> int:
     if not os.environ.get("RAY_ADDRESS"):
         return 1
     workers = working_sizes(config)[-1]
-    ray = _import_ray()
-    _init(ray, workers, debug=False)
+    ray = import_ray()
+    start_ray(ray, workers, debug=False)
     try:
         resources = ray.cluster_resources()
         use_gpu = _use_gpu(config, resources.get("GPU", 0), workers, True)
@@ -127,7 +139,7 @@ def runs_that_fit(config: Config) -> int:
         ray.shutdown()
 
 
-def _init(ray: Any, workers: int, *, debug: bool) -> None:
+def start_ray(ray: Any, workers: int, *, debug: bool) -> None:
     # Workers import the package that this process runs, also from a checkout that is not installed.
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -146,7 +158,7 @@ def _init(ray: Any, workers: int, *, debug: bool) -> None:
     )
 
 
-def _quieten(ray: Any) -> None:
+def quieten(ray: Any) -> None:
     """Ray's logs, and the pages that it prints when a host is lost, would drown our lines; --debug shows them."""
     for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -241,10 +253,8 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
     if "error" in result:
         if debug:
             raise result["error"]
-        return Ending(FAILED, f"{_root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
-    told = _store()._internal_kv_get(name, namespace=_NAMESPACE)
-    _store()._internal_kv_del(name, namespace=_NAMESPACE)
-    ending = Ending(**json.loads(told))
+        return Ending(FAILED, f"{root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
+    ending = Ending(**json.loads(RayStore().take(name)))
     if ending.code in (OK, STOPPED) and not RunFolder(folder).identity_file.exists():
         raise ConfigError(
             f"run_dir is {str(folder)!r}, where the ranks have left nothing for this host; "
@@ -253,7 +263,7 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
     return ending
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The last line that says something, of the worker's own error where there is one."""
     failures = getattr(error, "worker_failures", None) or {}
     lines = [f"rank {rank}: {_last_line(str(failure))}" for rank, failure in sorted(failures.items())]

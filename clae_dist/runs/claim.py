@@ -17,7 +17,7 @@ from clae_dist.config import Config
 from clae_dist.config.sharing import shareable
 from clae_dist.data.manifest import Manifest
 from clae_dist.errors import ConfigError
-from clae_dist.files import write_together
+from clae_dist.files import make_folders, write_together
 from clae_dist.keys import flatten, shapes_result
 from clae_dist.lease import WAIT_S, hold, refuse_if_held
 from clae_dist.plugins import source_digests
@@ -146,13 +146,18 @@ def only_run(folder: Path, world: World, say: Callable[[str], None]) -> Iterator
 
 
 @contextmanager
-def only_evaluation(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the evaluation lease of the run. Raises ConfigError if it is held, StorageError if it cannot be written."""
+def only_evaluation(folder: Path, world: World, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the evaluation lease of the folder, which is created. Collective.
+
+    Raises ConfigError if it is held, StorageError if it cannot be written.
+    """
     way_out = "wait until it has ended or end it."
-    if not folder.is_dir():  # reported by the caller
-        yield
-        return
     with ExitStack() as stack:
-        with writing(folder):
-            stack.enter_context(hold(RunFolder(folder).evaluation_lease, "clae evaluate", ConfigError, way_out, say=say))
+
+        def take() -> None:
+            make_folders(folder)
+            with writing(folder):
+                stack.enter_context(hold(RunFolder(folder).evaluation_lease, "clae evaluate", ConfigError, way_out, say=say))
+
+        world.run_on_main(take)
         yield

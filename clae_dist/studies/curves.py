@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from clae_dist.evaluation.curves import INK, plain_axes, png
+from clae_dist.report.curves import images_axes
+from clae_dist.report.figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, VERMILION, legend, png
 from clae_dist.studies.results import CellResult
 
-# Colours that colour-blind people tell apart (Okabe & Ito 2008), and a marker and a line style each.
+# A colour, a marker and a line style of each method.
 _STYLES = tuple(
     zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7d858f"),
+        (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, INK),
         ("o", "s", "^", "D", "v", "P", "X"),
         ("-", "--", "-.", ":", "-", "--", "-."),
         strict=True,
@@ -36,9 +37,7 @@ def draw_curves(results: Sequence[CellResult], methods: Sequence[str], in_passes
         axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, lw=0)
     if not axes.get_lines():
         return
-    plain_axes(axes)
+    images_axes(axes)
     axes.set_xlabel("encoder passes" if in_passes else "images seen", fontsize=9, color=INK)
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.6
-    )
+    legend(axes)
     yield "kNN accuracy while training, %", png(figure)

@@ -19,7 +19,6 @@ from clae_dist.config import Config
 from clae_dist.errors import INTERRUPTED, OK, STOPPED, ConfigError
 from clae_dist.escape import say as print_line
 from clae_dist.evaluation.metrics import read_metrics
-from clae_dist.evaluation.suite import make_suite
 from clae_dist.files import write_atomically
 from clae_dist.launchers import claim, start
 from clae_dist.reading import MissingError, ReadError, is_number, read_object
@@ -29,7 +28,7 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.studies.cells import Cell, StudyPlan, base_recipe, refreshed
 from clae_dist.studies.held_out import write_score
 from clae_dist.studies.study import Study
-from clae_dist.training.finish import evaluate
+from clae_dist.training.finish import Request, evaluate
 from clae_dist.wording import count_of
 
 Say = Callable[[str], None]
@@ -58,7 +57,7 @@ def run_cell(study: Study, cell: Cell, say: Say = print_line, *, debug: bool = F
     if cell.stage == "select":
         say(f"{cell.title}: held-out accuracy within the train split {write_score(cell.folder, cell.score_file):.2f} %")
     else:
-        evaluate(cell.folder, say, suite=make_suite(study.suite, study.suite_overrides))
+        evaluate(Request(str(cell.folder), suite=study.suite, overrides=tuple(study.suite_overrides)), say=say)
     return OK
 
 

@@ -5,37 +5,60 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clae_dist import escape
+from clae_dist.deploy.examined import examined
 from clae_dist.deploy.export import CONFIG, export_encoder
-from clae_dist.evaluation.comparison import check_distinct, check_one_set
-from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.protocol import EvaluationProtocol, flat_metrics
-from clae_dist.evaluation.record import summary_table
-from clae_dist.evaluation.report import write_report
+from clae_dist.devices import Request as Device
+from clae_dist.evaluation.evaluate import evaluate as evaluate_all
+from clae_dist.evaluation.protocol import flat_metrics
 from clae_dist.evaluation.stored import read_summary
+from clae_dist.evaluation.suite import DEFAULT, make_suite, split_overrides
+from clae_dist.report.comparison import check_distinct, check_one_set
+from clae_dist.report.record import summary_table
+from clae_dist.report.run_page import write_report
 from clae_dist.runs.claim import only_evaluation
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder, open_run
 from clae_dist.tracking import Tracker, continue_tracking
+from clae_dist.world import World
 
 Say = Callable[[str], None]
 
 
-def evaluate(
-    run_dir: Path,
-    say: Say = escape.say,
-    shards: str = "",
-    permission: Permission = NOTHING,
-    suite: Sequence[EvaluationProtocol] | None = None,
-) -> dict[str, Any]:
-    """Run evaluate_run() under the evaluation lease and send its results to MLflow too."""
-    with only_evaluation(run_dir, say):
-        result = evaluate_run(run_dir, say, shards, permission, suite)
-    with _tracker(run_dir, result["images_seen"], say, permission) as tracker:
-        tracker.log(flat_metrics(result["results"]), result["images_seen"])
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `clae evaluate`, for every rank; see deploy/examined.py for the first five."""
+
+    subject: str
+    shards: str = ""
+    to: str = ""
+    overrides: tuple[str, ...] = ()  # of settings of evaluation, images and protocols
+    permission: Permission = NOTHING
+    suite: str = ",".join(DEFAULT)
+    fresh: bool = False
+    device: Device = "auto"
+    threads: int = 0  # of torch for each rank; 0: its share of the cores
+
+
+def evaluate(request: Request, world: World | None = None, say: Say = escape.say) -> dict[str, Any]:
+    """Evaluate under the evaluation lease of the folder that gets the results; those of a run go to its tracker, too.
+
+    Collective. Raises ConfigError, DataError and StorageError.
+    """
+    world = world or World.single()
+    own, others = split_overrides(request.overrides)
+    suite = make_suite(request.suite, own)
+    found = examined(request.subject, request.shards, request.to, others, request.permission)
+    with only_evaluation(found.folder, world, say):
+        result = evaluate_all(found, suite, world, say, fresh=request.fresh)
+    is_run = found.folder == Path(request.subject).expanduser() and RunFolder(found.folder).config_file.exists()
+    if is_run and world.is_main:
+        with _tracker(found.folder, result["images_seen"], say, request.permission) as tracker:
+            tracker.log(flat_metrics(result["results"]), result["images_seen"])
     return result
 
 

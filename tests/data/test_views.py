@@ -23,7 +23,7 @@ from clae_dist.data.augment import (
     SIGMA,
     augment,
 )
-from clae_dist.data.views import CROP_DRAWS, centre_view, crop_boxes, resized_crop
+from clae_dist.data.views import CROP_DRAWS, centre_view, crop_boxes, resized_crop, supervised_view
 
 NOTHING = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0}
 
@@ -166,3 +166,18 @@ def test_jitter_is_applied_to_its_share() -> None:
     x = images(1).expand(100, -1, -1, -1)
     out = augment(x, table, Augment(**{**NOTHING, "jitter": 0.8}))
     assert (out != x).flatten(1).any(1).sum() == 80
+
+
+def test_supervised_views_of_small_and_of_large_images() -> None:
+    image = torch.arange(3 * 16 * 16).reshape(3, 16, 16).to(torch.uint8)
+    draws = np.full(CROP_DRAWS + 1, 0.5)
+    assert torch.equal(supervised_view(image, draws, 16), image)  # the middle of the padded image
+    draws[:2], draws[-1] = (0.0, 0.999), 0.1
+    moved = supervised_view(image, draws, 16)  # two rows of black above, two columns at the right, then mirrored
+    assert torch.equal(moved[:, 2:, 2:], image[:, :14, 2:].flip(-1))
+    assert not moved[:, :2].any()
+    assert not moved[:, :, :2].any()
+    large = torch.rand((3, 90, 120), generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
+    one, other = (supervised_view(large, np.random.default_rng(seed).random(CROP_DRAWS + 1), 72) for seed in (0, 1))
+    assert one.shape == other.shape == (3, 72, 72)
+    assert not torch.equal(one, other)

@@ -17,10 +17,10 @@ from PIL import Image
 
 from clae_dist.config import Config
 from clae_dist.data.manifest import Shard, write_manifest
-from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.features import Features
 from clae_dist.models import build_model
 from clae_dist.recipe import resolve, to_yaml
+from clae_dist.report.curves import CHARTS
 from tests.checkpoints import write_checkpoint
 
 CLASSES = ("blue", "green", "red")

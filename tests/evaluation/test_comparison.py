@@ -10,7 +10,7 @@ import pytest
 
 from clae_dist.cli import main
 from clae_dist.config import Batch, Config
-from clae_dist.evaluation.comparison import differences
+from clae_dist.report.comparison import differences
 
 MakeRun = Callable[..., Path]
 

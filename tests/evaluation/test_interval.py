@@ -13,8 +13,8 @@ from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.evaluation.interval import interval_text, wilson_interval
 from clae_dist.evaluation.knn import usable_k
 from clae_dist.evaluation.protocol import flat_metrics, headlines
-from clae_dist.evaluation.record import read_record, summarise, summary_table
-from clae_dist.evaluation.report import write_report
+from clae_dist.report.record import read_record, summarise, summary_table
+from clae_dist.report.run_page import write_report
 
 MakeRun = Callable[..., Path]
 
@@ -59,15 +59,14 @@ class Tables(HTMLParser):
     def handle_starttag(self, tag: str, attrs: object) -> None:
         if tag == "br" and self._inside:
             self.rows[-1][-1] += "\n"
-            return
-        if tag == "tr":
+        elif tag == "tr":
             self.rows.append([])
-        self._inside = tag in ("td", "th")
-        if self._inside:
+        elif tag in ("td", "th"):
+            self._inside = True
             self.rows[-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self._inside = False
+        self._inside = self._inside and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         if self._inside:
@@ -87,9 +86,8 @@ def test_every_accuracy_has_its_interval_wherever_it_is_said(make_run: MakeRun) 
     assert all("95 % interval" in line for line in spoken)
     report = write_report(run, lambda _: None).read_text()
     rows = {row[0]: row[1:] for row in Tables(report).rows}
-    for row, when in (("untrained encoder", "before"), ("after pretraining", "after")):
-        for cell, kind in zip(rows[row], ("knn", "linear"), strict=True):
-            headline = headlines(found["results"], kind)[when]
+    for kind, title in (("knn", "kNN"), ("linear", "linear probe")):
+        for cell, headline in zip(rows[title], headlines(found["results"], kind).values(), strict=False):  # then chance
             assert cell == f"{headline.value:.2f} %\n{interval_text(headline.interval)}"
             assert max(map(len, cell.splitlines())) <= 12  # two such columns fit into 390 pixels
     assert "kNN uses K = 50." in report
@@ -110,8 +108,9 @@ def test_a_protocol_that_this_version_does_not_know_is_shown_too(make_run: MakeR
     assert "<new>, before → after" in summary_table(summarise(read_record(run)))
     page = write_report(run, lambda _: None).read_text()
     rows = {row[0]: row[1:] for row in Tables(page).rows}
-    assert rows["after pretraining"][2] == "25.00 %\n–"
-    assert "; a probe &amp; more." in page
+    assert rows["<new>"] == ["12.50 %", "25.00 %", "33.33 %"]
+    assert rows["layers"] == ["300", "400"]
+    assert "a probe &amp; more" in page
     assert flat_metrics(found["results"])["new_layers_after"] == 400
 
 

@@ -18,8 +18,8 @@ from clae_dist.evaluation.evaluate import evaluate, evaluate_run
 from clae_dist.evaluation.examined import examined_run
 from clae_dist.evaluation.geometry import alignment, view_of
 from clae_dist.evaluation.protocol import headlines
-from clae_dist.evaluation.record import read_record, summarise, summary_table
 from clae_dist.evaluation.suite import PROTOCOLS, make_suite
+from clae_dist.report.record import read_record, summarise, summary_table
 from clae_dist.world import World
 from tests.ranks import RankPool
 
@@ -125,7 +125,7 @@ def test_transfer_to_the_set_itself_is_the_linear_probe(
 ) -> None:
     """The further set is made like the run's own."""
     _, content = evaluated(make_run)
-    assert content["results"]["transfer"]["accuracy"] == pytest.approx(content["results"]["linear"]["accuracy"])
+    assert content["results"]["transfer"]["mean_accuracy"] == pytest.approx(content["results"]["linear"]["accuracy"])
     assert "colours_accuracy" in content["results"]["transfer"]
 
 

@@ -16,14 +16,14 @@ from clae_dist.cli import main
 from clae_dist.config import Attack
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation import metrics as metrics_of_runs
-from clae_dist.evaluation.attacked import amplification, attack_images
-from clae_dist.evaluation.curves import CHARTS
 from clae_dist.evaluation.evaluate import evaluate_run
-from clae_dist.evaluation.record import read_record, summarise, summary_table
-from clae_dist.evaluation.report import write_report
 from clae_dist.models import build_model
 from clae_dist.reading import parse_line
 from clae_dist.recipe import resolve
+from clae_dist.report.attacked import amplification, attack_images
+from clae_dist.report.curves import CHARTS
+from clae_dist.report.record import read_record, summarise, summary_table
+from clae_dist.report.run_page import write_report
 from clae_dist.training.finish import report
 
 MakeRun = Callable[..., Path]
@@ -89,7 +89,7 @@ def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], Non
         "in a bank of 150 train images",
         "ddp over gloo",
         "linear probe",
-        "untrained encoder",
+        "untrained",
         "command line",
         "manifest digest",
         "data.shards"[5:],

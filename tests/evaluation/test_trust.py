@@ -320,7 +320,7 @@ def test_every_entry_of_a_run_is_known(tmp_path: Path, labelled_shards: Path) ->
     config = small_run(labelled_shards, tmp_path / "run", train=Train(epochs=0.2, knn_every=0), evaluation=fast)
     assert claim(config) == ""
     assert start(Recipe(config)).code == 0
-    finish.evaluate(tmp_path / "run", lambda text: None)
+    finish.evaluate(finish.Request(str(tmp_path / "run")), say=lambda text: None)
     finish.report(tmp_path / "run", say=lambda text: None)
     finish.export(tmp_path / "run", say=lambda text: None)
     assert {path.name for path in (tmp_path / "run").iterdir()} <= FILES | FOLDERS

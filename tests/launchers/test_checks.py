@@ -61,7 +61,7 @@ def test_it_is_refused_before_any_rank_starts(
     """Ray took 55 s to report a missing folder, and a dry run passed with fewer images than a batch."""
     settings, code, says = words(case, shards, tmp_path / "run")
     monkeypatch.setattr("clae_dist.launchers.local.spawn", pytest.fail)
-    monkeypatch.setattr("clae_dist.launchers.ray._init", pytest.fail)
+    monkeypatch.setattr("clae_dist.launchers.ray.start_ray", pytest.fail)
     verb, launcher = command.split()
     (tmp_path / "recipe.yaml").write_text("")
     assert main([verb, str(tmp_path / "recipe.yaml"), *settings, "--launcher", launcher]) == code

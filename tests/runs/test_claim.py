@@ -18,7 +18,7 @@ from clae_dist.launchers import start
 from clae_dist.lease import hold
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import EVALUATION_LEASE, STOP_FILE, TRAINING_LEASE
-from clae_dist.training.finish import evaluate
+from clae_dist.training.finish import Request, evaluate
 from clae_dist.training.train import train
 from clae_dist.world import World
 from tests import processes
@@ -80,5 +80,5 @@ def test_a_run_whose_process_was_killed_resumes_at_once(shards: Manifest, tmp_pa
     assert start(Recipe(config)).code == OK
     assert not path.exists()
     with hold(config.folder / EVALUATION_LEASE, "another command", ConfigError, ""), pytest.raises(ConfigError, match=HELD):
-        evaluate(config.folder)
+        evaluate(Request(str(config.folder)))
     assert not (config.folder / "evaluation.json").exists()

@@ -40,8 +40,8 @@ def test_runs_that_fit_on_a_cluster(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     cluster = SimpleNamespace(cluster_resources=lambda: resources, shutdown=lambda: None)
-    monkeypatch.setattr(ray_launcher, "_import_ray", lambda: cluster)
-    monkeypatch.setattr(ray_launcher, "_init", lambda *_, **__: None)
+    monkeypatch.setattr(ray_launcher, "import_ray", lambda: cluster)
+    monkeypatch.setattr(ray_launcher, "start_ray", lambda *_, **__: None)
     config = Config(launch=Launch(launcher="ray", **settings), batch=Batch(global_size=24))  # type: ignore[arg-type]
     assert running.cells_at_once(config) == expected
     monkeypatch.delenv("RAY_ADDRESS")

@@ -13,8 +13,8 @@ import pytest
 from clae_dist.config import Config, Data, Tracking
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
-from clae_dist.evaluation.curves import CHARTS
 from clae_dist.recipe import to_yaml
+from clae_dist.report.curves import CHARTS
 from clae_dist.runs.goodput import Goodput
 from clae_dist.tracking import TrackedSet, build_trackers, continue_tracking, new_run_key
 from clae_dist.tracking.metric_groups import _GROUP_OF, grouped

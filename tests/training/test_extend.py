@@ -17,9 +17,9 @@ from clae_dist.config import Config, Model, Optim, Parallel
 from clae_dist.data.manifest import Manifest
 from clae_dist.deploy.export import export_encoder
 from clae_dist.errors import ConfigError
-from clae_dist.evaluation.report import write_report
 from clae_dist.methods.moco import MoCo
 from clae_dist.recipe import Recipe
+from clae_dist.report.run_page import write_report
 from clae_dist.runs.folder import RunFolder
 from clae_dist.training.train import train
 from clae_dist.world import World

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from clae_dist.evaluation.protocol import headlines
-from clae_dist.evaluation.record import RunRecord
+from clae_dist.report import figures
+from clae_dist.report.figures import BLUE, GREEN, PINK, VERMILION, Picture
+from clae_dist.report.record import RunRecord
 
-CLEAN, ADVERSARIAL, THIRD, FOURTH = "#3b82b8", "#d9653b", "#4e9f75", "#9a7fc0"
-INK = "#7d858f"  # of axes and text: readable on white and on near-black
-RIGHT, WRONG = "#4e9f75", "#d9653b"
+CLEAN, ADVERSARIAL = BLUE, VERMILION
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,14 @@ CHARTS = (
     Chart(
         "loss",
         "Loss",
-        "Contrast between clean views, and between the clean and the adversarial view.",
+        "Between clean views, and between the clean and the adversarial view; the mean of the steps since the last point.",
         (ChartLine("loss_clean", "clean", CLEAN), ChartLine("loss_adversarial", "adversarial", ADVERSARIAL)),
     ),
     Chart(
         "knn",
         "kNN accuracy, %",
         "While training: a part of the train split as bank, a part of the test split as queries.",
-        (ChartLine("knn_accuracy", "kNN", THIRD, "o-"),),
+        (ChartLine("knn_accuracy", "kNN", GREEN, "o-"),),
     ),
     Chart(
         "learning_rate",
@@ -92,19 +89,19 @@ CHARTS = (
         "wrong_sign_share",
         "Wrong attack signs, %",
         "Share of pixel signs that one rank's own negatives alone would have got wrong.",
-        (ChartLine("wrong_sign_share", "wrong signs", FOURTH),),
+        (ChartLine("wrong_sign_share", "wrong signs", PINK),),
         from_zero=True,
     ),
     Chart(
         "alignment",
         "Alignment and uniformity",
         "Mean ‖a − b‖² of positives; log mean exp(−2‖a − b‖²) of negatives. Lower is better for both.",
-        (ChartLine("alignment", "alignment", CLEAN), ChartLine("uniformity", "uniformity", THIRD)),
+        (ChartLine("alignment", "alignment", CLEAN), ChartLine("uniformity", "uniformity", GREEN)),
     ),
     Chart(
         "grad_norm",
         "Gradient norm",
-        "Over all parameters, before clipping.",
+        "Over all parameters, before clipping; the mean of the steps since the last point.",
         (ChartLine("grad_norm", "gradient norm", CLEAN),),
         from_zero=True,
     ),
@@ -119,27 +116,32 @@ CHARTS = (
 )
 
 
-def draw_chart(record: RunRecord, chart: Chart) -> bytes | None:
-    """The chart as PNG bytes, or None where the run has logged none of its keys."""
+def draw_chart(record: RunRecord, chart: Chart) -> Picture | None:
+    """The chart as a picture, or None where the run has logged none of its keys."""
     series = [(curve, *record.metrics.series(curve.key)) for curve in chart.curves]
     series = [(curve, x, y) for curve, x, y in series if x]
     if not series:
         return None
-    figure = Figure(figsize=(4.1, 2.45), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = figures.chart()
     for curve, x, y in series:
-        scale = 255 if curve.key == "delta_linf" else 1
         marker = "o" if "o" in curve.style or len(x) == 1 else None
         line = curve.style.replace("o", "")
-        axes.plot(x, [scale * v for v in y], line, marker=marker, markersize=4, color=curve.colour, label=curve.label, lw=1.7)
+        axes.plot(x, _scaled(curve, y), line, marker=marker, markersize=4, color=curve.colour, label=curve.label, lw=1.7)
     if chart.name == "knn":
         _mark_evaluation(axes, record)
     if chart.from_zero:
         axes.set_ylim(bottom=0, top=None if any(any(y) for _, _, y in series) else 1)
-    plain_axes(axes)
+    images_axes(axes)
     if len(axes.get_lines()) > 1:
-        _legend(axes, columns=2 if len(series) > 2 else len(axes.get_lines()))
-    return png(figure)
+        figures.legend(axes, columns=2 if len(series) > 2 else len(axes.get_lines()))
+    values = [(curve.label, _scaled(curve, y)) for curve, _, y in series]
+    texts = [f"{label} from {y[0]:.4g} to {y[-1]:.4g}" for label, y in values]
+    alt = f"Line chart over images seen: {'; '.join(texts)}."
+    return Picture(chart.name, figures.png(figure), chart.title, chart.note, alt)
+
+
+def _scaled(curve: ChartLine, values: list[float]) -> list[float]:
+    return [255 * value for value in values] if curve.key == "delta_linf" else values
 
 
 def _mark_evaluation(axes: Axes, record: RunRecord) -> None:
@@ -150,31 +152,11 @@ def _mark_evaluation(axes: Axes, record: RunRecord) -> None:
         axes.plot(*point, linestyle="none", marker="D", markersize=6, color=ADVERSARIAL, label="evaluation, all test images")
 
 
-def _legend(axes: Axes, columns: int) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handlelength=1.6,
-        borderpad=0,
-    )
-
-
-def plain_axes(axes: Axes) -> None:
-    """Two spines, a faint grid, images seen below."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=9, length=3)
-    axes.grid(axis="y", color=INK, alpha=0.22, linewidth=0.6)
-    axes.set_axisbelow(True)
+def images_axes(axes: Axes) -> None:
+    """Plain axes with the number of images seen below."""
+    figures.plain_axes(axes, "images seen")
     axes.set_xlim(left=0)
-    axes.set_xlabel("images seen", fontsize=9, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def short(count: float) -> str:
@@ -183,14 +165,6 @@ def short(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:g}{letter}"
     return f"{count:g}"
-
-
-def png(figure: Figure, dpi: int = 170) -> bytes:
-    """The figure as PNG bytes with a transparent ground and no date in them: the same figure, the same bytes."""
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, transparent=True, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def missing_keys(record: RunRecord, charts: Sequence[Chart]) -> list[str]:

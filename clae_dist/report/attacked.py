@@ -82,9 +82,7 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         contrast=Contrast(config.objective, world),
         encoding=Encoding(_BareModel(model)),
         pixel_std=model.std,
-        noise=lambda _, number: torch.rand(clean.shape, generator=torch.Generator().manual_seed(number), dtype=dtype).to(
-            device
-        ),
+        noise=noise,
         state=method.state(model.embedding_dim, config.seed),
     )
     training = model.training

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,64 +19,39 @@ from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.urls import is_tar, scheme
 from clae_dist.devices import local_device
 from clae_dist.errors import ConfigError, DataError
-from clae_dist.evaluation.attacked import AttackedImages, amplification, attack_images
-from clae_dist.evaluation.curves import CHARTS, Chart, draw_chart, missing_keys
 from clae_dist.evaluation.evaluate import Say
 from clae_dist.evaluation.interval import interval_text
-from clae_dist.evaluation.pictures import draw_neighbours, draw_triples, share_right
-from clae_dist.evaluation.protocol import WHEN, headlines
-from clae_dist.evaluation.record import RunRecord, number, read_record, summarise
 from clae_dist.files import check_writable, remove, write_together
 from clae_dist.page import data_uri, render
+from clae_dist.report.attacked import AttackedImages, amplification, attack_images
+from clae_dist.report.curves import CHARTS, Chart, draw_chart, missing_keys
+from clae_dist.report.figures import Picture, ReportSection
+from clae_dist.report.pictures import draw_neighbours, draw_triples, share_right
+from clae_dist.report.record import RunRecord, number, read_record, summarise
+from clae_dist.report.results import RESULT_PICTURES, result_sections, result_values
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import KINDS, MEANING
 from clae_dist.runs.trust import NOTHING, OpenedRun, Permission, open_run
 
 ADVERSARIAL, NEIGHBOURS = "adversarial", "neighbours"
-PICTURES = (*(chart.name for chart in CHARTS), ADVERSARIAL, NEIGHBOURS)
+PICTURES = (*(chart.name for chart in CHARTS), *RESULT_PICTURES, ADVERSARIAL, NEIGHBOURS)
 ATTACK_BATCH = 256  # images in the pictures of the attack, each other's negatives
 ATTACK_CURVES = "The attack"
 CURVES = (
     ("Learning", "", ("loss", "knn", "grad_norm")),
     (
         ATTACK_CURVES,
-        "One step against the loss of the whole global batch, bounded by ε.",
+        "Against the loss of the whole global batch, bounded by ε; values of single steps.",
         ("attack_loss", "delta", "wrong_sign_share"),
     ),
     (
         "The embedding space",
-        "Positives should be near each other, negatives spread over the sphere.",
+        "Positives should be near each other, negatives spread over the sphere; values of single steps.",
         ("cos_positive", "cos_negative", "alignment"),
     ),
     ("Schedule and speed", "", ("learning_rate", "speed", "shares")),
 )
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG with its texts; `name` is its file beside the report, `pixels` marks images rather than a chart."""
-
-    name: str
-    png: bytes
-    title: str
-    caption: str
-    pixels: bool = False
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    """A heading with pictures, or a note in their place."""
-
-    title: str
-    lead: str = ""
-    figures: tuple[Picture, ...] = ()
-    note: str = ""
-
-    @property
-    def charts(self) -> bool:
-        """True if the figures are small charts, side by side."""
-        return not any(figure.pixels for figure in self.figures)
 
 
 def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permission: Permission = NOTHING) -> Path:
@@ -100,7 +75,12 @@ def write_report(run_dir: Path, say: Say = escape.say, shards: str = "", permiss
     for path in (run_dir, folder.report):
         check_writable(path)
     manifest = _manifest(opened, shards, say)
-    sections = [*_curves(record), _attack(record, manifest, say), _neighbours(record, manifest)]
+    sections = [
+        *result_sections(record.evaluation),
+        *_curves(record),
+        _attack(record, manifest, say),
+        _neighbours(record, manifest),
+    ]
     pictures = {folder.report / f"{figure.name}.png": figure.png for section in sections for figure in section.figures}
     html = render("clae_dist", "run.html", **_values(record, summary, manifest, sections)).encode()
     summary_json = (json.dumps(summary, indent=2) + "\n").encode()
@@ -126,7 +106,8 @@ def _values(
         "settings": list(_settings(record.config_text)),
         "data_uri": data_uri,
         "interval_text": interval_text,
-        **_results(record, summary),
+        "notes": list(_notes(record, summary)),
+        **result_values(record, summary),
     }
 
 
@@ -153,48 +134,15 @@ def _facts(record: RunRecord, summary: dict[str, Any], manifest: Manifest | None
     return " · ".join(part for part in parts if part)
 
 
-def _results(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
-    """Cards, the table of results and the notes below it."""
-    evaluation = record.evaluation or {}
-    about, results = evaluation.get("protocols", {}), evaluation.get("results", {})
-    protocols = [
-        {"title": about[name]["title"], "description": about[name]["description"], "pair": pair}
-        for name in results
-        if name in about and set(pair := headlines(results, name, about[name].get("unit", "%"))) == set(WHEN)
-    ]
-    speed, wall_s = number(summary["images_per_s"]), number(summary["wall_s"], ",.0f", " s")
-    loss = number(summary["loss"], ".3f")
-    return {
-        "protocols": protocols,
-        "route": record.config.evaluated_route,
-        "chance": number(100 / evaluation["num_classes"], ".2f", " %") if protocols else "",
-        "tested": _tested(evaluation) if protocols else "",
-        "cards": [
-            {"title": "Images per second", "value": speed, "below": f"{wall_s} of training"},
-            {"title": "Images seen", "value": number(summary["images_seen"]), "below": f"loss {loss} at the end"},
-        ],
-        "notes": list(_notes(record, summary, has_results=bool(protocols))),
-    }
-
-
-def _tested(evaluation: dict[str, Any]) -> str:
-    """The test images of the accuracies, in words."""
-    unlabelled = list((evaluation.get("unlabelled") or {}).values())  # of train, of test
-    if any(unlabelled):
-        return f"{evaluation['test_images'] - sum(unlabelled[1:]):,} test images with a label"
-    return f"all {evaluation['test_images']:,} test images"
-
-
-def _notes(record: RunRecord, summary: dict[str, Any], *, has_results: bool) -> Iterator[str]:
+def _notes(record: RunRecord, summary: dict[str, Any]) -> Iterator[str]:
     evaluation = record.evaluation or {}
     if record.metrics.images_seen is None:
         yield "This run has logged no metrics yet, so there are no curves."
     if record.evaluation is None:
         yield f"This run has not been evaluated yet: run clae evaluate {record.run_dir}."
-    elif not has_results:
-        reason = evaluation.get("no_accuracies") or "the set has no labels or no test split"
-        yield f"There are no accuracies: {reason}."
     else:
+        if (reason := evaluation.get("no_accuracies")) or not evaluation["results"]:
+            yield f"There are no accuracies: {reason or 'the set has no labels or no test split'}."
         yield from evaluation.get("notes", [])
         if record.metrics.images_seen is not None and evaluation["images_seen"] != summary["images_seen"]:
             yield f"Evaluated after {evaluation['images_seen']:,} images; the log goes to {summary['images_seen']:,} images."
@@ -206,11 +154,7 @@ def _curves(record: RunRecord) -> Iterator[ReportSection]:
         return
     for title, lead, names in CURVES:
         charts = [chart for name in names for chart in CHARTS if chart.name == name]
-        figures = [
-            Picture(chart.name, png, chart.title, chart.note)
-            for chart in charts
-            if (png := draw_chart(record, chart)) is not None
-        ]
+        figures = [figure for chart in charts if (figure := draw_chart(record, chart)) is not None]
         if figures or record.config.method.uses_attack or title != ATTACK_CURVES:
             yield ReportSection(title, lead, tuple(figures), _absent(record, charts))
 
@@ -236,7 +180,8 @@ def _attack(record: RunRecord, manifest: Manifest | None, say: Say) -> ReportSec
     batch = images.images(images.ids).views
     attacked = attack_images(config, model.to(local_device()), batch)
     say(f"attack on {len(batch)} train images: loss {attacked.loss_before:.4f} → {attacked.loss_after:.4f}")
-    figure = Picture(ADVERSARIAL, draw_triples(attacked), *_attack_caption(attacked, info), pixels=True)
+    alt = "Rows of clean images, their amplified perturbations and the adversarial images, which look like the clean ones."
+    figure = Picture(ADVERSARIAL, draw_triples(attacked), *_attack_caption(attacked, info), alt, pixels=True)
     return ReportSection(title, figures=(figure,))
 
 
@@ -268,9 +213,10 @@ def _neighbours(record: RunRecord, manifest: Manifest | None) -> ReportSection:
     verdict = f"{right} of the {shown} neighbours are of the right class" if shown else "This set has no classes"
     caption = (
         "Left: test images, drawn by the run’s seed, the first of each class before a second of any. Right: the nearest of the "
-        "kNN’s bank by cosine, nearest first; a green frame marks the same class."
+        "kNN’s bank by cosine, nearest first; a solid green frame marks the same class, a dotted orange one another."
     )
-    return ReportSection(title, figures=(Picture(NEIGHBOURS, png, verdict, caption, pixels=True),))
+    alt = f"{len(queries)} test images, each with its nearest train images. {verdict}."
+    return ReportSection(title, figures=(Picture(NEIGHBOURS, png, verdict, caption, alt, pixels=True),))
 
 
 def _goodput(record: RunRecord) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ from clae_dist.config import Config
 from clae_dist.config.sharing import shareable
 from clae_dist.errors import ConfigError
 from clae_dist.escape import shown
-from clae_dist.evaluation.record import read_record, summarise, summary_table
 from clae_dist.keys import flatten
+from clae_dist.report.record import read_record, summarise, summary_table
 from clae_dist.runs.folder import RunFolder
 
 _OF_EVERY_RUN = ("name", "run_dir")  # settings that differ between any two runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -11,11 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clae_dist.escape import shown
-from clae_dist.evaluation.attacked import AttackedImages, amplification
-from clae_dist.evaluation.curves import INK, RIGHT, WRONG, png
+from clae_dist.report.attacked import AttackedImages, amplification
+from clae_dist.report.figures import GREEN, INK, VERMILION, png
 
 NUM_TRIPLES = 8
 LONGEST_LABEL = 12
+
+
+class Frame(NamedTuple):
+    """A frame of an image; the line style carries the meaning without the colour."""
+
+    colour: str
+    style: Literal["-", ":"]
+
+
+RIGHT, WRONG, UNKNOWN = Frame(GREEN, "-"), Frame(VERMILION, ":"), Frame(INK, "-")
 
 
 def draw_triples(attacked: AttackedImages) -> bytes:
@@ -63,9 +73,9 @@ def draw_neighbours(
         for c, label in enumerate(query["neighbour_labels"]):
             axes = figure.add_subplot(grid[r, c + 2])
             known = label >= 0 and query["label"] >= 0
-            colour = (RIGHT if label == query["label"] else WRONG) if known else INK
-            _show(axes, neighbour_images[r][c].float() / 255, frame=colour)
-            axes.set_title(_class_name(classes, label), fontsize=7.5, color=colour, pad=3, parse_math=False)
+            frame = (RIGHT if label == query["label"] else WRONG) if known else UNKNOWN
+            _show(axes, neighbour_images[r][c].float() / 255, frame)
+            axes.set_title(_class_name(classes, label), fontsize=7.5, color=frame.colour, pad=3, parse_math=False)
     return png(figure)
 
 
@@ -74,7 +84,7 @@ def _class_name(classes: Sequence[str], label: int) -> str:
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
-def _show(axes: Axes, image_3SS: torch.Tensor, frame: str | None = None) -> None:
+def _show(axes: Axes, image_3SS: torch.Tensor, frame: Frame | None = None) -> None:
     axes.imshow(image_3SS.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -82,7 +92,8 @@ def _show(axes: Axes, image_3SS: torch.Tensor, frame: str | None = None) -> None
         spine.set_visible(frame is not None)
         spine.set_linewidth(2.4)
         if frame:
-            spine.set_color(frame)
+            spine.set_color(frame.colour)
+            spine.set_linestyle(frame.style)
 
 
 def share_right(queries: Sequence[Mapping[str, Any]]) -> tuple[int, int]:

@@ -1,0 +1,209 @@
+"""Results of every protocol on the report's page: pictures, tables of all metrics, and files that are damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clae_dist.evaluation.stored import read_evaluation
+from clae_dist.report.figures import png
+from clae_dist.report.result_pictures import DRAWINGS, ProtocolResult, _against_epsilon, _bins
+from clae_dist.report.results import result_sections
+from clae_dist.report.run_page import write_report
+from tests.evaluation.test_interval import Tables
+from tests.run_files import EVALUATION
+
+MakeRun = Callable[..., Path]
+
+
+def _both(before: Any, after: Any) -> dict[str, Any]:
+    return {"before": before, "after": after}
+
+
+def _accuracy(name: str, before: float, after: float) -> dict[str, dict[str, float]]:
+    return {
+        name: _both(before, after),
+        f"{name}_low": _both(before - 2, after - 2),
+        f"{name}_high": _both(before + 2, after + 2),
+    }
+
+
+ROBUST = {
+    **_accuracy("slf_autoattack", 2.0, 9.0),
+    **_accuracy("slf_pgd", 3.0, 10.0),
+    **_accuracy("slf_fgsm", 5.0, 14.0),
+    **_accuracy("slf_pgd_at_16", 2.0, 4.0),
+    **_accuracy("slf_pgd_at_2", 20.0, 31.0),
+    **_accuracy("slf_clean", 30.0, 45.0),
+    "slf_masked": _both(0.0, 1.0),
+}
+BINS = {
+    f"{prefix}{name}": values
+    for prefix in ("", "scaled_")
+    for name, values in {"images": [0, 40, 60.0], "confidence": [0, 0.5, 0.9], "accuracy": [0, 0.4, 0.95]}.items()
+}
+HISTOGRAM = {"far_knn_edges": [0.0, 0.5, 1.0], "far_knn_inside": [0.75, 0.25], "far_knn_outside": [0.1, 0.9]}
+KINDS = {"fog": [50.0, 40.0], "jpeg": [60.0, 20.0]}
+DETAILS: dict[str, Any] = {
+    "calibration": _both(BINS, BINS),
+    "corruptions": _both(KINDS, KINDS),
+    "ood": _both(HISTOGRAM, HISTOGRAM),
+}
+RESULTS: dict[str, Any] = {
+    "robust": ROBUST,
+    "calibration": {"ece": _both(4.0, 2.0), "temperature": _both(1.0, 1.25)},
+    "corruptions": _accuracy("accuracy", 35.0, 41.0),
+    "ood": {**_accuracy("far_knn_auroc", 55.0, 87.0)},
+    "new": {"accuracy": _both(12.5, 25.0), "layers": _both(300.0, 12345.0)},
+}
+NUM_PICTURES = 1 + 2 + 2 + 1
+
+
+def _evaluation(results: dict[str, Any] = RESULTS, details: dict[str, Any] = DETAILS) -> dict[str, Any]:
+    settings = {"robust": {"epsilon": 8 / 255}}
+    protocols = {
+        name: {"title": f"<{name}> title", "description": f"a probe of {name} & more", "settings": settings.get(name, {})}
+        for name in results
+    }
+    return {**EVALUATION, "results": results, "protocols": protocols, "details": details, "neighbours": []}
+
+
+class Reader(Tables):
+    """Texts, rows of tables, tags and alternative texts of a page."""
+
+    def __init__(self, page: str) -> None:
+        self.text, self.alts, self.tags = "", list[str](), set[str]()
+        super().__init__(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        super().handle_starttag(tag, attrs)
+        self.tags.add(tag)
+        if tag == "img":
+            self.alts.append(dict(attrs).get("alt") or "")
+
+    def handle_data(self, data: str) -> None:
+        super().handle_data(data)
+        self.text += data
+
+
+def _page(run: Path, evaluation: dict[str, Any]) -> Reader:
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return Reader(write_report(run, lambda _: None).read_text())
+
+
+def test_every_protocol_has_its_pictures_and_all_of_its_metrics(make_run: MakeRun) -> None:
+    run = make_run(checkpoint=False)
+    page = _page(run, _evaluation())
+    assert len(page.alts) == NUM_PICTURES
+    assert all(len(alt) > 30 for alt in page.alts)
+    assert (
+        "Line chart: untrained 30.0 % at ε = 0, 20.0 % at ε = 2, 3.0 % at ε = 8, 2.0 % at ε = 16; pretrained 45.0"
+        in page.alts[0]
+    )
+    names = {path.stem for path in (run / "report").glob("*.png")}
+    assert names == {"robust-1", "calibration-1", "calibration-2", "corruptions-1", "corruptions-2", "ood-1"}
+    assert ["slf pgd at 2", "20\n18.0 – 22.0", "31\n29.0 – 33.0"] in page.rows
+    assert ["layers", "300", "12,345"] in page.rows
+    assert ["<new> title", "12.50 %", "25.00 %", "33.33 %"] in page.rows
+    for text in ("a probe of new & more", "may be masked", "At ε = 8/255: FGSM 14.0 %, AutoAttack 9.0 %", "pretrained 87.0 %"):
+        assert text in page.text, text
+    assert not page.tags & {"script", "new", "link"}
+
+
+def test_pictures_are_of_what_is_there_and_earlier_ones_are_removed(make_run: MakeRun) -> None:
+    run = make_run(checkpoint=False)
+    assert len(_page(run, _evaluation()).alts) == NUM_PICTURES
+    page = _page(run, _evaluation({"new": RESULTS["new"], "calibration": RESULTS["calibration"]}, {}))
+    assert (page.alts, list((run / "report").glob("*.png"))) == ([], [])
+    only_after = {"corruptions": {"after": KINDS}, "ood": {"before": HISTOGRAM}}
+    assert len(_page(run, _evaluation(details=only_after)).alts) == 1 + 1  # robust, and corruptions after
+
+
+def test_results_of_a_set_without_labels_are_shown(make_run: MakeRun) -> None:
+    """evaluation.json of such a set was refused as damaged: it has results, and no classes."""
+    run = make_run(checkpoint=False)
+    unlabelled = {**_evaluation({"new": RESULTS["new"]}, {}), "num_classes": 0, "no_accuracies": "no image has a label"}
+    page = _page(run, unlabelled)
+    assert ["layers", "300", "12,345"] in page.rows
+    assert "There are no accuracies: no image has a label." in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "values"),
+    [
+        ("calibration", "images", [0, 40]),
+        ("calibration", "images", [-1, 40, 60]),
+        ("calibration", "images", [1e99, 40, 60]),
+        ("calibration", "confidence", [0, 0.5, 90.0]),
+        ("calibration", "accuracy", []),
+        ("corruptions", "fog", []),
+        ("corruptions", "fog", [50.0]),
+        ("corruptions", "fog", [50.0, 1e99]),
+        ("corruptions", "fog", [50.0] * 99),
+        ("ood", "far_knn_edges", [0.0, 0.0, 1.0]),
+        ("ood", "far_knn_edges", [1.0, 0.5, 0.0]),
+        ("ood", "far_knn_edges", [-1e99, 0.5, 1e99]),
+        ("ood", "far_knn_edges", [0.5]),
+        ("ood", "far_knn_inside", [0.5]),
+        ("ood", "far_knn_outside", [-0.5, 1.5]),
+    ],
+)
+def test_values_that_cannot_be_meant_are_not_drawn(name: str, key: str, values: list[float]) -> None:
+    details = {when: {k: v for k, v in DETAILS[name][when].items() if not k.startswith("scaled_")} for when in DETAILS[name]}
+    damaged = {when: {**one, key: values} for when, one in details.items()}
+    assert len(list(DRAWINGS[name](ProtocolResult({}, details)))) > 0
+    assert list(DRAWINGS[name](ProtocolResult({}, damaged))) == []
+
+
+def test_details_without_a_picture_are_reported() -> None:
+    (_, section) = result_sections(_evaluation(details={"ood": _both({}, {"a": [1.0]})}))
+    assert (section.figures, section.note) == (
+        (),
+        "The values of its pictures in evaluation.json cannot be drawn; evaluate again.",
+    )
+
+
+@pytest.mark.parametrize("epsilon", [None, "8", -1.0, 0, 1e99, [1]])
+def test_a_strange_epsilon_leaves_the_rest_of_the_curve(epsilon: Any) -> None:
+    strange = {**ROBUST, "slf_pgd_at_99999": _both(1.0, 1.0), "slf_pgd_at_x": _both(1.0, 1.0), "_clean": _both(1e99, -5.0)}
+    strange["slf_pgd_at_4"] = _both(400.0, 20.0)
+    (drawing,) = DRAWINGS["robust"](ProtocolResult(strange, settings={"epsilon": epsilon}))
+    assert "untrained 30.0 % at ε = 0, 20.0 % at ε = 2, 2.0 % at ε = 16" in drawing.alt
+    assert png(drawing.figure, dpi=20)
+
+
+@pytest.mark.parametrize(
+    "details", [[], {"ood": []}, {"ood": {"after": []}}, {"ood": {"after": {"a": ["1"]}}}, {"o": {"a": 1}}]
+)
+def test_details_of_another_type_are_refused(tmp_path: Path, details: Any) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({**_evaluation(), "details": details}))
+    content, problem = read_evaluation(path)
+    assert content is None
+    assert "details" in problem
+
+
+def test_names_in_a_file_of_others_are_text_and_lead_nowhere(make_run: MakeRun) -> None:
+    run = make_run(checkpoint=False)
+    hostile = "../../../<script>$\\frac{\x1b[2J"
+    histogram = {f"{hostile}_{part}": HISTOGRAM[f"far_knn_{part}"] for part in ("edges", "inside", "outside")}
+    kinds = {hostile: [1.0, 2.0], "$x_$": [3.0, 4.0]}
+    before = set(run.parent.rglob("*"))
+    page = _page(run, _evaluation(details={"ood": {"after": histogram}, "corruptions": {"after": kinds}}))
+    new = {path.relative_to(run).as_posix() for path in {*run.parent.rglob("*")} - before}
+    pictures = {f"report/{name}-1.png" for name in ("robust", "corruptions", "ood")}
+    assert new - {"evaluation.json", "summary.json"} == {"report", "report/report.html", *pictures}
+    assert "script" not in page.tags
+    assert "../../../<script>$\\frac{\\x1b[2J" in page.text
+
+
+def test_points_are_in_order_and_small_bins_are_dropped() -> None:
+    result = ProtocolResult(ROBUST, {"after": {"images": [9, 10], "confidence": [0.1, 0.9], "accuracy": [1, 0.5]}})
+    points = list(_against_epsilon(result, "slf", "after", 8.0))
+    assert points == [(0, 45, 43, 47), (2, 31, 29, 33), (8, 10, 8, 12), (16, 4, 2, 6)]
+    np.testing.assert_allclose(_bins(result, "after", ""), [[10, 90, 50]])
