@@ -155,7 +155,7 @@ class Launch(Section, prefix="launch"):
 
 @dataclass(frozen=True)
 class Guard(Section, prefix="guard"):
-    """Reactions to hangs, stop requests and non-finite values."""
+    """Reactions to hangs, stop requests, non-finite values and collapse."""
 
     hang_s: float = setting(
         300.0,
@@ -178,6 +178,13 @@ class Guard(Section, prefix="guard"):
         zero="stop at the first",
         no_effect=True,
         help="Steps of a run that may be skipped because the loss or the gradient is non-finite.",
+    )
+
+    alarms: bool = setting(
+        True,
+        no_effect=True,
+        help="Print and tag a collapse of the embeddings and an attack without effect (useless, or its gradient masked); "
+        "the run continues.",
     )
 
     def limit_s(self, *, patient: bool = False) -> float:

@@ -23,6 +23,7 @@ from clae_dist.world import World
 GradientOf = Callable[[torch.Tensor], LossAndGradient]
 PairLoss = Callable[[Rows, Rows], torch.Tensor]  # (anchor, attacked) -> loss of this rank's anchors
 ViewsLoss = Callable[[Sequence[Rows]], torch.Tensor]  # attacked views -> loss of this rank's images
+ImagesOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (start, images found) of an attacked view -> images
 ALL = slice(None)
 
 
@@ -65,7 +66,7 @@ class Attacked:
 
     start: torch.Tensor
     found: Perturbation
-    loss_after: Callable[[], torch.Tensor] | None  # of the loss that it raised, at its end; None: it took a known gradient
+    loss_at: Callable[[ImagesOf], torch.Tensor] | None  # the loss that it raised, elsewhere; None: it took a known gradient
 
 
 class Attacks:
@@ -111,7 +112,11 @@ class Attacks:
                 steps, length = attack.num_steps, run.step_length
                 found = perturb(start, gradient_of, run.ball, steps=steps, step_length=length, noise=noise)
             return self._record(
-                Attacked(start, found, lambda: loss_of(self._look(anchor, route), self._look(found.images, route)))
+                Attacked(
+                    start,
+                    found,
+                    lambda images_of: loss_of(self._look(anchor, route), self._look(images_of(start, found.images), route)),
+                )
             )
 
     def attack_views(
@@ -148,13 +153,13 @@ class Attacks:
             )
         views = [part.chunk(num_views) for part in (found.images, found.gradient)]
 
-        def loss_after() -> torch.Tensor:
-            parts = views[0]
+        def loss_at(images_of: ImagesOf) -> torch.Tensor:
+            parts = [images_of(*pair) for pair in zip(starts, views[0], strict=True)]
             last = [self.run.contrast.rows(self.run.encoding.keys(parts[-1], route))] if keys else []
             return loss_of([self._look(images, route) for images in parts[: num_views - keys]] + last)
 
         return [
-            self._record(Attacked(start, Perturbation(images, found.loss_before, gradient), loss_after))
+            self._record(Attacked(start, Perturbation(images, found.loss_before, gradient), loss_at))
             for start, images, gradient in zip(starts, *views, strict=True)
         ]
 

@@ -13,9 +13,11 @@ import torch
 
 from clae_dist.contrast.distributed import gather_rows
 from clae_dist.contrast.look import Look, look
+from clae_dist.contrast.spectrum import rank_me
 from clae_dist.contrast.step import Pretraining
 
 _ROWS_AT_A_TIME = 1024
+_RANK_ROWS = 512  # at most, of the effective rank
 
 
 def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
@@ -24,8 +26,10 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
     Returns:
         delta_linf, delta_l2 (mean over images, pixels of [0, 1]); attack_loss_before / _after; cosines of positive pairs and
         mean and hardest (largest, mean over anchors) cosines of negatives, between clean views and along the adversarial
-        route; alignment and uniformity (Wang & Isola 2020, t = 2); wrong_sign_share: percent of pixel signs that the
-        negatives of one rank alone would have got wrong. A method without an attack has those of the clean views only.
+        route; alignment and uniformity (Wang & Isola 2020, t = 2); rank_me of the clean embeddings of the batch;
+        attack_loss_noise: the loss under random noise of the attack's size; zero_gradient_share: percent of pixels where the
+        attack's gradient is exactly zero; wrong_sign_share: percent of pixel signs that the negatives of one rank alone would
+        have got wrong. A method without an attack has those of the clean views only.
     """
     with run.encoding.backend.untouched():
         views = run.augment(batch)
@@ -33,10 +37,14 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
         values: dict[str, torch.Tensor] = {}
         for pair in seen.pairs:
             if pair.route == "clean" and "alignment" not in values:
-                values.update(_geometry(run, pair.anchors.mine, pair.keys.mine))
+                values.update(_geometry(run, pair.anchors.mine, pair.keys.mine, with_rank=True))
             elif pair.route != "clean" and "cos_positive_adversarial" not in values:
                 geometry = _geometry(run, pair.anchors.mine, pair.keys.mine)
                 values.update({f"{name}_adversarial": geometry[name] for name in geometry if name.startswith("cos_")})
+        if "uniformity" not in values and seen.embedded:  # pairs are not all that the method contrasts
+            a_BD = seen.embedded[0].rows.mine
+            geometry = _geometry(run, a_BD, a_BD, with_rank=True)
+            values.update({name: geometry[name] for name in ("rank_me", "cos_negative_mean", "uniformity")})
         if seen.attacks:
             values.update(_attack(run, seen, views, batch))
     if not values:  # a method with a loss of its own
@@ -54,7 +62,11 @@ def _attack(run: Pretraining, seen: Look, views: Sequence[torch.Tensor], batch: 
         "delta_l2": delta.norm(dim=1).mean(),
         "attack_loss_before": attacked.found.loss_before,
         "attack_loss_after": seen.loss_after(attacked),
+        "zero_gradient_share": 100 * (attacked.found.gradient == 0).double().mean(),
     }
+    noisy = seen.loss_under_noise(attacked)
+    if noisy is not None:
+        values["attack_loss_noise"] = noisy
     if run.world.size > 1:
         alone = look(replace(run, contrast=run.contrast.of_this_rank_alone()), batch, *views).attacks[0]
         wrong = attacked.found.gradient.sign() != alone.found.gradient.sign()
@@ -62,7 +74,7 @@ def _attack(run: Pretraining, seen: Look, views: Sequence[torch.Tensor], batch: 
     return values
 
 
-def _geometry(run: Pretraining, a_BD: torch.Tensor, b_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+def _geometry(run: Pretraining, a_BD: torch.Tensor, b_BD: torch.Tensor, *, with_rank: bool = False) -> dict[str, torch.Tensor]:
     """Cosines, alignment and uniformity of the rows a against the rows b of all ranks, in blocks of rows."""
     all_b_ND = gather_rows(b_BD, run.world.group)
     num_negatives = len(a_BD) * (len(all_b_ND) - 1)
@@ -79,7 +91,9 @@ def _geometry(run: Pretraining, a_BD: torch.Tensor, b_BD: torch.Tensor) -> dict[
         first += len(a_KD)
     # The uniformity is the log of a mean over all ranks' pairs.
     spread = run.world.mean(spread / num_negatives)
+    some_nD = all_b_ND[:: -(-len(all_b_ND) // _RANK_ROWS)]
     return {
+        **({"rank_me": a_BD.new_tensor(rank_me(some_nD))} if with_rank else {}),
         "cos_positive": positive.mean(),
         "cos_negative_mean": total / num_negatives,
         "cos_negative_hardest": torch.cat(hardest).mean(),

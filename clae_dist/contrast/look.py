@@ -36,28 +36,29 @@ class Pair:
 
 
 class Look(Step):
-    """`look` runs a method's losses; `pairs` and `attacks` then hold what it contrasted and attacked, in order."""
+    """`look` runs a method's losses; `embedded`, `pairs` and `attacks` then hold what it embedded, contrasted
+    and attacked, in order."""
 
     def __init__(self, run: Attacking, batch: Any) -> None:
         super().__init__(run, batch, Moment())
-        self._embedded: list[Embedded] = []
+        self.embedded: list[Embedded] = []
         self.pairs: list[Pair] = []
 
     def embed(self, images: torch.Tensor, route: Route = "clean", *, image_gradient: bool = False) -> Rows:
         rows = self._look(images, route)
-        self._embedded.append(Embedded(rows, images, route))
+        self.embedded.append(Embedded(rows, images, route))
         return rows
 
     def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
         loss = super().contrast(anchors, keys)
-        route = next((one.route for one in self._embedded if one.rows is keys), None)
+        route = next((one.route for one in self.embedded if one.rows is keys), None)
         if route is not None:  # not an attempt of an attack
             self.pairs.append(Pair(anchors, keys, route, loss))
         return loss
 
     def image_gradient(self, loss: torch.Tensor, rows: Rows) -> torch.Tensor:
         pair = next(pair for pair in self.pairs if pair.loss is loss)
-        embedded = next(one for one in self._embedded if one.rows is rows)
+        embedded = next(one for one in self.embedded if one.rows is rows)
 
         def loss_of(z: torch.Tensor) -> torch.Tensor:
             return self.run.contrast(pair.anchors, self.run.contrast.rows(z))
@@ -67,10 +68,24 @@ class Look(Step):
     def loss_after(self, attacked: Attacked) -> torch.Tensor:
         """The loss that the attack raised, at the images that it found; for one that took the gradient of another loss, the
         first loss along the adversarial route. Collective."""
-        if attacked.loss_after is None:
+        if attacked.loss_at is None:
             return next(pair.loss for pair in self.pairs if pair.route != "clean")
         with self.attack_forwards():
-            return attacked.loss_after()
+            return attacked.loss_at(lambda start, found: found)
+
+    def loss_under_noise(self, attacked: Attacked) -> torch.Tensor | None:
+        """The loss that the attack raised, where every pixel moves as far as in the attack, up or down by chance. None for an
+        attack that took the gradient of another loss. Collective."""
+        if attacked.loss_at is None:
+            return None
+        up_BCHW = self.run.noise(self._batch, 0) < 0.5
+
+        def moved(start: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+            length = (found - start).abs()
+            return self.run.ball.inside(start + torch.where(up_BCHW[: len(start)], length, -length))
+
+        with self.attack_forwards():
+            return attacked.loss_at(moved)
 
 
 def look(run: Attacking, batch: Any, x: torch.Tensor, y: torch.Tensor, *more: torch.Tensor) -> Look:

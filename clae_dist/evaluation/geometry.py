@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from clae_dist.config import Augment
 from clae_dist.config.rules import Section, setting
+from clae_dist.contrast.spectrum import gram, rank_me
 from clae_dist.data.augment import AUGMENT_DRAWS, augment
 from clae_dist.data.draws import uniforms
 from clae_dist.data.evaluation_set import Views
@@ -29,18 +30,6 @@ from clae_dist.models.norms import set_route
 _ROWS = 8192  # in float64 at once
 _PAIR_ROWS = 1024
 _RANKS = (11, 100)  # of the eigenvalues in the fit of α, from 1
-_EPSILON = 1e-7  # in RankMe's shares
-
-
-def rank_me(rows_nD: torch.Tensor) -> float:
-    """RankMe: exp of the entropy of the singular values' shares, of the un-centred matrix. Reference: Garrido et al. 2023.
-
-    1 for rows on one line, D for orthogonal columns of equal norm. The paper uses n of at least 25,600.
-    """
-    # Eigenvalues of the D x D Gram matrix in float64: exact to about 1e-8 of the largest singular value.
-    values_D = torch.linalg.eigvalsh(_gram(rows_nD)).clamp_min(0).sqrt()
-    share_D = values_D / values_D.sum().clamp_min(1e-300) + _EPSILON
-    return float((-(share_D * share_D.log()).sum()).exp())
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class Spectrum:
 
 def alpha_req(rows_nD: torch.Tensor) -> Spectrum:
     """α-ReQ of the centred covariance. Reference: Agrawal et al. 2022; fitted over the eigenvalues 11 to 100."""
-    gram_DD = _gram(rows_nD, centre=True)
+    gram_DD = gram(rows_nD, centre=True)
     return fit_power_law(torch.linalg.eigvalsh(gram_DD).flip(0) / len(rows_nD))
 
 
@@ -92,19 +81,6 @@ def uniformity(rows_nD: torch.Tensor) -> float:
                 spread = torch.exp(4 * (u_pD @ v_bD.T).double() - 4).sum()  # ‖u − v‖² = 2 − 2 u·v
                 total += float(spread) * (2 if other else 1)
     return math.log((total - count) / (count * (count - 1)))
-
-
-def _gram(rows_nD: torch.Tensor, centre: bool = False) -> torch.Tensor:
-    """XᵀX (D, D) in float64, of blocks of rows."""
-    width = rows_nD.shape[1]
-    mean_D = torch.zeros(width, dtype=torch.float64, device=rows_nD.device)
-    if centre:
-        mean_D = torch.stack([block.double().sum(0) for block in rows_nD.split(_ROWS)]).sum(0) / len(rows_nD)
-    gram_DD = torch.zeros((width, width), dtype=torch.float64, device=rows_nD.device)
-    for block_bD in rows_nD.split(_ROWS):
-        centred_bD = block_bD.double() - mean_D
-        gram_DD += centred_bD.T @ centred_bD
-    return gram_DD
 
 
 def _unit_blocks(rows_nD: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -57,7 +57,7 @@ class Transfer(EvaluationProtocol):
                 protocol = Finetune(FinetuneSettings(epochs=self.own.finetune_epochs))
                 metrics |= {f"{name}_finetuned_{metric}": value for metric, value in protocol.run(with_head(elsewhere)).items()}
         accuracies = [value for metric, value in metrics.items() if metric in linear]
-        return {"accuracy": sum(accuracies) / len(accuracies), **metrics}
+        return {"mean_accuracy": sum(accuracies) / len(accuracies), **metrics}
 
     def _features(self, subject: Subject, location: str) -> tuple[str, Place, Scored]:
         """A set's name, its images and the features of the labelled ones. Collective. Raises DataError without labels."""

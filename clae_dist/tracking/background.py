@@ -70,6 +70,9 @@ class BackgroundTracker(Tracker):
             self._rows.append(row)
             self._changed.notify()
 
+    def tag(self, name: str, text: str) -> None:
+        self._add_job(f"tag {name}", lambda: self._store.set_tag(name, text))
+
     def log_artifacts(self, path: Path, name: str) -> None:
         self._add_job(name, lambda: self._store.log_artifacts(path, name))
 

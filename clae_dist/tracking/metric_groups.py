@@ -4,9 +4,11 @@ from __future__ import annotations
 
 _GROUPS = {
     "train": "step epoch time_s loss loss_clean loss_adversarial grad_norm learning_rate bad_samples skipped_steps",
-    "attack": "delta_linf delta_l2 attack_loss_before attack_loss_after wrong_sign_share cos_positive_adversarial "
+    "attack": "delta_linf delta_l2 attack_loss_before attack_loss_after attack_loss_noise wrong_sign_share "
+    "zero_gradient_share cos_positive_adversarial "
     "cos_negative_mean_adversarial cos_negative_hardest_adversarial",
-    "embedding": "cos_positive cos_negative_mean cos_negative_hardest alignment uniformity",
+    "embedding": "cos_positive cos_negative_mean cos_negative_hardest alignment uniformity rank_me",
+    "alarm": "alarm_collapse alarm_useless_attack alarm_masked_attack",
     "evaluation": "knn_accuracy knn_accuracy_low knn_accuracy_high",
     "speed": "images_per_s data_wait_share attack_share checkpoint_blocked_s",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "
@@ -21,8 +23,9 @@ optimiser steps). Shares and accuracies are percent.
 | group | metrics |
 |---|---|
 | `train/` | losses of the global batch, gradient norm, learning rate |
-| `attack/` | of the adversarial view: size of δ, loss before and after, cosines |
-| `embedding/` | cosines, alignment and uniformity of the clean views |
+| `attack/` | of the adversarial view: size of δ, loss before, after and under noise, zero gradients, cosines |
+| `embedding/` | cosines, alignment, uniformity and effective rank of the clean views |
+| `alarm/` | 1 while a collapse or an attack without effect is seen; tags have the cause |
 | `evaluation/` | kNN during training; every protocol before and after |
 | `speed/`, `goodput/` | images/s, waits, where the wall time went |
 """

@@ -124,7 +124,7 @@ class MlflowStore:
         self._config_file, self._dataset = config_file, dataset
         self._experiment = config.tracking.experiment
         self._params = {key: str(value) for key, value in flatten(shareable(config)).items()}
-        self._tags = {**tags, RUN_KEY_TAG: run_key}
+        self._tags = {"method": config.method.name, "seed": str(config.seed), **tags, RUN_KEY_TAG: run_key}
         self._experiment_id = ""
         self._known: dict[str, set[int]] = {}  # what a continued run has: the images seen at each value, by metric
         self._client: Any = None
@@ -160,6 +160,11 @@ class MlflowStore:
         with refusals():
             for some in chunks(metrics, 1000):  # MLflow's limit a request
                 self._client.log_batch(self.run_id, metrics=some, synchronous=True)
+
+    def set_tag(self, name: str, text: str) -> None:
+        """Set a tag of the run."""
+        with refusals():
+            self._set_tags({name: text})
 
     def log_artifacts(self, path: Path, name: str) -> None:
         with refusals():

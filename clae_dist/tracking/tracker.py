@@ -30,6 +30,9 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Record metrics (plain numbers, no tensors) at the number of images that training has seen."""
 
+    def tag(self, name: str, text: str) -> None:
+        """Set a tag of the run, such as the cause of an alarm."""
+
     def log_artifacts(self, path: Path, name: str) -> None:
         """Keep a file, or the content of a folder, under `name`. The path must exist until `close`."""
 
@@ -56,6 +59,9 @@ class Trackers(Tracker):
     def log(self, metrics: Mapping[str, float], images_seen: int) -> None:
         self._file.log(metrics, images_seen)
         self._each("log", metrics, images_seen)
+
+    def tag(self, name: str, text: str) -> None:
+        self._each("tag", name, text)
 
     def log_artifacts(self, path: Path, name: str) -> None:
         self._file.log_artifacts(path, name)

@@ -54,6 +54,10 @@ class Journal:
         place = {"step": step, "epoch": step / self._plan.steps_per_epoch, "time_s": round(self.train_s, 3)}
         self._tracker.log({**place, **values}, self._plan.images_seen(step))
 
+    def tag(self, name: str, text: str) -> None:
+        """Set a tag on the tracking page."""
+        self._tracker.tag(name, text)
+
     def add(self, metrics: StepMetrics) -> None:
         """Add a step's losses, without synchronisation."""
         terms = {f"loss_{name}": value for name, value in metrics.terms.items()}

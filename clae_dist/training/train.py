@@ -29,6 +29,7 @@ from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
 from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, continue_tracking
 from clae_dist.tracking.console import STARTING
+from clae_dist.training.alarms import Alarms
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
@@ -191,6 +192,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.config, self.world, self.say = self.session.config, self.session.world, self.session.say
         self.clock = self.journal.clock
+        self.alarms = Alarms(self.config, self.plan.total, self.say, self.journal.tag)
         self.step = self.saved = self.first_step
 
     def run(self) -> LoopResult:
@@ -222,9 +224,10 @@ class _Loop:
             if batch is None:
                 return self._stopped()
             measured: dict[str, float] = {}
-            if self.step % every.diagnose_every == 0:
+            if self.step % every.diagnose_every == 0 or self.alarms.due(self.step):
                 with self.clock.stopped():
                     measured = diagnose(run, batch)
+                measured |= self.alarms.judge(self.step, measured)
             self._look_ahead(batches)
             rate = self._train_on(run, batch)
             if self.step % every.log_every == 0 or self.step == plan.total or measured:

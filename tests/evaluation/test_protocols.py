@@ -125,7 +125,7 @@ def test_transfer_to_the_set_itself_is_the_linear_probe(
 ) -> None:
     """The further set is made like the run's own."""
     _, content = evaluated(make_run)
-    assert content["results"]["transfer"]["accuracy"] == pytest.approx(content["results"]["linear"]["accuracy"])
+    assert content["results"]["transfer"]["mean_accuracy"] == pytest.approx(content["results"]["linear"]["accuracy"])
     assert "colours_accuracy" in content["results"]["transfer"]
 
 

@@ -35,6 +35,9 @@ class FakeStore:
     def log_rows(self, rows: list[MetricsRow]) -> None:
         self._call("rows", [row.images_seen for row in rows])
 
+    def set_tag(self, name: str, text: str) -> None:
+        self._call("tag", name, text)
+
     def log_artifacts(self, path: Path, name: str) -> None:
         self._call("artifacts", str(path), name)
 
@@ -166,3 +169,11 @@ def test_a_refused_run_is_said_and_later_rows_are_counted() -> None:
     tracker.close("finished")
     assert said[0] == "the store refused this run (no such thing here); metrics.jsonl is still written."
     assert said[1].startswith("the store did not get 1 rows")
+
+
+def test_a_tag_reaches_the_store() -> None:
+    store = FakeStore()
+    tracker = BackgroundTracker(store, print)
+    tracker.tag("alarm.collapse", "step 2: the cause")
+    tracker.close("finished")
+    assert store.calls[-2:] == [("tag", "alarm.collapse", "step 2: the cause"), ("close", "finished")]
