@@ -35,7 +35,62 @@ EVALUATION = {
     "manifest_digest": "d",
     "neighbours": [{"id": 1, "label": 0, "neighbour_ids": [1, 2], "neighbour_labels": [0, -1], "cosines": [1.0, 0.5]}],
 }
-# What stands in for a value: of another type, too large, too deep, no Unicode, not finite.
+
+
+def both(before: Any, after: Any) -> dict[str, Any]:
+    """A value of the untrained and one of the pretrained encoder."""
+    return {"before": before, "after": after}
+
+
+def _accuracy(name: str, before: float, after: float) -> dict[str, dict[str, float]]:
+    return {
+        name: both(before, after),
+        f"{name}_low": both(before - 2, after - 2),
+        f"{name}_high": both(before + 2, after + 2),
+    }
+
+
+ROBUST_RESULTS = {
+    **_accuracy("slf_autoattack", 2.0, 9.0),
+    **_accuracy("slf_pgd", 3.0, 10.0),
+    **_accuracy("slf_fgsm", 5.0, 14.0),
+    **_accuracy("slf_pgd_at_16", 2.0, 4.0),
+    **_accuracy("slf_pgd_at_2", 20.0, 31.0),
+    **_accuracy("slf_clean", 30.0, 45.0),
+    "slf_masked": both(0.0, 1.0),
+}
+BINS = {
+    f"{prefix}{name}": values
+    for prefix in ("", "scaled_")
+    for name, values in {"images": [0, 40, 60.0], "confidence": [0, 0.5, 0.9], "accuracy": [0, 0.4, 0.95]}.items()
+}
+HISTOGRAM = {"far_knn_edges": [0.0, 0.5, 1.0], "far_knn_inside": [0.75, 0.25], "far_knn_outside": [0.1, 0.9]}
+KINDS = {"fog": [50.0, 40.0], "jpeg": [60.0, 20.0]}
+DETAILS: dict[str, Any] = {
+    "calibration": both(BINS, BINS),
+    "corruptions": both(KINDS, KINDS),
+    "ood": both(HISTOGRAM, HISTOGRAM),
+}
+RESULTS: dict[str, Any] = {
+    "robust": ROBUST_RESULTS,
+    "calibration": {"ece": both(4.0, 2.0), "temperature": both(1.0, 1.25)},
+    "corruptions": _accuracy("accuracy", 35.0, 41.0),
+    "ood": {**_accuracy("far_knn_auroc", 55.0, 87.0)},
+    "new": {"accuracy": both(12.5, 25.0), "layers": both(300.0, 12345.0)},
+}
+
+
+def evaluation(results: dict[str, Any] = RESULTS, details: dict[str, Any] = DETAILS) -> dict[str, Any]:
+    """The content of an evaluation.json with these results."""
+    settings = {"robust": {"epsilon": 8 / 255}}
+    protocols = {
+        name: {"title": f"<{name}> title", "description": f"a probe of {name} & more", "settings": settings.get(name, {})}
+        for name in results
+    }
+    return {**EVALUATION, "results": results, "protocols": protocols, "details": details, "neighbours": []}
+
+
+# Replacements of a value: of another type, too large, too deep, no Unicode, not finite.
 STRANGE: tuple[Any, ...] = (None, -1, 10**30, 1.5, float("nan"), float("-inf"), 1e308, "", "\ud800", "\x1b[2J\n", [], {}, [[]])
 STRANGE += ({"a": 1}, True, ["x"] * 9, 2**62, "9" * 5000, 0)
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -77,7 +132,7 @@ def make_run(folder: Path) -> None:
         {"event": "end", "at": 9.0, "step": 9, "spent": {"starting": 1.0, "training": 7.0, "data": 1.0}},
     ]
     (folder / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
-    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "evaluation.json").write_text(json.dumps({**evaluation(), "neighbours": EVALUATION["neighbours"]}))
     (folder / "summary.json").write_text(json.dumps({"method": "CLAE", "loss": 1.0, "images_seen": 5, "results": {}}))
     (folder / "nonfinite" / "step-00000007" / "step.json").write_text(json.dumps(STEP))
     model = build_model(config)
@@ -119,6 +174,8 @@ def read_everything(run: Path) -> int:
     from clae_dist.evaluation.stored import read_summary
     from clae_dist.page import render
     from clae_dist.report.record import read_record, summarise, summary_table
+    from clae_dist.report.result_pictures import DRAWINGS
+    from clae_dist.report.results import protocol_results
     from clae_dist.report.run_page import _values
     from clae_dist.runs.checkpoint import load_model
     from clae_dist.runs.checkpoint.listing import say_checkpoints
@@ -129,6 +186,9 @@ def read_everything(run: Path) -> int:
         summary = summarise(found)
         json.dumps(summary, allow_nan=False)
         render("clae_dist", "run.html", **_values(found, summary, None, [])).encode()
+        for result in protocol_results(found.evaluation):
+            for drawing in DRAWINGS[result.name](result):
+                assert drawing.alt
 
     def checkpoints() -> None:
         for as_json in (True, False):

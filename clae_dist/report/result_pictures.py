@@ -28,6 +28,8 @@ _LEAST_IMAGES = 10  # of a point in a reliability diagram
 class ProtocolResult:
     """The entry of one protocol in evaluation.json."""
 
+    name: str
+    title: str
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → before or after → value
     details: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)  # before or after → name → values
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -71,21 +71,24 @@ def _tested(evaluation: Mapping[str, Any]) -> str:
     return f"all {evaluation['test_images']:,} test images"
 
 
+def protocol_results(evaluation: Mapping[str, Any] | None) -> Iterator[ProtocolResult]:
+    """The results of the protocols that have pictures."""
+    for protocol in _protocols(evaluation or {}):
+        if evaluation and (name := protocol["name"]) in DRAWINGS:
+            details = (evaluation.get("details") or {}).get(name, {})
+            settings = evaluation["protocols"][name]["settings"]
+            yield ProtocolResult(name, protocol["title"], evaluation["results"][name], details, settings)
+
+
 def result_sections(evaluation: Mapping[str, Any] | None) -> Iterator[ReportSection]:
     """A section of pictures for each protocol that has some."""
-    evaluation = evaluation or {}
-    for protocol in _protocols(evaluation):
-        name = protocol["name"]
-        if name not in DRAWINGS:
-            continue
-        details = (evaluation.get("details") or {}).get(name, {})
-        result = ProtocolResult(evaluation["results"][name], details, evaluation["protocols"][name]["settings"])
-        drawings = islice(DRAWINGS[name](result), _MOST_PICTURES)
+    for result in protocol_results(evaluation):
+        drawings = islice(DRAWINGS[result.name](result), _MOST_PICTURES)
         figures = tuple(
-            Picture(f"{name}-{n}", png(one.figure), one.title, one.caption, one.alt) for n, one in enumerate(drawings, 1)
+            Picture(f"{result.name}-{n}", png(one.figure), one.title, one.caption, one.alt) for n, one in enumerate(drawings, 1)
         )
-        title = protocol["title"][:1].upper() + protocol["title"][1:]
+        title = result.title[:1].upper() + result.title[1:]
         if figures:
             yield ReportSection(title, figures=figures)
-        elif details:
+        elif result.details:
             yield ReportSection(title, note="The values of its pictures in evaluation.json cannot be drawn; evaluate again.")

@@ -16,61 +16,12 @@ from clae_dist.report.result_pictures import DRAWINGS, ProtocolResult, _against_
 from clae_dist.report.results import result_sections
 from clae_dist.report.run_page import write_report
 from tests.evaluation.test_interval import Tables
-from tests.run_files import EVALUATION
+from tests.run_files import DETAILS, HISTOGRAM, KINDS, RESULTS, ROBUST_RESULTS, both, evaluation
 
 MakeRun = Callable[..., Path]
 
 
-def _both(before: Any, after: Any) -> dict[str, Any]:
-    return {"before": before, "after": after}
-
-
-def _accuracy(name: str, before: float, after: float) -> dict[str, dict[str, float]]:
-    return {
-        name: _both(before, after),
-        f"{name}_low": _both(before - 2, after - 2),
-        f"{name}_high": _both(before + 2, after + 2),
-    }
-
-
-ROBUST = {
-    **_accuracy("slf_autoattack", 2.0, 9.0),
-    **_accuracy("slf_pgd", 3.0, 10.0),
-    **_accuracy("slf_fgsm", 5.0, 14.0),
-    **_accuracy("slf_pgd_at_16", 2.0, 4.0),
-    **_accuracy("slf_pgd_at_2", 20.0, 31.0),
-    **_accuracy("slf_clean", 30.0, 45.0),
-    "slf_masked": _both(0.0, 1.0),
-}
-BINS = {
-    f"{prefix}{name}": values
-    for prefix in ("", "scaled_")
-    for name, values in {"images": [0, 40, 60.0], "confidence": [0, 0.5, 0.9], "accuracy": [0, 0.4, 0.95]}.items()
-}
-HISTOGRAM = {"far_knn_edges": [0.0, 0.5, 1.0], "far_knn_inside": [0.75, 0.25], "far_knn_outside": [0.1, 0.9]}
-KINDS = {"fog": [50.0, 40.0], "jpeg": [60.0, 20.0]}
-DETAILS: dict[str, Any] = {
-    "calibration": _both(BINS, BINS),
-    "corruptions": _both(KINDS, KINDS),
-    "ood": _both(HISTOGRAM, HISTOGRAM),
-}
-RESULTS: dict[str, Any] = {
-    "robust": ROBUST,
-    "calibration": {"ece": _both(4.0, 2.0), "temperature": _both(1.0, 1.25)},
-    "corruptions": _accuracy("accuracy", 35.0, 41.0),
-    "ood": {**_accuracy("far_knn_auroc", 55.0, 87.0)},
-    "new": {"accuracy": _both(12.5, 25.0), "layers": _both(300.0, 12345.0)},
-}
 NUM_PICTURES = 1 + 2 + 2 + 1
-
-
-def _evaluation(results: dict[str, Any] = RESULTS, details: dict[str, Any] = DETAILS) -> dict[str, Any]:
-    settings = {"robust": {"epsilon": 8 / 255}}
-    protocols = {
-        name: {"title": f"<{name}> title", "description": f"a probe of {name} & more", "settings": settings.get(name, {})}
-        for name in results
-    }
-    return {**EVALUATION, "results": results, "protocols": protocols, "details": details, "neighbours": []}
 
 
 class Reader(Tables):
@@ -91,14 +42,14 @@ class Reader(Tables):
         self.text += data
 
 
-def _page(run: Path, evaluation: dict[str, Any]) -> Reader:
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+def _page(run: Path, content: dict[str, Any]) -> Reader:
+    (run / "evaluation.json").write_text(json.dumps(content))
     return Reader(write_report(run, lambda _: None).read_text())
 
 
 def test_every_protocol_has_its_pictures_and_all_of_its_metrics(make_run: MakeRun) -> None:
     run = make_run(checkpoint=False)
-    page = _page(run, _evaluation())
+    page = _page(run, evaluation())
     assert len(page.alts) == NUM_PICTURES
     assert all(len(alt) > 30 for alt in page.alts)
     assert (
@@ -117,17 +68,17 @@ def test_every_protocol_has_its_pictures_and_all_of_its_metrics(make_run: MakeRu
 
 def test_pictures_are_of_what_is_there_and_earlier_ones_are_removed(make_run: MakeRun) -> None:
     run = make_run(checkpoint=False)
-    assert len(_page(run, _evaluation()).alts) == NUM_PICTURES
-    page = _page(run, _evaluation({"new": RESULTS["new"], "calibration": RESULTS["calibration"]}, {}))
+    assert len(_page(run, evaluation()).alts) == NUM_PICTURES
+    page = _page(run, evaluation({"new": RESULTS["new"], "calibration": RESULTS["calibration"]}, {}))
     assert (page.alts, list((run / "report").glob("*.png"))) == ([], [])
     only_after = {"corruptions": {"after": KINDS}, "ood": {"before": HISTOGRAM}}
-    assert len(_page(run, _evaluation(details=only_after)).alts) == 1 + 1  # robust, and corruptions after
+    assert len(_page(run, evaluation(details=only_after)).alts) == 1 + 1  # robust, and corruptions after
 
 
 def test_results_of_a_set_without_labels_are_shown(make_run: MakeRun) -> None:
     """evaluation.json of such a set was refused as damaged: it has results, and no classes."""
     run = make_run(checkpoint=False)
-    unlabelled = {**_evaluation({"new": RESULTS["new"]}, {}), "num_classes": 0, "no_accuracies": "no image has a label"}
+    unlabelled = {**evaluation({"new": RESULTS["new"]}, {}), "num_classes": 0, "no_accuracies": "no image has a label"}
     page = _page(run, unlabelled)
     assert ["layers", "300", "12,345"] in page.rows
     assert "There are no accuracies: no image has a label." in page.text
@@ -156,12 +107,12 @@ def test_results_of_a_set_without_labels_are_shown(make_run: MakeRun) -> None:
 def test_values_that_cannot_be_meant_are_not_drawn(name: str, key: str, values: list[float]) -> None:
     details = {when: {k: v for k, v in DETAILS[name][when].items() if not k.startswith("scaled_")} for when in DETAILS[name]}
     damaged = {when: {**one, key: values} for when, one in details.items()}
-    assert len(list(DRAWINGS[name](ProtocolResult({}, details)))) > 0
-    assert list(DRAWINGS[name](ProtocolResult({}, damaged))) == []
+    assert len(list(DRAWINGS[name](ProtocolResult(name, "", {}, details)))) > 0
+    assert list(DRAWINGS[name](ProtocolResult(name, "", {}, damaged))) == []
 
 
 def test_details_without_a_picture_are_reported() -> None:
-    (_, section) = result_sections(_evaluation(details={"ood": _both({}, {"a": [1.0]})}))
+    (_, section) = result_sections(evaluation(details={"ood": both({}, {"a": [1.0]})}))
     assert (section.figures, section.note) == (
         (),
         "The values of its pictures in evaluation.json cannot be drawn; evaluate again.",
@@ -170,9 +121,9 @@ def test_details_without_a_picture_are_reported() -> None:
 
 @pytest.mark.parametrize("epsilon", [None, "8", -1.0, 0, 1e99, [1]])
 def test_a_strange_epsilon_leaves_the_rest_of_the_curve(epsilon: Any) -> None:
-    strange = {**ROBUST, "slf_pgd_at_99999": _both(1.0, 1.0), "slf_pgd_at_x": _both(1.0, 1.0), "_clean": _both(1e99, -5.0)}
-    strange["slf_pgd_at_4"] = _both(400.0, 20.0)
-    (drawing,) = DRAWINGS["robust"](ProtocolResult(strange, settings={"epsilon": epsilon}))
+    strange = {**ROBUST_RESULTS, "slf_pgd_at_99999": both(1.0, 1.0), "slf_pgd_at_x": both(1.0, 1.0), "_clean": both(1e99, -5.0)}
+    strange["slf_pgd_at_4"] = both(400.0, 20.0)
+    (drawing,) = DRAWINGS["robust"](ProtocolResult("robust", "", strange, settings={"epsilon": epsilon}))
     assert "untrained 30.0 % at ε = 0, 20.0 % at ε = 2, 2.0 % at ε = 16" in drawing.alt
     assert png(drawing.figure, dpi=20)
 
@@ -182,7 +133,7 @@ def test_a_strange_epsilon_leaves_the_rest_of_the_curve(epsilon: Any) -> None:
 )
 def test_details_of_another_type_are_refused(tmp_path: Path, details: Any) -> None:
     path = tmp_path / "evaluation.json"
-    path.write_text(json.dumps({**_evaluation(), "details": details}))
+    path.write_text(json.dumps({**evaluation(), "details": details}))
     content, problem = read_evaluation(path)
     assert content is None
     assert "details" in problem
@@ -194,7 +145,7 @@ def test_names_in_a_file_of_others_are_text_and_lead_nowhere(make_run: MakeRun) 
     histogram = {f"{hostile}_{part}": HISTOGRAM[f"far_knn_{part}"] for part in ("edges", "inside", "outside")}
     kinds = {hostile: [1.0, 2.0], "$x_$": [3.0, 4.0]}
     before = set(run.parent.rglob("*"))
-    page = _page(run, _evaluation(details={"ood": {"after": histogram}, "corruptions": {"after": kinds}}))
+    page = _page(run, evaluation(details={"ood": {"after": histogram}, "corruptions": {"after": kinds}}))
     new = {path.relative_to(run).as_posix() for path in {*run.parent.rglob("*")} - before}
     pictures = {f"report/{name}-1.png" for name in ("robust", "corruptions", "ood")}
     assert new - {"evaluation.json", "summary.json"} == {"report", "report/report.html", *pictures}
@@ -203,7 +154,9 @@ def test_names_in_a_file_of_others_are_text_and_lead_nowhere(make_run: MakeRun) 
 
 
 def test_points_are_in_order_and_small_bins_are_dropped() -> None:
-    result = ProtocolResult(ROBUST, {"after": {"images": [9, 10], "confidence": [0.1, 0.9], "accuracy": [1, 0.5]}})
+    result = ProtocolResult(
+        "robust", "", ROBUST_RESULTS, {"after": {"images": [9, 10], "confidence": [0.1, 0.9], "accuracy": [1, 0.5]}}
+    )
     points = list(_against_epsilon(result, "slf", "after", 8.0))
     assert points == [(0, 45, 43, 47), (2, 31, 29, 33), (8, 10, 8, 12), (16, 4, 2, 6)]
     np.testing.assert_allclose(_bins(result, "after", ""), [[10, 90, 50]])
