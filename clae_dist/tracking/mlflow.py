@@ -1,4 +1,4 @@
-"""MLflow as a store. The only file that imports mlflow (the vendor's package: imports here are absolute)."""
+"""MLflow as a store. Only this file and mlflow_model.py import mlflow (the vendor's package: imports here are absolute)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from clae_dist.keys import flatten
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
+from clae_dist.tracking.mlflow_model import describe_input
 from clae_dist.tracking.tracker import MetricsRow, Refused, Say, Status, brief
 
 Item = TypeVar("Item")
@@ -191,9 +192,9 @@ class MlflowStore:
             )
             description = Path(scratch, "MLmodel")
             identity = {"artifact_path": model.artifact_location, "run_id": self.run_id, "model_uuid": model.model_id}
-            Model(**identity, metadata=facts).save(str(description))
+            Model(**identity, metadata=facts, **describe_input(export_folder, Path(scratch))).save(str(description))
             self._client.log_model_artifacts(model.model_id, str(export_folder))
-            self._client.log_model_artifact(model.model_id, str(description))
+            self._client.log_model_artifacts(model.model_id, scratch)
             self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, images_seen)])
 

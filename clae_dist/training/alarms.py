@@ -63,9 +63,10 @@ class Alarms:
 
     def _collapse(self, seen: Seen) -> str:
         spread, rank = _spread(seen), seen.get("rank_me", float("inf"))
-        narrow = spread < COLLAPSED_SPREAD and not spread > RECOVERING * _spread(self._before)
+        recovering = spread > RECOVERING * _spread(self._before)
+        narrow = spread < COLLAPSED_SPREAD and not recovering
         on_a_line = rank < COLLAPSED_RANK and not rank > RECOVERING * self._before.get("rank_me", float("inf"))
-        fallen = spread < min(FALLEN_SPREAD, _spread(self._first) / FALL_OF_SPREAD)
+        fallen = not recovering and spread < min(FALLEN_SPREAD, _spread(self._first) / FALL_OF_SPREAD)
         fallen = fallen and rank < min(FALLEN_RANK, self._first.get("rank_me", 0.0) / FALL_OF_RANK)
         if not (narrow or on_a_line or fallen):
             return ""

@@ -54,6 +54,7 @@ def client_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, 
     run_dir, run_key, stream = folder / "first", new_run_key(), io.StringIO()
     (folder / "export").mkdir()
     (folder / "export/encoder.safetensors").write_bytes(b"weights")
+    (folder / "export/config.json").write_text('{"input_size": [3, 16, 16], "num_features": 64}')
     (folder / "report").mkdir()
     (folder / "report/report.html").write_text("<p>report</p>")
 
@@ -116,7 +117,7 @@ def test_the_encoder_is_a_logged_model_of_files_with_the_manifests_digest(client
     assert (model.params["manifest_digest"], model.params["images_seen"]) == ("sha256:feed", "1024")
     assert model.tags["manifest_digest"] == "sha256:feed"
     files = sorted(item.path for item in client.list_logged_model_artifacts(model.model_id))
-    assert files == ["MLmodel", "encoder.safetensors"]
+    assert files == ["MLmodel", "config.json", "encoder.safetensors", "input_example.json"]
     assert model.artifact_location.startswith((folder / "mlartifacts").as_uri())
 
 
@@ -198,6 +199,23 @@ def test_what_a_finished_run_could_not_send_is_sent_later_and_once(client_and_ru
     assert history == [(256, 2.0), (512, 1.0)]
     assert (first.info.status, first.info.end_time) == ("FINISHED", second.info.end_time)
     assert [output.step for output in second.outputs.model_outputs] == [512]
+
+
+def test_the_encoder_has_a_signature_and_an_example(client_and_run: tuple[Any, Any, Path], tmp_path: Path) -> None:
+    from mlflow.models import Model
+
+    client, run, _ = client_and_run
+    (output,) = run.outputs.model_outputs
+    location = client.get_logged_model(output.model_id).artifact_location.removeprefix("file://")
+    model = Model.load(location)
+    assert model.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert model.signature.outputs.inputs[0].shape == (-1, 64)
+    assert model.load_input_example(location).shape == (1, 3, 16, 16)
+
+
+def test_a_run_has_tags_for_method_seed_and_revision(client_and_run: tuple[Any, Any, Path]) -> None:
+    _, run, _ = client_and_run
+    assert (run.data.tags["method"], run.data.tags["seed"], run.data.tags["git_revision"]) == ("clae", "0", "0123abcd")
 
 
 def test_the_page_is_opened_by_a_command_that_a_shell_takes_as_it_is() -> None:
