@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from clae_dist import escape
@@ -77,8 +78,8 @@ class Place:
     ) -> dict[str, torch.Tensor]:
         """The tensors that `make` computes, from disk if they were kept under the same key before. On one rank."""
         path = self.folder / kind / f"{digest_of(key)}.safetensors"
-        if path.exists() and not self.fresh:
-            return load_file(path)
+        if not self.fresh and (found := read_kept(path)) is not None:
+            return found
         made = {name: value.contiguous().cpu() for name, value in make().items()}
         make_folders(path.parent)
         write_atomically(path, save(made))
@@ -190,6 +191,14 @@ class Place:
 
 
 def _silent(_: str) -> None: ...
+
+
+def read_kept(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file, or None if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
 
 
 def digest_of(key: Mapping[str, Any]) -> str:

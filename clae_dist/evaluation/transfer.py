@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clae_dist.config.rules import Section, setting
 from clae_dist.errors import DataError
+from clae_dist.evaluation.classifier import with_head
+from clae_dist.evaluation.finetune import Finetune, FinetuneSettings
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.linear import linear_probe
+from clae_dist.evaluation.place import Place
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.evaluation.scored import Scored, scored
 
@@ -21,6 +24,9 @@ class TransferSettings(Section, prefix="transfer"):
 
     sets: tuple[str, ...] = setting(
         (), help="Folders of labelled shards with train and test split, resized to the evaluated side."
+    )
+    finetune_epochs: int = setting(
+        0, ge=0, zero="no fine-tuning", help="Epochs of fine-tuning all weights on each set, in the manner of `finetune`."
     )
 
 
@@ -39,16 +45,22 @@ class Transfer(EvaluationProtocol):
     def run(self, subject: Subject) -> dict[str, float]:
         _, place = subject.parts()
         metrics: dict[str, float] = {}
+        linear: list[str] = []
         for location in self.own.sets:
-            name, pair = self._features(subject, location)
+            name, further, pair = self._features(subject, location)
             name = name if f"{name}_accuracy" not in metrics else f"{name}_{len(metrics) + 1}"
+            linear.append(f"{name}_accuracy")
             found: dict[str, float] = place.world.run_on_main(lambda pair=pair: _accuracy(subject, pair))
             metrics |= {f"{name}_{metric}": value for metric, value in found.items()}
-        accuracies = [value for metric, value in metrics.items() if metric.endswith("_accuracy")]
+            if self.own.finetune_epochs:
+                elsewhere = replace(subject, bank=pair.bank, queries=pair.queries, place=further)
+                protocol = Finetune(FinetuneSettings(epochs=self.own.finetune_epochs))
+                metrics |= {f"{name}_finetuned_{metric}": value for metric, value in protocol.run(with_head(elsewhere)).items()}
+        accuracies = [value for metric, value in metrics.items() if metric in linear]
         return {"mean_accuracy": sum(accuracies) / len(accuracies), **metrics}
 
-    def _features(self, subject: Subject, location: str) -> tuple[str, Scored]:
-        """The name of a set, and the features of its labelled images. Collective. Raises DataError without labels."""
+    def _features(self, subject: Subject, location: str) -> tuple[str, Place, Scored]:
+        """A set's name, its images and the features of the labelled ones. Collective. Raises DataError without labels."""
         model, place = subject.parts()
         further, data = place.further(location), place.config.data
         name = re.sub(r"\W+", "_", further.manifest.name).strip("_") or "set"
@@ -61,7 +73,7 @@ class Transfer(EvaluationProtocol):
             raise DataError(f"transfer.sets has {further.manifest.where}, which cannot be used: {pair.problem}.")
         for note in pair.notes:
             place.say(f"{name}: {note}")
-        return name, pair
+        return name, further, pair
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         return f"mean accuracy of logistic regression on the features of {len(settings['sets'])} further sets"

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from clae_dist.data.draws import hashed, permutation, uniforms
@@ -26,7 +26,7 @@ from clae_dist.evaluation.attack import attack
 from clae_dist.evaluation.classifier import Classifier
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.passes import over_batches
-from clae_dist.evaluation.place import Place, digest_of, weights_digest
+from clae_dist.evaluation.place import Place, digest_of, read_kept, weights_digest
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.files import make_folders, write_atomically
 from clae_dist.models.norms import evaluation_mode, use_global_statistics
@@ -238,9 +238,10 @@ class _Fit:
 
     def _load(self, path: Path) -> int:
         """Steps that were taken before."""
-        if not self.world.run_on_main(path.exists):
+        if not self.world.run_on_main(lambda: read_kept(path) is not None):
             return 0
-        tensors = load_file(path)
+        tensors = read_kept(path)
+        assert tensors is not None
         with torch.no_grad():
             for name, value in self.classifier.state_dict().items():
                 value.copy_(tensors[f"classifier/{name}"])

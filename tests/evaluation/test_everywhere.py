@@ -99,6 +99,15 @@ def test_results_of_other_protocols_stay(make_run: MakeRun) -> None:
     assert set(second["results"]) == {"knn", "linear", "robust"}
 
 
+def test_damaged_classifiers_are_fitted_again(make_run: MakeRun) -> None:
+    run = make_run()
+    first = evaluate_run(run, _quiet)
+    for path in (run / "evaluation" / "heads").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    (run / "evaluation.json").unlink()
+    assert _without_times(evaluate_run(run, _quiet)) == _without_times(first)
+
+
 def test_fresh_computes_everything_again(make_run: MakeRun) -> None:
     run, said = make_run(), []
     first = evaluate_run(run, _quiet)
@@ -137,6 +146,18 @@ def test_published_weights_by_name(monkeypatch: pytest.MonkeyPatch, labelled_sha
     found = finish.evaluate(request, say=_quiet)
     assert set(found["results"]["linear"]["accuracy"]) == {"after"}
     assert json.loads((tmp_path / "results" / "evaluation.json").read_text()) == found
+
+
+def test_pretrained_without_labels_and_evaluated_with(
+    make_run: MakeRun, shards: Callable[..., Path], labelled_shards: Path
+) -> None:
+    """Accuracies on another set that has labels; on the run's own set the protocols that need none."""
+    run = make_run(data=shards(labelled=False))
+    elsewhere = evaluate_run(run, _quiet, str(labelled_shards))
+    assert set(elsewhere["results"]) == {"knn", "linear"}
+    at_home = evaluate_run(run, _quiet, suite=make_suite("knn,learnability,geometry"))
+    assert set(at_home["results"]) == {"learnability", "geometry"}
+    assert at_home["no_accuracies"] == "no image of train has a label"
 
 
 @pytest.mark.parametrize(

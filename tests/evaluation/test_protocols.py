@@ -137,6 +137,17 @@ def test_the_same_set_is_not_foreign(
         assert content["results"]["ood"][f"colours_{score}_auroc"]["after"] == pytest.approx(50)  # the same images
 
 
+def test_fine_tuned_transfer_to_the_set_itself_is_fine_tuning(
+    make_run: Callable[..., Path], shards: Callable[..., Path]
+) -> None:
+    words = (f"transfer.sets=[{shards()}]", "transfer.finetune_epochs=1", "finetune.epochs=1")
+    results = evaluate_run(make_run("method.name=simclr"), lambda _: None, suite=make_suite("transfer,finetune", words))[
+        "results"
+    ]
+    for metric, values in results["finetune"].items():
+        assert results["transfer"][f"colours_finetuned_{metric}"] == values, metric
+
+
 def test_transfer_without_sets_is_skipped_with_a_reason(make_run: Callable[..., Path]) -> None:
     result = evaluate_run(make_run(), lambda _: None, suite=make_suite("transfer,knn"))
     assert set(result["results"]) == {"knn"}
