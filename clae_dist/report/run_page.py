@@ -235,6 +235,7 @@ def _goodput(record: RunRecord) -> dict[str, Any] | None:
 
 def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
     identity, bad_samples = record.identity, summary["bad_samples"]
+    backend, collectives = (identity.get(key, "–") for key in ("backend", "collectives"))
     replaced = f"{bad_samples}, replaced by others of their shards; see bad-samples.jsonl"
     return {
         "run folder": record.run_dir,
@@ -243,7 +244,7 @@ def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
         **({"continues": f"{summary['parent']}, after its {identity['parent']['step']} steps"} if summary["parent"] else {}),
         "manifest digest": summary["manifest_digest"] or "–",
         "undecodable images": replaced if bad_samples else "none",
-        "backend": f"{identity.get('backend', '–')} over {identity.get('collectives', '–')}, {_ranks(identity.get('world_size', '–'))}",
+        "backend": f"{backend} over {collectives}, {_ranks(identity.get('world_size', '–'))}",
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
         "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
