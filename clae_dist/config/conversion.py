@@ -24,6 +24,8 @@ def convert(key: str, value: Any, hint: Any, origin: str) -> Any:
         choices = typing.get_args(hint)
         if value is None and "none" in choices:
             return "none"
+        if isinstance(value, (list, tuple)) and any("+" in choice for choice in choices):  # several names: mlflow+tensorboard
+            value = "+".join(sorted(map(str, value)))
         if value not in choices:
             close = difflib.get_close_matches(str(value), choices, n=1)
             refuse(f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else ""))

@@ -201,7 +201,11 @@ class Guard(Section, prefix="guard"):
 class Tracking(Section, prefix="tracking"):
     """Experiment tracking, besides the console and the run folder's metrics.jsonl."""
 
-    name: Literal["mlflow", "none"] = setting("mlflow", no_effect=True, help="Experiment tracker.")
+    name: Literal["mlflow", "tensorboard", "mlflow+tensorboard", "none"] = setting(
+        "mlflow",
+        no_effect=True,
+        help="Experiment trackers, also as a list: [mlflow, tensorboard]. TensorBoard's events are in RUN/tensorboard.",
+    )
     uri: str = setting(
         "",
         no_effect=True,
@@ -209,6 +213,10 @@ class Tracking(Section, prefix="tracking"):
         help="Tracking server or database. Empty: MLFLOW_TRACKING_URI, or mlflow.db beside the run folder.",
     )
     experiment: str = setting("clae-dist", no_effect=True, used_by="tracking.name=mlflow", help="Name of the experiment.")
+
+    def uses(self, name: Literal["mlflow", "tensorboard"]) -> bool:
+        """True if `name` is one of the trackers."""
+        return name in self.name.split("+")
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def mlflow_store(config: Config | None) -> Iterator[Finding]:
     """Check that runs can be recorded: the server responds, or the database's folder is writable."""
     asked = config is not None  # without a recipe, MLflow was not requested
     config = config or Config()
-    if config.tracking.name == "none":
-        yield Finding("ok", "mlflow store", "tracking.name is none")
+    if not config.tracking.uses("mlflow"):
+        yield Finding("ok", "mlflow store", f"tracking.name is {config.tracking.name}")
         return
     from clae_dist.data.urls import uri_without_secrets
     from clae_dist.tracking.mlflow import require_mlflow, store_problem, store_uri

@@ -174,6 +174,11 @@ class RunFolder:
         return self.path / RAY
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
     def report(self) -> Path:
         return self.path / REPORT
 

@@ -75,7 +75,7 @@ class OpenedRun:
     def to_track(self) -> tuple[Config, str]:
         """Settings with which results may be sent to the run's tracking store, and the reason if nothing may be sent, or ""."""
         tracking = self.config.tracking
-        if tracking.name == "none":
+        if not tracking.uses("mlflow"):
             return self.config, ""
         if self.store and uri_without_secrets(self.store) == uri_without_secrets(tracking.uri):
             return replace(self.config, tracking=replace(tracking, uri=self.store)), ""  # with the user's own login

@@ -210,7 +210,7 @@ class _Lengths:
             "train.epochs": repr(epochs),
             "optim.warmup_epochs": repr(warmup),
         }
-        if base.config.tracking.name != "none" and not base.config.tracking.uri:
+        if base.config.tracking.uses("mlflow") and not base.config.tracking.uri:
             own["tracking.uri"] = self._study.tracking_uri
         if stage == "select":
             own["train.knn_every"] = "0"  # whose queries are of the test split

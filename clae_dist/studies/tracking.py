@@ -17,7 +17,7 @@ def track_study(plan: StudyPlan, results: Sequence[CellResult], tables: Sequence
 
     A tracking server that fails does not fail the study: the next report sends everything again.
     """
-    tracked = [one for one in results if one.cell.recipe and one.cell.recipe.config.tracking.name == "mlflow"]
+    tracked = [one for one in results if one.cell.recipe and one.cell.recipe.config.tracking.uses("mlflow")]
     if not tracked:
         return ""
     from clae_dist.tracking.mlflow import store_uri

@@ -1,4 +1,4 @@
-"""Trackers of metrics, artifacts and encoder: the run folder, the console, MLflow."""
+"""Trackers of metrics, artifacts and encoder: the run folder, the console, MLflow, TensorBoard."""
 
 from __future__ import annotations
 
@@ -35,11 +35,15 @@ def new_run_key() -> str:
 
 def check_tracking(config: Config, run_dir: Path) -> None:
     """Raise ConfigError for tracking that cannot work on this machine; changes nothing and contacts no server."""
-    if config.tracking.name == "mlflow":
+    if config.tracking.uses("mlflow"):
         from clae_dist.tracking import mlflow
 
         mlflow.require_mlflow()
         mlflow.store_uri(config, run_dir)
+    if config.tracking.uses("tensorboard"):
+        from clae_dist.tracking.tensorboard import require_tensorboard
+
+        require_tensorboard()
 
 
 def continue_tracking(
@@ -61,11 +65,17 @@ def continue_tracking(
         trained: the run has been trained to its end; metrics and a status that could not be sent then are sent now.
     """
     check_tracking(config, run_dir)
-    if config.tracking.name == "none":
-        return Tracker()
+    others: list[Tracker] = []
+    if config.tracking.uses("tensorboard"):
+        from clae_dist.tracking.tensorboard import ResultsTracker
+
+        others.append(ResultsTracker(RunFolder(run_dir).tensorboard))
+    if not config.tracking.uses("mlflow"):
+        return Trackers(Tracker(), others, say)
     rows = MetricsRows(RunFolder(run_dir).metrics_file) if trained else ()
     more: dict[str, Any] = {"tags": tags, "training": False, "trained": trained, "dataset": dataset}
-    return _mlflow(config, run_dir, run_key, say, images_seen=images_seen, rows=rows, **more)[0]
+    sender = _mlflow(config, run_dir, run_key, say, images_seen=images_seen, rows=rows, **more)[0]
+    return Trackers(Tracker(), [sender, *others], say) if others else sender
 
 
 def build_trackers(
@@ -99,7 +109,11 @@ def build_trackers(
     file = MetricsFile(RunFolder(run_dir).metrics_file, resume_images_seen, say)
     others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
     page = ""
-    if config.tracking.name == "mlflow":
+    if config.tracking.uses("tensorboard"):
+        from clae_dist.tracking.tensorboard import TensorBoardTracker
+
+        others.append(TensorBoardTracker(RunFolder(run_dir).tensorboard, resume_images_seen))
+    if config.tracking.uses("mlflow"):
         more: dict[str, Any] = {"tags": tags, "dataset": dataset}
         # A killed process may not have sent all lines of the file.
         tracker, page = _mlflow(config, run_dir, run_key, say, images_seen=resume_images_seen, rows=file.rows(), **more)

@@ -107,7 +107,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     known: dict[str, Any] = {"tags": identity.tags, "dataset": TrackedSet.of(sets.train, config)}
     if first_step >= plan.total:
         say("this run is finished already; give another run_dir or name to start a new one.")
-        if world.is_main and config.tracking.name != "none":
+        if world.is_main and config.tracking.uses("mlflow"):
             watch.doing(ENDING, first_step)
             seen = plan.images_seen(first_step)
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
@@ -138,7 +138,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         status = outcome.status
         journal.close(outcome.step)
         watch.doing(ENDING, outcome.step)
-        if world.is_main and status == "finished" and config.tracking.name != "none":
+        if world.is_main and status == "finished" and config.tracking.uses("mlflow"):
             _log_encoder(config, tracker, sets.train, say)
     finally:
         if status == "failed":
