@@ -123,13 +123,17 @@ def _manifest(opened: OpenedRun, shards: str, say: Say) -> Manifest | None:
         return None
 
 
+def _ranks(world_size: object) -> str:
+    return f"{world_size} rank{'' if world_size == 1 else 's'}"
+
+
 def _facts(record: RunRecord, summary: dict[str, Any], manifest: Manifest | None) -> str:
     parts = [
         record.config.model.encoder,
         f"{manifest.name}, {manifest.num_samples(record.config.data.train_split):,} images" if manifest else "",
         f"{record.config.data.image_size} px",
         f"{record.config.train.epochs:g} epoch{'' if record.config.train.epochs == 1 else 's'}",
-        f"batch {record.config.batch.global_size}" + (f" on {summary['world_size']} ranks" if summary["world_size"] else ""),
+        f"batch {record.config.batch.global_size}" + (f" on {_ranks(summary['world_size'])}" if summary["world_size"] else ""),
     ]
     return " · ".join(part for part in parts if part)
 
@@ -231,6 +235,7 @@ def _goodput(record: RunRecord) -> dict[str, Any] | None:
 
 def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
     identity, bad_samples = record.identity, summary["bad_samples"]
+    backend, collectives = (identity.get(key, "–") for key in ("backend", "collectives"))
     replaced = f"{bad_samples}, replaced by others of their shards; see bad-samples.jsonl"
     return {
         "run folder": record.run_dir,
@@ -239,7 +244,7 @@ def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
         **({"continues": f"{summary['parent']}, after its {identity['parent']['step']} steps"} if summary["parent"] else {}),
         "manifest digest": summary["manifest_digest"] or "–",
         "undecodable images": replaced if bad_samples else "none",
-        "backend": "{} over {}, {} ranks".format(*(identity.get(key, "–") for key in ("backend", "collectives", "world_size"))),
+        "backend": f"{backend} over {collectives}, {_ranks(identity.get('world_size', '–'))}",
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
         "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }

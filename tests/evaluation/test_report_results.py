@@ -125,6 +125,7 @@ def test_a_strange_epsilon_leaves_the_rest_of_the_curve(epsilon: Any) -> None:
     strange["slf_pgd_at_4"] = both(400.0, 20.0)
     (drawing,) = DRAWINGS["robust"](ProtocolResult("robust", "", strange, settings={"epsilon": epsilon}))
     assert "untrained 30.0 % at ε = 0, 20.0 % at ε = 2, 2.0 % at ε = 16" in drawing.alt
+    assert [line.get_label() for line in drawing.figure.axes[0].get_lines()] == ["untrained, PGD", "pretrained, PGD"]
     assert png(drawing.figure, dpi=20)
 
 
