@@ -14,7 +14,8 @@ OURS = {
 }
 VENDORS = {
     "ray": ["clae_dist/launchers/ray"],
-    "mlflow": ["clae_dist/tracking/mlflow.py"],
+    "mlflow": ["clae_dist/tracking/mlflow"],
+    "tensorboard": ["clae_dist/tracking/tensorboard.py"],
     "deepspeed": ["clae_dist/parallel/deepspeed.py"],
     "webdataset": ["clae_dist/data/", "clae_dist/bench/data_peers.py", "data_prep/"],
 }
