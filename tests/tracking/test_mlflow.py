@@ -66,6 +66,7 @@ def client_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, 
     trackers = build(Config(name="first", train=Train(log_every=3)), run_dir, run_key, stream, seen=512)
     for step in range(3, 5):
         trackers.log({"step": step, "loss": 3.0 - step}, 256 * step)
+    trackers.tag("alarm.collapse", "step 3: the cause")
     trackers.log_model(folder / "export", "sha256:feed")
     trackers.close("finished")
     # `clae report` and `clae export` come later and add to the same run; that encoder is there already
@@ -216,6 +217,7 @@ def test_the_encoder_has_a_signature_and_an_example(client_and_run: tuple[Any, A
 def test_a_run_has_tags_for_method_seed_and_revision(client_and_run: tuple[Any, Any, Path]) -> None:
     _, run, _ = client_and_run
     assert (run.data.tags["method"], run.data.tags["seed"], run.data.tags["git_revision"]) == ("clae", "0", "0123abcd")
+    assert run.data.tags["alarm.collapse"] == "step 3: the cause"
 
 
 def test_the_page_is_opened_by_a_command_that_a_shell_takes_as_it_is() -> None:
