@@ -34,7 +34,7 @@ class Progress:
         self._name, self._scale, self._label = name, scale, label
         self._say, self._stream = say, stream or sys.stderr
         self._is_terminal = say is None and self._stream.isatty()
-        self._has_printed = False
+        self._has_printed = self._is_complete = False  # is the last line printed, with all the work?
         self._started = self._printed = time.monotonic()
 
     def add(self, count: int) -> None:
@@ -45,11 +45,12 @@ class Progress:
 
     def close(self, only_if_printed: bool = False) -> None:
         """Print the last line, with the final numbers; `only_if_printed` skips it for work that was too short for a line."""
-        if self._has_printed or not only_if_printed:
+        if (self._has_printed or not only_if_printed) and not self._is_complete:
             self._print(end="\n")
 
     def _print(self, end: str) -> None:
         self._printed, self._has_printed = time.monotonic(), True
+        self._is_complete = self._done >= self._total and not self._is_terminal
         if self._say is not None:
             self._say(self._text())
             return

@@ -53,3 +53,12 @@ def test_work_that_was_too_short_for_a_line_can_have_none(now: list[float]) -> N
 
 def test_durations() -> None:
     assert [duration(s) for s in (0, 187, 7387, 353_000)] == ["0:00", "3:07", "2:03:07", "4 d 02:03:20"]
+
+
+def test_the_last_line_comes_once(now: list[float]) -> None:
+    said: list[str] = []
+    progress = Progress(100, say=said.append)
+    now[0] += 6
+    progress.add(100)
+    progress.close()
+    assert said == ["100 of 100 images, 17 images/s, in 6.0 s"]
