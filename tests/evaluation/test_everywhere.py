@@ -63,6 +63,7 @@ def test_two_ranks_find_what_one_finds(make_run: MakeRun, ranks: Any) -> None:
         assert robust["slf_masked"][when] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues(make_run: MakeRun, tmp_path: Path) -> None:
     """kill -9 in the middle of the attacks: what is finished is not computed again, and the results are the same."""
     run, reference = (make_run("method.name=simclr", run_dir=tmp_path / name) for name in ("run", "reference"))

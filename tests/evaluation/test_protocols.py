@@ -137,6 +137,7 @@ def test_the_same_set_is_not_foreign(
         assert content["results"]["ood"][f"colours_{score}_auroc"]["after"] == pytest.approx(50)  # the same images
 
 
+@pytest.mark.slow
 def test_fine_tuned_transfer_to_the_set_itself_is_fine_tuning(
     make_run: Callable[..., Path], shards: Callable[..., Path]
 ) -> None:

@@ -60,8 +60,8 @@ def under_local(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[int, b
 
 def under_ray(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[int, bool]:
     """Ray starts ranks again that raise."""
-    written: list[bytes] = []
-    monkeypatch.setattr(ray, "_store", lambda: SimpleNamespace(_internal_kv_put=lambda *pair, **_: written.append(pair[1])))
+    written: list[str] = []
+    monkeypatch.setattr(ray, "RayStore", lambda: SimpleNamespace(put=lambda name, text: written.append(text)))
     monkeypatch.setenv("RANK", "0")
     try:
         ray._rank_main({"config": flatten(config), "origins": {}, "debug": False, "name": "run"})

@@ -142,8 +142,7 @@ def test_a_run_folder_that_hosts_do_not_share(tmp_path: Path, monkeypatch: pytes
         def fit(self) -> None:
             pass
 
-    told = {"_internal_kv_get": lambda *_, **__: json.dumps(vars(Ending(OK, ""))), "_internal_kv_del": lambda *_, **__: 1}
-    monkeypatch.setattr(ray, "_store", lambda: SimpleNamespace(**told))
+    monkeypatch.setattr(ray, "RayStore", lambda: SimpleNamespace(take=lambda name: json.dumps(vars(Ending(OK, "")))))
     monkeypatch.setattr(ray, "_trainer", lambda *arguments, **named: RanksElsewhere())
     with pytest.raises(ConfigError, match="run_dir is .* nothing for this host; name a folder on storage that all hosts share"):
         ray._fit(None, Recipe(Config(run_dir=str(tmp_path / "run"))), [1], ray._StopFile(tmp_path / "STOP"), debug=False)
