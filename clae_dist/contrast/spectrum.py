@@ -14,10 +14,15 @@ _EPSILON = 1e-7  # in RankMe's shares
 def rank_me(rows_nD: torch.Tensor) -> float:
     """RankMe: exp of the entropy of the singular values' shares, of the un-centred matrix. Reference: Garrido et al. 2023.
 
-    1 for rows on one line, D for orthogonal columns of equal norm. The paper uses n of at least 25,600.
+    1 for rows on one line, D for orthogonal columns of equal norm; NaN for rows that are not finite. The paper uses n of at
+    least 25,600.
     """
-    # Eigenvalues of the smaller Gram matrix in float64: exact to about 1e-8 of the largest singular value.
-    values = torch.linalg.eigvalsh(gram(rows_nD if len(rows_nD) >= rows_nD.shape[1] else rows_nD.T)).clamp_min(0).sqrt()
+    # Eigenvalues of the smaller Gram matrix in float64: exact to about 1e-8 of the largest singular value. On the CPU, where a
+    # small matrix takes less time than to start the GPU's solver library.
+    small = gram(rows_nD if len(rows_nD) >= rows_nD.shape[1] else rows_nD.T).cpu()
+    if not small.isfinite().all():
+        return float("nan")
+    values = torch.linalg.eigvalsh(small).clamp_min(0).sqrt()
     share = values / values.sum().clamp_min(1e-300) + _EPSILON
     return float((-(share * share.log()).sum()).exp())
 

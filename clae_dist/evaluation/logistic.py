@@ -37,7 +37,7 @@ def principal_axes(x_NF: torch.Tensor) -> Axes:
     covariance_FF = torch.zeros((x_NF.shape[1],) * 2, dtype=torch.float64, device=x_NF.device)
     for rows_nF in x_NF.split(_BLOCK):
         covariance_FF += (rows_nF.T @ rows_nF).double() / len(x_NF)
-    variance_F, axes_FF = torch.linalg.eigh(covariance_FF)
+    variance_F, axes_FF = (part.to(x_NF.device) for part in torch.linalg.eigh(covariance_FF.cpu()))
     kept_F = variance_F > 1e-9 * variance_F[-1].clamp_min(1e-300)
     return Axes(axes_FF[:, kept_F], variance_F[kept_F])
 

@@ -211,7 +211,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(bytes_of(value.detach()))
+        total.update(bytes_of(value.detach().cpu()))
     return total.hexdigest()
 
 
@@ -219,6 +219,8 @@ def _write_features(journal: Journal, places: Mapping[str, Path]) -> None:
     """Join the batches into one file a model, one batch in memory at a time, and delete the journal."""
     rows = [len(tensors["ids"]) for _, tensors in journal]
     for name, at in places.items():
+        if at.exists():  # another of these models has the same weights
+            continue
         with writing(at):
             partial = at.with_name(f".{at.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)

@@ -20,9 +20,12 @@ from clae_dist.errors import ConfigError
 from clae_dist.evaluation.evaluate import evaluate, evaluate_run
 from clae_dist.evaluation.examined import examined_run
 from clae_dist.evaluation.suite import make_suite
+from clae_dist.models import build_model
+from clae_dist.recipe import from_yaml
 from clae_dist.training import finish
 from clae_dist.world import World
 from tests import processes
+from tests.checkpoints import write_checkpoint
 from tests.processes import CLAE, clae, read_until, started
 from tests.processes import finish as ended
 
@@ -98,6 +101,15 @@ def test_results_of_other_protocols_stay(make_run: MakeRun) -> None:
     second = evaluate_run(run, _quiet, suite=make_suite("robust", ROBUST))
     assert {name: second["results"][name] for name in first["results"]} == first["results"]
     assert set(second["results"]) == {"knn", "linear", "robust"}
+
+
+def test_an_encoder_that_has_not_changed(make_run: MakeRun) -> None:
+    """Before and after share their kept features."""
+    run = make_run(checkpoint=False)
+    weights = build_model(from_yaml(run / "config.yaml")).state_dict()
+    write_checkpoint(run, 1, {f"model/{name}": value for name, value in weights.items()})
+    for values in evaluate_run(run, _quiet)["results"]["knn"].values():
+        assert values["before"] == values["after"]
 
 
 def test_damaged_classifiers_are_fitted_again(make_run: MakeRun) -> None:
