@@ -127,7 +127,6 @@ class Calibration(EvaluationProtocol):
     """Calibration of the linear probe on the test split, before and after temperature scaling."""
 
     name, title = "calibration", "calibration error"
-    summary = "expected calibration error, likelihood and Brier score of the linear probe, with temperature scaling"
     uses_head = True
 
     def run(self, subject: Subject) -> dict[str, float]:

@@ -43,7 +43,6 @@ class Corruptions(EvaluationProtocol):
     """Accuracy under thirteen corruptions in five severities; snow and frost, which need photographs, are not among them."""
 
     name, title = "corruptions", "accuracy on corrupted images"
-    summary = "the linear probe under 13 corruptions in 5 severities"
     uses_head = collective = True
     Settings = CorruptionSettings
 

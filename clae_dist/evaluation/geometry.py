@@ -102,7 +102,6 @@ class Geometry(EvaluationProtocol):
     """Effective rank, decay of the spectrum, alignment and uniformity of features and projections of train images."""
 
     name, title, unit = "geometry", "effective rank", ""
-    summary = "RankMe, alpha-ReQ, alignment and uniformity of features and projections, without labels"
     uses_labels = False
     collective = True
     Settings = GeometrySettings

@@ -175,7 +175,6 @@ class LearnabilityProtocol(EvaluationProtocol):
     """Cluster Learnability in both published forms, and the intrinsic dimension, of the test images."""
 
     name, title = "learnability", "cluster learnability"
-    summary = "Cluster Learnability and TwoNN intrinsic dimension, without labels"
     uses_labels = False
     Settings = LearnabilitySettings
 

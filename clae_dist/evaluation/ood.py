@@ -146,7 +146,6 @@ class Ood(EvaluationProtocol):
     """Detection of images of other sets, among the test images, by scores of the linear probe and of the features."""
 
     name, title = "ood", "detection of foreign images"
-    summary = "AUROC and FPR95 of MSP, energy, kNN and Mahalanobis scores against other sets"
     uses_head = collective = True
     Settings = OodSettings
 

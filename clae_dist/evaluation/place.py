@@ -266,8 +266,3 @@ def evenly(labels: Sequence[int] | torch.Tensor, count: int, seed: int) -> torch
     place_in_order[order] = torch.arange(len(labels))
     ranked = sorted(range(len(labels)), key=lambda row: (int(turn[row]), int(place_in_order[row])))
     return torch.tensor(sorted(ranked[:count]), dtype=torch.int64)
-
-
-def batches_of(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """Consecutive parts of at most `size` rows."""
-    yield from rows.split(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,7 +59,7 @@ class NoSettings(Section):
     """For a protocol without keys of its own."""
 
 
-class EvaluationProtocol:
+class EvaluationProtocol(ABC):
     """One protocol with its settings. Tables, report and trackers loop over the results and know no protocol by name.
 
     Results must not depend on the number of ranks, and must be a pure function of subject and settings.
@@ -67,7 +68,6 @@ class EvaluationProtocol:
     name: ClassVar[str]  # in evaluation.json, in names of metrics and settings, on the command line
     title: ClassVar[str]  # in tables
     unit: ClassVar[str] = "%"  # of the headline; "" for a plain number
-    summary: ClassVar[str] = ""  # a clause for `clae evaluate --help`
     Settings: ClassVar[type[Section]] = NoSettings  # keys NAME.…: a frozen dataclass whose fields are made by `setting`
     collective: ClassVar[bool] = False  # every rank calls `run`; otherwise rank 0 alone, and the others wait
     uses_labels: ClassVar[bool] = True
@@ -76,17 +76,17 @@ class EvaluationProtocol:
     def __init__(self, own: Section | None = None) -> None:
         self.own: Any = self.Settings() if own is None else own
 
+    @abstractmethod
     def run(self, subject: Subject) -> dict[str, float]:
         """The metrics by name. The first is the headline; `…_low` and `…_high` are its 95 % interval."""
-        raise NotImplementedError
 
     def settings(self, subject: Subject) -> dict[str, Any]:
         """The settings in effect."""
         return flatten_settings(self.own)
 
+    @abstractmethod
     def describe(self, settings: Mapping[str, Any]) -> str:
         """A clause for the report, given the settings in effect."""
-        raise NotImplementedError
 
     def about(self, subject: Subject) -> dict[str, Any]:
         """Title, description and settings, for evaluation.json: its readers need no list of protocols."""

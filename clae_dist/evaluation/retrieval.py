@@ -63,7 +63,6 @@ class RetrievalProtocol(EvaluationProtocol):
     """Retrieval of test images of the query's class among all other test images."""
 
     name, title = "retrieval", "retrieval"
-    summary = "mean average precision and recall at k among the test images"
     Settings = RetrievalSettings
 
     def run(self, subject: Subject) -> dict[str, float]:

@@ -76,7 +76,6 @@ class Robust(EvaluationProtocol):
     """The share of test images that a classifier gets right whatever a bounded change of their pixels."""
 
     name, title = "robust", "robust accuracy"
-    summary = "accuracy under FGSM, PGD-20 and AutoAttack (SLF, ALF, AFF)"
     Settings = RobustSettings
     collective = True
     uses_head = True

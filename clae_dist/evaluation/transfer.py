@@ -34,7 +34,6 @@ class Transfer(EvaluationProtocol):
     """Mean over further sets of the accuracy of a linear classifier of each set's features."""
 
     name, title = "transfer", "transfer"
-    summary = "accuracy of a linear probe on each of further labelled sets"
     uses_labels = False  # of the run's own set
     collective = True
     Settings = TransferSettings
