@@ -1,6 +1,6 @@
-"""The cells of a study: one run for each method and seed, and before them one for each combination of a grid to select from.
+"""The cells of a study: one run for each method and seed, and before them one for each choice to select from.
 
-STUDY/METHOD/seed-S is the run of a cell; STUDY/select/METHOD/C with select_seed are those of the grids. Cells of the
+STUDY/METHOD/seed-S is the run of a cell; STUDY/select/METHOD/C with select_seed are those of the choices. Cells of the
 comparison come seed by seed, so that an unfinished study compares the same seeds of every method.
 """
 
@@ -36,7 +36,7 @@ class Cell:
     method: str
     seed: int
     folder: Path
-    chosen: Mapping[str, str]  # the settings from the method's grid
+    chosen: Mapping[str, str]  # the settings of the choice
     recipe: Recipe | None = None
     steps: int = 0
     steps_per_epoch: int = 1
@@ -96,7 +96,7 @@ class StudyPlan:
 
 def count_cells(study: Study) -> int:
     """The number of cells, known without opening the images."""
-    return sum(len(method.choices()) for method in study.methods) + len(study.seeds) * len(study.methods)
+    return sum(len(method.choices) for method in study.methods) + len(study.seeds) * len(study.methods)
 
 
 def refreshed(plan: StudyPlan, speeds: Mapping[str, float] | None) -> StudyPlan:
@@ -117,7 +117,7 @@ def plan_cells(study: Study, speeds: Mapping[str, float] | None = None) -> Study
     lengths = _Lengths(study, bases, manifest, speeds)
     cells: list[Cell] = []
     for method in study.methods:
-        for number, chosen in enumerate(method.choices()):
+        for number, chosen in enumerate(method.choices):
             folder = study.folder / "select" / method.name / str(number)
             cells.append(lengths.cell(len(cells), "select", method, study.select_seed, folder, chosen))
     selected = {method.name: _selected(method, tuple(cells)) for method in study.methods}

@@ -44,14 +44,7 @@ class StudyMethod:
     name: str
     recipe: str
     overrides: Mapping[str, str]
-    grid: Mapping[str, tuple[str, ...]]  # settings to choose, and their values
-
-    def choices(self) -> list[dict[str, str]]:
-        """Every combination of the grid, [] without one."""
-        combinations: list[dict[str, str]] = [{}] if self.grid else []
-        for key, values in self.grid.items():
-            combinations = [{**chosen, key: value} for chosen in combinations for value in values]
-        return combinations
+    choices: tuple[Mapping[str, str], ...]  # settings to select from; () without a selection
 
 
 @dataclass(frozen=True)
@@ -169,14 +162,13 @@ def _methods(
         if not own:
             raise ConfigError(f"{where} has no recipe; add `recipe: NAME`, or one at the top for all methods.")
         overrides = {**common, **_settings(entry.get("set", {}), f"{where}, set")}
-        grid = _grid(entry.get("select", {}), f"{where}, select")
-        both = sorted(set(grid) & set(given))
+        choices = _choices(entry.get("select", {}), f"{where}, select")
+        both = sorted({key for choice in choices for key in choice} & set(given))
         if both:
             raise ConfigError(f"{both[0]} is given on the command line, but {where} is to select it; remove one.")
-        method = StudyMethod(_word(name, where), str(_recipe(own, path)), overrides, grid)
-        if len(method.choices()) > _MAX_CHOICES:
-            raise ConfigError(f"{where} has {len(method.choices())} combinations to select from; use at most {_MAX_CHOICES}.")
-        methods.append(method)
+        if len(choices) > _MAX_CHOICES:
+            raise ConfigError(f"{where} has {len(choices)} combinations to select from; use at most {_MAX_CHOICES}.")
+        methods.append(StudyMethod(_word(name, where), str(_recipe(own, path)), overrides, tuple(choices)))
     return tuple(methods)
 
 
@@ -208,10 +200,16 @@ def _settings(content: Any, where: str) -> dict[str, str]:
     return settings
 
 
-def _grid(content: Any, where: str) -> dict[str, tuple[str, ...]]:
+def _choices(content: Any, where: str) -> list[dict[str, str]]:
+    """The settings to select from: the entries of a list, or every combination of key: [value, value] lines."""
+    if isinstance(content, list):
+        choices = [_settings(entry, f"{where}, entry {number}") for number, entry in enumerate(content, start=1)]
+        if twice := next((choice for choice in choices if choices.count(choice) > 1), None):
+            raise ConfigError(f"{where} has {twice} twice; keep one.")
+        return choices
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} is not a mapping; write key: [value, value] lines.")
-    grid = {}
+        raise ConfigError(f"{where} is not a mapping; write key: [value, value] lines, or a list of sections to select from.")
+    combinations: list[dict[str, str]] = [{}] if content else []
     for key, values in content.items():
         check_key(key, where)
         if not isinstance(values, list) or not values:
@@ -219,9 +217,9 @@ def _grid(content: Any, where: str) -> dict[str, tuple[str, ...]]:
         texts = tuple(_text(value) for value in values)
         if twice := next((text for text in texts if texts.count(text) > 1), None):
             raise ConfigError(f"{key} ({where}) has {twice} twice; keep one.")
-        grid[key] = texts
-    _refuse_own_keys(grid, where)
-    return grid
+        combinations = [{**chosen, key: value} for chosen in combinations for value in texts]
+    _refuse_own_keys(content, where)
+    return combinations
 
 
 def _refuse_own_keys(settings: Mapping[str, Any], where: str) -> None:
