@@ -79,7 +79,7 @@ print(json.dumps({r.info.run_name: [r.info.status, sorted(r.data.metrics), r.dat
     assert set(runs) == {"run"}
     status, metrics, batch, artifacts, digest = runs["run"]
     assert status == "FINISHED"
-    assert {"train/loss", "evaluation/knn_accuracy_after", "attack/wrong_sign_share"} <= set(metrics)
+    assert {"train/loss", "eval/knn_accuracy_after", "attack/wrong_sign_share"} <= set(metrics)
     assert int(batch) > 0
     assert {"report", "config.yaml"} <= set(artifacts)
     assert digest == summary["manifest_digest"]

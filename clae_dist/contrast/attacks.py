@@ -68,6 +68,16 @@ class Attacked:
     found: Perturbation
     loss_at: Callable[[ImagesOf], torch.Tensor] | None  # the loss that it raised, elsewhere; None: it took a known gradient
 
+    @torch.no_grad()
+    def measures(self) -> dict[str, torch.Tensor]:
+        """Size of δ (mean over this rank's images, pixels of [0, 1]) and the loss before the attack; costs no forward."""
+        delta = (self.found.images - self.start).flatten(1)
+        return {
+            "delta_linf": delta.abs().amax(1).mean(),
+            "delta_l2": delta.norm(dim=1).mean(),
+            "attack_loss_before": self.found.loss_before.detach(),
+        }
+
 
 class Attacks:
     """The part of a step that attacks images."""

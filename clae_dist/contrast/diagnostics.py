@@ -56,11 +56,8 @@ def diagnose(run: Pretraining, batch: Any) -> dict[str, float]:
 def _attack(run: Pretraining, seen: Look, views: Sequence[torch.Tensor], batch: Any) -> dict[str, torch.Tensor]:
     """Measurements of the first attack of a step."""
     attacked = seen.attacks[0]
-    delta = (attacked.found.images - attacked.start).flatten(1)
     values = {
-        "delta_linf": delta.abs().amax(1).mean(),
-        "delta_l2": delta.norm(dim=1).mean(),
-        "attack_loss_before": attacked.found.loss_before,
+        **attacked.measures(),
         "attack_loss_after": seen.loss_after(attacked),
         "zero_gradient_share": 100 * (attacked.found.gradient == 0).double().mean(),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class StepMetrics:
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]  # the method's, unweighted
     grad_norm: torch.Tensor
+    attack: dict[str, torch.Tensor] = field(default_factory=dict)  # of the step's first attack: Attacked.measures
 
 
 class NonFinite(RankError):
@@ -62,7 +63,12 @@ def pretrain_step(
     loss = s.total(terms)
     loss.backward()  # as far as the embeddings
     run.encoding.backward(*s.waiting())
-    metrics = StepMetrics(loss.detach(), {name: term.detach() for name, (_, term) in terms.items()}, loss.new_tensor(torch.nan))
+    metrics = StepMetrics(
+        loss.detach(),
+        {name: term.detach() for name, (_, term) in terms.items()},
+        loss.new_tensor(torch.nan),
+        s.attacks[0].measures() if s.attacks else {},
+    )
     try:
         _agree_on_finite(run, loss, s.embeddings)
     except RankError as error:

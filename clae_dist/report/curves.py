@@ -22,6 +22,7 @@ class ChartLine:
     label: str
     colour: str
     style: str = "-"
+    step_key: str = ""  # values of single steps, drawn thin beside the means of `key`; alone in a run that has no means
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,20 @@ class Chart:
     note: str
     curves: tuple[ChartLine, ...]
     from_zero: bool = False
+    otherwise: tuple[ChartLine, ...] = ()  # drawn if the run has logged none of `curves`
 
 
 CHARTS = (
     Chart(
         "loss",
         "Loss",
-        "Between clean views, and between the clean and the adversarial view; the mean of the steps since the last point.",
-        (ChartLine("loss_clean", "clean", CLEAN), ChartLine("loss_adversarial", "adversarial", ADVERSARIAL)),
+        "Between clean views, and between the clean and the adversarial view. "
+        "Thick: mean of the steps since the last point; thin: single steps.",
+        (
+            ChartLine("loss_clean", "clean", CLEAN, step_key="loss_clean_step"),
+            ChartLine("loss_adversarial", "adversarial", ADVERSARIAL, step_key="loss_adversarial_step"),
+        ),
+        otherwise=(ChartLine("loss", "all terms", GREEN, step_key="loss_step"),),
     ),
     Chart(
         "knn",
@@ -58,8 +65,12 @@ CHARTS = (
     Chart(
         "attack_loss",
         "Loss before and after the attack",
-        "Of the global batch along the adversarial route: the gap is what the attack gains.",
-        (ChartLine("attack_loss_before", "before", CLEAN), ChartLine("attack_loss_after", "after", ADVERSARIAL)),
+        "Of the global batch along the adversarial route: the gap is what the attack gains. "
+        "Thick blue: mean of the steps since the last point; else single steps.",
+        (
+            ChartLine("attack_loss_before_mean", "before", CLEAN, step_key="attack_loss_before"),
+            ChartLine("attack_loss_after", "after", ADVERSARIAL),
+        ),
     ),
     Chart(
         "cos_positive",
@@ -81,8 +92,12 @@ CHARTS = (
     Chart(
         "delta",
         "Size of the perturbation δ",
-        "Mean over images: L2 norm in pixel values of [0, 1], L∞ in 255ths of them.",
-        (ChartLine("delta_linf", "L∞ · 255", ADVERSARIAL), ChartLine("delta_l2", "L2", CLEAN)),
+        "Mean over images: L2 norm in pixel values of [0, 1], L∞ in 255ths of them. "
+        "Thick: mean of the steps since the last point; thin: single steps.",
+        (
+            ChartLine("delta_linf_mean", "L∞ · 255", ADVERSARIAL, step_key="delta_linf"),
+            ChartLine("delta_l2_mean", "L2", CLEAN, step_key="delta_l2"),
+        ),
         from_zero=True,
     ),
     Chart(
@@ -101,8 +116,8 @@ CHARTS = (
     Chart(
         "grad_norm",
         "Gradient norm",
-        "Over all parameters, before clipping; the mean of the steps since the last point.",
-        (ChartLine("grad_norm", "gradient norm", CLEAN),),
+        "Over all parameters, before clipping. Thick: mean of the steps since the last point; thin: single steps.",
+        (ChartLine("grad_norm", "gradient norm", CLEAN, step_key="grad_norm_step"),),
         from_zero=True,
     ),
     Chart("speed", "Images per second", "All ranks together.", (ChartLine("images_per_s", "images/s", CLEAN),), from_zero=True),
@@ -116,32 +131,50 @@ CHARTS = (
 )
 
 
+Series = tuple[list[float], list[float]]  # images seen, values
+
+
+def _logged(record: RunRecord, curves: Sequence[ChartLine]) -> list[tuple[ChartLine, Series, Series]]:
+    """Lines that the run has values of: its main series, and that of single steps where it has both and they differ."""
+    lines = []
+    for curve in curves:
+        main, steps = record.metrics.series(curve.key), record.metrics.series(curve.step_key or curve.key)
+        lines.append((curve, main, steps) if main[0] and steps != main else (curve, main if main[0] else steps, ([], [])))
+    return [line for line in lines if line[1][0]]
+
+
 def draw_chart(record: RunRecord, chart: Chart) -> Picture | None:
     """The chart as a picture, or None where the run has logged none of its keys."""
-    series = [(curve, *record.metrics.series(curve.key)) for curve in chart.curves]
-    series = [(curve, x, y) for curve, x, y in series if x]
-    if not series:
+    lines = _logged(record, chart.curves) or _logged(record, chart.otherwise)
+    if not lines:
         return None
     figure, axes = figures.chart()
-    for curve, x, y in series:
-        marker = "o" if "o" in curve.style or len(x) == 1 else None
-        line = curve.style.replace("o", "")
-        axes.plot(x, _scaled(curve, y), line, marker=marker, markersize=4, color=curve.colour, label=curve.label, lw=1.7)
+    for curve, main, steps in lines:
+        axes.plot(steps[0], _scaled(curve, steps[1]), "-", marker=".", markersize=3, color=curve.colour, alpha=0.55, lw=0.6)
+        _draw_main(axes, curve, main, width=2.4 if steps[0] else 1.7)
+    series = [(curve, *main) for curve, main, _ in lines]
     if chart.name == "knn":
         _mark_evaluation(axes, record)
     if chart.from_zero:
         axes.set_ylim(bottom=0, top=None if any(any(y) for _, _, y in series) else 1)
     images_axes(axes)
-    if len(axes.get_lines()) > 1:
-        figures.legend(axes, columns=2 if len(series) > 2 else len(axes.get_lines()))
+    labelled = len(axes.get_legend_handles_labels()[0])
+    if labelled > 1:
+        figures.legend(axes, columns=2 if len(series) > 2 else labelled)
     values = [(curve.label, _scaled(curve, y)) for curve, _, y in series]
     texts = [f"{label} from {y[0]:.4g} to {y[-1]:.4g}" for label, y in values]
     alt = f"Line chart over images seen: {'; '.join(texts)}."
     return Picture(chart.name, figures.png(figure), chart.title, chart.note, alt)
 
 
+def _draw_main(axes: Axes, curve: ChartLine, series: Series, width: float) -> None:
+    marker = "o" if "o" in curve.style or len(series[0]) == 1 else None
+    style, values = curve.style.replace("o", ""), _scaled(curve, series[1])
+    axes.plot(series[0], values, style, marker=marker, markersize=4, color=curve.colour, label=curve.label, lw=width)
+
+
 def _scaled(curve: ChartLine, values: list[float]) -> list[float]:
-    return [255 * value for value in values] if curve.key == "delta_linf" else values
+    return [255 * value for value in values] if curve.key == "delta_linf_mean" else values
 
 
 def _mark_evaluation(axes: Axes, record: RunRecord) -> None:
@@ -169,4 +202,4 @@ def short(count: float) -> str:
 
 def missing_keys(record: RunRecord, charts: Sequence[Chart]) -> list[str]:
     """Titles of the charts that this run has no values for."""
-    return [chart.title for chart in charts if not any(record.metrics.series(curve.key)[0] for curve in chart.curves)]
+    return [chart.title for chart in charts if not (_logged(record, chart.curves) or _logged(record, chart.otherwise))]

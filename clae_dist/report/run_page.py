@@ -42,7 +42,7 @@ CURVES = (
     ("Learning", "", ("loss", "knn", "grad_norm")),
     (
         ATTACK_CURVES,
-        "Against the loss of the whole global batch, bounded by ε; values of single steps.",
+        "Against the loss of the whole global batch, bounded by ε.",
         ("attack_loss", "delta", "wrong_sign_share"),
     ),
     (

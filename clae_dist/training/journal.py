@@ -43,6 +43,7 @@ class Journal:
         self._logged = first_step
         self._lines, self._advised = 0, False
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of the steps since the last line, and how many have a value
+        self._last: dict[str, torch.Tensor] = {}  # values of the last step
 
     @property
     def train_s(self) -> float:
@@ -59,19 +60,27 @@ class Journal:
         self._tracker.tag(name, text)
 
     def add(self, metrics: StepMetrics) -> None:
-        """Add a step's losses, without synchronisation."""
+        """Add a step's values, without synchronisation."""
         terms = {f"loss_{name}": value for name, value in metrics.terms.items()}
-        for name, value in {"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm}.items():
+        values = {"loss": metrics.loss, **terms, "grad_norm": metrics.grad_norm}
+        self._last = {f"{name}_step": value.detach().double() for name, value in values.items()}
+        for name, value in {**values, **{f"{name}_mean": value for name, value in metrics.attack.items()}}.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
             self._sums[name] = total + value.detach().double(), steps + 1
 
-    def losses(self) -> dict[str, float]:
-        """Means over the ranks and over the steps since the last call that have the loss. Collective."""
-        sums, self._sums = self._sums, {}
-        if not sums:
+    def steps(self) -> dict[str, float]:
+        """Means over the ranks, since the last call. Collective.
+
+        Returns:
+            loss, loss_…, grad_norm: means over the steps that have the value; …_step: the last step's.
+            delta_linf_mean, delta_l2_mean, attack_loss_before_mean: means over the steps with an attack.
+        """
+        values = {**{name: total / steps for name, (total, steps) in self._sums.items()}, **self._last}
+        self._sums, self._last = {}, {}
+        if not values:
             return {}
-        means = self._world.mean(torch.stack([total / steps for total, steps in sums.values()]))
-        return dict(zip(sums, means.tolist(), strict=True))
+        means = self._world.mean(torch.stack(list(values.values())))
+        return dict(zip(values, means.tolist(), strict=True))
 
     def speed(self, step: int) -> dict[str, float]:
         """Rates, and shares (percent) of the time since the last call. Collective."""

@@ -331,4 +331,4 @@ class _Loop:
 
     def _log(self, values: dict[str, float]) -> None:
         skipped = {"skipped_steps": float(self.nonfinite.skipped)} if self.nonfinite.skipped else {}
-        self.journal.log(self.step, {**self.journal.losses(), **values, **self.journal.speed(self.step), **skipped})
+        self.journal.log(self.step, {**self.journal.steps(), **values, **self.journal.speed(self.step), **skipped})

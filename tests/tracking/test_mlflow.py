@@ -162,7 +162,7 @@ def test_what_comes_after_training_leaves_the_status_as_it_was(
     later.close("finished")
     after = run_of(client, run_key)
     assert (after.info.status, after.info.end_time) == (before.status, before.end_time)
-    assert after.data.metrics["evaluation/knn_accuracy_after"] == 43.0
+    assert after.data.metrics["eval/knn_accuracy_after"] == 43.0
     assert [output.step for output in after.outputs.model_outputs] == [256]
     if not ended:
         trackers.close("finished")
@@ -176,7 +176,7 @@ def test_a_run_that_was_trained_while_mlflow_was_away_is_made_and_ended_later(cl
     later.log({"knn_accuracy_after": 43.0}, 256)
     later.close("finished")
     run = run_of(client, run_key)
-    assert (run.info.status, run.data.metrics["evaluation/knn_accuracy_after"]) == ("FINISHED", 43.0)
+    assert (run.info.status, run.data.metrics["eval/knn_accuracy_after"]) == ("FINISHED", 43.0)
 
 
 def test_what_a_finished_run_could_not_send_is_sent_later_and_once(client_and_run: tuple[Any, Any, Path]) -> None:

@@ -99,7 +99,7 @@ def test_the_page_of_a_run(folder: Path, manifest: Manifest) -> None:
     names = {name for name in run.data.metrics if not name.startswith("system/")}
     assert names == {
         *("train/step", "train/loss", "speed/images_per_s", "embedding/cos_positive"),
-        *("evaluation/knn_accuracy", "evaluation/knn_accuracy_after"),
+        *("eval/knn_accuracy", "eval/knn_accuracy_after"),
     }
     assert [one.step for one in client.get_metric_history(run.info.run_id, "train/loss")] == [256, 512]
     assert "number of images" in run.data.tags["mlflow.note.content"]
@@ -133,7 +133,10 @@ def test_a_dataset_says_where_its_images_are_without_secrets(
 
 
 def test_every_metric_that_is_drawn_or_booked_has_a_group() -> None:
-    keys = {curve.key for chart in CHARTS for curve in chart.curves} | set(Goodput(dict.fromkeys(_kinds(), 1.0), 1).metrics())
+    curves = [curve for chart in CHARTS for curve in (*chart.curves, *chart.otherwise)]
+    keys = {key for curve in curves for key in (curve.key, curve.step_key) if key} | set(
+        Goodput(dict.fromkeys(_kinds(), 1.0), 1).metrics()
+    )
     assert keys <= set(_GROUP_OF)
     assert grouped("loss") == "train/loss"
     assert grouped("a metric of tomorrow") == "train/a metric of tomorrow"

@@ -62,7 +62,7 @@ def test_results_of_a_second_evaluation_replace_the_first(tmp_path: Path) -> Non
         later = continue_tracking(CONFIG, tmp_path, "k", tags=TAGS, images_seen=90, say=print)
         later.log({"knn_accuracy_after": accuracy}, 90)
         later.close("finished")
-    assert points(tmp_path, "evaluation/knn_accuracy_after") == [(90, 80)]
+    assert points(tmp_path, "eval/knn_accuracy_after") == [(90, 80)]
     assert points(tmp_path, "train/loss") == [(90, 1)]
 
 

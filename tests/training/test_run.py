@@ -151,9 +151,30 @@ def test_a_line_has_the_mean_of_the_steps_since_the_last(ranks: RankPool, shards
         ranks.run(1, train_on, replace(config, method=Clae.Settings(every=2)))
         every[log_every] = {line["step"]: line for line in logged(config) if "loss" in line}
     assert sorted(every[4]) == [1, 4, 8]  # the first is diagnosed
-    for key, steps in (("loss", [5, 6, 7, 8]), ("loss_clean", [5, 6, 7, 8]), ("loss_adversarial", [5, 7])):
+    all_steps, attacked = [5, 6, 7, 8], [5, 7]
+    keys = dict.fromkeys(("loss_adversarial", "delta_linf_mean", "delta_l2_mean", "attack_loss_before_mean"), attacked)
+    for key, steps in {**keys, **dict.fromkeys(("loss", "loss_clean", "grad_norm"), all_steps)}.items():
         mean = sum(every[1][step][key] for step in steps) / len(steps)
         assert every[4][8][key] == pytest.approx(mean, rel=1e-6)
+    for key in ("loss", "loss_clean", "grad_norm"):  # the value of the step beside the mean
+        assert every[4][8][f"{key}_step"] == every[1][8][f"{key}_step"] == pytest.approx(every[1][8][key], rel=1e-12)
+        assert every[4][8][f"{key}_step"] != pytest.approx(every[4][8][key], rel=1e-6)
+    assert "loss_adversarial_step" not in every[4][8]
+
+
+@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 0), (2, 4)])
+def test_what_steps_say_of_their_attack_is_what_a_diagnosis_measures(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, world_size: int, micro_size: int
+) -> None:
+    """The mean of one step is free of charge; the diagnosis of the same step costs forwards of its own."""
+    config = recipe(shards, tmp_path / "run", diagnose_every=1, knn_every=0, epochs=1, threads=1)
+    config = replace(config, batch=replace(config.batch, micro_size=micro_size))
+    ranks.run(world_size, train_on, config)
+    lines = [line for line in logged(config) if "loss" in line]
+    assert len(lines) == 4
+    for line in lines:
+        for key in ("delta_linf", "delta_l2", "attack_loss_before"):
+            assert line[f"{key}_mean"] == pytest.approx(line[key], rel=1e-6), key  # float32, sums in another order
 
 
 @pytest.mark.parametrize("norm", ["global", pytest.param("local", marks=pytest.mark.slow)])
