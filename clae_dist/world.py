@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,15 @@ class World:
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
         return float(box)
+
+    def take(self, count: int) -> Iterator[int]:
+        """0, 1, … `count` - 1, each on one rank only: the first that asks for it. A collective to start; then none waits."""
+        if self.group is None:
+            yield from range(count)
+            return
+        key, store = f"take/{self.broadcast(uuid4().hex)}", self.group.get_group_store()
+        while (turn := store.add(key, 1) - 1) < count:
+            yield turn
 
     def flags_anywhere(self, *flags: bool | torch.Tensor) -> list[bool]:
         """Each flag, raised if it is raised on any rank. One small all-reduce for all of them."""

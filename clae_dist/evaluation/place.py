@@ -96,11 +96,13 @@ class Place:
         size: int = 1,
         total: int = 0,
         name: str = "images",
+        uneven: bool = False,
     ) -> Journal:
         """The results of `units` units of work, in the journal that this returns. Collective.
 
-        `work(numbers)` yields the result of each of these units. Ranks take turns at the units that are not finished yet, so
-        that a result must not depend on the rank. For progress, a unit has `size` things called `name`, of `total` in all.
+        `work(numbers)` yields the result of each of these units. Each unit that is not finished yet is given to some rank: by
+        turns, or with `uneven`, for units whose time differs much, to the first rank that is free. So a result must not depend
+        on the rank. For progress, a unit has `size` things called `name`, of `total` in all.
         """
         world = self.world
         finished = world.run_on_main(lambda: self._finished(key))
@@ -110,8 +112,9 @@ class Place:
         done = min((units - len(missing)) * size, total)
         progress = Progress(total, done=done, name=name, label=f"{label}: ", say=self.say if world.is_main else _silent)
         mine = missing[world.rank :: world.size]
+        shares = ([missing[turn]] for turn in world.take(len(missing))) if uneven else [mine] if mine else []
         try:
-            for number, tensors in zip(mine, work(mine) if mine else (), strict=True):
+            for number, tensors in ((number, one) for share in shares for number, one in zip(share, work(share), strict=True)):
                 journal.add(number, tensors)
                 more = min(size * world.size, total - done)
                 done += more

@@ -44,7 +44,7 @@ class RobustSettings(Section, prefix="robust"):
     )
     images: int = setting(200, ge=1, help="Test images that are attacked: equally many of each class, the same for every run.")
     steps: int = setting(20, ge=1, help="Steps of PGD, of ε/4 each, from a random start.")
-    batch: int = setting(50, ge=1, help="Images of a batch; a killed evaluation loses the verdicts of one.")
+    batch: int = setting(20, ge=1, help="Images of a batch; ranks take batches in turn, and a kill loses the verdicts of one.")
     route: Literal["auto", "clean", "adversarial"] = setting(
         "auto", help="Norm layers of the attacked classifier. auto: the adversarial ones where the encoder has them."
     )
@@ -143,7 +143,7 @@ class Robust(EvaluationProtocol):
                 yield self._verdicts(classifier, images, labels, trials, number)
 
         label = f"attacks on {head.upper()}, {subject.when}"
-        journal = place.shared(key, len(parts), work, label, own.batch, len(rows))
+        journal = place.shared(key, len(parts), work, label, own.batch, len(rows), uneven=True)
         found = [tensors for _, tensors in journal]
         return _metrics(head, {name: torch.cat([one[name] for one in found]) for name in found[0]}, trials)
 

@@ -204,8 +204,9 @@ def _choices(content: Any, where: str) -> list[dict[str, str]]:
     """The settings to select from: the entries of a list, or every combination of key: [value, value] lines."""
     if isinstance(content, list):
         choices = [_settings(entry, f"{where}, entry {number}") for number, entry in enumerate(content, start=1)]
-        if twice := next((choice for choice in choices if choices.count(choice) > 1), None):
-            raise ConfigError(f"{where} has {twice} twice; keep one.")
+        same = [choice for choice in choices if choices.count(choice) > 1]
+        if same:
+            raise ConfigError(f"{where} has {same[0]} twice; keep one.")
         return choices
     if not isinstance(content, dict):
         raise ConfigError(f"{where} is not a mapping; write key: [value, value] lines, or a list of sections to select from.")

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from clae_dist.cli import main
+from clae_dist.config import Config
 from clae_dist.deploy.export import export_encoder
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.evaluate import evaluate, evaluate_run
 from clae_dist.evaluation.examined import examined_run
+from clae_dist.evaluation.place import Place
 from clae_dist.evaluation.suite import make_suite
 from clae_dist.models import build_model
 from clae_dist.recipe import from_yaml
@@ -64,6 +66,37 @@ def test_two_ranks_find_what_one_finds(make_run: MakeRun, ranks: Any) -> None:
         assert robust["slf_clean"][when] > 60
         assert robust["slf_fgsm"][when] <= robust["slf_clean"][when]
         assert robust["slf_masked"][when] == 0
+
+
+def _units_of_this_rank(world: World, folder: str, uneven: bool) -> tuple[list[int], list[int]]:
+    """Units that this rank worked on, and those in the journal. With `uneven`, rank 1 has not finished a unit before rank 0
+    has finished six, which it does not start before rank 1 has one."""
+    no_images: Any = None
+    place = Place(world, Path(folder), Config(), no_images, _quiet)
+    mine: list[int] = []
+    store = world.group.get_group_store()  # type: ignore[union-attr]
+
+    def work(numbers: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
+        for number in numbers:
+            mine.append(number)
+            store.add(f"{folder} started on {world.rank}", 1)
+            awaited, least = ("done", 6) if world.rank else ("started on 1", 1)
+            while uneven and store.add(f"{folder} {awaited}", 0) < least:
+                time.sleep(0.01)
+            yield {"number": torch.tensor([number])}
+            store.add(f"{folder} done", 1)
+
+    journal = place.shared({"test": 1}, 7, work, "units", uneven=uneven)
+    return mine, [int(tensors["number"]) for _, tensors in journal]
+
+
+def test_a_rank_with_a_long_unit_leaves_the_others_to_the_rest(ranks: Any, tmp_path: Path) -> None:
+    """By turns, rank 1 would get three of seven units."""
+    (first, all_units), (second, _) = ranks.run(2, _units_of_this_rank, str(tmp_path / "turns"), False)
+    assert (first, second, all_units) == ([0, 2, 4, 6], [1, 3, 5], [0, 1, 2, 3, 4, 5, 6])
+    (first, all_units), (second, _) = ranks.run(2, _units_of_this_rank, str(tmp_path / "free"), True)
+    assert len(second) == 1
+    assert sorted(first + second) == all_units == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow

@@ -91,6 +91,17 @@ def test_cells_are_numbered_without_the_images(write_study: WriteStudy, shards: 
     assert [cell.recipe is None for cell in plan.of("compare")] == [False, True, False, True]
 
 
+def test_choices_may_be_a_list(write_study: WriteStudy) -> None:
+    """For settings whose combinations are not all of interest; a choice replaces what the method sets."""
+    choices = "[{}, {attack.epsilon: 2/255}, {attack.epsilon: 1/255, method: {every: 4}}]"
+    changed = STUDY.replace("set: {method.name: clae}}", f"set: {{method.name: clae, method.every: 2}}, select: {choices}}}")
+    cells = plan_cells(read_study(write_study(changed))).of("select")
+    configs = [cell.recipe.config for cell in cells if cell.recipe]
+    assert [(round(255 * c.attack.epsilon, 3), c.method.every) for c in configs] == [(4, 2), (2, 2), (1, 4)]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"select has \{\} twice"):
+        read_study(write_study(changed.replace(choices, "[{}, {}]")))
+
+
 def test_the_shipped_study_is_valid() -> None:
     study = read_study(SHIPPED)
     assert [method.name for method in study.methods] == ["simclr", "clae", "clae_fused", "hcl", "rocl"]
