@@ -187,6 +187,40 @@ def test_embeddings_that_spread_out_from_a_narrow_start_are_no_collapse() -> Non
 
 
 @pytest.mark.parametrize(
+    "measured",
+    [
+        # supcon: kNN 28.4 to 31.6 % in 144 steps, on an effective rank below 4
+        [
+            (0.730, 37.8),
+            (0.882, 29.3),
+            (0.964, 16.2),
+            (0.971, 6.49),
+            (0.965, 3.59),
+            (0.947, 3.12),
+            (0.951, 2.54),
+            (0.936, 2.84),
+        ],
+        # ascl with model.projector=mlp_bn: a mean cosine of 0.989 at its narrowest
+        [
+            (0.322, 51.6),
+            (0.710, 42.5),
+            (0.931, 26.2),
+            (0.985, 12.2),
+            (0.989, 6.38),
+            (0.982, 5.48),
+            (0.941, 5.33),
+            (0.922, 5.59),
+        ],
+    ],
+    ids=["supcon", "ascl"],
+)
+def test_embeddings_that_draw_together_and_keep_learning_are_no_collapse(measured: list[tuple[float, float]]) -> None:
+    """Measured on CIFAR-10 (bench/RECORD.md): either the spread or the rank alone falls below the limit."""
+    rows = [(12 * number, {**HEALTHY, "cos_negative_mean": c, "rank_me": r}) for number, (c, r) in enumerate(measured)]
+    assert judged(rows)[0] == [{}] * len(rows)
+
+
+@pytest.mark.parametrize(
     ("change", "alarm"),
     [
         ({"attack_loss_after": 5.0}, "alarm_useless_attack"),
