@@ -38,10 +38,6 @@ class Features:
             return self
         return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
 
-    def at(self, rows: torch.Tensor) -> Features:
-        """The features of some rows."""
-        return Features(self.features_NF[rows], self.labels_N[rows], self.ids_N[rows])
-
     @property
     def labelled(self) -> bool:
         """True if every image has a label."""

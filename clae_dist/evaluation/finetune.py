@@ -68,4 +68,4 @@ class Finetune(EvaluationProtocol):
         tuned = fit(classifier, subject, schedule, cross_entropy, label, whole=True, rows=rows)
         if held is None:
             return accuracy(tuned, subject, subject.queries, place.config.data.test_split, label)
-        return accuracy(tuned, subject, subject.bank.at(held), place.config.data.train_split, label)
+        return accuracy(tuned, subject, subject.bank.rows(held), place.config.data.train_split, label)

@@ -44,9 +44,9 @@ CHARTS = (
     ),
     Chart(
         "knn",
-        "kNN accuracy, %",
+        "Accuracy while training, %",
         "While training: a part of the train split as bank, a part of the test split as queries.",
-        (ChartLine("knn_accuracy", "kNN", GREEN, "o-"),),
+        (ChartLine("knn_accuracy", "kNN", GREEN, "o-"), ChartLine("linear_accuracy", "linear probe", PINK, "s-")),
     ),
     Chart(
         "learning_rate",

@@ -12,7 +12,7 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.shard_set import open_shards
 from clae_dist.devices import local_device
 from clae_dist.errors import ConfigError
-from clae_dist.evaluation.features import Features, extract
+from clae_dist.evaluation.features import extract
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
 from clae_dist.evaluation.scored import scored
 from clae_dist.files import write_atomically
@@ -36,7 +36,7 @@ def held_out_accuracy(run_dir: Path) -> float:
     features = extract(model.to(device), images, device, settings.batch_size)
     order = torch.from_numpy(permutation(len(features), _DRAW))
     held_out = max(1, len(features) // 10)
-    pair = scored(_rows(features, order[held_out:]), _rows(features, order[:held_out]), split, split)
+    pair = scored(features.rows(order[held_out:]), features.rows(order[:held_out]), split, split)
     if pair.problem:
         raise ConfigError(f"{run_dir} cannot be judged within {split} ({pair.problem}); a study selects on labelled images.")
     k = usable_k(settings.knn_k, len(pair.bank))
@@ -48,7 +48,3 @@ def write_score(run_dir: Path, path: Path) -> float:
     accuracy = held_out_accuracy(run_dir)
     write_atomically(path, (json.dumps({"held_out_accuracy": accuracy}) + "\n").encode())
     return accuracy
-
-
-def _rows(features: Features, rows: torch.Tensor) -> Features:
-    return Features(features.features_NF[rows], features.labels_N[rows], features.ids_N[rows])

@@ -87,8 +87,10 @@ class ConsoleTracker(Tracker):
 
 
 def _evaluation(metrics: Mapping[str, float]) -> list[str]:
-    if "knn_accuracy" not in metrics:
-        return []
-    ends = [metrics[key] for key in ("knn_accuracy_low", "knn_accuracy_high") if key in metrics]
-    interval = f" (95 % interval {ends[0]:.1f} – {ends[1]:.1f})" if len(ends) == 2 else ""
-    return [f"kNN accuracy {metrics['knn_accuracy']:.2f} %{interval}"]
+    parts = []
+    for key, title in (("knn_accuracy", "kNN"), ("linear_accuracy", "linear probe")):
+        if key in metrics:
+            ends = [metrics[end] for end in (f"{key}_low", f"{key}_high") if end in metrics]
+            interval = f" (95 % interval {ends[0]:.1f} – {ends[1]:.1f})" if len(ends) == 2 else ""
+            parts.append(f"{title} accuracy {metrics[key]:.2f} %{interval}")
+    return parts

@@ -9,7 +9,7 @@ _GROUPS = {
     "cos_negative_mean_adversarial cos_negative_hardest_adversarial",
     "embedding": "cos_positive cos_negative_mean cos_negative_hardest alignment uniformity rank_me",
     "alarm": "alarm_collapse alarm_useless_attack alarm_masked_attack",
-    "evaluation": "knn_accuracy knn_accuracy_low knn_accuracy_high",
+    "evaluation": "knn_accuracy knn_accuracy_low knn_accuracy_high linear_accuracy linear_accuracy_low linear_accuracy_high",
     "speed": "images_per_s data_wait_share attack_share checkpoint_blocked_s",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "
     "goodput_lost_share goodput_idle_share",

@@ -1,4 +1,4 @@
-"""kNN accuracy during training, on parts of the splits."""
+"""kNN accuracy and a linear probe during training, on parts of the splits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import Manifest
 from clae_dist.errors import DataError
 from clae_dist.evaluation.features import Features, extract, gather
-from clae_dist.evaluation.interval import wilson_interval
+from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.knn import knn_accuracy, usable_k
+from clae_dist.evaluation.linear import linear_probe
 from clae_dist.evaluation.scored import scored
 from clae_dist.models import PretrainModel
 from clae_dist.parallel import Backend
 from clae_dist.training.session import Session
+
+_PENALTY = 1e-3  # of the linear probe, where none is set: no search while training
 
 
 class _Projected(nn.Module):
@@ -31,6 +34,8 @@ class _Projected(nn.Module):
 
 def knn_while_training(session: Session, backend: Backend, manifest: Manifest) -> dict[str, float]:
     """kNN accuracy (percent) with its 95 % interval, of labelled images of parts of the train and test split.
+
+    With train.linear_probe, the accuracy of a linear classifier on the same features, too.
 
     Returns {} without labels or a test split, and for a set of one class.
 
@@ -68,5 +73,11 @@ def knn_while_training(session: Session, backend: Backend, manifest: Manifest) -
         return {}
     k = usable_k(settings.knn_k, len(pair.bank))
     accuracy = knn_accuracy(pair.bank, pair.queries, k, settings.knn_temperature, world.device)
-    low, high = wilson_interval(accuracy, len(pair.queries))
-    return {"knn_accuracy": accuracy, "knn_accuracy_low": low, "knn_accuracy_high": high}
+    found = accuracy_metrics(accuracy, len(pair.queries))
+    metrics = {f"knn_{name}": value for name, value in found.items()}
+    if config.train.linear_probe:
+        penalty = settings.linear_penalty or _PENALTY
+        probe = linear_probe(pair.bank, pair.queries, settings.linear_iterations, penalty, device=world.device)
+        found = accuracy_metrics(probe.accuracy, len(pair.queries))
+        metrics |= {f"linear_{name}": value for name, value in found.items()}
+    return metrics

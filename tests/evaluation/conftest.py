@@ -177,7 +177,11 @@ def _line(images_seen: int, **values: float) -> dict[str, float]:
 @pytest.fixture
 def metrics() -> list[dict[str, float]]:
     """Every key once a step; the run was started again after 128 images, so 96 and 128 appear twice."""
-    keys = ["loss", "grad_norm", *(curve.key for chart in CHARTS for curve in chart.curves if curve.key != "knn_accuracy")]
+    keys = [
+        "loss",
+        "grad_norm",
+        *(curve.key for chart in CHARTS for curve in chart.curves if not curve.key.endswith("_accuracy")),
+    ]
     first = [_line(n, time_s=n / 32, **dict.fromkeys(keys, 9.0)) for n in (32, 64, 96, 128)]
     second = [_line(n, time_s=n / 32 + 0.25, **dict.fromkeys(keys, float(n) / 32)) for n in (96, 128, 160, 192, 224)]
     return [_line(0, time_s=0.5, knn_accuracy=40.0), *first, *second, _line(224, time_s=7.75, knn_accuracy=55.0)]

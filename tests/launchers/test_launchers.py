@@ -6,19 +6,15 @@ Nothing here waits by the clock: the console is read line by line until the run 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from clae_dist.data.manifest import Manifest
 from clae_dist.errors import FAILED, OK, STOPPED
-from clae_dist.methods.moco import MoCoSettings
-from clae_dist.runs.checkpoint import load_checkpoint
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import account, read_lines
 from tests import processes
@@ -102,37 +98,6 @@ def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     assert 4 <= int(RunFolder(tmp_path / "run").find_checkpoints()[0].name.removeprefix("step-")) < 24
     assert "resuming after step" in run(arguments)
     assert_same_weights(tmp_path / "run", undisturbed(2))
-
-
-@pytest.mark.slow
-def test_kill_minus_9_with_a_queue_and_a_momentum_encoder(shards: Manifest, tmp_path: Path) -> None:
-    """The method's tensors and the key encoder resume with the same bits as the weights; on another number of ranks they differ
-    by the order of sums alone."""
-    moco = write_recipe(tmp_path, shards, method=MoCoSettings(alpha=1.0, momentum=0.9, queue=48))
-
-    def line(name: str, *more: str) -> list[str]:
-        return command(moco, tmp_path / name, "local", "train.precision=float64", "launch.max_failures=0", *more)
-
-    run(line("undisturbed"))
-    with started(*line("run")) as process:
-        read_until(process, "step 10/24")
-        ranks_of(process)[1].kill()
-        code, said = finish(process)
-    assert code == FAILED, said
-    shutil.copytree(tmp_path / "run", tmp_path / "on one rank")
-    assert "resuming after step" in run(line("run"))
-    assert "resuming after step" in run(line("on one rank", "launch.workers=1"))
-    states = []
-    for name in ("undisturbed", "run", "on one rank"):
-        checkpoint = load_checkpoint(tmp_path / name, pytest.fail)
-        assert checkpoint is not None
-        states.append(checkpoint.state())
-    for section in ("model", "keys", "method"):
-        expected, same, near = (state[section] for state in states)
-        assert expected
-        assert [name for name in expected if not torch.equal(same[name], expected[name])] == [], section
-        for name, value in expected.items():
-            torch.testing.assert_close(near[name], value, atol=1e-8, rtol=0)  # float64 over 24 steps of Adam
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from clae_dist.config import Train
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.manifest import Manifest, write_manifest
 from clae_dist.data.synthetic import write_synthetic_set
+from clae_dist.evaluation.features import extract
+from clae_dist.evaluation.linear import linear_probe
 from clae_dist.files import file_sha256
 from clae_dist.models import build_model
 from clae_dist.training import knn
@@ -77,3 +79,21 @@ def test_the_features_of_the_knn(
     with torch.no_grad():
         wanted = model.features(images) if features == "encoder" else model(images)
     torch.testing.assert_close(seen[0], wanted)
+
+
+def test_a_linear_probe_beside_the_knn(tmp_path: Path) -> None:
+    """Of the same features as the kNN; none by default."""
+    manifest = write_synthetic_set(tmp_path / "shards", 20, 16)
+    model = build_model(small_run(manifest.folder, tmp_path / "run"))
+    backend: Any = SimpleNamespace(average_local_statistics=lambda: None, full_model=lambda: nullcontext(model))
+    metrics = []
+    for wanted in (False, True):
+        config = small_run(manifest.folder, tmp_path / "run", train=Train(linear_probe=wanted))
+        metrics.append(knn_while_training(Session(config, World.single("cpu"), lambda _: None), backend, manifest))
+    without, found = metrics
+    bank, queries = (extract(model, EvaluationSet(manifest, split, 16, 0), "cpu", 64) for split in ("train", "test"))
+    expected = linear_probe(bank, queries, penalty=1e-3)
+    assert found == {**without, **{key: value for key, value in found.items() if key.startswith("linear_accuracy")}}
+    assert len(found) == len(without) + 3
+    assert found["linear_accuracy"] == expected.accuracy
+    assert found["linear_accuracy_low"] <= expected.accuracy <= found["linear_accuracy_high"]
