@@ -128,19 +128,21 @@ class Taken:
     x_ce: torch.Tensor
 
 
-def take_step(world: World, backend_name: str, norm: str, micro_size: int) -> Taken:
+def take_step(world: World, parallel: Parallel, norm: str, micro_size: int, epsilon: float = PGD.epsilon) -> Taken:
+    """In float64, but under DeepSpeed in float32."""
+    dtype = torch.float32 if parallel.backend == "deepspeed" else torch.float64
     config = Config(
         data=Data(image_size=8),
         batch=Batch(global_size=12, micro_size=micro_size),
         method=METHOD,
-        attack=replace(BATCH, random_start=False),
+        attack=replace(BATCH, random_start=False, epsilon=epsilon),
         optim=Optim(name="sgd", warmup_epochs=0),
-        train=Train(precision="float64"),
-        parallel=Parallel(backend=backend_name),  # type: ignore[arg-type]
+        train=Train(precision="float32" if dtype == torch.float32 else "float64"),
+        parallel=parallel,
     )
-    backend = make_backend(config, small_model(norm, 3, world.group, clusters=sum(COUNTS)), world)
+    backend = make_backend(config, small_model(norm, 3, world.group, clusters=sum(COUNTS)).to(dtype), world)
     backend.model.train()
-    batch = Pair([steps.share(world, steps.images(view, 12, 8)) for view in range(3)])
+    batch = Pair([steps.share(world, steps.images(view, 12, 8, dtype)) for view in range(3)])
     batch.ids = steps.share(world, torch.arange(12))
     kept, taken = _keep_gradients(backend), []
 
@@ -156,10 +158,10 @@ def take_step(world: World, backend_name: str, norm: str, micro_size: int) -> Ta
 @pytest.mark.parametrize(
     ("norm", "world_size", "micro_size"), [("batch", 2, 0), ("batch", 3, 0), ("group", 2, 3), ("group", 1, 4)]
 )
-def test_ranks_take_the_step_of_one_process(ranks: RankPool, norm: str, world_size: int, micro_size: int, backend: str) -> None:
+def test_ranks_take_the_step_of_one_process(ranks: RankPool, norm: str, world_size: int, micro_size: int, backend: Any) -> None:
     """Gradients are reduced with the last micro-batch: were it one that uses the classifiers alone, others would be lost."""
-    one = take_step(World.single("cpu"), "ddp", norm, 0)
-    found = ranks.run(world_size, take_step, backend, norm, micro_size)
+    one = take_step(World.single("cpu"), Parallel(), norm, 0)
+    found = ranks.run(world_size, take_step, Parallel(backend=backend), norm, micro_size)
     torch.testing.assert_close(torch.cat([rank.x_ce for rank in found]), one.x_ce, rtol=0, atol=1e-12)
     for rank in found:
         torch.testing.assert_close(rank.loss, one.loss, rtol=0, atol=1e-12)
