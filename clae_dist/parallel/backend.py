@@ -290,8 +290,11 @@ class Backend(ABC):
         """Average running statistics over ranks if model.norm is "local". Called before saving and evaluating. Collective."""
         if self.world.group is None or self.config.model.norm != "local":
             return
-        for buffer in statistics(self.model):
-            buffer.copy_(self.world.mean(buffer))
+        buffers = statistics(self.model)
+        if buffers:  # one all-reduce for all of them
+            means = self.world.mean(torch.cat([buffer.flatten() for buffer in buffers]))
+            for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
 
 
 @contextmanager
