@@ -56,7 +56,7 @@ def kernels(*, deterministic: bool) -> Iterator[None]:
     """Context in which torch takes deterministic kernels, or else the fastest ones that cuDNN finds."""
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.deterministic
-    workspace = os.environ.get(_WORKSPACE)
+    was_set = _WORKSPACE in os.environ
     if deterministic:
         os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(deterministic)
@@ -66,7 +66,7 @@ def kernels(*, deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         cudnn.benchmark, cudnn.deterministic = before[1:]
-        if workspace is None:
+        if not was_set:
             os.environ.pop(_WORKSPACE, None)
 
 

@@ -29,6 +29,7 @@ CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")}
     "dscl, no patches": ["cifar10/dscl", "method.patches=0"],
     "acl, mixed": ["cifar10/acl", "method.form=mixed"],
     "acl, adversarial": ["cifar10/acl", "method.form=adversarial"],
+    "advcl, pseudo-labels": ["cifar10/advcl", "method.pseudo_labels=somewhere"],
 }
 FIRST = tuple(name for name in CASES if name.removeprefix("cifar10/") in METHODS)  # one for each method
 STATEFUL = [f"cifar10/{name}" for name in ("moco", "dynacl", "dscl", "clusterns")]  # one for each kind of state
