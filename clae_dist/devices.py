@@ -6,8 +6,10 @@ exchange, a rank that sees too few would take the CPU while the others wait for 
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from clae_dist.errors import ConfigError
 
 Request = Literal["auto", "cpu", "cuda"]  # launch.device
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,25 @@ def local_device(request: Request = "auto") -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(f"launch.device is 'cuda', but torch sees no GPU on {platform.node()}; {_CPU}.")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def kernels(*, deterministic: bool) -> Iterator[None]:
+    """Context in which torch takes deterministic kernels, or else the fastest ones that cuDNN finds."""
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.deterministic
+    was_set = _WORKSPACE in os.environ
+    if deterministic:
+        os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(deterministic)
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.benchmark, cudnn.deterministic = before[1:]
+        if not was_set:
+            os.environ.pop(_WORKSPACE, None)
 
 
 def look(request: Request, local_rank: int, local_size: int) -> Sight:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from clae_dist import world
-from clae_dist.config import Launch
-from clae_dist.devices import Sight, choose, local_device
+from clae_dist.config import Launch, Train
+from clae_dist.data.manifest import Manifest
+from clae_dist.devices import Sight, choose, kernels, local_device
 from clae_dist.errors import BAD_CONFIG, ConfigError
 from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import _use_gpu
 from clae_dist.world import World
-from tests.small_run import small_run
+from tests.ranks import RankPool
+from tests.small_run import assert_same_weights, small_run, train_quietly
 
 
 def sights(*gpus: int, host: str = "a", request: str = "auto", uuids: str = "") -> list[Sight]:
@@ -131,3 +134,20 @@ def test_rays_workers_take_gpus_by_the_same_rule(device: str, gpus: int, cluster
         with pytest.raises(ConfigError) as error:
             _use_gpu(config, gpus, 2, cluster)
         assert expected in str(error.value)
+
+
+def test_deterministic_kernels_are_a_matter_of_the_run(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """Chosen while a run trains, with what cuBLAS needs; on a CPU the weights are the same."""
+    chosen, folders = [], []
+    for deterministic in (False, True):
+        with kernels(deterministic=deterministic):
+            cudnn = torch.backends.cudnn
+            settings = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+            chosen.append((*settings, "CUBLAS_WORKSPACE_CONFIG" in os.environ))
+        config = small_run(shards.folder, tmp_path / str(deterministic), train=Train(epochs=0.5, deterministic=deterministic))
+        assert ranks.run(1, train_quietly, config) == ["finished"]
+        folders.append(config.folder)
+    assert chosen == [(False, False, True, False), (True, True, False, True)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert_same_weights(*folders, steps=2)

@@ -25,6 +25,7 @@ _NOTES = {
     "original": "the paper's code: two attack forwards with a graph, weight gradients discarded",
     "exact": "the algorithm of original: one attack forward, only the gradient of the input",
     "fused": "another algorithm: the attack follows the clean loss's gradient in view y",
+    "advcl_pseudo_labels": "the recipe cifar10/advcl with method.pseudo_labels",
     "fused_half": "another algorithm and less work: fused on half of the batch",
 }
 

@@ -16,6 +16,7 @@ from clae_dist.config import Attack, Batch, Config, Data, MethodSettings, Model,
 from clae_dist.contrast.interface import Moment, evenly_spaced
 from clae_dist.contrast.look import look
 from clae_dist.contrast.step import Pretraining, pretrain_step
+from clae_dist.methods.advcl import AdvCl
 from clae_dist.methods.adversarial_term import AdversarialTerm
 from clae_dist.methods.clae import Clae
 from clae_dist.methods.clae_fused import ClaeFused
@@ -84,7 +85,8 @@ def variants(kind: Kind) -> dict[str, Variant]:
 
 
 def _of_recipes(compared: Mapping[str, Variant], batch: int) -> dict[str, Variant]:
-    """The first of CIFAR-10's recipes for each method and cost that is not compared yet, by its name."""
+    """The first of CIFAR-10's recipes for each method and cost that is not compared yet, by its name, and AdvCL with
+    the cross-entropy that no recipe has."""
     seen = {(variant.method.name, variant.units(shared_norms=False)) for variant in compared.values()}
     found = {}
     for recipe in recipe_names():
@@ -97,6 +99,7 @@ def _of_recipes(compared: Mapping[str, Variant], batch: int) -> dict[str, Varian
         if cost not in seen:
             seen.add(cost)
             found[name] = variant
+    found["advcl_pseudo_labels"] = replace(found["advcl"], method=AdvCl.Settings(pseudo_labels="made up"))
     return found
 
 

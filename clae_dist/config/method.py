@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # weak: a crop out of the image with an eighth of its side of black around it, and a flip; bare: the whole image.
 ThirdView = Literal["none", "weak", "bare"]
+# The norm layers that a forward takes (models/norms.py).
+Route = Literal["clean", "adversarial", "classified"]
 
 
 def name_of(method: str) -> Any:
@@ -43,6 +45,21 @@ class MethodSettings(Section, prefix="method"):
     def two_routes(self) -> bool:
         """Adversarial images take norm layers of their own; else the method embeds everything along the clean route."""
         return self.uses_attack
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The routes of norm layers that the encoder has, the clean one first."""
+        return ("clean", "adversarial") if self.two_routes else ("clean",)
+
+    @property
+    def cluster_counts(self) -> tuple[int, ...]:
+        """Numbers of clusters of the training images, each with a linear classifier on the features; (): there are none."""
+        return ()
+
+    @property
+    def clusters_from(self) -> str:
+        """The run or export whose features of the training images are clustered (`Step.pseudo_labels`); "": none."""
+        return ""
 
     @property
     def takes_regions(self) -> bool:

@@ -96,7 +96,8 @@ class Optim(Section, prefix="optim"):
     weight_decay: float = setting(1e-6, ge=0, help="Weight decay.")
     decay: Literal["weights", "all"] = setting(
         "weights",
-        help="Parameters that are decayed. weights: all but biases and norm layers, which LARS then does not adapt either.",
+        help="Parameters that are decayed. weights: all but biases, norm layers, and a transformer's tokens and position "
+        "embeddings, which LARS then does not adapt either.",
     )
     schedule: Literal["cosine", "constant", "steps"] = setting("cosine", help="Learning-rate schedule after warmup.")
     factors: dict[str, float] = setting(

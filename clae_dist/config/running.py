@@ -40,6 +40,12 @@ class Train(Section, prefix="train"):
     threads: int = setting(
         0, ge=0, zero="automatic", no_effect=True, help="CPU threads of torch per rank. 0: an equal share of the cores."
     )
+    deterministic: bool = setting(
+        False,
+        no_effect=True,
+        help="On GPUs, kernels that give the same bits in every start, such as after a kill; slower. An operation without one "
+        "ends the run. False: cuDNN times its kernels and takes the fastest. CPUs give the same bits anyway.",
+    )
     compile: bool = setting(False, no_effect=True, help="Compile the encoder's blocks with torch.compile.")
     activation_checkpointing: bool = setting(
         False, no_effect=True, help="Recompute blocks in the backward pass: less memory, more time."

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from clae_dist.config import Attack
+from clae_dist.config.method import Route
 from clae_dist.contrast.adversary import Ball, LossAndGradient, Perturbation, perturb
 from clae_dist.contrast.distributed import Contrast
-from clae_dist.contrast.encoding import Encoding, Route
+from clae_dist.contrast.encoding import Encoding
 from clae_dist.contrast.method import Method, State
 from clae_dist.objectives.form import Rows
 from clae_dist.world import World
@@ -39,6 +40,7 @@ class Attacking:
     pixel_std: torch.Tensor  # (1, 3, 1, 1): an ε in normalised units times this is an ε in pixels
     noise: Callable[[Any, int], torch.Tensor]  # batch, number of a view -> uniform in [0, 1), of x's shape: for a random start
     state: State  # the method's
+    pseudo_labels: torch.Tensor  # (images of the split, clusterings): see Step.pseudo_labels
 
     @property
     def ball(self) -> Ball:
@@ -162,6 +164,36 @@ class Attacks:
             self._record(Attacked(start, Perturbation(images, found.loss_before, gradient), loss_at))
             for start, images, gradient in zip(starts, *views, strict=True)
         ]
+
+    def attack_logits(
+        self,
+        start: torch.Tensor,
+        loss_of: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        route: Route = "classified",
+        noise_of: int = 0,
+    ) -> torch.Tensor:
+        """The images within ε of `start` that raise loss_of(logits of the classifiers on the features), of the whole global
+        batch, the most. Collective. Parameters get no gradient.
+
+        Args:
+            noise_of: number of the noise that the images start from.
+        """
+        run, encoding = self.run, self.run.encoding
+        with self._timed("attack"), self.attack_forwards(), encoding.backend.frozen():
+            found = perturb(
+                start,
+                lambda images: encoding.input_gradient(images, route, loss_of, "logits"),
+                run.ball,
+                steps=run.attack.num_steps,
+                step_length=run.step_length,
+                noise=run.noise(self._batch, noise_of) if run.attack.random_start else None,
+            )
+
+        def loss_at(images_of: ImagesOf) -> torch.Tensor:
+            return loss_of(encoding.constant(images_of(start, found.images), route, "logits"))
+
+        return self._record(Attacked(start, found, loss_at))
 
     def move(self, start: torch.Tensor, gradient: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """One step of the attack from `start` along a `gradient` of `loss` that is known already."""

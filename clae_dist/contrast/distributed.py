@@ -214,28 +214,29 @@ class _PerAnchorLoss(torch.autograd.Function):
         both = objective.columns == "both views"
         scales = tuple(objective.scales(settings))
         blocks, num_negatives = (all_a, all_b) if both else (all_b,), (len(all_a) - 1) * (1 + both)
-        chunk = chunk_size(len(a), a.device, settings.chunk)
-        anchors = (a, b) if both else (a,)
+        views = 1 + both
+        anchors_AD = torch.cat([a, b]) if both else a
+        chunk = chunk_size(anchors_AD, settings.chunk)
         mean_BD = None
         if not both and scales == (1.0,) and ctx.needs_input_grad[0]:
             # Half of the gradient in the same pass: one matrix product less than computing the similarities again.
             lse_B, mean_BD = log_sum_exp_and_mean(a, all_b, settings.temperature, start, chunk)
             lse_AS = lse_B[:, None]
         else:
-            lse_AS = torch.cat([log_sum_exps(z, blocks, settings.temperature, scales, start, chunk) for z in anchors])
-        pos_A = ((a * b).sum(1) / settings.temperature).repeat(len(anchors))
+            lse_AS = log_sum_exps(anchors_AD, blocks, settings.temperature, scales, start, chunk, views)
+        pos_A = ((a * b).sum(1) / settings.temperature).repeat(views)
         if not any(ctx.needs_input_grad[:2]):
             mean: torch.Tensor = objective.function(pos_A, lse_AS, num_negatives, settings).mean()
             return mean
         loss, grad_pos_A, shift_AS = _adjoints(objective, scales, pos_A, lse_AS, num_negatives, settings)
-        shift_BVS = shift_AS.view(len(anchors), len(a), len(scales)).transpose(0, 1).contiguous()
+        shift_BVS = shift_AS.view(views, len(a), len(scales)).transpose(0, 1).contiguous()
         # Rows of view a are columns of no anchor if the negatives are in the other view alone.
         if both or ctx.needs_input_grad[1]:
             all_shift_NVS = _shifts_of_all_ranks(shift_BVS, group)
         else:
             all_shift_NVS = shift_BVS
         own_BD = None if mean_BD is None else mean_BD * (objective.signs[0] * (shift_AS + lse_AS).exp()).detach()
-        ctx.save_for_backward(*rows, grad_pos_A.view(len(anchors), -1).sum(0), shift_BVS, all_shift_NVS, own_BD)
+        ctx.save_for_backward(*rows, grad_pos_A.view(views, -1).sum(0), shift_BVS, all_shift_NVS, own_BD)
         ctx.settings = objective, scales, start, settings.temperature, chunk
         return loss
 
@@ -247,29 +248,38 @@ class _PerAnchorLoss(torch.autograd.Function):
         both = objective.columns == "both views"
         terms = [(index, scale, objective.signs[index]) for index, scale in enumerate(scales) if scale]
 
-        def own(view: int) -> Iterator[Weights]:
-            return (Weights(scale, sign, row_shift=shift_BVS[:, view, index].contiguous()) for index, scale, sign in terms)
+        def own(views: list[int]) -> Iterator[Weights]:
+            shifts_SA = shift_BVS[:, views].permute(2, 1, 0).flatten(1)
+            return (Weights(scale, sign, row_shift=shifts_SA[index]) for index, scale, sign in terms)
 
         def of_columns(view: int) -> Iterator[Weights]:
             return (
                 Weights(scale, sign, column_shift=all_shift_NVS[:, view, index].contiguous()) for index, scale, sign in terms
             )
 
+        def pulled(views: list[int], blocks: list[tuple[torch.Tensor, list[Weights]]]) -> torch.Tensor:
+            """The gradients of these views, one after the other."""
+            out = torch.cat([(b, a)[view] * grad_pos_B[:, None] for view in views])
+            z = torch.cat([(a, b)[view] for view in views])
+            for columns, parts in blocks:
+                pull(z, columns, temperature, start, chunk, parts, out, len(views))
+            return out
+
+        wanted = [view for view in (0, 1) if ctx.needs_input_grad[view]]
+        found: dict[int, torch.Tensor] = {}
         if both:
-            blocks = [[(all, [*own(v), *of_columns(w)]) for w, all in enumerate((all_a, all_b))] for v in (0, 1)]
+            blocks = [(columns, [*own(wanted), *of_columns(view)]) for view, columns in enumerate((all_a, all_b))]
+            found = dict(zip(wanted, pulled(wanted, blocks).chunk(len(wanted)), strict=True))
         else:
-            blocks = [[(all_b, [*own(0)])] if own_BD is None else [], [(all_a, [*of_columns(0)])]]
+            if 0 in wanted:
+                found[0] = pulled([0], [(all_b, [*own([0])])] if own_BD is None else [])
+                if own_BD is not None:
+                    found[0] += own_BD
+            if 1 in wanted:
+                found[1] = pulled([1], [(all_a, [*of_columns(0)])])
         scale = grads[0] / (temperature * shift_BVS.shape[1] * len(a))
-        grads_of_rows: list[torch.Tensor | None] = [None, None]
-        for view, (z, positives) in enumerate(((a, b), (b, a))):
-            if ctx.needs_input_grad[view]:
-                out = positives * grad_pos_B[:, None]
-                if view == 0 and own_BD is not None:
-                    out += own_BD
-                for columns, parts in blocks[view]:
-                    pull(z, columns, temperature, start, chunk, parts, out)
-                grads_of_rows[view] = out.mul_(scale).to(rows[view].dtype)
-        return *grads_of_rows, None, None, None, None, None, None
+        in_rows = [(found[view] * scale).to(rows[view].dtype) if view in found else None for view in (0, 1)]
+        return *in_rows, None, None, None, None, None, None
 
 
 def _adjoints(

@@ -18,10 +18,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from clae_dist.config.method import Route
 from clae_dist.contrast.adversary import LossAndGradient
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
-Route = Literal["clean", "adversarial"]  # the norm layers that a forward takes (models/norms.py)
+Output = Literal["projections", "features", "logits"]  # of a model (models/model.py)
 
 
 class AttackedModel(Protocol):
@@ -38,7 +39,7 @@ class AttackedModel(Protocol):
 class TrainingBackend(AttackedModel, Protocol):
     """Interface of a parallel backend (clae_dist/parallel) for the step."""
 
-    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor: ...
+    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor: ...
     def shares_forward(self) -> bool: ...
     def reduction_held(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: torch.Tensor) -> None: ...
@@ -56,11 +57,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The embeddings of images along a route. `z` is a leaf: a loss's backward stops there and leaves `z.grad`."""
+    """The embeddings, or logits, of images along a route. `z` is a leaf: a loss's backward stops there and leaves `z.grad`."""
 
     z: torch.Tensor
     route: Route
     parts: tuple[_Part, ...]
+    output: Output = "projections"
 
     @property
     def image_gradient(self) -> torch.Tensor:
@@ -75,10 +77,10 @@ class Encoding:
     def __init__(self, backend: AttackedModel, micro_size: int = 0) -> None:
         self.backend, self.micro_size = backend, micro_size
 
-    def constant(self, images: torch.Tensor, route: Route, *, project: bool = True) -> torch.Tensor:
-        """Embeddings, or features, without a graph."""
+    def constant(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+        """The model's output without a graph."""
         with torch.no_grad():
-            return torch.cat([self.backend.attack_embed(part, route, project=project) for part in self._split(images)])
+            return torch.cat([self.backend.attack_embed(part, route, output=output) for part in self._split(images)])
 
     def regions(self, images: torch.Tensor, boxes_BL4: torch.Tensor, route: Route) -> torch.Tensor:
         """Embeddings (B, L, D) of regions of the images, without a graph."""
@@ -92,29 +94,34 @@ class Encoding:
         with self.backend.key_encoder():
             return self.constant(images, route)
 
-    def input_gradient(self, images: torch.Tensor, route: Route, loss_of: LossOf) -> LossAndGradient:
+    def input_gradient(
+        self, images: torch.Tensor, route: Route, loss_of: LossOf, output: Output = "projections"
+    ) -> LossAndGradient:
         """loss_of(z) and its gradient with respect to the images alone (B, 3, S, S): no parameter gradient, no reduction."""
         parts = self._split(images, as_leaves=True)
         with torch.enable_grad():
             if len(parts) == 1:
-                loss = loss_of(self.backend.attack_embed(parts[0], route))
+                loss = loss_of(self.backend.attack_embed(parts[0], route, output=output))
                 return loss.detach(), torch.autograd.grad(loss, parts[0])[0]
-            z, random = self._without_graph(parts, route)
+            z, random = self._without_graph(parts, route, output)
             loss = loss_of(z)
             (grad_z,) = torch.autograd.grad(loss, z)
             found = []
             for part, grad, state in zip(parts, grad_z.split(self.micro_size), random, strict=True):
                 with _drawing_again(state, part.device):
-                    found.append(torch.autograd.grad(self.backend.attack_embed(part, route), part, grad)[0])
+                    z_part = self.backend.attack_embed(part, route, output=output)
+                    found.append(torch.autograd.grad(z_part, part, grad)[0])
         return loss.detach(), torch.cat(found)
 
-    def _without_graph(self, parts: tuple[torch.Tensor, ...], route: Route) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    def _without_graph(
+        self, parts: tuple[torch.Tensor, ...], route: Route, output: Output
+    ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """The first pass: embeddings as a leaf, and where the random numbers of each part began."""
         rows, random = [], []
         with torch.no_grad(), self.backend.untouched():
             for part in parts:
                 random.append(_random_state(part.device))
-                rows.append(self.backend.attack_embed(part, route))
+                rows.append(self.backend.attack_embed(part, route, output=output))
         return torch.cat(rows).requires_grad_(), random
 
     def _split(self, images: torch.Tensor, *, as_leaves: bool = False) -> tuple[torch.Tensor, ...]:
@@ -131,34 +138,41 @@ class TrainingEncoding(Encoding):
         super().__init__(backend, micro_size)
 
     def embed(
-        self, images: torch.Tensor, route: Route, *, want_image_gradient: bool = False, beside: Embedding | None = None
+        self,
+        images: torch.Tensor,
+        route: Route,
+        output: Output = "projections",
+        *,
+        want_image_gradient: bool = False,
+        beside: Embedding | None = None,
     ) -> Embedding:
         """Embeds for training. Every rank must call it with as many rows. All embeddings of a step keep their graphs or none:
         one of fewer rows is embedded as that `beside` it was."""
         parts = self._split(images, as_leaves=want_image_gradient)
         if len(parts) == 1 and (beside is None or len(beside.parts) == 1):
-            graph = self.backend.embed(parts[0], route)
-            return Embedding(graph.detach().requires_grad_(), route, (_Part(parts[0], graph, []),))
-        z, random = self._without_graph(parts, route)
-        return Embedding(z, route, tuple(_Part(part, None, state) for part, state in zip(parts, random, strict=True)))
+            graph = self.backend.embed(parts[0], route, output)
+            return Embedding(graph.detach().requires_grad_(), route, (_Part(parts[0], graph, []),), output)
+        z, random = self._without_graph(parts, route, output)
+        without = tuple(_Part(part, None, state) for part, state in zip(parts, random, strict=True))
+        return Embedding(z, route, without, output)
 
     def backward(self, *embeddings: Embedding, more_to_come: bool = False) -> None:
         """Takes every `z.grad` through the encoder. Gradients are reduced over ranks in the last backward pass only, and not
         at all yet with `more_to_come`."""
-        work: list[tuple[_Part, torch.Tensor, Route]] = []
-        for embedding in embeddings:
+        work: list[tuple[_Part, torch.Tensor, Embedding]] = []
+        for embedding in sorted(embeddings, key=lambda one: one.output != "logits"):  # the last pass reduces the projector
             assert embedding.z.grad is not None
             grads = embedding.z.grad.split([len(part.images) for part in embedding.parts])
-            work += [(part, grad, embedding.route) for part, grad in zip(embedding.parts, grads, strict=True)]
+            work += [(part, grad, embedding) for part, grad in zip(embedding.parts, grads, strict=True)]
         again = [item for item in work if item[0].graph is None]
         whole = [(part.graph * grad).sum() for part, grad, _ in work if part.graph is not None]
         assert not (again and whole), "embeddings with and without a graph"
         if whole:
             with self._holding(hold=more_to_come):
                 self.backend.backward(sum(whole[1:], whole[0]))
-        for number, (part, grad, route) in enumerate(again):
+        for number, (part, grad, of) in enumerate(again):
             with self._holding(hold=more_to_come or number < len(again) - 1), _drawing_again(part.random, part.images.device):
-                self.backend.backward((self.backend.embed(part.images, route) * grad).sum())
+                self.backend.backward((self.backend.embed(part.images, of.route, of.output) * grad).sum())
 
     def input_gradient_of(self, embedding: Embedding, loss_of: LossOf) -> LossAndGradient:
         """The same from an embedding's graph, which stays whole for `backward`."""

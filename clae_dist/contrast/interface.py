@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from clae_dist.config.method import Route
 from clae_dist.contrast.attacks import ALL, Attacking, Attacks
-from clae_dist.contrast.encoding import Route
 from clae_dist.contrast.method import State
 from clae_dist.objectives.form import Rows
 from clae_dist.objectives.multi_view import ViewPairs
@@ -94,6 +94,11 @@ class Step(Attacks, ABC):
         labels: torch.Tensor = self._batch.labels
         return labels.to(self.run.pixel_std.device, non_blocking=True)
 
+    @property
+    def pseudo_labels(self) -> torch.Tensor:
+        """Each image's cluster in every clustering of MethodSettings.cluster_counts, (B, clusterings); -1: not clustered."""
+        return self.run.pseudo_labels[self.ids.cpu()].long().to(self.run.pixel_std.device, non_blocking=True)
+
     # ---- embeddings and losses ----
 
     @abstractmethod
@@ -103,6 +108,11 @@ class Step(Attacks, ABC):
         They are projections of unit length, or features as they are (MethodSettings.embeds).
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
+
+    @abstractmethod
+    def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """Logits (B, Σ cluster_counts) of this rank's images by the classifiers on the features, trained. Collective with
+        sharded parameters. An `embed` comes before it."""
 
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", *, momentum: bool = False) -> Rows:
         """Rows of `images` without gradients; running statistics are not updated. Collective.
@@ -120,7 +130,7 @@ class Step(Attacks, ABC):
         """The encoder's features (B, F) of this rank's images, without gradients; running statistics are not updated.
         Collective with sharded parameters."""
         with self.run.encoding.backend.untouched():
-            return self.run.encoding.constant(images, route, project=False)
+            return self.run.encoding.constant(images, route, "features")
 
     def regions(self, images: torch.Tensor, boxes_BL4: torch.Tensor, route: Route = "clean") -> torch.Tensor:
         """Rows (B, L, D) of regions of this rank's images, from the map that the encoder pools, without gradients; running

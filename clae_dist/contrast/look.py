@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from clae_dist.config.method import Route
 from clae_dist.contrast.attacks import Attacked, Attacking
-from clae_dist.contrast.encoding import Route
 from clae_dist.contrast.interface import Moment, Step
 from clae_dist.objectives.form import Rows
 
@@ -48,6 +48,9 @@ class Look(Step):
         rows = self._look(images, route)
         self.embedded.append(Embedded(rows, images, route))
         return rows
+
+    def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        return self.run.encoding.constant(images, route, "logits")
 
     def contrast(self, anchors: Rows, keys: Rows) -> torch.Tensor:
         loss = super().contrast(anchors, keys)

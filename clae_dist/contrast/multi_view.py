@@ -66,10 +66,12 @@ class _MultiViewLoss(torch.autograd.Function):
         mine, everyone = map(at_least_float32, rows[:count]), tuple(map(at_least_float32, rows[count:]))
         z_VBD = torch.stack(list(mine))
         temperature, num_negatives = settings.temperature, count * (len(everyone[0]) - 1)
-        chunk = chunk_size(z_VBD.shape[1], z_VBD.device, settings.chunk)
+        anchors = pairs.anchors
+        anchors_AD = z_VBD[anchors].flatten(0, 1)
+        chunk = chunk_size(anchors_AD, settings.chunk)
+        lse_AS = log_sum_exps(anchors_AD, everyone, temperature, pairs.scales, start, chunk, len(anchors))
         lse_VBS = z_VBD.new_zeros((*z_VBD.shape[:2], len(pairs.scales)))
-        for view in pairs.anchors:
-            lse_VBS[view] = log_sum_exps(z_VBD[view], everyone, temperature, pairs.scales, start, chunk)
+        lse_VBS[anchors] = lse_AS.view(len(anchors), *lse_VBS.shape[1:])
         pos_VVB = torch.einsum("ubd,vbd->uvb", z_VBD, z_VBD) / temperature
 
         live = _adjoints(pairs, pairs.live, pos_VVB, lse_VBS, num_negatives, temperature)

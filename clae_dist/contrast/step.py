@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from clae_dist.config.method import Route
 from clae_dist.contrast.attacks import Attacking, GradientOf, PairLoss
-from clae_dist.contrast.encoding import Embedding, Route, TrainingEncoding
+from clae_dist.contrast.encoding import Embedding, TrainingEncoding
 from clae_dist.contrast.interface import Moment, Step
 from clae_dist.contrast.method import Terms
 from clae_dist.errors import RankError
@@ -90,6 +91,12 @@ class TrainingStep(Step):
         embedding = self.run.encoding.embed(images, route, want_image_gradient=image_gradient, beside=beside)
         self.embeddings.append(embedding)
         return self.run.contrast.rows(embedding.z)
+
+    def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        assert self.embeddings, "the first forward of a step is that of an `embed`, with which gradients are reduced"
+        embedding = self.run.encoding.embed(images, route, "logits", beside=self.embeddings[0])
+        self.embeddings.append(embedding)
+        return embedding.z
 
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", *, momentum: bool = False) -> Rows:
         assert not (momentum and self.embeddings), "the momentum encoder comes before the first `embed` of a step"

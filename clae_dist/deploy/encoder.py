@@ -16,12 +16,13 @@ from safetensors.torch import load
 from torch import nn
 
 from clae_dist.config import Model
+from clae_dist.config.method import Route
 from clae_dist.data.decode import pixels_of
 from clae_dist.data.views import centre_view
 from clae_dist.deploy.export import CONFIG, FORMAT, WEIGHTS
 from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.errors import ConfigError
-from clae_dist.models.norms import Route, RoutedNorm, single_route_state
+from clae_dist.models.norms import has_route, single_route_state
 from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_number, is_text, open_regular, read_object
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import CONFIG_FILE
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
 def load_encoder(run_or_export: str | os.PathLike[str], *, route: Route | None = None, trust: bool = False) -> Encoder:
     """The encoder of a run's newest committed checkpoint, or of a folder that `clae export` wrote; on the CPU, in float32.
 
-    Nothing in the folder is executed or unpickled. `route` selects the norm layers of a run that has two sets of them, by
+    Nothing in the folder is executed or unpickled. `route` selects the norm layers of a run that has several sets of them, by
     default those of its evaluation (evaluation.route); an export holds these alone. `trust` also opens a run folder of another
     user with links that lead out of it.
     Raises ConfigError for a folder that is neither a run with a checkpoint nor an export, and for damaged or NaN weights.
@@ -96,8 +97,8 @@ def _of_run(run_dir: Path, route: Route | None, permission: Permission) -> Encod
     check_folder(run_dir, permission)
     config, model, info = load_model(run_dir)
     route = route or config.evaluated_route
-    if route != "clean" and not any(isinstance(module, RoutedNorm) for module in model.encoder.modules()):
-        raise ConfigError(f"route is {route!r}, but the encoder of {str(run_dir)!r} has one set of norm layers; use clean.")
+    if not has_route(model.encoder, route):
+        raise ConfigError(f"route is {route!r}, but the encoder of {str(run_dir)!r} has no such norm layers; use clean.")
     weights = {key: value.float() for key, value in single_route_state(model.encoder.state_dict(), route).items()}
     network, num_features = plain_encoder(config.model, config.data.image_size, weights)
     source = {"encoder": config.model.encoder, "route": route, "step": info["step"], "images_seen": info["images_seen"]}

@@ -126,6 +126,7 @@ def _origin(run_dir: Path) -> dict[str, Any]:
     return {
         "manifest_digest": identity.manifest_digest if identity else "",
         "initial_weights": identity.initial if identity else {},
+        "pseudo_labels": identity.pseudo_labels if identity else {},
         "parent": identity.parent if identity else {},
     }
 

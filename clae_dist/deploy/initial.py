@@ -114,7 +114,7 @@ def resolve(config: Config) -> Initial:
             f"model.init is {source!r}, whose weights are not those of model.encoder {config.model.encoder}: "
             f"{match.describe()}. Use {_that_fits(config, match)}" + (", or model.init_missing=random." if loaded else ".")
         )
-    return Initial(source, _digest(loaded), match, {name: value.contiguous() for name, value in loaded.items()})
+    return Initial(source, weights_digest(loaded), match, {name: value.contiguous() for name, value in loaded.items()})
 
 
 # ---- sources ----
@@ -199,7 +199,8 @@ def _has_cifar_stem(encoder: nn.Module) -> bool:
     return isinstance(getattr(encoder, "maxpool", None), nn.Identity)
 
 
-def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, shapes, types and values."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

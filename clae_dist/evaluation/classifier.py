@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from clae_dist.config.method import Route
 from clae_dist.evaluation.linear import LinearHead, fit_head
 from clae_dist.evaluation.place import weights_digest
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.evaluation.scored import scored
 from clae_dist.models import PretrainModel
-from clae_dist.models.norms import Route, RoutedNorm
+from clae_dist.models.norms import RoutedNorm
 
 
 class Classifier(nn.Module):

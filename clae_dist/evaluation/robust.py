@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from clae_dist.config.method import Route
 from clae_dist.config.rules import Section, setting
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.attack import Norm, attack, autoattack, import_autoattack, is_right
@@ -19,7 +20,6 @@ from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.place import evenly, weights_digest
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.evaluation.tuning import HEADS, Head, tuned
-from clae_dist.models.norms import Route
 
 ATTACKS = ("fgsm", "pgd", "autoattack")  # from weak to strong
 

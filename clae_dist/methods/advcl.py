@@ -1,8 +1,9 @@
 """AdvCL: two views, a high-pass view and an adversarial view of the image, each contrasted with all others.
 
+With `pseudo_labels`, linear classifiers learn the clusters of another encoder's features, on adversarial images of their own.
+
 Reference: Fan et al. 2021, When does contrastive learning preserve adversarial robustness from pretraining to finetuning?, and
-its code. Its cross-entropy with pseudo-labels of an ImageNet encoder is not here. With `asymmetry` and `tau_plus`: A-InfoNCE
-(Yu et al. 2022, Adversarial contrastive learning via asymmetric InfoNCE).
+its code. With `asymmetry` and `tau_plus`: A-InfoNCE (Yu et al. 2022, Adversarial contrastive learning via asymmetric InfoNCE).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from clae_dist.config.method import ThirdView, name_of
+from clae_dist.config.method import Route, ThirdView, name_of
 from clae_dist.config.rules import setting
 from clae_dist.contrast.method import Method, State, Terms
 from clae_dist.errors import ConfigError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from clae_dist.contrast.interface import Step
     from clae_dist.objectives.form import Rows
 
+_CLUSTERS = (2, 10, 50, 100, 500)  # of AdvCL's code, also for CIFAR-10
 _BASE_TEMPERATURE = 0.07  # SupCon's, which its code divides by: part of the published learning rate
 
 
@@ -59,8 +61,31 @@ class AdvClSettings(HardSettings):
         0.4, ge=0, used_by="method.adaptive_epochs", help="Mean distance of attacked features at which the asymmetry is 1/2."
     )
 
+    pseudo_labels: str = setting(
+        "",
+        zero="no cross-entropy",
+        help="A run or an exported encoder, by whose features the training images are clustered when the run begins: a "
+        "cross-entropy with the clusters is added to the loss.",
+    )
+    pseudo_weight: float = setting(
+        0.2, ge=0, zero="no cross-entropy", used_by="method.pseudo_labels", help="Weight of the cross-entropy."
+    )
+
+    @property
+    def clusters_from(self) -> str:
+        return self.pseudo_labels if self.pseudo_weight else ""
+
+    @property
+    def cluster_counts(self) -> tuple[int, ...]:
+        return _CLUSTERS if self.clusters_from else ()
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        return (*super().routes, "classified") if self.clusters_from else super().routes
+
     def units(self, attack: Attack, *, shared_norms: bool = False) -> float:
-        return 15 + 2 * attack.num_steps + 2 * (self.adaptive_epochs > 0)
+        classified = 3 + 2 * attack.num_steps if self.clusters_from else 0
+        return 15 + 2 * attack.num_steps + 2 * (self.adaptive_epochs > 0) + classified
 
     def check_run(self, config: Config) -> None:
         super().check_run(config)
@@ -72,7 +97,8 @@ class AdvClSettings(HardSettings):
 
     def describe_attack(self) -> str:
         adaptive = f", adaptive after {self.adaptive_epochs} epochs" if self.adaptive_epochs else ""
-        return f", high-pass radius {self.radius:g}" + self.describe_pairs(self.asymmetry) + adaptive
+        pseudo = f", pseudo-labels of {self.pseudo_labels} with weight {self.pseudo_weight:g}" if self.clusters_from else ""
+        return f", high-pass radius {self.radius:g}" + self.describe_pairs(self.asymmetry) + adaptive + pseudo
 
     def pairs(self, asymmetry: float) -> ViewPairs:
         """The pairs of views (adversarial, x, y, high-pass)."""
@@ -88,7 +114,8 @@ class AdvClSettings(HardSettings):
 class AdvCl(Method):
     """The mean over the ordered pairs of (x_adv, x, y, high-pass of o) of each view's loss, all views in the denominators.
 
-    o is the weakly augmented image, and x_adv raises the same loss (without A-InfoNCE's changes) within ε of o.
+    o is the weakly augmented image, and x_adv raises the same loss (without A-InfoNCE's changes) within ε of o. With
+    pseudo-labels: + w · the mean over clusterings of the cross-entropy of x_ce, which raises that within ε of o.
     """
 
     Settings = AdvClSettings
@@ -111,8 +138,22 @@ class AdvCl(Method):
 
         (x_adv,) = s.attack_views([s.third], loss, noise_of=2)
         pairs = self.settings.pairs(self._asymmetry(s, x_adv))
-        views = [s.embed(x_adv, "adversarial"), *(s.embed(view) for view in (x, y, sharp))]
-        return {"four_views": (s.temperature / _BASE_TEMPERATURE, s.contrast_views(views, pairs))}
+        views, classified = [s.embed(x_adv, "adversarial")], self._cross_entropy(s)
+        views += [s.embed(view) for view in (x, y, sharp)]
+        return {"four_views": (s.temperature / _BASE_TEMPERATURE, s.contrast_views(views, pairs)), **classified}
+
+    def _cross_entropy(self, s: Step) -> Terms:
+        """The term of the pseudo-labels; {} without them."""
+        settings = self.settings
+        if not settings.clusters_from:
+            return {}
+        labels_BK = s.pseudo_labels
+
+        def loss(logits: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(logits, labels_BK, settings.cluster_counts)
+
+        x_ce = s.attack_logits(s.third, loss, noise_of=0)
+        return {"pseudo_labels": (settings.pseudo_weight, loss(s.classify(x_ce, "classified")))}
 
     def after_update(self, s: Step) -> None:
         if s.epoch < self.settings.adaptive_epochs:
@@ -131,6 +172,19 @@ class AdvCl(Method):
         if s.epoch < settings.adaptive_epochs or not count:
             return settings.asymmetry
         return adapted(settings.asymmetry, distance.item(), total / count, settings.min_distance)
+
+
+def cross_entropy(logits: torch.Tensor, labels_BK: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The mean over images and K clusterings of the cross-entropy; a label of -1 counts as 0.
+
+    Args:
+        logits: (B, Σ counts), of each clustering in turn.
+    """
+    import torch.nn.functional as F
+
+    each = zip(logits.split(tuple(counts), 1), labels_BK.unbind(1), strict=True)
+    sums = [F.cross_entropy(part, labels_B, ignore_index=-1, reduction="sum") for part, labels_B in each]
+    return sum(sums[1:], sums[0]) / (len(logits) * len(counts))
 
 
 def adapted(asymmetry: float, distance: float, usual: float, least: float) -> float:

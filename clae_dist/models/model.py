@@ -1,8 +1,8 @@
-"""PretrainModel maps pixels in [0, 1] to projections of unit length, along one of two routes of norm layers."""
+"""PretrainModel maps pixels in [0, 1] to projections of unit length, along one of the routes of its norm layers."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -11,16 +11,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_dist.config import Config, Model
+from clae_dist.config.method import Route
 from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
-from clae_dist.models.norms import Route, add_routes, set_route, use_global_statistics
+from clae_dist.models.norms import add_routes, set_route, use_global_statistics
 from clae_dist.models.regions import feature_map, region_features
+from clae_dist.objectives.softmax import at_least_float32
+
+# projections: embeddings of unit length; features: the encoder's; logits: of the linear classifiers on the features
+Output = Literal["projections", "features", "logits"]
 
 
 class PretrainModel(nn.Module):
     """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
 
-    With an empty projector, embeddings are the features themselves, of any length.
+    With an empty projector, embeddings are the features themselves, of any length. `classifiers` are linear classifiers on the
+    features, as one layer with the logits of all of them side by side; None: there are none.
 
     `evaluated_route` is the route of norm layers whose features stand for the model in evaluation.
     """
@@ -39,11 +45,13 @@ class PretrainModel(nn.Module):
         dim: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        classifiers: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.feature_dim, self.embedding_dim = feature_dim, dim
         self.encoder = encoder
         self.projector = projector
+        self.classifiers = classifiers
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -65,20 +73,23 @@ class PretrainModel(nn.Module):
         images_B3HW: torch.Tensor,
         route: Route = "clean",
         *,
-        project: bool = True,
+        output: Output = "projections",
         boxes_BL4: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings (B, D), at least float32, of pixels in [0, 1]: projections of unit length, or features (B, F), which
-        models without a projector have as well. With boxes, those of regions (see models/regions.py): (B L, D)."""
-        set_route(self.projector, route)
+        """Rows of pixels in [0, 1], at least float32: projections (B, D), features (B, F), which models without a projector
+        have instead of projections, or logits. With boxes, rows of regions (see models/regions.py): (B L, D)."""
         if boxes_BL4 is None:
             z = self.features(images_B3HW, route)
         else:
             z = feature_map(self.encoder, self.feature_dim, lambda: self.features(images_B3HW, route))
             z = region_features(z, boxes_BL4)
-        z = self.projector(z) if project else z
-        z = z if z.dtype == torch.float64 else z.float()
-        return F.normalize(z, dim=1) if project and len(self.projector) else z
+        if output == "projections" and len(self.projector):
+            set_route(self.projector, route)
+            return F.normalize(at_least_float32(self.projector(z)), dim=1)
+        if output == "logits":
+            assert self.classifiers is not None
+            z = self.classifiers(z.to(self.classifiers.weight.dtype))
+        return at_least_float32(z)
 
 
 def mlp(width: int, hidden: int, dim: int) -> nn.Sequential:
@@ -121,11 +132,13 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
         projects = config.method.embeds == "projections"
         projector = make_projector(config.model, feature_dim) if projects else nn.Sequential()
         dim = config.model.projector_dim if projects else feature_dim
-        model = PretrainModel(encoder, feature_dim, projector, dim, config.model.mean, config.model.std)
+        width = sum(config.method.cluster_counts)
+        classifiers = nn.Linear(feature_dim, width) if width else None
+        model = PretrainModel(encoder, feature_dim, projector, dim, config.model.mean, config.model.std, classifiers)
     model.evaluated_route = config.evaluated_route
     model.fixed_statistics = config.model.norm == "fixed"
     if config.method.two_routes:
-        add_routes(model.encoder, config.model.adversarial_norm_momentum)
+        add_routes(model.encoder, config.model.adversarial_norm_momentum, config.method.routes)
         if config.model.projector == "mlp3_bn":
             add_routes(model.projector, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":

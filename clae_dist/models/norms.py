@@ -1,4 +1,4 @@
-"""Normalisation layers with two routes (clean / adversarial), and batch norm over the global batch.
+"""Normalisation layers with several routes (clean, adversarial, …), and batch norm over the global batch.
 
 # B rows on this rank, W ranks, C channels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_dist import collectives
+from clae_dist.config.method import Route
 
-Route = Literal["clean", "adversarial"]
-ROUTES: tuple[Route, ...] = ("clean", "adversarial")
+ROUTES: tuple[Route, ...] = get_args(Route)
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -101,16 +101,17 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class RoutedNorm(nn.Module):
-    """A clean and an adversarial batch norm, each with its own weights and statistics. Reference: Xie et al. 2020."""
+    """A batch norm for each route, with its own weights and statistics. Reference: Xie et al. 2020."""
 
-    def __init__(self, clean: nn.Module, adversarial: nn.Module) -> None:
+    def __init__(self, norms: Mapping[Route, nn.Module]) -> None:
         super().__init__()
-        self.clean = clean
-        self.adversarial = adversarial
+        for route, norm in norms.items():
+            self.add_module(route, norm)
         self.route: Route = "clean"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.clean(x) if self.route == "clean" else self.adversarial(x)
+        y: torch.Tensor = getattr(self, self.route)(x)
+        return y
 
 
 def _replace(module: nn.Module, make: Any) -> int:
@@ -125,13 +126,20 @@ def _replace(module: nn.Module, make: Any) -> int:
     return replaced
 
 
-def add_routes(module: nn.Module, adversarial_momentum: float) -> int:
-    """Replace every batch norm in `module` by a clean and an adversarial copy, which start equal. Returns their number."""
+def add_routes(module: nn.Module, adversarial_momentum: float, routes: Sequence[Route] = ROUTES[:2]) -> int:
+    """Replace every batch norm in `module` by one for each route, which start equal; the first is the clean one.
+
+    Args:
+        adversarial_momentum: of the running statistics of the other routes.
+
+    Returns: the number of batch norms that were replaced.
+    """
 
     def routed(norm: _BatchNorm) -> RoutedNorm:
-        adversarial = copy.deepcopy(norm)
-        adversarial.momentum = adversarial_momentum
-        return RoutedNorm(norm, adversarial)
+        others = {route: copy.deepcopy(norm) for route in routes[1:]}
+        for other in others.values():
+            other.momentum = adversarial_momentum
+        return RoutedNorm({routes[0]: norm, **others})
 
     return _replace(module, routed)
 
@@ -156,9 +164,15 @@ def set_route(module: nn.Module, route: Route) -> None:
             child.route = route
 
 
+def has_route(module: nn.Module, route: Route) -> bool:
+    """True if `module` has norm layers of this route: every module has a clean one."""
+    return route == "clean" or any(isinstance(child, RoutedNorm) and hasattr(child, route) for child in module.modules())
+
+
 def route_parameters(module: nn.Module, route: Route) -> list[nn.Parameter]:
     """Parameters that only this route uses."""
-    return [p for child in module.modules() if isinstance(child, RoutedNorm) for p in getattr(child, route).parameters()]
+    routed = [child for child in module.modules() if isinstance(child, RoutedNorm) and hasattr(child, route)]
+    return [parameter for child in routed for parameter in getattr(child, route).parameters()]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class _PerPairLoss(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         rows, (objective, start, settings) = inputs[:4], inputs[4:]
         z_BD, positives_BD, *blocks = map(at_least_float32, rows)
-        chunk = chunk_size(len(z_BD), z_BD.device, settings.chunk)
+        chunk = chunk_size(z_BD, settings.chunk)
         pos_B = (z_BD * positives_BD).sum(1) / settings.temperature
         # Each block excludes one column of an anchor: its own row in one, its positive in the other.
         lse_BS = log_sum_exps(z_BD, blocks, settings.temperature, (1.0,), start, chunk)

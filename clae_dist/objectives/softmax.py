@@ -1,6 +1,7 @@
 """Softmax statistics over all rows, computed in column chunks so that the full similarity matrix is never materialised.
 
-# K rows, M columns, D embedding width, S scales. s(k, l) = z_k · z_l / temperature. Memory O(K · chunk + M · D).
+# K rows (V views of the same images, one after the other), M columns, D embedding width, S scales. s(k, l) = z_k · z_l /
+# temperature. Memory O(K · chunk + M · D).
 
 Similarities are computed again in the backward pass instead of being stored. A log-sum-exp is subtracted before every exp, so
 that exponents are not positive and a temperature of 0.01 does not overflow.
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-_BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of a chunk: fits into a CPU's cache, fills a GPU
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # fits into a CPU's cache; few launches on a GPU
 
 
-def chunk_size(num_rows: int, device: torch.device, requested: int = 0) -> int:
-    """Columns of a chunk: `requested`, or chosen by the device if that is 0."""
-    return requested or max(128, min(8192, _BUFFER.get(device.type, 1 << 24) // max(1, num_rows)))
+def chunk_size(rows_KD: torch.Tensor, requested: int = 0) -> int:
+    """Columns of a chunk of similarities of these rows: `requested`, or if that is 0, as many as the bytes of a chunk allow."""
+    size = rows_KD.element_size() * max(1, len(rows_KD))
+    return requested or max(128, _CHUNK_BYTES.get(rows_KD.device.type, 64 << 20) // size)
 
 
 def at_least_float32(rows: torch.Tensor) -> torch.Tensor:
@@ -27,21 +29,23 @@ def at_least_float32(rows: torch.Tensor) -> torch.Tensor:
 
 
 def similarities(
-    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, excluded: int, chunk: int
+    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, excluded: int, chunk: int, views: int = 1
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield (columns, similarities of all rows to these columns) chunk by chunk; every chunk uses the same buffer.
 
-    The pair of row k and column excluded + k has similarity -inf, so that no softmax counts it.
+    The pair of image k, in each of the `views` of the rows, and column excluded + k has similarity -inf: no softmax counts it.
     """
+    images = len(rows_KD) // views
     scaled = rows_KD / temperature
     buffer = scaled.new_empty(len(rows_KD) * min(chunk, len(columns_MD)))
     for first in range(0, len(columns_MD), chunk):
         last = min(first + chunk, len(columns_MD))
         s = buffer[: len(rows_KD) * (last - first)].view(len(rows_KD), last - first)
         torch.mm(scaled, columns_MD[first:last].T, out=s)
-        low, high = max(first, excluded), min(last, excluded + len(rows_KD))
+        low, high = max(first, excluded), min(last, excluded + images)
         if low < high:
-            s[low - excluded : high - excluded, low - first : high - first].diagonal().fill_(-torch.inf)
+            own = s.view(views, images, -1)[:, low - excluded : high - excluded, low - first : high - first]
+            own.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         yield slice(first, last), s
 
 
@@ -52,12 +56,13 @@ def log_sum_exps(
     scales: Sequence[float],
     excluded: int,
     chunk: int,
+    views: int = 1,
 ) -> torch.Tensor:
     """log sum exp(c s) of each row over the columns of all blocks but column excluded + k of each, for each scale c. (K, S)"""
     totals: list[torch.Tensor | None] = [None] * len(scales)
     spare = rows_KD.new_empty(0)
     for block in blocks:
-        for _, s in similarities(rows_KD, block, temperature, excluded, chunk):
+        for _, s in similarities(rows_KD, block, temperature, excluded, chunk, views):
             # torch.logsumexp in place. The maximum of a row without negatives is -inf; minus itself it would be NaN.
             largest = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             s.sub_(largest)
@@ -118,10 +123,11 @@ def pull(
     chunk: int,
     parts: Sequence[Weights],
     out_KD: torch.Tensor,
+    views: int = 1,
 ) -> None:
     """Add to `out_KD` the sum of all columns z_l, weighted by w(k, l), the sum of all parts."""
     total = spare = rows_KD.new_empty(0)
-    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk):
+    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk, views):
         for index, part in enumerate(parts):
             if index == len(parts) - 1:  # nothing needs the similarities after it
                 buffer = s

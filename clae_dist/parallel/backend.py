@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from clae_dist.config import Config
+from clae_dist.config.method import Route
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
-from clae_dist.models.norms import Route, evaluation_mode, statistics, untouched_statistics
+from clae_dist.models.model import Output
+from clae_dist.models.norms import evaluation_mode, statistics, untouched_statistics
 from clae_dist.parallel.average import WeightAverage
 from clae_dist.parallel.named_state import everywhere, gather_whole
 from clae_dist.runs.checkpoint import Piece, Place, sections
@@ -75,8 +77,11 @@ class Backend(ABC):
         """This rank's shard of every parameter, as plain tensors that may be written to."""
 
     @abstractmethod
-    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) of a training forward."""
+    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+        """The output of a training forward: unit rows (B, D), or logits.
+
+        Of the forwards whose gradients are reduced together, the first one and the one of the last backward are projections.
+        """
 
     @abstractmethod
     def reduction_held(self) -> AbstractContextManager[Any]:
@@ -285,8 +290,11 @@ class Backend(ABC):
         """Average running statistics over ranks if model.norm is "local". Called before saving and evaluating. Collective."""
         if self.world.group is None or self.config.model.norm != "local":
             return
-        for buffer in statistics(self.model):
-            buffer.copy_(self.world.mean(buffer))
+        buffers = statistics(self.model)
+        if buffers:  # one all-reduce for all of them
+            means = self.world.mean(torch.cat([buffer.flatten() for buffer in buffers]))
+            for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
 
 
 @contextmanager

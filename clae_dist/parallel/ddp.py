@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clae_dist.models.norms import ROUTES, Route, route_parameters
+from clae_dist.config.method import Route
+from clae_dist.models.model import Output
+from clae_dist.models.norms import ROUTES, route_parameters
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
 from clae_dist.parallel.optim import clip_and_step, make_optimizer
@@ -29,7 +31,7 @@ class DdpBackend(Backend):
 
     def _wrap(self) -> None:
         self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
-        self._routes_used: set[Route] = set()
+        self._used: set[str] = set()  # routes and outputs, since the last backward
         self._wrapped: nn.Module = self.model
         if self.world.group is not None:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
@@ -45,23 +47,26 @@ class DdpBackend(Backend):
         run must add in the same order as the first.
         """
         # As many images as in training if blocks are compiled for their number; otherwise two suffice.
-        rows = self.config.batch.micro_size or self.config.rows_per_rank(self.world.size) if self.config.train.compile else 2
-        shape = (rows, 3, self.config.data.image_size, self.config.data.image_size)
+        count = self.config.batch.micro_size or self.config.rows_per_rank(self.world.size) if self.config.train.compile else 2
+        shape = (count, 3, self.config.data.image_size, self.config.data.image_size)
         blank = torch.zeros(shape, device=self.world.device, dtype=next(self.model.parameters()).dtype)
         with self.untouched():
             for _ in range(2):  # the second forward rebuilds the buckets
-                self.backward(sum((self.embed(blank, route).sum() for route in ("clean", *ROUTES)), blank.new_zeros(())))
+                outputs: dict[Route, Output] = {"classified": "logits"}
+                routes = ("clean", *self.config.method.routes)
+                rows = [self.embed(blank, route, outputs.get(route, "projections")) for route in routes]
+                self.backward(sum((one.sum() for one in rows), blank.new_zeros(())))
         # To None, as after every step: DDP rounds differently when it averages a gradient that is already in its bucket.
         self.optimizer.zero_grad()
 
     def _shards(self) -> list[torch.Tensor]:
         return [parameter.data for parameter in self.model.parameters()]
 
-    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) of a training forward."""
-        self._routes_used.add(route)
+    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+        """Unit rows (B, D), or logits, of a training forward."""
+        self._used |= {route, output}
         with self.autocast():
-            return self._wrapped(images, route)
+            return self._wrapped(images, route, output=output)
 
     def reduction_held(self) -> AbstractContextManager[Any]:
         """DDP's no_sync."""
@@ -69,12 +74,18 @@ class DdpBackend(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of `loss`, averaged over ranks."""
-        # DDP waits for every parameter: parameters of a route that this backward does not use get a gradient of zero.
-        for route in set(ROUTES) - self._routes_used:
-            for parameter in route_parameters(self.model, route):
-                loss = loss + 0 * parameter.sum().to(loss.dtype)
-        self._routes_used.clear()
+        # DDP waits for every parameter: those of a route or an output that this backward does not use get a gradient of zero.
+        for parameter in self._unused_parameters():
+            loss = loss + 0 * parameter.sum().to(loss.dtype)
+        self._used.clear()
         loss.backward()
+
+    def _unused_parameters(self) -> Iterator[nn.Parameter]:
+        for route in ROUTES:
+            if route not in self._used:
+                yield from route_parameters(self.model, route)
+        if self.model.classifiers is not None and "logits" not in self._used:
+            yield from self.model.classifiers.parameters()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}

@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch import nn
 
 from clae_dist.config import Config
+from clae_dist.config.method import Route
 from clae_dist.errors import ConfigError
-from clae_dist.models.norms import Route
+from clae_dist.models.model import Output
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.deepspeed_extensions import explain, stale_locks
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
@@ -173,9 +174,9 @@ class DeepSpeedBackend(Backend):
         """Not at stage 3, which counts one backward pass through a module for each forward and frees its weights then."""
         return super().shares_forward() and self.stage < 3
 
-    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) of a training forward, bypassing the engine like an attack's forward."""
-        return self.attack_embed(images, route)
+    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+        """Unit rows (B, D), or logits, of a training forward, bypassing the engine like an attack's forward."""
+        return self.attack_embed(images, route, output=output)
 
     def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
         """Unit rows (B, D), or as `how` asks the model, bypassing the engine."""

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism by torch's fully_shard: every parameter is sharded over ranks. Reference: Zhao et al. 2023.
 
-Units that are gathered and reduced together: every block of the encoder, the rest of the encoder, the projector; the model
-around them has no parameters of its own. Under bfloat16, parameters are gathered in bfloat16 and gradients summed in float32.
-Batch norms need weights in the dtype of their statistics, so they are separate units in float32.
+Units that are gathered and reduced together: every block of the encoder, the rest of the encoder, the projector, and the model
+around them, of which only classifiers are left. Under bfloat16, parameters are gathered in bfloat16 and gradients summed in
+float32. Batch norms need weights in the dtype of their statistics, so they are separate units in float32.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from clae_dist.config.method import Route
 from clae_dist.errors import ConfigError
 from clae_dist.models.blocks import encoder_blocks
-from clae_dist.models.norms import Route, RoutedNorm
+from clae_dist.models.model import Output
+from clae_dist.models.norms import RoutedNorm
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
 from clae_dist.parallel.optim import clip_and_step, make_optimizer
@@ -65,7 +67,9 @@ class Fsdp2Backend(Backend):
                 unit(norms, as_it_is)
             if block not in norms and any(True for _ in block.parameters()):
                 unit(block, policy)
-        unit(self.model, as_it_is)  # pixels and unit rows stay in their own type
+        # Pixels and unit rows stay in their own type. Not every forward uses the classifiers: gradients of the outermost unit
+        # are reduced at the end of a backward, whichever of its forwards used it.
+        unit(self.model, as_it_is)
         self._units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         for sharded in self._units:  # now, not at a first forward that may be a frozen one: it would fix the types of gradients
             sharded.unshard()
@@ -101,9 +105,9 @@ class Fsdp2Backend(Backend):
         with set_checkpoint_early_stop(False):
             return self.model(images.contiguous(memory_format=torch.channels_last), route, **how)
 
-    def embed(self, images: torch.Tensor, route: Route) -> torch.Tensor:
-        """Unit rows (B, D) of a training forward."""
-        rows = self.attack_embed(images, route)
+    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+        """Unit rows (B, D), or logits, of a training forward."""
+        rows = self.attack_embed(images, route, output=output)
         if self._units and rows.grad_fn is not None:
             number = self._num_forwards = self._num_forwards + 1
             self._unused[rows.grad_fn] = number

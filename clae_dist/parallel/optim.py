@@ -14,10 +14,11 @@ from clae_dist.config import Optim
 def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> torch.optim.Optimizer:
     """Make AdamW, SGD or LARS (You et al. 2017) over the parameters of `model`.
 
-    With optim.decay "weights", biases and norm layers (parameters of one dimension) are neither decayed nor, under LARS,
-    adapted, as in SimCLR.
+    With optim.decay "weights", biases and norm layers (parameters of one dimension), and a transformer's tokens and position
+    embeddings, are neither decayed nor, under LARS, adapted, as in SimCLR.
     """
-    plain = [p for p in model.parameters() if p.dim() <= 1 and settings.decay == "weights"]
+    tokens = _tokens(model)
+    plain = [p for n, p in model.named_parameters() if settings.decay == "weights" and (p.dim() <= 1 or n in tokens)]
     excluded = {id(p) for p in plain}
     weights = [p for p in model.parameters() if id(p) not in excluded]
     groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -31,6 +32,15 @@ def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> t
     for group in groups:  # a group without weight decay would otherwise not be adapted
         group["always_adapt"] = group["params"] is weights
     return Lars(groups, lr=learning_rate, momentum=settings.momentum)
+
+
+def _tokens(model: nn.Module) -> set[str]:
+    """Names of class tokens and position embeddings: those that timm's networks name, and torchvision's."""
+    found = {name for name, _ in model.named_parameters() if name.split(".")[-1] in ("class_token", "pos_embedding")}
+    for prefix, module in model.named_modules():
+        if hasattr(module, "no_weight_decay"):
+            found |= {f"{prefix}.{name}".removeprefix(".") for name in module.no_weight_decay()}
+    return found
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torch.Tensor, clip_norm: float) -> bool:

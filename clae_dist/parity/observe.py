@@ -72,6 +72,7 @@ class _Batch(NamedTuple):
     views: list[torch.Tensor]
     noises: list[torch.Tensor]
     labels: torch.Tensor
+    ids: torch.Tensor
 
 
 class _Watched(TrainingStep):
@@ -141,7 +142,9 @@ class _Run:
             seen[0].start = start
             return seen[0]
 
-        metrics = pretrain_step(self._run, _Batch(views, noises, labels), Moment(number), watched)
+        metrics = pretrain_step(
+            self._run, _Batch(views, noises, labels, self._own(torch.arange(size))), Moment(number), watched
+        )
         (step,) = seen
         clean = next(iter(metrics.terms.values()))
         loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from clae_dist.config import Attack, Config
+from clae_dist.config.method import Route
 from clae_dist.contrast.attacks import Attacking
 from clae_dist.contrast.distributed import Contrast
-from clae_dist.contrast.encoding import Encoding, Route
+from clae_dist.contrast.encoding import Encoding
 from clae_dist.contrast.look import look
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel
@@ -33,6 +34,13 @@ class AttackedImages:
     attack: Attack
     mirrored: bool  # the attacked view is the mirrored image
     borrowed: bool  # the run itself has no attack; the default one was used
+
+
+@dataclass(frozen=True)
+class _Images:
+    """A batch of images of which only the order is known."""
+
+    ids: torch.Tensor
 
 
 class _BareModel:
@@ -84,11 +92,13 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         pixel_std=model.std,
         noise=noise,
         state=method.state(model.embedding_dim, config.seed),
+        pseudo_labels=torch.full((len(clean), max(1, len(config.method.cluster_counts))), -1),
     )
+    batch = _Images(torch.arange(len(clean)))
     training = model.training
     model.train()
     with untouched_statistics(model):
-        seen = look(run, None, clean, clean.flip(3), clean)
+        seen = look(run, batch, clean, clean.flip(3), clean)
         (attacked, *_), loss_after = seen.attacks, seen.loss_after(seen.attacks[0])
     model.train(training)
     return AttackedImages(

@@ -23,10 +23,10 @@ SUMMARY_FILE = "summary.json"
 BAD_SAMPLES_FILE = "bad-samples.jsonl"
 TRAINING_LEASE, EVALUATION_LEASE = "training.lease", "evaluation.lease"
 CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL = "checkpoints", "evaluation", "export", "hang", "initial"
-NONFINITE, RAY, REPORT = "nonfinite", "ray", "report"
+NONFINITE, PSEUDO_LABELS, RAY, REPORT = "nonfinite", "pseudo_labels", "ray", "report"
 REPORT_PAGE = "report.html"
 
-FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, RAY, REPORT))
+FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PSEUDO_LABELS, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
     | {BAD_SAMPLES_FILE, TRAINING_LEASE, EVALUATION_LEASE}
@@ -50,6 +50,7 @@ class Identity:
     started: float  # seconds since 1970, of the first start
     plugins: dict[str, str] = field(default_factory=dict)  # sha256 of the source of each method or objective from outside
     initial: dict[str, str] = field(default_factory=dict)  # source and digest of the weights of model.init
+    pseudo_labels: dict[str, str] = field(default_factory=dict)  # source and digest of the encoder that clustered the images
     parent: dict[str, str] = field(default_factory=dict)  # run, run_key, step and checkpoint (sha256) that this run continues
 
     @property
@@ -60,6 +61,7 @@ class Identity:
             "git_revision": self.git_revision,
             "manifest_digest": self.manifest_digest,
             **{f"initial_weights_{name}": value for name, value in self.initial.items()},
+            **{f"pseudo_labels_{name}": value for name, value in self.pseudo_labels.items()},
             **{f"parent_{name}": value for name, value in self.parent.items()},
         }
 
@@ -68,7 +70,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and is_list_of(is_text)(list(value.values()))
 
 
-_TEXTS = ("plugins", "initial", "parent")  # missing in run.json of older versions
+_TEXTS = ("plugins", "initial", "pseudo_labels", "parent")  # missing in run.json of older versions
 
 
 _FIELDS: dict[str, Check] = {
@@ -162,6 +164,20 @@ class RunFolder:
     def initial_file(self) -> Path:
         """Their source, their digest, and the names of the tensors that were loaded and that were not."""
         return self.initial / "initial.json"
+
+    @property
+    def pseudo_labels(self) -> Path:
+        """The clusters of the training images that the method's classifiers learn (method.pseudo_labels)."""
+        return self.path / PSEUDO_LABELS
+
+    @property
+    def pseudo_label_table(self) -> Path:
+        return self.pseudo_labels / "labels.safetensors"
+
+    @property
+    def pseudo_labels_file(self) -> Path:
+        """Their source, its digest, and how the images were clustered."""
+        return self.pseudo_labels / "pseudo_labels.json"
 
     @property
     def hang(self) -> Path:

@@ -56,9 +56,13 @@ def check_new_folder(folder: RunFolder) -> None:
 
 
 def take_over(parent: RunFolder, checkpoint: Checkpoint, folder: RunFolder) -> None:
-    """Copy a checkpoint and the initial weights of the parent into a new run's folder; complete copies alone get their name."""
+    """Copy a checkpoint, the initial weights and the pseudo-labels of the parent into a new run's folder.
+
+    Complete copies alone get their name.
+    """
     for source, copy, names in (
         (parent.initial, folder.initial, [parent.initial_weights.name, parent.initial_file.name]),
+        (parent.pseudo_labels, folder.pseudo_labels, [parent.pseudo_label_table.name, parent.pseudo_labels_file.name]),
         (checkpoint.path, folder.checkpoint(checkpoint.step), [INDEX, *checkpoint.index.files]),
     ):
         if source.is_dir() and not copy.exists():

@@ -15,6 +15,7 @@ from clae_dist.runs.folder import Identity
 from clae_dist.tracking import check_tracking, new_run_key
 from clae_dist.training.extending import open_parent
 from clae_dist.training.plan import Plan
+from clae_dist.training.pseudo_labels import open_source
 from clae_dist.training.session import Session
 
 
@@ -31,7 +32,7 @@ class Before:
 def open_folder(recipe: Recipe, session: Session, manifest: Manifest) -> Identity:
     """Create the run folder, with the weights of model.init or the state of train.parent, or check that it belongs to this run.
 
-    On one rank.
+    On one rank. Pseudo-labels are made afterwards, by all ranks (training/pseudo_labels.py).
 
     Raises ConfigError and StorageError.
     """
@@ -42,9 +43,13 @@ def open_folder(recipe: Recipe, session: Session, manifest: Manifest) -> Identit
     initial = resolve(config) if config.model.init and not (config.train.parent or folder.initial_file.exists()) else None
     begun_with: dict[str, dict[str, str]] = {}
     if parent:
-        begun_with = {"initial": parent.identity.initial, "parent": parent.record}
+        before = parent.identity
+        begun_with = {"initial": before.initial, "pseudo_labels": before.pseudo_labels, "parent": parent.record}
     elif initial:
         begun_with = {"initial": initial.record}
+    source = config.method.clusters_from
+    if source and not (parent or folder.identity_file.exists()):
+        begun_with["pseudo_labels"] = open_source(source)[1]
     identity = open_run_folder(recipe, manifest, session.world, new_run_key(), **begun_with)
     if parent:
         if identity.parent != parent.record:  # a start that was killed before the copy was complete

@@ -20,8 +20,14 @@ from clae_dist.training.clock import Clock
 from clae_dist.world import World
 
 
-def make_pretraining(config: Config, world: World, backend: Backend, clock: Clock) -> Pretraining:
-    """Collect what a training step needs from the parts of a run."""
+def make_pretraining(
+    config: Config, world: World, backend: Backend, clock: Clock, pseudo_labels: torch.Tensor | None = None
+) -> Pretraining:
+    """Collect the parts of a run that a training step works with.
+
+    Args:
+        pseudo_labels: of all images, for a method that has classifiers; by default made up, for rehearsals without images.
+    """
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     flips_alone = config.augment.weakened(0.0)
 
@@ -53,8 +59,16 @@ def make_pretraining(config: Config, world: World, backend: Backend, clock: Cloc
         augment=augmented,
         noise=noise,
         state=backend.method_state,
+        pseudo_labels=made_up_labels(config) if pseudo_labels is None else pseudo_labels,
         timed=clock.timed,
     )
+
+
+def made_up_labels(config: Config) -> torch.Tensor:
+    """Pseudo-labels of as many images as a global batch has, of which the first was not clustered."""
+    ids, counts = torch.arange(config.batch.global_size), config.method.cluster_counts
+    labels = torch.stack([ids % count for count in counts], 1) if counts else ids[:, None]
+    return torch.where(ids[:, None] == 0, -1, labels)
 
 
 def seed_step(config: Config, step: int, rank: int) -> None:

@@ -24,6 +24,8 @@ from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
 from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is_number, is_text, open_regular, read_object
+from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.pseudo_labels import read_pseudo_labels
 from clae_dist.runs.trust import NOTHING, Permission, open_run
 from clae_dist.training.clock import Clock
 from clae_dist.training.nonfinite import loss_parts
@@ -115,8 +117,10 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     backend.load_key_weights(_tensors(folder / "keys.safetensors", backend.key_weights()))
     backend.model.train()
     backend.set_learning_rate(wanted["learning_rate"])
-    run = make_pretraining(config, world, backend, Clock(world.device))
-    moment = Plan.of(config, train.num_samples(config.data.train_split)).moment(step)
+    num_images, counts = train.num_samples(config.data.train_split), config.method.cluster_counts
+    labels = read_pseudo_labels(RunFolder(folder.parents[1]), num_images, counts) if counts else None
+    run = make_pretraining(config, world, backend, Clock(world.device), labels)
+    moment = Plan.of(config, num_images).moment(step)
     (batch,) = load(train, config, world, step, step + 1)
     reader = ShardReader(train, config.data.train_split)
     mine = [reader.name_of(sample) for sample in batch.ids.tolist()]

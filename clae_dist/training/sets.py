@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clae_dist.config import Config
 from clae_dist.data import transport
@@ -21,13 +22,20 @@ from clae_dist.errors import DataError
 from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Sets:
-    """`main` is the set of data.shards, which is evaluated on; `train` is `main`, its long-tailed part, or a mixture."""
+    """`main` is the set of data.shards, which is evaluated on; `train` is `main`, its long-tailed part, or a mixture.
+
+    `pseudo_labels` are those of the images of `train`, for a method that has any (training/pseudo_labels.py).
+    """
 
     train: Manifest
     main: Manifest
+    pseudo_labels: torch.Tensor | None = None
 
 
 def check_sets(config: Config) -> Manifest | None:

@@ -17,6 +17,7 @@ from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
+from clae_dist.devices import kernels
 from clae_dist.errors import ConfigError, DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
@@ -39,6 +40,7 @@ from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.opening import open_folder, resume
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
+from clae_dist.training.pseudo_labels import with_pseudo_labels
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
@@ -76,6 +78,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
         listen_for_stop(config.folder) as stop,
         Watch(session, stop) as watch,
         only_run(config.folder, world, say),
+        kernels(deterministic=config.train.deterministic),
     ):
         return _train(recipe, session, stream, stop, watch)
 
@@ -91,6 +94,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
 
     identity: Identity = world.run_on_main(lambda: open_folder(recipe, session, sets.train))
+    sets = with_pseudo_labels(session, sets, identity, progress=lambda: watch.doing("starting", 0))
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
     load_initial(config.model, config.folder, model.encoder)
@@ -210,7 +214,7 @@ class _Loop:
 
     def _run(self) -> LoopResult:
         plan, every = self.plan, self.config.train
-        run = make_pretraining(self.config, self.world, self.backend, self.clock)
+        run = make_pretraining(self.config, self.world, self.backend, self.clock, self.sets.pseudo_labels)
         self.say(f"{STARTING}loader processes, the first batch and the first step")
         batches = Transfer.to(self.world.device, load(self.sets.train, self.config, self.world, self.step, plan.total))
         if self.step == 0 and plan.knn_every:

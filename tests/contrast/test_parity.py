@@ -126,7 +126,7 @@ def standalone_view(world: World, config: Config) -> tuple[torch.Tensor, torch.T
         alone = look(run, (x, y), x, y).attacks[0].found.images
     seen: list[torch.Tensor] = []
     embed = backend.embed
-    backend.embed = lambda images, route: (seen.append(images.detach()), embed(images, route))[1]  # type: ignore[method-assign]
+    backend.embed = lambda images, *how: (seen.append(images.detach()), embed(images, *how))[1]  # type: ignore[method-assign]
     pretrain_step(run, (x, y), Moment())
     return alone, seen[2]
 

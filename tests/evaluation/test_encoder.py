@@ -78,7 +78,7 @@ def test_a_folder_that_is_neither(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_routes_that_are_not_there(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("model.encoder=timm/vit_tiny_patch16_224", "data.image_size=32")
-    with pytest.raises(ConfigError, match="route is 'adversarial', but the encoder of .* has one set of norm layers"):
+    with pytest.raises(ConfigError, match="route is 'adversarial', but the encoder of .* has no such norm layers"):
         load_encoder(run, route="adversarial")
     with pytest.raises(ConfigError, match="is an export, which holds the clean one; name the run"):
         load_encoder(export_encoder(run), route="adversarial")

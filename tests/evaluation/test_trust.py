@@ -75,7 +75,11 @@ def listening() -> Iterator[tuple[str, list[bytes]]]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-WAYS = ["pipe:touch {0}", "/x.tar::pipe:touch {0}", "/x-{{0..1}}.tar::pi{{p,q}}e:touch {0}", "mixture"]
+WAYS = [
+    "pipe:touch {0}",
+    *(pytest.param(way, marks=pytest.mark.slow) for way in ("/x.tar::pipe:touch {0}", "/x-{{0..1}}.tar::pi{{p,q}}e:touch {0}")),
+    "mixture",
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -138,7 +142,7 @@ def test_no_server_that_a_strangers_run_names_is_contacted(
         assert came, "it would have been noticed"
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////{0}/deep/x.db", ""])
+@pytest.mark.parametrize("uri", ["sqlite:////{0}/deep/x.db", pytest.param("", marks=pytest.mark.slow)])
 def test_no_database_is_made_where_a_strangers_run_says(make_run: MakeRun, tmp_path: Path, uri: str) -> None:
     run = make_run("tracking.name=mlflow", *([f"tracking.uri={uri.format(tmp_path / 'outside')}"] if uri else []))
     for words in (["evaluate", str(run)], ["report", str(run)], ["export", str(run)]):

@@ -22,6 +22,12 @@ def noise(view: int) -> torch.Tensor:
     return torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(50 + view), dtype=torch.float64)
 
 
+class Pair(tuple[torch.Tensor, ...]):
+    """Two views as a batch, with the ids of its images."""
+
+    ids: torch.Tensor
+
+
 class Tried:
     """A method in its first step on one process, with `model`, the terms of its loss and its attacked images."""
 
@@ -46,7 +52,8 @@ class Tried:
             optim=Optim(name="sgd", learning_rate=0.1, scaling="none", warmup_epochs=0),
             train=Train(precision="float64"),
         )
-        self.backend = DdpBackend(config, small_model(norm, 3), World.single("cpu"))
+        clusters = sum(method.cluster_counts)
+        self.backend = DdpBackend(config, small_model(norm, 3, clusters=clusters), World.single("cpu"))
         self.model = self.backend.model.train()
         for buffer in self.model.buffers():  # running statistics as after some training
             if buffer.dtype == torch.float64 and buffer.dim() == 1:
@@ -62,7 +69,9 @@ class Tried:
         self.third = steps.images(9, N, SIDE)[chosen]
         run.__dict__["noise"] = lambda _, view: noises[view]
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.step = TrainingStep(run, (self.x, self.y), Moment())
+        batch = Pair((self.x, self.y))
+        batch.ids = torch.arange(N)[chosen]
+        self.step = TrainingStep(run, batch, Moment())
         self.step.more_views = [self.third] if method.third_view != "none" else []
         self.terms: Terms = run.method.losses(self.step, self.x, self.y)
 

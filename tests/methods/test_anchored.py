@@ -102,7 +102,7 @@ def keys_after_steps(world: World, config: Config) -> tuple[dict[str, Any], dict
     return before, after[KEYS]
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_the_original_stays_as_the_run_began(ranks: RankPool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small("cifar10/anchored", 2, f"parallel.backend={backend}")
     for before, after in ranks.run(2, keys_after_steps, config):

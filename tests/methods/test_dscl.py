@@ -119,7 +119,8 @@ def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None
         Config(batch=Batch(global_size=12), method=DsclSettings(**settings))
 
 
-@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_a_lost_run_on_a_long_tail_resumes_bit_for_bit(ranks: RankPool, tmp_path: Path, backend: Any) -> None:
     shards = write_synthetic_set(tmp_path / "shards", 144, 16)
 

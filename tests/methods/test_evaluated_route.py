@@ -31,6 +31,7 @@ def test_auto_is_the_route_that_a_method_trains_for() -> None:
         Config(method=SimClr.Settings(), evaluation=Evaluation(route="adversarial"))
 
 
+@pytest.mark.slow
 def test_exports_and_embeddings_follow_it(ranks: RankPool, tmp_path: Path) -> None:
     shards = write_synthetic_set(tmp_path / "shards", 24, 16)
     config = small_run(shards.folder, tmp_path / "run", method=AclSettings())

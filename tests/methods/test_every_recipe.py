@@ -29,9 +29,13 @@ CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")}
     "dscl, no patches": ["cifar10/dscl", "method.patches=0"],
     "acl, mixed": ["cifar10/acl", "method.form=mixed"],
     "acl, adversarial": ["cifar10/acl", "method.form=adversarial"],
+    "advcl, pseudo-labels": ["cifar10/advcl", "method.pseudo_labels=somewhere"],
 }
 FIRST = tuple(name for name in CASES if name.removeprefix("cifar10/") in METHODS)  # one for each method
 STATEFUL = [f"cifar10/{name}" for name in ("moco", "dynacl", "dscl", "clusterns")]  # one for each kind of state
+PARITY = [
+    pytest.param(case, marks=[] if case in (*STATEFUL, "cifar10/acl", "cifar10/clae") else pytest.mark.slow) for case in FIRST
+]
 RESUMED = [
     pytest.param(case, backend, marks=[] if case in STATEFUL and backend == "ddp" else pytest.mark.slow)
     for case in FIRST
@@ -68,7 +72,7 @@ def _parts(case: str) -> tuple[str, list[str]]:
     return recipe, more
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", PARITY)
 def test_three_ranks_train_as_one_process(ranks: RankPool, case: str) -> None:
     check(ranks, case, 3, "ddp")
 

@@ -200,7 +200,8 @@ def keys_loaded(world: World, config: Config) -> dict[str, torch.Tensor]:
     return {**backend.key_weights(), "queue": backend.method_state["queue"]}
 
 
-@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_a_lost_run_resumes_bit_for_bit_and_on_other_ranks(ranks: RankPool, tmp_path: Path, backend: Any) -> None:
     shards = write_synthetic_set(tmp_path / "shards", 72, 16)  # an epoch is 3 steps
 

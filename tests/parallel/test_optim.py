@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from clae_dist.config import Batch, Config, Optim
 from clae_dist.errors import ConfigError
@@ -48,6 +49,26 @@ def test_sgd_decays_what_it_should(decays: str, excluded: bool) -> None:
     for before, grad, after in one_step(settings, 0.5).values():
         decay = 0.0 if excluded and before.dim() == 1 else 0.1
         torch.testing.assert_close(after, before - 0.5 * (grad + decay * before))
+
+
+@pytest.mark.parametrize("encoder", ["timm", "torchvision"])
+def test_tokens_and_position_embeddings_are_not_decayed(encoder: str) -> None:
+    """Of more than one dimension, yet no weights; with decay "all" they are decayed, too."""
+    if encoder == "timm":
+        tokens, network = {"cls_token", "pos_embed"}, make_vit()
+    else:
+        tokens, network = {"class_token", "encoder.pos_embedding"}, VisionTransformer(16, 8, 1, 2, 8, 16)
+    model = nn.ModuleDict({"encoder": network})
+    for decay, wanted in (("weights", {f"encoder.{name}" for name in tokens}), ("all", set())):
+        optimizer = make_optimizer(Optim(name="adamw", weight_decay=0.1, decay=decay), 0.1, model)  # type: ignore[arg-type]
+        plain = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+        assert {name for name, p in model.named_parameters() if id(p) in plain and p.dim() > 1} == wanted
+
+
+def make_vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer as TimmVit
+
+    return TimmVit(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
 
 
 def test_adamw_s_first_step_is_the_sign() -> None:
