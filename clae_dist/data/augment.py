@@ -15,7 +15,7 @@ from clae_dist.config import Augment
 FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA = range(10)
 AUGMENT_DRAWS = 10
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # the jitter's four operations come in a random order
-_LUMA = (0.2989, 0.587, 0.114)
+LUMA = (0.2989, 0.587, 0.114)
 
 
 def augment(images_n3SS: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
@@ -28,9 +28,8 @@ def augment(images_n3SS: torch.Tensor, draws: torch.Tensor, settings: Augment) -
     x = _where(draws[:, GREY] < settings.grey, _grey(x).expand_as(x), x)
     blurred = (draws[:, BLUR] < settings.blur).nonzero()[:, 0]
     if len(blurred):
-        low, high = settings.blur_sigma
         chosen = blurred.to(x.device)
-        x = x.index_copy(0, chosen, _blur(x[chosen], (low + draws[blurred, SIGMA] * (high - low)).to(x)))
+        x = x.index_copy(0, chosen, _blur(x[chosen], blur_sigmas(draws[blurred], settings).to(x)))
     return x
 
 
@@ -39,20 +38,12 @@ def _where(chosen: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.T
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
-    return (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def _jitter(x: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
     """Brightness, contrast, saturation and hue in each image's own random order, as torchvision's ColorJitter."""
-    factors = torch.stack(
-        [
-            _factor(draws[:, BRIGHTNESS], settings.brightness),
-            _factor(draws[:, CONTRAST], settings.contrast),
-            _factor(draws[:, SATURATION], settings.saturation),
-            (2 * draws[:, HUE] - 1) * settings.hue,
-        ]
-    )
-    order = _ORDERS[(draws[:, ORDER] * len(_ORDERS)).long()]
+    factors, order = jitter_factors(draws, settings), jitter_orders(draws)
     jittered = (draws[:, JITTER] < settings.jitter)[:, None]
     x = x.clone()
     # Each image gets each operation once, in its own order: four rounds of four disjoint groups.
@@ -63,6 +54,23 @@ def _jitter(x: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Te
                 chosen = group.to(x.device, non_blocking=True)
                 x[chosen] = adjust(x[chosen], factors[operation, group].to(x).view(-1, 1, 1, 1))
     return x
+
+
+def jitter_factors(draws: torch.Tensor, settings: Augment) -> torch.Tensor:
+    """(4, n): factors of brightness, contrast and saturation, and the shift of the hue as a share of the circle."""
+    return torch.stack(
+        [
+            _factor(draws[:, BRIGHTNESS], settings.brightness),
+            _factor(draws[:, CONTRAST], settings.contrast),
+            _factor(draws[:, SATURATION], settings.saturation),
+            (2 * draws[:, HUE] - 1) * settings.hue,
+        ]
+    )
+
+
+def jitter_orders(draws: torch.Tensor) -> torch.Tensor:
+    """(n, 4): brightness, contrast, saturation and hue (0 to 3) in each image's order."""
+    return _ORDERS[(draws[:, ORDER] * len(_ORDERS)).long()]
 
 
 def _factor(draw: torch.Tensor, strength: float) -> torch.Tensor:
@@ -98,10 +106,19 @@ def _hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
+def blur_sigmas(draws: torch.Tensor, settings: Augment) -> torch.Tensor:
+    low, high = settings.blur_sigma
+    return low + draws[:, SIGMA] * (high - low)
+
+
+def blur_radius(side: int) -> int:
+    return max(1, side // 20)
+
+
 def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Gaussian, one sigma (pixels) an image, kernel a tenth of the side wide."""
     count, channels, height, width = x.shape
-    radius = max(1, width // 20)
+    radius = blur_radius(width)
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets[None, :] / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)

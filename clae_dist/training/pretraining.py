@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from clae_dist.config import Config
+from clae_dist.config import Augment, Config
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import TrainingEncoding
 from clae_dist.contrast.step import Pretraining
-from clae_dist.data.augment import augment
+from clae_dist.data.augment_views import augment_views
 from clae_dist.data.draws import hashed
 from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.noise import uniform_noise
@@ -29,25 +29,21 @@ def make_pretraining(
         pseudo_labels: of all images, for a method that has classifiers; by default made up, for rehearsals without images.
     """
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-
     flips_alone = config.augment.weakened(0.0)
 
-    def pixels(images: torch.Tensor) -> torch.Tensor:
-        images = images.to(world.device, non_blocking=True)
-        return images.contiguous().float() / 255  # planar: operations per channel are half as fast on interleaved pixels
-
-    def view(batch: LoadedBatch, number: int) -> torch.Tensor:
-        images = pixels(batch.views[number])
-        strong = config.augment.weakened(batch.strength)
+    def settings_of(number: int, strength: float) -> Augment | None:
+        strong = config.augment.weakened(strength)
         weak = config.method.weak_second_view if number == 1 else config.method.third_view == "weak"
-        settings = flips_alone if number and weak else strong if number < 2 else None
-        return (images if settings is None else augment(images, batch.draws[number], settings)).to(dtype)
+        return flips_alone if number and weak else strong if number < 2 else None
 
-    def local(batch: LoadedBatch) -> list[torch.Tensor]:
+    def augmented(batch: LoadedBatch) -> tuple[torch.Tensor, ...]:
+        num_views = len(batch.views)
+        settings = [settings_of(number, batch.strength) for number in range(num_views)]
+        views = augment_views(batch.views, batch.draws[:num_views], settings, world.device, dtype)
         if batch.local is None:
-            return []
-        settings, draws = config.augment.weakened(batch.strength), batch.draws[len(batch.views) :]
-        return [augment(pixels(crops), draw, settings).to(dtype) for crops, draw in zip(batch.local, draws, strict=True)]
+            return tuple(views)
+        settings = [config.augment.weakened(batch.strength)] * len(batch.local)
+        return (*views, *augment_views(batch.local, batch.draws[num_views:], settings, world.device, dtype))
 
     def noise(batch: LoadedBatch, number: int) -> torch.Tensor:
         return uniform_noise(batch.draws[number], batch.views.shape[2:], world.device).to(dtype)
@@ -60,7 +56,7 @@ def make_pretraining(
         encoding=TrainingEncoding(backend, config.batch.micro_size),
         pixel_std=backend.model.std,
         shared_norms=routes_are_one_function(backend.model),
-        augment=lambda batch: (*(view(batch, number) for number in range(len(batch.views))), *local(batch)),
+        augment=augmented,
         noise=noise,
         state=backend.method_state,
         pseudo_labels=made_up_labels(config) if pseudo_labels is None else pseudo_labels,

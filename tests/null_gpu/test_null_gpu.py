@@ -171,3 +171,26 @@ def test_the_null_gpu_refuses_what_is_on_another_device(null_gpu: NullGpu) -> No
 def test_visible_devices_are_heard(null_gpu: NullGpu) -> None:
     code = "import torch; print(torch.cuda.device_count(), torch.cuda.get_device_name(0))"
     assert python(null_gpu, 4, "-c", code, CUDA_VISIBLE_DEVICES="3,1").stdout.split() == ["2", "null", "GPU", "3"]
+
+
+_AUGMENTATION = """
+import ctypes, torch
+from clae_dist.config import Augment
+from clae_dist.data.augment_batched import augment_batched
+null = ctypes.CDLL("libnull_gpu.so")
+null.null_gpu_count.restype = ctypes.c_long
+views = torch.zeros(2, 16, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 1, 4, 2, 3)
+draws = torch.rand(2, 16, 10) * 0.999
+for _ in range(2):
+    before = [null.null_gpu_count(number) for number in range(2)]
+    augment_batched(views, draws, [Augment(blur=0.5)] * 2)
+print(*(null.null_gpu_count(number) - count for number, count in enumerate(before)))
+"""
+
+
+def test_the_augmentation_launches_few_kernels_and_never_waits(null_gpu: NullGpu) -> None:
+    done = python(null_gpu, 1, "-c", _AUGMENTATION)
+    assert done.returncode == 0, done.stderr
+    launches, waits = map(int, done.stdout.split())
+    assert 0 < launches <= 40  # products are the null cuBLAS's and not among them
+    assert waits == 0

@@ -1,0 +1,251 @@
+"""The augmentation of augment.py for GPUs: few kernels, one copy, and no host wait.
+
+Brightness and the division by 255 are scales, and contrast, saturation, hue, grey and blur commute with scales. So an image is
+kept without its scale, every clamp to [0, 1] becomes one to [0, 1 / scale], and brightness costs a smaller bound on the clamp
+before it. The other three operations of the jitter have six orders. Images are sorted by them, so that the images of each
+operation are neighbours: slices of the batch instead of indices.
+
+# n images, S side, T taps of the blur. G groups: the six orders, and images without jitter.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from clae_dist.config import Augment
+from clae_dist.data.augment import BLUR, FLIP, GREY, JITTER, LUMA, blur_radius, blur_sigmas, jitter_factors, jitter_orders
+
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_OPERATIONS = (_CONTRAST, _SATURATION, _HUE)
+_GROUPS = ("SCH", "CHS", "CSH", "SHC", "HCS", "HSC")
+_ALONE = len(_GROUPS)  # the group of images without jitter
+_STAGES = (  # each with its first group, and the group after its last
+    ("saturation", 0, 1),
+    ("contrast", 0, 3),
+    ("saturation", 2, 4),
+    ("hue", 0, 6),
+    ("saturation", 5, 6),
+    ("contrast", 3, 6),
+    ("last", 1, 5),  # saturation of CHS and HCS; the two groups between them have an identity here
+)
+_ALL_ORDERS = tuple(itertools.permutations(range(4)))
+_GROUP_OF = torch.tensor([_GROUPS.index("".join("BCSH"[op] for op in order if op)) for order in _ALL_ORDERS])
+_STARTS_BRIGHT = torch.tensor([order[0] == _BRIGHTNESS for order in _ALL_ORDERS])
+_TINY = 1e-30  # a chroma of 0 has no hue, and shows none
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """The parameters of n sorted images on their device, and where each group begins."""
+
+    edges: list[int]
+    integers: dict[str, torch.Tensor]
+    numbers: dict[str, torch.Tensor]  # (n, k)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.numbers[name][:, :, None, None]
+
+
+def augment_batched(
+    images_Vn3SS: torch.Tensor, draws_VnA: torch.Tensor, settings: Sequence[Augment], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Augment V views, each with its settings, as augment.augment does. Returns images in [0, 1], (V, n, 3, S, S).
+
+    `images_Vn3SS` are uint8, or floats in [0, 1]; the draws are on the CPU.
+    """
+    images = images_Vn3SS.flatten(0, 1)
+    scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
+    side = images.shape[-1]
+    p = _to_device(*_parameters(draws_VnA, settings, scale, side), images.device, dtype)
+    with _without_tf32():
+        i = p.integers
+        x = torch.minimum(images[i["image"][..., None, None], i["channel"], i["row"], i["column"][:, None]], p["bound"])
+        for operation, first, last in _STAGES:
+            begin, end = p.edges[first], p.edges[last]
+            if begin < end:
+                part = _Parameters([], {}, {name: values[begin:end] for name, values in p.numbers.items()})
+                _APPLY.get(operation, _matrix)(x[begin:end], part, operation)
+        x = _mix_channels(p.numbers["mix"], x)[i["place"]]
+        if "taps" in p.numbers:
+            x = _blur(x, p.numbers["taps"])
+    return x.view(images_Vn3SS.shape)
+
+
+# ---- parameters, on the CPU ----
+
+
+def _parameters(
+    draws_VnA: torch.Tensor, settings: Sequence[Augment], scale: float, side: int
+) -> tuple[list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Edges of the groups, integers, and float64 numbers (n, k) in the order of the groups, but for the taps."""
+    columns = [_image_parameters(draws, one, scale, side) for draws, one in zip(draws_VnA, settings, strict=True)]
+    numbers = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    groups = numbers.pop("group")[:, 0].long()
+    order = groups.argsort(stable=True)
+    edges = [0, *groups.bincount(minlength=_ALONE + 1).cumsum(0).tolist()]
+    flipped = numbers.pop("flipped")[order].bool()
+    taps = numbers.pop("taps")
+    numbers = {name: values[order] for name, values in numbers.items()}
+    if any((draws[:, BLUR] < one.blur).any() for draws, one in zip(draws_VnA, settings, strict=True)):
+        numbers["taps"] = taps
+    forward = torch.arange(side)
+    integers = {
+        "image": order[:, None],
+        "column": torch.where(flipped, forward.flip(0), forward)[:, None],
+        "channel": torch.arange(3)[:, None, None],
+        "row": forward[:, None],
+        "place": order.argsort(),
+    }
+    return edges, integers, numbers
+
+
+def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side: int) -> dict[str, torch.Tensor]:
+    """Parameters of images with the same settings, (n, k) in float64, in the order of the draws."""
+    bright, contrast, saturation, shift = jitter_factors(draws, settings).double().clamp_min(-1)
+    jittered = draws[:, JITTER] < settings.jitter
+    orders = jitter_orders(draws)
+    which = (orders * torch.tensor([64, 16, 4, 1])).sum(1)
+    number = _ORDER_NUMBERS[which]
+    bright = torch.where(jittered, bright, 1.0).clamp_min(1e-13)  # an image of factor 0 is black: 1e-13 of its values
+    place = orders.argsort(1)  # of each operation in the order
+    after = place > place[:, :1]  # operations that follow brightness
+    next_is_bright = place + 1 == place[:, :1]
+    least = bright.clamp_min(1)
+    # The largest stored value after an operation: 1 / scale, with the brightness that follows at once.
+    bounds = torch.where(after, 1 / bright[:, None], torch.where(next_is_bright, 1 / least[:, None], 1.0)) / scale
+    begins = torch.where(_STARTS_BRIGHT[number] & jittered, 1 / least, 1.0) / scale
+    group = torch.where(jittered, _GROUP_OF[number], _ALONE)
+    waits = (group == _GROUPS.index("CSH")) | (group == _GROUPS.index("SHC"))
+    grey = (draws[:, GREY] < settings.grey).double()
+    taps = _taps(draws, settings, blur_radius(side))
+    return {
+        "group": group[:, None],
+        "flipped": (draws[:, FLIP] < settings.flip)[:, None],
+        "bound": begins[:, None],
+        "zero": torch.zeros(len(draws), 1, dtype=torch.float64),
+        "luma": torch.tensor([LUMA], dtype=torch.float64).expand(len(draws), 3),
+        "contrast": contrast[:, None],
+        "contrast_bound": bounds[:, _CONTRAST, None],
+        "saturation": _towards_grey(saturation),
+        "saturation_bound": bounds[:, _SATURATION, None],
+        "last": _towards_grey(torch.where(waits, 1.0, saturation)),
+        "last_bound": torch.where(waits, torch.inf, bounds[:, _SATURATION])[:, None],
+        "hue_bound": bounds[:, _HUE, None],
+        "shift": 3 * shift[:, None] + torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64),
+        "opposite": _OPPOSITE.expand(len(draws), 9),
+        "mix": _towards_grey(1 - grey) * (scale * bright)[:, None],
+        "taps": taps,
+    }
+
+
+_ORDER_NUMBERS = torch.zeros(256, dtype=torch.long)
+for _number, _order in enumerate(_ALL_ORDERS):
+    _ORDER_NUMBERS[sum(op * 4 ** (3 - turn) for turn, op in enumerate(_order))] = _number
+_OPPOSITE = torch.tensor([0.0, 1, -1, -1, 0, 1, 1, -1, 0], dtype=torch.float64)  # green - blue, blue - red, red - green
+
+
+def _towards_grey(factor: torch.Tensor) -> torch.Tensor:
+    """(n, 9): matrices of factor · x + (1 - factor) · grey(x)."""
+    grey = torch.tensor([LUMA * 3], dtype=torch.float64)
+    return factor[:, None] * torch.eye(3, dtype=torch.float64).view(1, 9) + (1 - factor)[:, None] * grey
+
+
+def _taps(draws: torch.Tensor, settings: Augment, radius: int) -> torch.Tensor:
+    """(n, T): Gaussians, and a single 1 where an image is not blurred."""
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offsets / blur_sigmas(draws, settings).double()[:, None]) ** 2)
+    blurred = (draws[:, BLUR] < settings.blur)[:, None]
+    return torch.where(blurred, weights / weights.sum(1, keepdim=True), (offsets == 0).double())
+
+
+def _to_device(
+    edges: list[int],
+    integers: dict[str, torch.Tensor],
+    numbers: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Parameters:
+    """One copy of everything, from pinned memory to a GPU."""
+    tensors = [*integers.values(), *(values.to(dtype) for values in numbers.values())]
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+    packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+    parts = packed.split([tensor.numel() * tensor.element_size() for tensor in tensors])
+    there = [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return _Parameters(
+        edges,
+        dict(zip(integers, there, strict=False)),
+        dict(zip(numbers, there[len(integers) :], strict=True)),
+    )
+
+
+# ---- operations, on the device and in place ----
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """A product of 10 bits would change images that no operation changes."""
+    backend = torch.backends.cuda.matmul
+    allowed = backend.allow_tf32
+    backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        backend.allow_tf32 = allowed
+
+
+def _mix_channels(matrices_n9: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(matrices_n9.unflatten(1, (3, 3)), x.flatten(2)).view(x.shape)
+
+
+def _matrix(x: torch.Tensor, p: _Parameters, name: str) -> None:
+    torch.clamp(_mix_channels(p.numbers[name], x), p["zero"], p[f"{name}_bound"], out=x)
+
+
+def _contrast(x: torch.Tensor, p: _Parameters, name: str) -> None:
+    mean = torch.bmm(p.numbers["luma"][:, None], x.mean((2, 3))[:, :, None])[..., None]
+    torch.lerp(mean, x, p[name], out=x).clamp_(p["zero"], p["contrast_bound"])
+
+
+def _hue(x: torch.Tensor, p: _Parameters, _: str) -> None:
+    """As augment.augment, with the circle 3 long: hue / 2 = index of the largest channel + opposite difference / (2 chroma).
+
+    A channel is smallest + chroma · clamp(2 d - 1, 0, 1), d its distance on the circle from the place where it is smallest.
+    """
+    value, largest = x.max(1, keepdim=True)
+    smallest = x.amin(1, keepdim=True)
+    chroma = (value - smallest).clamp_min_(_TINY)
+    opposite = _mix_channels(p.numbers["opposite"], x).gather(1, largest)
+    hue = torch.addcdiv(largest, opposite, chroma, value=0.5)
+    distance = (hue + p["shift"]).remainder_(3).sub_(1.5).abs_().clamp_(0.5, 1)
+    torch.addcmul(smallest - chroma, chroma, distance, value=2, out=x)
+    torch.minimum(x, p["hue_bound"], out=x)
+
+
+_APPLY = {"contrast": _contrast, "hue": _hue}
+
+
+def _blur(x: torch.Tensor, taps_nT: torch.Tensor) -> torch.Tensor:
+    """Two products with each image's own band matrix, an identity where it is not blurred."""
+    n, channels, side, _ = x.shape
+    bands = _bands(side, taps_nT.shape[1] // 2, taps_nT.device, taps_nT.dtype)
+    across_nSS = (taps_nT @ bands).view(n, side, side)
+    x = torch.bmm(x.flatten(1, 2), across_nSS.transpose(1, 2)).view(n * channels, side, side)
+    down = across_nSS[:, None].expand(n, channels, side, side).reshape(n * channels, side, side)
+    return torch.bmm(down, x).view(n, channels, side, side)
+
+
+@functools.lru_cache(maxsize=8)
+def _bands(side: int, radius: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(T, S · S): for each tap the 0/1 matrix of its pixels, reflected at the borders."""
+    row, tap = torch.arange(side), torch.arange(2 * radius + 1)
+    column = (row[None] + tap[:, None] - radius).abs()
+    column = torch.where(column >= side, 2 * (side - 1) - column, column)
+    bands = torch.zeros(len(tap), side, side, dtype=dtype)
+    bands[tap[:, None], row[None], column] = 1
+    return bands.flatten(1).to(device)
