@@ -32,7 +32,7 @@ class Counts:
 def counted(action: Callable[[], object], device: str = "cpu") -> Counts:
     """Run `action` and count its operations that touch a tensor on a device of this type.
 
-    On the CPU every operation counts, also those that a training step would do on the host.
+    On the CPU every operation counts, also those that a training step on a GPU runs on the host.
     """
     with _CountOperations(device) as counter:
         action()
