@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from clae_dist.data.manifest import Manifest
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.trust import Permission
 from clae_dist.tracking.background import BackgroundTracker
 from clae_dist.tracking.metric_groups import grouped
+from clae_dist.tracking.mlflow import MlflowStore
+from clae_dist.tracking.nested import PARENT_TAG, Nested, record_nested
+from clae_dist.training.finish import Request, evaluate, report
 from clae_dist.training.train import train
 from clae_dist.world import World
 from tests import processes
@@ -28,6 +33,7 @@ from tests.http_faults import Fault, serve
 from tests.mlflow_server import PASSWORD, Postgres, Proxy, Server, binaries, team_server, wait_for
 from tests.processes import Completed
 from tests.small_run import small_run
+from tests.tracking.test_tensorboard import points
 
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("psycopg2")
@@ -130,6 +136,71 @@ def test_a_server_that_fails_mid_run_costs_no_step_and_no_metric(
     said = [line for line in script.getvalue().splitlines() if "is unreachable" in line or "is reachable again" in line]
     assert ["is reachable again" in line for line in said] == [False, True], said
     assert_all_there(team[1], tmp_path / "run")
+
+
+def test_the_page_of_a_run_and_of_its_study(
+    team: tuple[Postgres, Server], shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained, evaluated and reported run as its user finds it, asked of the server; TensorBoard has the same values."""
+    from mlflow.models import Model
+
+    opening = MlflowStore.open
+
+    def often(store: MlflowStore) -> None:
+        store.system_metrics_every_s = 0.2
+        opening(store)
+
+    monkeypatch.setattr(MlflowStore, "open", often)
+    _, server = team
+    run_dir = tmp_path / "run"
+    config = recipe(shards, run_dir, server.uri)
+    config = replace(config, tracking=Tracking(uri=server.uri, name="mlflow+tensorboard"))
+    assert train(Recipe(config), World.single("cpu"), io.StringIO()).status == "finished"
+    said: list[str] = []
+    trusted = Permission(trust=True)  # `train` was called without the command, which remembers whose folder it is
+    evaluate(Request(str(run_dir), suite="knn", device="cpu", threads=1, permission=trusted), say=said.append)
+    report(run_dir, say=said.append, permission=trusted)
+    assert not [line for line in said if "MLflow" in line]
+    identity = RunFolder(run_dir).read_identity()
+    study = Nested("study", "studykey", (identity.run_key,), {"clae/knn": 1.0}, {"baseline": "simclr"}, (), finished=True)
+    parent = record_nested(server.uri, "clae-dist", study)
+
+    assert_all_there(server, run_dir)
+    client = mlflow.MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("clae-dist").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{parent}'")
+    assert client.get_run(parent).data.metrics == {"clae/knn": 1.0}
+    tags = {"method": config.method.name, "seed": "0", "clae.run_key": identity.run_key, **identity.tags}
+    assert tags.items() <= run.data.tags.items()
+    assert {"git_revision", "manifest_digest"} <= identity.tags.keys()
+    assert run.data.params["batch.global_size"] == "8"
+    (images,) = run.inputs.dataset_inputs
+    assert (images.dataset.digest, images.tags[0].value) == (shards.digest[:36], "training")
+    assert json.loads(images.dataset.profile)["manifest_digest"] == shards.digest
+    names = set(run.data.metrics)
+    assert {"train/loss", "train/loss_step", "attack/delta_linf_mean", "attack/attack_loss_after"} <= names
+    assert {"eval/knn_accuracy_before", "eval/knn_accuracy_after", "system/cpu_utilization_percentage"} <= names
+    groups = {"train", "attack", "embedding", "alarm", "eval", "speed", "goodput", "system"}
+    assert {name.partition("/")[0] for name in names} <= groups
+
+    top, pages = ({one.path for one in client.list_artifacts(run.info.run_id, path)} for path in (None, "report"))
+    assert {"config.yaml", "report"} <= top
+    assert "report/report.html" in pages
+    stored = client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))
+    assert Path(stored).read_text() == (run_dir / "config.yaml").read_text()
+    (output,) = run.outputs.model_outputs
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    folder = mlflow.artifacts.download_artifacts(f"models:/{output.model_id}", dst_path=str(tmp_path / "model"))
+    model = Model.load(folder)
+    assert model.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert model.load_input_example(folder).shape == (1, 3, 16, 16)
+
+    for name in (name for name in names if not name.startswith("system/")):
+        history = sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
+        found = sorted(points(run_dir, name))
+        assert [step for step, _ in found] == [step for step, _ in history], name
+        assert [value for _, value in found] == pytest.approx([value for _, value in history], rel=1e-6), name  # float32
 
 
 def test_away_at_the_start_and_the_database_gone_for_a_while(
