@@ -96,23 +96,26 @@ class Place:
         size: int = 1,
         total: int = 0,
         name: str = "images",
-        uneven: bool = False,
+        costs: Sequence[float] = (),
     ) -> Journal:
         """The results of `units` units of work, in the journal that this returns. Collective.
 
         `work(numbers)` yields the result of each of these units. Each unit that is not finished yet is given to some rank: by
-        turns, or with `uneven`, for units whose time differs much, to the first rank that is free. So a result must not depend
-        on the rank. For progress, a unit has `size` things called `name`, of `total` in all.
+        turns, or with `costs`, a guess at what each unit takes that all ranks share, the dearest that is left to the first rank
+        that is free. So a result must not depend on the rank. For progress, a unit has `size` things called `name`, of `total`
+        in all.
         """
         world = self.world
         finished = world.run_on_main(lambda: self._finished(key))
         missing = [number for number in range(units) if number not in finished]
+        if costs:
+            missing.sort(key=lambda number: -costs[number])
         journal = self.journal(key)
         total = total or units * size
         done = min((units - len(missing)) * size, total)
         progress = Progress(total, done=done, name=name, label=f"{label}: ", say=self.say if world.is_main else _silent)
         mine = missing[world.rank :: world.size]
-        shares = ([missing[turn]] for turn in world.take(len(missing))) if uneven else [mine] if mine else []
+        shares = ([missing[turn]] for turn in world.take(len(missing))) if costs else [mine] if mine else []
         try:
             for number, tensors in ((number, one) for share in shares for number, one in zip(share, work(share), strict=True)):
                 journal.add(number, tensors)

@@ -86,7 +86,8 @@ def _units_of_this_rank(world: World, folder: str, uneven: bool) -> tuple[list[i
             yield {"number": torch.tensor([number])}
             store.add(f"{folder} done", 1)
 
-    journal = place.shared({"test": 1}, 7, work, "units", uneven=uneven)
+    costs = [1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0] if uneven else []
+    journal = place.shared({"test": 1}, 7, work, "units", costs=costs)
     return mine, [int(tensors["number"]) for _, tensors in journal]
 
 
@@ -96,6 +97,7 @@ def test_a_rank_with_a_long_unit_leaves_the_others_to_the_rest(ranks: Any, tmp_p
     assert (first, second, all_units) == ([0, 2, 4, 6], [1, 3, 5], [0, 1, 2, 3, 4, 5, 6])
     (first, all_units), (second, _) = ranks.run(2, _units_of_this_rank, str(tmp_path / "free"), True)
     assert len(second) == 1
+    assert {first[0], *second} == {3, 6}  # the dearest first
     assert sorted(first + second) == all_units == [0, 1, 2, 3, 4, 5, 6]
 
 
