@@ -53,7 +53,7 @@ CHARTS = (
         "knn",
         "Accuracy while training, %",
         "While training: a part of the train split as bank, a part of the test split as queries.",
-        (ChartLine("knn_accuracy", "kNN", GREEN, "o-"), ChartLine("linear_accuracy", "linear probe", PINK, "s-")),
+        (ChartLine("knn_accuracy", "kNN", GREEN, "o-"), ChartLine("linear_accuracy", "linear probe", PINK, "o--")),
     ),
     Chart(
         "learning_rate",

@@ -21,8 +21,7 @@ from clae_dist.models import build_model
 from clae_dist.reading import parse_line
 from clae_dist.recipe import resolve
 from clae_dist.report.attacked import amplification, attack_images
-from clae_dist.report.curves import CHARTS, draw_chart
-from clae_dist.report.figures import Picture
+from clae_dist.report.curves import CHARTS
 from clae_dist.report.record import read_record, summarise, summary_table
 from clae_dist.report.run_page import write_report
 from clae_dist.training.finish import report
@@ -110,27 +109,6 @@ def test_of_a_key_logged_twice_the_last_value_wins(make_run: MakeRun, write_metr
     assert (summary["loss"], summary["images_seen"], summary["images_per_s"]) == (7, 224, 6)
     assert summary["wall_s"] == 7.75  # time_s counts on over restarts
     assert (summary["world_size"], summary["backend"], summary["collectives"]) == (2, "ddp", "gloo")
-
-
-def test_single_steps_are_drawn_beside_means_that_differ_from_them(make_run: MakeRun) -> None:
-    chart = next(chart for chart in CHARTS if chart.name == "loss")
-
-    run = make_run(checkpoint=False)
-
-    def drawn(**values: float) -> Picture:
-        lines = [{"images_seen": 32 * n, **{key: value * n for key, value in values.items()}} for n in range(1, 5)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        picture = draw_chart(read_record(run), chart)
-        assert picture is not None
-        return picture
-
-    means, both = drawn(loss_clean=1.0), drawn(loss_clean=1.0, loss_clean_step=1.25)
-    assert both.png != means.png
-    assert both.alt == means.alt == "Line chart over images seen: clean from 1 to 4."  # a mean is the value that counts
-    assert drawn(loss_clean=1.0, loss_clean_step=1.0).png == means.png  # one step a line: the mean is the step
-    assert drawn(loss_clean_step=1.0).png == means.png
-    assert drawn(loss=2.0, loss_three_views=2.0).alt.endswith("all terms from 2 to 8.")  # a method with terms of its own
-    assert drawn(loss=2.0, loss_clean=1.0).png == means.png
 
 
 def test_what_is_missing_is_said(make_run: MakeRun) -> None:

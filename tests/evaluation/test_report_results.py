@@ -1,4 +1,4 @@
-"""Results of every protocol on the report's page: pictures, tables of all metrics, and files that are damaged or hostile."""
+"""Curves and results of protocols on the report: pictures, tables of all metrics, and files that are damaged or hostile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from clae_dist.evaluation.stored import read_evaluation
-from clae_dist.report.figures import png
+from clae_dist.report.curves import CHARTS, draw_chart
+from clae_dist.report.figures import Picture, png
+from clae_dist.report.record import read_record
 from clae_dist.report.result_pictures import DRAWINGS, ProtocolResult, _against_epsilon, _bins
 from clae_dist.report.results import result_sections
 from clae_dist.report.run_page import write_report
@@ -161,3 +163,32 @@ def test_points_are_in_order_and_small_bins_are_dropped() -> None:
     points = list(_against_epsilon(result, "slf", "after", 8.0))
     assert points == [(0, 45, 43, 47), (2, 31, 29, 33), (8, 10, 8, 12), (16, 4, 2, 6)]
     np.testing.assert_allclose(_bins(result, "after", ""), [[10, 90, 50]])
+
+
+def test_single_steps_are_drawn_beside_means_that_differ_from_them(make_run: MakeRun) -> None:
+    chart = next(chart for chart in CHARTS if chart.name == "loss")
+    run = make_run(checkpoint=False)
+
+    def drawn(**values: float) -> Picture:
+        lines = [{"images_seen": 32 * n, **{key: value * n for key, value in values.items()}} for n in range(1, 5)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        picture = draw_chart(read_record(run), chart)
+        assert picture is not None
+        return picture
+
+    means, both = drawn(loss_clean=1.0), drawn(loss_clean=1.0, loss_clean_step=1.25)
+    assert both.png != means.png
+    assert both.alt == means.alt == "Line chart over images seen: clean from 1 to 4."  # a mean is the value that counts
+    assert drawn(loss_clean=1.0, loss_clean_step=1.0).png == means.png  # one step a line: the mean is the step
+    assert drawn(loss_clean_step=1.0).png == means.png
+    assert drawn(loss=2.0, loss_three_views=2.0).alt.endswith("all terms from 2 to 8.")  # a method with terms of its own
+    assert drawn(loss=2.0, loss_clean=1.0).png == means.png
+
+
+def test_a_linear_probe_is_drawn_beside_the_knn(make_run: MakeRun) -> None:
+    chart, run = next(chart for chart in CHARTS if chart.name == "knn"), make_run(checkpoint=False)
+    lines = [{"images_seen": 32 * n, "knn_accuracy": 30.0 + n, "linear_accuracy": 40.0 + n} for n in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = draw_chart(read_record(run), chart)
+    assert picture is not None
+    assert picture.alt == "Line chart over images seen: kNN from 30 to 32; linear probe from 40 to 42."
