@@ -70,6 +70,14 @@ class World:
         dist.all_gather_object(box, value, group=self.group)
         return box
 
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """The `value` of every rank in the order of ranks on rank 0, [] elsewhere."""
+        if self.group is None:
+            return [value]
+        box: list[Any] = [None] * self.size if self.is_main else []
+        dist.gather_object(value, box if self.is_main else None, group_dst=0, group=self.group)
+        return box
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over the ranks (no gradient)."""
         if self.group is None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from clae_dist import world
-from clae_dist.config import Launch, Train
+from clae_dist.config import Config, Launch, Train
 from clae_dist.data.manifest import Manifest
-from clae_dist.devices import Sight, choose, kernels, local_device
+from clae_dist.devices import Sight, choose, local_device
 from clae_dist.errors import BAD_CONFIG, ConfigError
 from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.ray import _use_gpu
+from clae_dist.training import train as train_module
 from clae_dist.world import World
 from tests.ranks import RankPool
 from tests.small_run import assert_same_weights, small_run, train_quietly
@@ -136,18 +138,35 @@ def test_rays_workers_take_gpus_by_the_same_rule(device: str, gpus: int, cluster
         assert expected in str(error.value)
 
 
+def _flags_in_steps(world: World, config: Config) -> list[tuple[bool, bool, bool, bool]]:
+    """Train, and look at each step which kernels are chosen; then once more."""
+    found, step = [], train_module.pretrain_step
+
+    def look(*arguments: Any, **more: Any) -> Any:
+        found.append(_flags())
+        return step(*arguments, **more)
+
+    train_module.pretrain_step = look
+    try:
+        assert train_quietly(world, config) == "finished"
+    finally:
+        train_module.pretrain_step = step
+    return [*found, _flags()]
+
+
+def _flags() -> tuple[bool, bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    workspace = "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    return torch.are_deterministic_algorithms_enabled(), workspace, cudnn.deterministic, cudnn.benchmark
+
+
 def test_deterministic_kernels_are_a_matter_of_the_run(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     """Chosen while a run trains, with what cuBLAS needs; on a CPU the weights are the same."""
-    chosen, folders = [], []
-    for deterministic in (False, True):
-        with kernels(deterministic=deterministic):
-            cudnn = torch.backends.cudnn
-            settings = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
-            chosen.append((*settings, "CUBLAS_WORKSPACE_CONFIG" in os.environ))
+    folders = []
+    for deterministic, expected in ((False, (False, False, False, True)), (True, (True, True, True, False))):
         config = small_run(shards.folder, tmp_path / str(deterministic), train=Train(epochs=0.5, deterministic=deterministic))
-        assert ranks.run(1, train_quietly, config) == ["finished"]
+        *in_steps, afterwards = ranks.run(1, _flags_in_steps, config)[0]
+        assert in_steps == [expected] * 2
+        assert afterwards == (False, False, False, False)
         folders.append(config.folder)
-    assert chosen == [(False, False, True, False), (True, True, False, True)]
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     assert_same_weights(*folders, steps=2)

@@ -134,7 +134,7 @@ def floor(place: OneRank) -> Callable[[], None]:
     a, b = (view[place.mine] for view in place.views)
     rows = torch.cat([a, b])
     columns = torch.cat(place.views) if place.objective == "nt_xent" else place.views[0]
-    chunk = min(chunk_size(a), len(columns))
+    chunk = min(chunk_size(rows), len(columns))
     buffer, out = rows.new_empty(len(rows), chunk), torch.zeros_like(rows)
     columns_out = torch.zeros_like(columns)
 

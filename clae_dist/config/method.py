@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 ThirdView = Literal["none", "weak", "bare"]
 # The norm layers that a forward takes (models/norms.py).
 Route = Literal["clean", "adversarial", "classified"]
+# Of a model: embeddings of unit length, the encoder's features, or the logits of the linear classifiers on the features.
+Output = Literal["projections", "features", "logits"]
 
 
 def name_of(method: str) -> Any:

@@ -35,7 +35,9 @@ class Train(Section, prefix="train"):
         help="Features of kNN during training: the encoder's, as in `clae evaluate`, or the embeddings that are contrasted.",
     )
     linear_probe: bool = setting(
-        False, no_effect=True, help="Fit a linear probe on the same features at each kNN evaluation, too."
+        False,
+        no_effect=True,
+        help="Fit a linear probe on the same features at each kNN evaluation, too, with evaluation.linear_penalty or 1e-3.",
     )
     threads: int = setting(
         0, ge=0, zero="automatic", no_effect=True, help="CPU threads of torch per rank. 0: an equal share of the cores."

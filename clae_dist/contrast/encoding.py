@@ -14,15 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from clae_dist.config.method import Route
+from clae_dist.config.method import Output, Route
 from clae_dist.contrast.adversary import LossAndGradient
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
-Output = Literal["projections", "features", "logits"]  # of a model (models/model.py)
 
 
 class AttackedModel(Protocol):

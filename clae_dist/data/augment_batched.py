@@ -19,7 +19,18 @@ from dataclasses import dataclass
 import torch
 
 from clae_dist.config import Augment
-from clae_dist.data.augment import BLUR, FLIP, GREY, JITTER, LUMA, blur_radius, blur_sigmas, jitter_factors, jitter_orders
+from clae_dist.data.augment import (
+    BLUR,
+    FLIP,
+    GREY,
+    JITTER,
+    LUMA,
+    ORDER,
+    blur_radius,
+    blur_sigmas,
+    jitter_factors,
+    jitter_orders,
+)
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _OPERATIONS = (_CONTRAST, _SATURATION, _HUE)
@@ -107,11 +118,10 @@ def _parameters(
 
 def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side: int) -> dict[str, torch.Tensor]:
     """Parameters of images with the same settings, (n, k) in float64, in the order of the draws."""
-    bright, contrast, saturation, shift = jitter_factors(draws, settings).double().clamp_min(-1)
+    bright, contrast, saturation, shift = jitter_factors(draws, settings).double()
     jittered = draws[:, JITTER] < settings.jitter
     orders = jitter_orders(draws)
-    which = (orders * torch.tensor([64, 16, 4, 1])).sum(1)
-    number = _ORDER_NUMBERS[which]
+    number = (draws[:, ORDER] * len(_ALL_ORDERS)).long()
     bright = torch.where(jittered, bright, 1.0).clamp_min(1e-13)  # an image of factor 0 is black: 1e-13 of its values
     place = orders.argsort(1)  # of each operation in the order
     after = place > place[:, :1]  # operations that follow brightness
@@ -144,9 +154,6 @@ def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side
     }
 
 
-_ORDER_NUMBERS = torch.zeros(256, dtype=torch.long)
-for _number, _order in enumerate(_ALL_ORDERS):
-    _ORDER_NUMBERS[sum(op * 4 ** (3 - turn) for turn, op in enumerate(_order))] = _number
 _OPPOSITE = torch.tensor([0.0, 1, -1, -1, 0, 1, 1, -1, 0], dtype=torch.float64)  # green - blue, blue - red, red - green
 
 

@@ -112,8 +112,26 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def gather(share: Features, world: World) -> Features:
     """Join the shares of all ranks, in the order of ids. Collective."""
-    columns = tuple(tensor.numpy() for tensor in (share.features_NF, share.labels_N, share.ids_N))
-    shares = world.gather_objects(columns)
-    features, labels, ids = (torch.from_numpy(np.concatenate(column)) for column in zip(*shares, strict=True))
+    return _joined(world.gather_objects(_columns(share)))
+
+
+def gather_on_main(share: Features, world: World) -> Features | None:
+    """`gather` on rank 0, None elsewhere. Collective."""
+    shares = world.gather_on_main(_columns(share))
+    return _joined(shares) if shares else None
+
+
+def _columns(share: Features) -> tuple[np.ndarray, ...]:
+    return tuple(tensor.numpy() for tensor in (share.features_NF, share.labels_N, share.ids_N))
+
+
+def _joined(shares: list[tuple[np.ndarray, ...]]) -> Features:
+    """One copy of the features, row by row in its place."""
+    labels, ids = (torch.from_numpy(np.concatenate([share[column] for share in shares])) for column in (1, 2))
     order = torch.argsort(ids, stable=True)
-    return Features(features[order], labels[order], ids[order])
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    features = torch.empty((len(ids), shares[0][0].shape[1]), dtype=torch.from_numpy(shares[0][0]).dtype)
+    for (share, *_), rows in zip(shares, places.split([len(share[2]) for share in shares]), strict=True):
+        features[rows] = torch.from_numpy(share)
+    return Features(features, labels[order], ids[order])

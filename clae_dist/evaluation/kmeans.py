@@ -20,10 +20,10 @@ def kmeans(
 ) -> torch.Tensor:
     """The cluster of each row of a tensor on the CPU, (N,), from 0 to count - 1; fewer if there are fewer different rows.
 
-    `progress` is called in each iteration.
+    `progress` is called for each centre that is drawn and in each iteration.
     """
     rows_NF = rows_NF - rows_NF.mean(0)  # distances as differences of squares lose fewer digits near 0
-    centres_CF = _spread(rows_NF, count, torch.Generator().manual_seed(seed))
+    centres_CF = _spread(rows_NF, count, torch.Generator().manual_seed(seed), progress)
     clusters_N = torch.full((len(rows_NF),), -1)
     for _ in range(max_iterations):
         progress()
@@ -33,12 +33,13 @@ def kmeans(
     return clusters_N
 
 
-def _spread(rows_NF: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def _spread(rows_NF: torch.Tensor, count: int, generator: torch.Generator, progress: Callable[[], None]) -> torch.Tensor:
     """Rows drawn one after another, each in proportion to its squared distance from the nearest one drawn before."""
     squares_N = rows_NF.square().sum(1)
     chosen = [int(torch.randint(len(rows_NF), (), generator=generator))]
     nearest_N = torch.full_like(squares_N, torch.inf)
     while len(chosen) < count:
+        progress()
         centre_F = rows_NF[chosen[-1]]
         distance_N = squares_N - 2 * (rows_NF @ centre_F) + squares_N[chosen[-1]]
         # A distance below rounding is that of an equal row, which must not become a centre again.

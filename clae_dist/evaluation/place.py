@@ -96,20 +96,21 @@ class Place:
         size: int = 1,
         total: int = 0,
         name: str = "images",
-        costs: Sequence[float] = (),
+        costs: Callable[[Sequence[int]], Mapping[int, float]] | None = None,
     ) -> Journal:
         """The results of `units` units of work, in the journal that this returns. Collective.
 
         `work(numbers)` yields the result of each of these units. Each unit that is not finished yet is given to some rank: by
-        turns, or with `costs`, a guess at what each unit takes that all ranks share, the dearest that is left to the first rank
-        that is free. So a result must not depend on the rank. For progress, a unit has `size` things called `name`, of `total`
+        turns, or with `costs`, a collective guess at what each unit takes, the dearest that is left to the first rank that is
+        free. So a result must not depend on the rank. For progress, a unit has `size` things called `name`, of `total`
         in all.
         """
         world = self.world
         finished = world.run_on_main(lambda: self._finished(key))
         missing = [number for number in range(units) if number not in finished]
         if costs:
-            missing.sort(key=lambda number: -costs[number])
+            guess = costs(missing) if missing and world.size > 1 else {}
+            missing.sort(key=lambda number: -guess.get(number, 0.0))
         journal = self.journal(key)
         total = total or units * size
         done = min((units - len(missing)) * size, total)

@@ -45,7 +45,7 @@ class RobustSettings(Section, prefix="robust"):
     )
     images: int = setting(200, ge=1, help="Test images that are attacked: equally many of each class, the same for every run.")
     steps: int = setting(20, ge=1, help="Steps of PGD, of ε/4 each, from a random start.")
-    batch: int = setting(20, ge=1, help="Images of a batch; ranks take batches in turn, and a kill loses the verdicts of one.")
+    batch: int = setting(20, ge=1, help="Images of a batch; ranks share the batches, and a kill loses the verdicts of one.")
     route: Literal["auto", "clean", "adversarial"] = setting(
         "auto", help="Norm layers of the attacked classifier. auto: the adversarial ones where the encoder has them."
     )
@@ -142,10 +142,11 @@ class Robust(EvaluationProtocol):
             ):
                 yield self._verdicts(classifier, images, labels, trials, number)
 
+        def costs(missing: Sequence[int]) -> dict[int, float]:
+            return self._costs(classifier, subject, parts, trials, missing)
+
         label = f"attacks on {head.upper()}, {subject.when}"
-        journal = place.shared(
-            key, len(parts), work, label, own.batch, len(rows), costs=self._costs(classifier, subject, parts, trials)
-        )
+        journal = place.shared(key, len(parts), work, label, own.batch, len(rows), costs=costs)
         found = [tensors for _, tensors in journal]
         return _metrics(head, {name: torch.cat([one[name] for one in found]) for name in found[0]}, trials)
 
@@ -156,20 +157,23 @@ class Robust(EvaluationProtocol):
         return classifier if head == "slf" else tuned(head, classifier, subject, self.own.epochs, self.own.learning_rate)
 
     def _costs(
-        self, classifier: Classifier, subject: Subject, parts: Sequence[torch.Tensor], trials: Sequence[Trial]
-    ) -> list[float]:
-        """A guess at the time of AutoAttack for each batch: the images that stand a short attack. [] where ranks need none."""
+        self,
+        classifier: Classifier,
+        subject: Subject,
+        parts: Sequence[torch.Tensor],
+        trials: Sequence[Trial],
+        missing: Sequence[int],
+    ) -> dict[int, float]:
+        """A guess at the time of AutoAttack for each missing batch: the images that stand a short attack. Collective."""
         world = subject.parts()[1].world
         trial = next((trial for trial in trials if trial.attack == "autoattack"), None)
-        if trial is None or world.size == 1:
-            return []
-        mine, length = range(world.rank, len(parts), world.size), trial.epsilon / 4
-        costs = {}
+        if trial is None:
+            return {}
+        mine, found = missing[world.rank :: world.size], {}
         for number, (images, labels) in zip(mine, _images(classifier, subject, [parts[n] for n in mine]), strict=True):
-            moved, _ = attack(classifier, images, labels, trial.epsilon, trial.norm, _GUESS_STEPS, length, None)
-            costs[number] = float(is_right(classifier, moved, labels).sum())
-        found = {number: cost for share in world.gather_objects(costs) for number, cost in share.items()}
-        return [found[number] for number in range(len(parts))]
+            moved, _ = attack(classifier, images, labels, trial.epsilon, trial.norm, _GUESS_STEPS, trial.epsilon / 4, None)
+            found[number] = float(is_right(classifier, moved, labels).sum())
+        return {number: cost for share in world.gather_objects(found) for number, cost in share.items()}
 
     def _verdicts(
         self, classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, trials: list[Trial], number: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -11,15 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_dist.config import Config, Model
-from clae_dist.config.method import Route
+from clae_dist.config.method import Output, Route
 from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import add_routes, set_route, use_global_statistics
 from clae_dist.models.regions import feature_map, region_features
 from clae_dist.objectives.softmax import at_least_float32
-
-# projections: embeddings of unit length; features: the encoder's; logits: of the linear classifiers on the features
-Output = Literal["projections", "features", "logits"]
 
 
 class PretrainModel(nn.Module):

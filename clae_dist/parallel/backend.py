@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from clae_dist.config import Config
-from clae_dist.config.method import Route
+from clae_dist.config.method import Output, Route
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
-from clae_dist.models.model import Output
 from clae_dist.models.norms import evaluation_mode, statistics, untouched_statistics
 from clae_dist.parallel.average import WeightAverage
 from clae_dist.parallel.named_state import everywhere, gather_whole

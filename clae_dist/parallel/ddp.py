@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clae_dist.config.method import Route
-from clae_dist.models.model import Output
+from clae_dist.config.method import Output, Route
 from clae_dist.models.norms import ROUTES, route_parameters
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces

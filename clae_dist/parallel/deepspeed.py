@@ -26,9 +26,8 @@ import torch.distributed as dist
 from torch import nn
 
 from clae_dist.config import Config
-from clae_dist.config.method import Route
+from clae_dist.config.method import Output, Route
 from clae_dist.errors import ConfigError
-from clae_dist.models.model import Output
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.deepspeed_extensions import explain, stale_locks
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces

@@ -21,10 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from clae_dist.config.method import Route
+from clae_dist.config.method import Output, Route
 from clae_dist.errors import ConfigError
 from clae_dist.models.blocks import encoder_blocks
-from clae_dist.models.model import Output
 from clae_dist.models.norms import RoutedNorm
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces

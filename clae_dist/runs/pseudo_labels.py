@@ -47,7 +47,7 @@ def read_pseudo_labels(folder: RunFolder, num_images: int, counts: Sequence[int]
     except (ReadError, OSError, SafetensorError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{str(folder.pseudo_labels)!r} cannot be read ({reason}); restore it from a copy, or delete it: the next "
-            "`clae train` makes it again from method.pseudo_labels."
+            f"{str(folder.pseudo_labels)!r} cannot be read ({reason}); restore it from a copy. As long as the run "
+            "has no checkpoint, you may delete it: the next `clae train` makes it again from method.pseudo_labels."
         ) from None
     return labels

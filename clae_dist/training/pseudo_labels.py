@@ -19,7 +19,7 @@ from clae_dist.data.together import together
 from clae_dist.deploy.encoder import Encoder, load_encoder
 from clae_dist.deploy.initial import weights_digest
 from clae_dist.errors import ConfigError, DataError
-from clae_dist.evaluation.features import Features, extract_each, gather
+from clae_dist.evaluation.features import Features, extract_each, gather_on_main
 from clae_dist.evaluation.kmeans import kmeans
 from clae_dist.evaluation.place import Place
 from clae_dist.models import PretrainModel
@@ -49,6 +49,11 @@ def with_pseudo_labels(session: Session, sets: Sets, identity: Identity, progres
     if not source:
         return sets
     if not world.run_on_main(folder.pseudo_labels_file.exists):
+        if world.run_on_main(folder.find_checkpoints):  # k-means on another machine may give other clusters
+            raise ConfigError(
+                f"{str(folder.pseudo_labels)!r} is missing, with which this run was trained; restore it from a copy, or give "
+                "another run_dir."
+            )
         encoder, record = world.run_on_main(lambda: open_source(source))
         if record["digest"] != identity.pseudo_labels.get("digest"):
             raise ConfigError(
@@ -57,24 +62,26 @@ def with_pseudo_labels(session: Session, sets: Sets, identity: Identity, progres
             )
         session.say(f"method.pseudo_labels: {source}: features of the training images, then {len(counts)} clusterings")
         features = _features(session, sets.train, encoder, progress)
-        labels_NK = together(world, lambda: _clustered(session, features, progress) if world.is_main else None, progress)
+        labels_NK = together(world, lambda: _clustered(session, features, progress) if features else None, progress)
         total = sets.train.num_samples(config.data.train_split)
 
-        def write() -> None:
+        def write() -> int:
+            assert features is not None
             assert labels_NK is not None
             table = torch.full((total, len(counts)), -1)
             table[features.ids_N] = labels_NK
             with writing(folder.path):
                 write_pseudo_labels(folder, table, {**record, "clusters": list(counts)})
+            return len(features)
 
-        world.run_on_main(write)
-        session.say(f"method.pseudo_labels: {len(features):,} of {total:,} images labelled; digest {record['digest'][:12]}")
+        labelled = world.run_on_main(write)
+        session.say(f"method.pseudo_labels: {labelled:,} of {total:,} images labelled; digest {record['digest'][:12]}")
     num_images = sets.train.num_samples(config.data.train_split)
     return replace(sets, pseudo_labels=world.run_on_main(lambda: read_pseudo_labels(folder, num_images, counts)))
 
 
-def _features(session: Session, manifest: Manifest, encoder: Encoder, progress: Callable[[], None]) -> Features:
-    """Features of all training images that can be decoded, at the image size of the encoder. Collective."""
+def _features(session: Session, manifest: Manifest, encoder: Encoder, progress: Callable[[], None]) -> Features | None:
+    """Features of all training images that can be decoded, at the encoder's image size, on rank 0. Collective."""
     config, world = session.config, session.world
     mean, std = (tuple(value.flatten().tolist()) for value in (encoder.mean, encoder.std))
     width = encoder.num_features
@@ -94,8 +101,8 @@ def _features(session: Session, manifest: Manifest, encoder: Encoder, progress: 
     if problem := next(filter(None, world.gather_objects(problem)), ""):
         raise ConfigError(f"method.pseudo_labels is {config.method.clusters_from!r}, which cannot be used: {problem}.")
     assert share is not None
-    features = gather(share, world)
-    if not len(features):
+    features = gather_on_main(share, world)
+    if world.broadcast(features is not None and not len(features)):
         raise DataError(f"no image of split {split!r} of {manifest.where} can be decoded.")
     return features
 

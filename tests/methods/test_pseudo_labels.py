@@ -256,6 +256,10 @@ def test_a_source_that_changed_before_the_table_was_made(
     with pytest.raises(ConfigError, match="cannot be read .labels.safetensors has another sha256"):
         train_quietly(World.single("cpu"), config)
     shutil.rmtree(folder.pseudo_labels)
+    with pytest.raises(ConfigError, match="is missing, with which this run was trained; restore it"):
+        train_quietly(World.single("cpu"), config)  # other clusters would be learned from here on
+    for checkpoint in folder.find_checkpoints():
+        shutil.rmtree(checkpoint)
     identity = json.loads(folder.identity_file.read_text())
     identity["pseudo_labels"]["digest"] = "0" * 64
     folder.identity_file.write_text(json.dumps(identity))
