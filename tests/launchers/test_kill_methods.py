@@ -33,12 +33,12 @@ OWN = {
     "anchored": ["model.init=INIT", "attack.steps=2"],
     "ascl": ["method.queue=48"],
     "clae_fused": ["method.name=clae_fused"],
-    "clusterns": ["method.clusters=8", "method.queue=48"],
+    "clusterns": ["method.clusters=8"],
     "dscl": ["method.queue=48", "data.long_tail=2"],
     "dynacl": ["method.block_epochs=2", "augment.anneal_epochs=2", "attack.steps=2"],
     "moco": ["method.queue=48", "method.alpha=1.0"],
 }
-STATEFUL = ("advcl", "clusterns", "dscl", "dynacl", "moco")  # queues, averages, centroids, schedules, momentum encoders
+IN_CI = ("clusterns", "dynacl", "moco")  # centroids, schedules, a queue and a momentum encoder
 
 
 def line(method: str, shards: Manifest, run_dir: Path, workers: int = 2) -> list[str]:
@@ -72,29 +72,31 @@ def tensors(state: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, to
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name in STATEFUL else pytest.mark.long) for name in sorted(METHODS)]
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.long) for name in sorted(METHODS)]
 )
 def test_a_killed_run_resumes(method: str, shards: Manifest, tmp_path: Path) -> None:
     if method == "anchored":
         run(line("simclr", shards, tmp_path / "original"))
     run(line(method, shards, tmp_path / "undisturbed"))
     with started(*line(method, shards, tmp_path / "run"), "--launcher", "local") as process:
-        read_until(process, "step 10/24")
+        read_until(process, "step 10/")
         ranks_of(process)[1].kill()
         code, said = finish(process)
     assert code == FAILED, said
     shutil.copytree(tmp_path / "run", tmp_path / "on one rank")
     assert "resuming after step" in run(line(method, shards, tmp_path / "run"))
     assert "resuming after step" in run(line(method, shards, tmp_path / "on one rank", 1))
-    states = []
+    states, steps = [], []
     for name in ("undisturbed", "run", "on one rank"):
         checkpoint = load_checkpoint(tmp_path / name, pytest.fail)
         assert checkpoint is not None
-        assert checkpoint.step == 24
+        steps.append(checkpoint.step)
         states.append(dict(tensors(checkpoint.state())))
+    assert steps[0] > 10
+    assert steps == steps[:1] * 3
     expected, same, near = states
     assert expected.keys() == same.keys()
     assert [name for name in expected if not torch.equal(same[name], expected[name])] == []
     for name, value in expected.items():
         if name.split("/")[0] in ("model", "keys", "method"):
-            torch.testing.assert_close(near[name], value, atol=1e-8, rtol=0, msg=name)  # float64 over 24 steps of Adam
+            torch.testing.assert_close(near[name], value, atol=1e-8, rtol=0, msg=name)  # float64 over some steps of Adam

@@ -61,6 +61,7 @@ def clae(folder: Path, *arguments: object, home: str = "home") -> Completed:
     return processes.clae(*arguments, cwd=folder, env=environment)
 
 
+@pytest.mark.slow
 def test_the_example_passes_parity_on_two_ranks(home: Path) -> None:
     done = clae(home, "parity", "mine/recipe.yaml", "--world-size", "2", "--steps", "2", "--json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -42,7 +42,7 @@ def check(pair: RankPool, setup: Setup, kinds: list[str], persistent: int = 0) -
         assert apart(after["model"], state) < TOLERANCE
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", [pytest.param("group", marks=pytest.mark.slow), "batch"])
 @pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_ranks_train_as_one_process(pair: RankPool, stage: int, norm: str) -> None:
     """All kinds of steps one after another: what one leaves behind would show in the next.

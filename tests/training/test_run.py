@@ -162,7 +162,7 @@ def test_a_line_has_the_mean_of_the_steps_since_the_last(ranks: RankPool, shards
     assert "loss_adversarial_step" not in every[4][8]
 
 
-@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 0), (2, 4)])
+@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 0), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_what_steps_say_of_their_attack_is_what_a_diagnosis_measures(
     ranks: RankPool, shards: Manifest, tmp_path: Path, world_size: int, micro_size: int
 ) -> None:
