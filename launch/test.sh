@@ -21,13 +21,17 @@ export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # this checkout, wherever the
 # A new machine of CI sets itself up; elsewhere the tests that need these are skipped with a message that names what to install.
 if [ "${CI:-}" = true ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   missing=()
-  for pair in ip:iproute2 nsenter:util-linux slurmctld:slurm-wlm munged:munge psql:postgresql pgrep:procps; do
+  for pair in ip:iproute2 nsenter:util-linux slurmctld:slurm-wlm munged:munge psql:postgresql pgrep:procps \
+    chromium:chromium; do
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
   done
   if [ ${#missing[@]} -gt 0 ]; then
-    echo "== installing what tests of several hosts need: ${missing[*]}"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } ||
-      echo "== installation failed: those tests are skipped"
+    echo "== installing what slow tests need: ${missing[*]}"
+    apt-get update -qq || true
+    for package in "${missing[@]}"; do
+      DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$package" ||
+        echo "== $package cannot be installed: the tests that need it are skipped"
+    done
   fi
 fi
 
