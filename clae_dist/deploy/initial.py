@@ -5,7 +5,6 @@ A run keeps a copy in its folder (runs/initial.py): its later starts and its eva
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from clae_dist.deploy.resample import resample
 from clae_dist.errors import ConfigError
 from clae_dist.files import write_together
 from clae_dist.models.encoders import FAMILIES, build_encoder, published_size
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.initial import read_weights
 
@@ -197,15 +197,6 @@ def _that_fits(config: Config, match: Match) -> str:
 
 def _has_cifar_stem(encoder: nn.Module) -> bool:
     return isinstance(getattr(encoder, "maxpool", None), nn.Identity)
-
-
-def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _pairs(texts: Mapping[str, str]) -> str:

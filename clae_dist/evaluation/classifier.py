@@ -13,11 +13,11 @@ from torch import nn
 
 from clae_dist.config.method import Route
 from clae_dist.evaluation.linear import LinearHead, fit_head
-from clae_dist.evaluation.place import weights_digest
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.evaluation.scored import scored
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import RoutedNorm
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 
 
 class Classifier(nn.Module):
@@ -59,7 +59,7 @@ def with_head(subject: Subject) -> Subject:
     """The subject with a linear classifier of its bank, fitted once on rank 0. Collective."""
     (model, place), settings = subject.parts(), subject.settings
     key = {
-        "weights": weights_digest(model),
+        "weights": weights_digest(model.state_dict()),
         "route": model.evaluated_route,
         "images": place.manifest.digest,
         "bank": len(subject.bank),

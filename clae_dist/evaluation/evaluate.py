@@ -20,12 +20,13 @@ from clae_dist.evaluation.examined import Examined, examined_run
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.interval import interval_text
 from clae_dist.evaluation.knn import nearest
-from clae_dist.evaluation.place import Place, digest_of, weights_digest
+from clae_dist.evaluation.place import Place, digest_of
 from clae_dist.evaluation.protocol import FORMAT, EvaluationProtocol, Subject, headlines
 from clae_dist.evaluation.scored import Scored, scored
 from clae_dist.evaluation.stored import read_evaluation
 from clae_dist.evaluation.suite import default_suite
 from clae_dist.files import check_writable, write_atomically
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission
 from clae_dist.world import World
@@ -109,7 +110,7 @@ def _about(examined: Examined, place: Place) -> dict[str, Any]:
         "num_classes": len(manifest.classes),
         "images_seen": examined.images_seen,
         "step": examined.step,
-        "weights": {when: weights_digest(model) for when, model in examined.encoders.items()},
+        "weights": {when: weights_digest(model.state_dict()) for when, model in examined.encoders.items()},
         "manifest_digest": manifest.digest,
         "device": place.world.device.type,
         "neighbours": [],

@@ -14,9 +14,10 @@ import torch
 
 from clae_dist.data.evaluation_set import EvaluationSet, Views
 from clae_dist.evaluation.features import Features, frozen
-from clae_dist.evaluation.place import Place, weights_digest
+from clae_dist.evaluation.place import Place
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.models import PretrainModel
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 
 Change = Callable[[torch.Tensor, np.ndarray], torch.Tensor]  # uint8 images (b, 3, S, S) and ids (b,) → images
 
@@ -39,7 +40,7 @@ def over_batches(
     batches = -(-len(images) // batch_size)
     full_key = {
         **key,
-        "weights": weights_digest(model),
+        "weights": weights_digest(model.state_dict()),
         "route": model.evaluated_route,
         "images": place.manifest.digest,
         "ids": hashlib.sha256(images.ids.tobytes()).hexdigest(),

@@ -31,7 +31,7 @@ from clae_dist.evaluation.journal import Journal
 from clae_dist.files import make_folders, write_atomically
 from clae_dist.models import PretrainModel
 from clae_dist.progress import Progress
-from clae_dist.runs.checkpoint.safetensors_file import bytes_of
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 from clae_dist.storage import writing
 from clae_dist.world import World
 
@@ -181,7 +181,7 @@ class Place:
 
     def _features_at(self, model: PretrainModel, images: EvaluationSet) -> Path:
         key = {
-            "weights": weights_digest(model),
+            "weights": weights_digest(model.state_dict()),
             "route": model.evaluated_route,
             "images": self.manifest.digest,
             "ids": hashlib.sha256(images.ids.tobytes()).hexdigest(),
@@ -211,15 +211,6 @@ def read_kept(path: Path) -> dict[str, torch.Tensor] | None:
 def digest_of(key: Mapping[str, Any]) -> str:
     """A name for what `key` describes: 24 hexadecimal digits."""
     return hashlib.sha256(json.dumps([_FORMAT, dict(key)], sort_keys=True).encode()).hexdigest()[:24]
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 of the weights and buffers of a model."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(bytes_of(value.detach().cpu()))
-    return total.hexdigest()
 
 
 def _write_features(journal: Journal, places: Mapping[str, Path]) -> None:

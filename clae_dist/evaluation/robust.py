@@ -17,9 +17,10 @@ from clae_dist.errors import ConfigError
 from clae_dist.evaluation.attack import Norm, attack, autoattack, import_autoattack, is_right
 from clae_dist.evaluation.classifier import Classifier, along, has_routes
 from clae_dist.evaluation.interval import accuracy_metrics
-from clae_dist.evaluation.place import evenly, weights_digest
+from clae_dist.evaluation.place import evenly
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.evaluation.tuning import HEADS, Head, tuned
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 
 ATTACKS = ("fgsm", "pgd", "autoattack")  # from weak to strong
 _GUESS_STEPS = 10  # of the attack that tells which batches AutoAttack will take long for
@@ -129,7 +130,7 @@ class Robust(EvaluationProtocol):
         trials, parts = self.trials(), list(rows.split(own.batch))
         key = {
             "robust": [vars(trial) for trial in trials],
-            "classifier": weights_digest(classifier),
+            "classifier": weights_digest(classifier.state_dict()),
             "images": place.manifest.digest,
             "rows": rows.tolist(),
             "batch": own.batch,

@@ -26,11 +26,12 @@ from clae_dist.evaluation.attack import attack
 from clae_dist.evaluation.classifier import Classifier
 from clae_dist.evaluation.features import Features
 from clae_dist.evaluation.passes import over_batches
-from clae_dist.evaluation.place import Place, digest_of, read_kept, weights_digest
+from clae_dist.evaluation.place import Place, digest_of, read_kept
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.files import make_folders, write_atomically
 from clae_dist.models.norms import evaluation_mode, use_global_statistics
 from clae_dist.progress import Progress
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 
 Head = Literal["slf", "alf", "aff"]
 HEADS: tuple[Head, ...] = ("slf", "alf", "aff")
@@ -149,7 +150,7 @@ def fit(
     rows = torch.arange(len(subject.bank)) if rows is None else rows
     key = {
         "tuning": label,
-        "classifier": weights_digest(classifier),
+        "classifier": weights_digest(classifier.state_dict()),
         "images": place.manifest.digest,
         "rows": digest_of({"rows": rows.tolist()}),
         "schedule": asdict(schedule),
@@ -272,7 +273,7 @@ def accuracy(classifier: Classifier, subject: Subject, images: Features, split: 
             predicted = classifier(place.pixels(views.views, classifier.model)).argmax(1)
         return {"predicted": predicted, "ids": views.positions}
 
-    key = {"accuracy": weights_digest(classifier), "of": classifier.route}
+    key = {"accuracy": weights_digest(classifier.state_dict()), "of": classifier.route}
     (found,) = over_batches(subject, wanted, key, work, f"accuracy, {label}, {subject.when}")
     assert torch.equal(found["ids"], images.ids_N)
     return 100 * float((found["predicted"] == images.labels_N).double().mean())

@@ -17,12 +17,12 @@ from torch import nn
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.together import together
 from clae_dist.deploy.encoder import Encoder, load_encoder
-from clae_dist.deploy.initial import weights_digest
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import Features, extract_each, gather_on_main
 from clae_dist.evaluation.kmeans import kmeans
 from clae_dist.evaluation.place import Place
 from clae_dist.models import PretrainModel
+from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.pseudo_labels import read_pseudo_labels, write_pseudo_labels
 from clae_dist.storage import writing

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -95,3 +95,12 @@ def write_safetensors(
         file.flush()
         os.fsync(file.fileno())
     return File(total, sha256.hexdigest()), crcs
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over the names, shapes, types and values of tensors on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(bytes_of(value.detach().cpu()))
+    return digest.hexdigest()
