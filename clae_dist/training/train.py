@@ -230,7 +230,7 @@ class _Loop:
                 return self._stopped()
             measured: dict[str, float] = {}
             if self.step % every.diagnose_every == 0 or self.alarms.due(self.step):
-                with self.clock.stopped():
+                with self.clock.timed("diagnosis"):
                     measured = diagnose(run, batch)
                 measured |= self.alarms.judge(self.step, measured)
             self._look_ahead(batches)
