@@ -34,7 +34,7 @@ class Train(Section, prefix="train"):
         200,
         ge=1,
         no_effect=True,
-        help="Steps between measurements of the attack and of the embedding space, each of which takes about as long as a step.",
+        help="Steps between measurements of the attack and of the embedding space, each about as long as a step.",
     )
     knn_every: float = setting(10.0, ge=0, zero="never", no_effect=True, help="Epochs between kNN evaluations.")
     knn_features: Literal["encoder", "projection"] = setting(
