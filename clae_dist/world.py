@@ -50,7 +50,10 @@ class World:
         return "none" if self.group is None else "nccl" if self.device.type == "cuda" else "gloo"
 
     def subgroup(self, global_ranks: list[int]) -> dist.ProcessGroup:
-        """A new group of some ranks (as the default group numbers them), this one among them; only they call."""
+        """A new group of some ranks (as the default group numbers them), this one among them.
+
+        Every rank calls it at the same time with the ranks of its own group: NCCL splits the default group for all of them.
+        """
         group = dist.new_group(global_ranks, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup), f"rank {self.rank} is not one of {global_ranks}"
         return group
@@ -211,7 +214,7 @@ def connect(timeout_s: float = 600.0, device: Request = "auto", *, group_of_one:
         torch.cuda.set_device(chosen)
     if use_gpu and started_here:
         dist.destroy_process_group()
-        _start_group("cpu:gloo,cuda:nccl", store, rank, size, timeout_s)
+        _start_group("cpu:gloo,cuda:nccl", store, rank, size, timeout_s, chosen)
     broken = True
     try:
         yield World(rank, size, local_rank, local_size, chosen, dist.group.WORLD)
@@ -222,10 +225,17 @@ def connect(timeout_s: float = 600.0, device: Request = "auto", *, group_of_one:
             dist.destroy_process_group()
 
 
-def _start_group(backend: str, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
-    """Start the default process group; its keys in the store are its own, so that another group can follow."""
+def _start_group(
+    backend: str, store: dist.Store, rank: int, size: int, timeout_s: float, gpu: torch.device | None = None
+) -> None:
+    """Start the default process group; its keys in the store are its own, so that another group can follow.
+
+    With a `gpu`, NCCL connects at once and not in the first step: what is wrong with the network fails here, and subgroups
+    are split off this group.
+    """
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, store=dist.PrefixStore(backend, store), rank=rank, world_size=size, timeout=timeout)
+    keys = dist.PrefixStore(backend, store)
+    dist.init_process_group(backend, store=keys, rank=rank, world_size=size, timeout=timeout, device_id=gpu)
 
 
 def told(code: int) -> int:

@@ -24,6 +24,11 @@ class Train(Section, prefix="train"):
         help="Precision of the encoder. bfloat16: autocast, the loss stays float32. auto: bfloat16 on GPUs that support it, "
         "otherwise float32.",
     )
+    tf32: bool = setting(
+        False,
+        help="On GPUs, round the factors of float32 products and convolutions to TF32 (11 bits), also those of the loss: "
+        "faster where train.precision is float32.",
+    )
     log_every: int = setting(10, ge=1, no_effect=True, help="Steps between metric lines.")
     diagnose_every: int = setting(
         50, ge=1, no_effect=True, help="Steps between measurements of the attack and of the embedding space."

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,7 @@ from clae_dist.data.augment import (
     jitter_factors,
     jitter_orders,
 )
+from clae_dist.devices import tf32
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _OPERATIONS = (_CONTRAST, _SATURATION, _HUE)
@@ -74,7 +74,7 @@ def augment_batched(
     scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
     side = images.shape[-1]
     p = _to_device(*_parameters(draws_VnA, settings, scale, side), images.device, dtype)
-    with _without_tf32():
+    with tf32(allowed=False):
         i = p.integers
         x = torch.minimum(images[i["image"][..., None, None], i["channel"], i["row"], i["column"][:, None]], p["bound"])
         for operation, first, last in _STAGES:
@@ -192,18 +192,6 @@ def _to_device(
 
 
 # ---- operations, on the device and in place ----
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """A product of 10 bits would change images that no operation changes."""
-    backend = torch.backends.cuda.matmul
-    allowed = backend.allow_tf32
-    backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        backend.allow_tf32 = allowed
 
 
 def _mix_channels(matrices_n9: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from clae_dist.config import Config, Parallel
 from clae_dist.cores import threads_per_rank
+from clae_dist.devices import tf32
 from clae_dist.errors import OK, UNEXPECTED, ClaeError, ConfigError
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
@@ -72,7 +70,7 @@ def alone(config: Config) -> Config:
 
 def _rank(config: Config, steps: int, *, as_json: bool) -> Ending:
     try:
-        with connect(device=config.launch.device) as world, _without_tf32():
+        with connect(device=config.launch.device) as world, tf32(allowed=False):
             torch.set_num_threads(threads_per_rank(world.local_size))
             return _compare(config, world, steps, as_json=as_json)
     except ClaeError as error:
@@ -98,17 +96,3 @@ def _compare(config: Config, world: World, steps: int, *, as_json: bool) -> Endi
 
     ending: Ending = world.run_on_main(report)
     return ending
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Context in which a GPU computes float32 products and convolutions with 24 bits; cuDNN uses 11 by default."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed

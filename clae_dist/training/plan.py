@@ -80,7 +80,9 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
         f"ranks: {world.size} on {count_of(len(hosts), 'host')}, {world.device.type}, "
         f"{count_of(torch.get_num_threads(), 'torch thread')} each; {backend.describe()}"
     )
-    yield f"precision: {backend.precision} ({backend.precision_reason})"
+    products = "in TF32 (train.tf32)" if config.train.tf32 else "without TF32"
+    rounding = f"; float32 products {products}" if world.device.type == "cuda" else ""
+    yield f"precision: {backend.precision} ({backend.precision_reason}){rounding}"
     yield (
         f"model: {config.model.encoder} {projector} projector, {backend.num_parameters:,} parameters, "
         f"{config.model.norm} batch statistics{of_group}"

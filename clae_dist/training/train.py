@@ -17,7 +17,7 @@ from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import Transfer
 from clae_dist.deploy.export import export_encoder
-from clae_dist.devices import kernels
+from clae_dist.devices import kernels, tf32
 from clae_dist.errors import ConfigError, DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
@@ -79,6 +79,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
         Watch(session, stop) as watch,
         only_run(config.folder, world, say),
         kernels(deterministic=config.train.deterministic),
+        tf32(allowed=config.train.tf32),
     ):
         return _train(recipe, session, stream, stop, watch)
 

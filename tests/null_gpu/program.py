@@ -72,10 +72,12 @@ def _broadcast(here: world.World, value: Any) -> Any:
 
 
 def _counted_step(training: Any, *arguments: Any, **settings: Any) -> Any:
-    """A training step; before it, all of the model must lie on this rank's device."""
+    """A training step; before it, all of the model must lie on this rank's device, and NCCL must know that device."""
     tensors = [*training.encoding.backend.model.parameters(), *training.encoding.backend.model.buffers()]
     elsewhere = {str(tensor.device) for tensor in tensors} - {str(training.world.device)}
     assert not elsewhere, f"the model lies on {elsewhere}, the rank's device is {training.world.device}"
+    if dist.is_initialized() and dist.group.WORLD is not None:
+        assert dist.group.WORLD.bound_device_id == training.world.device
     before = counts()
     result = _step(training, *arguments, **settings)
     STEPS.append({name: value - before[name] for name, value in counts().items()})
