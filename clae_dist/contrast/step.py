@@ -7,7 +7,7 @@ Which losses those are is written in methods/.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,6 +101,15 @@ class TrainingStep(Step):
         embedding = self.run.encoding.embed(images, route, want_image_gradient=image_gradient, beside=beside)
         self.embeddings.append(embedding)
         return self.run.contrast.rows(embedding.z)
+
+    def embed_views(self, *clean: torch.Tensor, adversarial: Sequence[torch.Tensor] = ()) -> list[Rows]:
+        views: list[tuple[torch.Tensor, Route]] = [(images, "clean") for images in clean]
+        views += [(images, "adversarial") for images in adversarial]
+        together = self.run.encoding.embed_views(views)
+        if together is None:
+            return super().embed_views(*clean, adversarial=adversarial)
+        self.embeddings += together
+        return [self.run.contrast.rows(embedding.z) for embedding in together]
 
     def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
         assert self.embeddings, "the first forward of a step is that of an `embed`, with which gradients are reduced"

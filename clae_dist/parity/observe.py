@@ -102,7 +102,7 @@ class _Run:
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        self._backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
+        self._backend = make_backend(config, build_model(config, world.norm_group(config.model.norm_group)), world)
         self._backend.model.train()
         self._run = replace(
             make_pretraining(config, world, self._backend, Clock(world.device)),

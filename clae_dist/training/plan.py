@@ -73,6 +73,8 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     size, rows = config.batch.global_size, config.rows_per_rank(world.size)
     micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
     projector = "with" if config.method.embeds == "projections" else "without"
+    group = config.model.norm_group
+    of_group = "" if group == "all" else " of each node" if group == "node" else f" of each {group} ranks"
     streams = f"{1 + len(config.data.mixture)} sets" if config.data.mixture else f"{config.num_streams} canonical streams"
     hosts = sorted(set(world.gather_objects(platform.node())))
     yield (
@@ -84,7 +86,7 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     yield f"precision: {backend.precision} ({backend.precision_reason}){rounding}"
     yield (
         f"model: {config.model.encoder} {projector} projector, {backend.num_parameters:,} parameters, "
-        f"{config.model.norm} batch statistics"
+        f"{config.model.norm} batch statistics{of_group}"
     )
     yield (
         f"batch: {size} images = {world.size} x {rows}{micro}; {streams}; "

@@ -98,7 +98,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     identity: Identity = world.run_on_main(lambda: open_folder(recipe, session, sets.train))
     sets = with_pseudo_labels(session, sets, identity, progress=lambda: watch.doing("starting", 0))
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
-    model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
+    model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)
     shapes = shapes_of(model)  # before it is wrapped: ZeRO-3 leaves parameters of no elements
     usage = Usage.of(config, model, world)
