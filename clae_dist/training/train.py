@@ -40,6 +40,7 @@ from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.opening import open_folder, resume
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
+from clae_dist.training.profiling import Profiling
 from clae_dist.training.pseudo_labels import with_pseudo_labels
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
@@ -199,6 +200,7 @@ class _Loop:
         self.config, self.world, self.say = self.session.config, self.session.world, self.session.say
         self.clock = self.journal.clock
         self.alarms = Alarms(self.config, self.plan.total, self.say, self.journal.tag)
+        self.profiling = Profiling(self.session, self.plan.total)
         self.step = self.saved = self.first_step
 
     def run(self) -> LoopResult:
@@ -212,6 +214,7 @@ class _Loop:
             self._settle()
             raise
         finally:
+            self.profiling.close()
             self.saving.close()
 
     def _run(self) -> LoopResult:
@@ -226,6 +229,7 @@ class _Loop:
         self.backend.model.train()
         self.clock.read()
         while self.step < plan.total:
+            self.profiling.at(self.step)
             batch = self._batch(batches)
             if batch is None:
                 return self._stopped()
@@ -243,6 +247,7 @@ class _Loop:
             every_steps = self.config.checkpoint.every_steps
             if self.step == plan.total or (every_steps and self.step % every_steps == 0):
                 self._checkpoint(last=self.step == plan.total)
+        self.profiling.at(self.step)
         self._settle()
         self.say(f"finished: {count_of(self.step, 'step')}, {plan.images_seen(self.step):,} images")
         return LoopResult("finished", self.step)
