@@ -31,7 +31,10 @@ class Train(Section, prefix="train"):
     )
     log_every: int = setting(10, ge=1, no_effect=True, help="Steps between metric lines.")
     diagnose_every: int = setting(
-        50, ge=1, no_effect=True, help="Steps between measurements of the attack and of the embedding space."
+        200,
+        ge=1,
+        no_effect=True,
+        help="Steps between measurements of the attack and of the embedding space, each about as long as a step.",
     )
     knn_every: float = setting(10.0, ge=0, zero="never", no_effect=True, help="Epochs between kNN evaluations.")
     knn_features: Literal["encoder", "projection"] = setting(

@@ -44,6 +44,7 @@ from clae_dist.training.pseudo_labels import with_pseudo_labels
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
+from clae_dist.training.usage import Usage
 from clae_dist.training.watch import ENDING, Watch
 from clae_dist.wording import count_of
 from clae_dist.world import World
@@ -100,6 +101,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)
     shapes = shapes_of(model)  # before it is wrapped: ZeRO-3 leaves parameters of no elements
+    usage = Usage.of(config, model, world)
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
     before = resume(session, backend, shapes)
@@ -109,12 +111,12 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         say(line)
     if first_step:
         say(f"resuming after step {first_step}")
+    seen = plan.images_seen(first_step)
     known: dict[str, Any] = {"tags": identity.tags, "dataset": TrackedSet.of(sets.train, config)}
     if first_step >= plan.total:
         say("this run is finished already; give another run_dir or name to start a new one.")
         if world.is_main and config.tracking.uses("mlflow"):
             watch.doing(ENDING, first_step)
-            seen = plan.images_seen(first_step)
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
             _log_encoder(config, late, sets.train, say)
             late.close("finished")
@@ -123,7 +125,6 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     ledger.resumed(first_step, say)
     tracker = Tracker()
     if world.is_main:
-        seen = plan.images_seen(first_step)
         tracker = build_trackers(
             config,
             config.folder,
@@ -136,7 +137,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     status: Status = "failed"
     try:
         bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, before.bad_samples)
-        journal = Journal(session, plan, tracker, bad, ledger, first_step, before.train_s)
+        journal = Journal(session, plan, tracker, bad, ledger, usage, first_step, before.train_s)
         nonfinite = NonFiniteSteps(session, backend, sets.train, before.skipped_steps)
         saving = Saving(session, backend)
         outcome = _Loop(session, backend, sets, plan, journal, stop, watch, bad, nonfinite, saving, first_step).run()
@@ -230,7 +231,7 @@ class _Loop:
                 return self._stopped()
             measured: dict[str, float] = {}
             if self.step % every.diagnose_every == 0 or self.alarms.due(self.step):
-                with self.clock.stopped():
+                with self.clock.timed("diagnosis"):
                     measured = diagnose(run, batch)
                 measured |= self.alarms.judge(self.step, measured)
             self._look_ahead(batches)
