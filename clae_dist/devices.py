@@ -52,6 +52,23 @@ def local_device(request: Request = "auto") -> torch.device:
 
 
 @contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Context in which a GPU rounds the factors of float32 products and convolutions to TF32 (11 bits), or does not (24 bits).
+
+    torch's own default is to round in convolutions and not in products.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, was_allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = was_allowed
+
+
+@contextmanager
 def kernels(*, deterministic: bool) -> Iterator[None]:
     """Context in which torch takes deterministic kernels, or else the fastest ones that cuDNN finds."""
     cudnn = torch.backends.cudnn

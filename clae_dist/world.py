@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.devices import Request, agree, local_device, look
-from clae_dist.errors import RankError, restarts
+from clae_dist.errors import ConfigError, RankError, restarts
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,22 @@ class World:
         group = dist.new_group(global_ranks, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup), f"rank {self.rank} is not one of {global_ranks}"
         return group
+
+    def norm_group(self, which: str) -> dist.ProcessGroup | None:
+        """The ranks that share batch statistics with this one, by model.norm_group; None in a single process. Collective.
+
+        Raises ConfigError on every rank if they cannot be divided so.
+        """
+        if self.group is None or which == "all":
+            return self.group
+        if which == "node":
+            hosts = self.gather_objects(platform.node())
+            return self.subgroup([rank for rank, host in enumerate(hosts) if host == hosts[self.rank]])
+        size = int(which)
+        if self.size % size:
+            raise ConfigError(f"model.norm_group is {which}, which does not divide the {self.size} ranks; use node or all.")
+        first = self.rank // size * size
+        return self.subgroup(list(range(first, first + size)))
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (anything that pickles), on every rank."""

@@ -45,5 +45,5 @@ def small_model(
             torch.manual_seed(seed + 1)
             for parameter in model.encoder.norm.adversarial.parameters():  # type: ignore[union-attr]
                 parameter.normal_(std=0.5)
-        use_global_statistics(model.encoder, group, on_gpu=False)
+        use_global_statistics(model.encoder, group)
     return model.double()

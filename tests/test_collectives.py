@@ -8,7 +8,7 @@ import torch
 
 from clae_dist import collectives
 from clae_dist.contrast.distributed import gather_rows
-from clae_dist.models.norms import GlobalBatchNorm
+from clae_dist.models.batch_norm import GlobalBatchNorm
 from clae_dist.world import World
 from tests.ranks import RankPool
 

@@ -139,6 +139,14 @@ def test_a_recipe_that_is_not_there() -> None:
         resolve("nothing.yaml")
 
 
+@pytest.mark.parametrize("world_size", [8, 32, 512])
+def test_imagenets_recipes_train_on_many_ranks(world_size: int) -> None:
+    for name in ("simclr", "clae", "clae-original", "simclr-vit-s", "clae-vit-s"):
+        assert resolve(f"imagenet/{name}").config.rows_per_rank(world_size) == 4096 // world_size
+    assert resolve("imagenet/clae").config.learning_rate() == pytest.approx(4.8)  # that of SimCLR's code
+    assert resolve("imagenet/clae-vit-s").config.learning_rate() == pytest.approx(2.4e-3)
+
+
 def test_a_recipe_of_the_package_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In any folder; a file of that name takes precedence."""
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from clae_dist import world
 from clae_dist.config import Config, Launch, Train
 from clae_dist.data.manifest import Manifest
-from clae_dist.devices import Sight, choose, local_device
+from clae_dist.devices import Sight, choose, local_device, tf32
 from clae_dist.errors import BAD_CONFIG, ConfigError
 from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
@@ -170,3 +170,12 @@ def test_deterministic_kernels_are_a_matter_of_the_run(ranks: RankPool, shards: 
         assert afterwards == (False, False, False, False)
         folders.append(config.folder)
     assert_same_weights(*folders, steps=2)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_before_outside(allowed: bool) -> None:
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    with tf32(allowed=allowed):
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+    assert [backend.allow_tf32 for backend in backends] == before

@@ -127,9 +127,7 @@ def prepare(kind: Kind, variant: Variant, device: torch.device) -> Pretraining:
         train=Train(precision=kind.precision, compile=kind.compile),  # type: ignore[arg-type]
     )
     world = World.single(device)
-    model = (
-        _small_vit(config, _few_blocks(kind)) if _few_blocks(kind) else build_model(config, None, on_gpu=device.type == "cuda")
-    )
+    model = _small_vit(config, _few_blocks(kind)) if _few_blocks(kind) else build_model(config)
     backend = make_backend(config, model, world)
     run = make_pretraining(config, world, backend, Clock(device))
     num_views = 2 if variant.method.third_view == "none" else 3

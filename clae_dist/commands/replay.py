@@ -13,7 +13,7 @@ SUMMARY = "repeat a recorded step whose loss or gradient was non-finite, and nam
 DESCRIPTION = """\
 Repeats a recorded step (weights, settings, random numbers; the images come from the shards, in the run's order), compares loss
 and gradients, and names the first module whose output is non-finite. Runs in one process with the whole global batch, so use a
-machine with enough memory; with model.norm=local, in as many processes as the run had ranks.
+machine with enough memory; with model.norm=local or model.norm_group, in as many processes as the run had ranks.
 
 exit code 0: reproduced; 1: not reproduced, and the difference is named (a faulty device, or another machine's rounding).
 """

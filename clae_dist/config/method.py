@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ThirdView = Literal["none", "weak", "bare"]
 # The norm layers that a forward takes (models/norms.py).
 Route = Literal["clean", "adversarial", "classified"]
+Views = tuple[tuple[Route, int], ...]  # of a forward of several views at once: the route of each, and its number of rows
 # Of a model: embeddings of unit length, the encoder's features, or the logits of the linear classifiers on the features.
 Output = Literal["projections", "features", "logits"]
 

@@ -44,6 +44,11 @@ class Model(Section, prefix="model"):
         help="Statistics of batch norm in training: of the batch over all ranks (global), of each rank's part of it (local), "
         "or the running statistics of model.init, which stay (fixed).",
     )
+    norm_group: str = setting(
+        "all",
+        used_by="model.norm=global",
+        help="Ranks that share batch statistics: all, those of a node, or a number of neighbours, which divides the ranks.",
+    )
     drop_rate: float = setting(
         0.0,
         ge=0,
@@ -76,10 +81,23 @@ class Model(Section, prefix="model"):
             "an encoder that starts at random has no running statistics to keep: use model.norm=global, or set model.init.",
         )
         self.require(
+            self.norm_group in ("all", "node")
+            or (self.norm_group.isascii() and self.norm_group.isdigit() and self.norm_group[0] != "0"),
+            "norm_group",
+            "use all, node, or a number of ranks.",
+        )
+        self.require(
             self.projector != "linear" or not self.projector_hidden,
             "projector_hidden",
             "model.projector=linear has no hidden layer; remove it, or use model.projector=mlp.",
         )
+
+    @property
+    def statistics_differ(self) -> str:
+        """The setting that gives ranks different batch statistics, as "norm is 'local'"; "" if they are those of all ranks."""
+        if self.norm == "local":
+            return "norm is 'local'"
+        return f"norm_group is {self.norm_group!r}" if self.norm == "global" and self.norm_group != "all" else ""
 
 
 @dataclass(frozen=True)

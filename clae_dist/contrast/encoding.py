@@ -11,14 +11,14 @@ only the second counts in the running statistics. With m = B there is one pass, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from clae_dist.config.method import Output, Route
+from clae_dist.config.method import Output, Route, Views
 from clae_dist.contrast.adversary import LossAndGradient
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
@@ -38,7 +38,8 @@ class AttackedModel(Protocol):
 class TrainingBackend(AttackedModel, Protocol):
     """Interface of a parallel backend (clae_dist/parallel) for the step."""
 
-    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor: ...
+    def embed(self, images: torch.Tensor, route: Route | Views, output: Output = "projections") -> torch.Tensor: ...
+    def joins_views(self) -> bool: ...
     def shares_forward(self) -> bool: ...
     def reduction_held(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: torch.Tensor) -> None: ...
@@ -154,6 +155,18 @@ class TrainingEncoding(Encoding):
         z, random = self._without_graph(parts, route, output)
         without = tuple(_Part(part, None, state) for part, state in zip(parts, random, strict=True))
         return Embedding(z, route, without, output)
+
+    def embed_views(self, views: Sequence[tuple[torch.Tensor, Route]]) -> list[Embedding] | None:
+        """The same of several views in one forward, each with its own batch statistics; None if they must be apart."""
+        if self.micro_size or len(views) < 2 or not self.backend.joins_views():
+            return None
+        images = torch.cat([one.detach() for one, _ in views])
+        routes = tuple((route, len(one)) for one, route in views)
+        graphs = self.backend.embed(images, routes).split([rows for _, rows in routes])
+        return [
+            Embedding(graph.detach().requires_grad_(), route, (_Part(one.detach(), graph, []),))
+            for graph, (one, route) in zip(graphs, views, strict=True)
+        ]
 
     def backward(self, *embeddings: Embedding, more_to_come: bool = False) -> None:
         """Takes every `z.grad` through the encoder. Gradients are reduced over ranks in the last backward pass only, and not

@@ -109,6 +109,14 @@ class Step(Attacks, ABC):
         With `image_gradient` the rows can serve `attack(through=…)` or `image_gradient` later.
         """
 
+    def embed_views(self, *clean: torch.Tensor, adversarial: Sequence[torch.Tensor] = ()) -> list[Rows]:
+        """`embed` of several views along the clean route, and of those along the adversarial one, in this order. Collective.
+
+        They are embedded in one forward where that costs less: each batch norm then communicates once for all of them, and
+        sharded parameters are gathered once. Each view keeps its own batch statistics.
+        """
+        return [self.embed(images) for images in clean] + [self.embed(images, "adversarial") for images in adversarial]
+
     @abstractmethod
     def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
         """Logits (B, Σ cluster_counts) of this rank's images by the classifiers on the features, trained. Collective with

@@ -7,7 +7,7 @@ Which losses those are is written in methods/.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,11 +59,14 @@ def pretrain_step(
     Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`grad_norm`).
     """
     s = (make_step or TrainingStep)(run, batch, moment)
-    x, y, *s.more_views = run.augment(batch)
-    terms = run.method.losses(s, x, y)
-    loss = s.total(terms)
-    loss.backward()  # as far as the embeddings
-    run.encoding.backward(*s.waiting())
+    with run.timed("augmentation"):
+        x, y, *s.more_views = run.augment(batch)
+    with run.timed("forward"):
+        terms = run.method.losses(s, x, y)
+        loss = s.total(terms)
+    with run.timed("backward"):
+        loss.backward()  # as far as the embeddings
+        run.encoding.backward(*s.waiting())
     metrics = StepMetrics(
         loss.detach(),
         {name: term.detach() for name, (_, term) in terms.items()},
@@ -74,7 +77,8 @@ def pretrain_step(
         _agree_on_finite(run, loss, s.embeddings)
     except RankError as error:
         raise NonFinite(str(error), metrics) from None
-    metrics = replace(metrics, grad_norm=run.encoding.backend.update())
+    with run.timed("update"):
+        metrics = replace(metrics, grad_norm=run.encoding.backend.update())
     if run.state and metrics.grad_norm.isfinite():
         with torch.no_grad():
             run.method.after_update(s)
@@ -97,6 +101,15 @@ class TrainingStep(Step):
         embedding = self.run.encoding.embed(images, route, want_image_gradient=image_gradient, beside=beside)
         self.embeddings.append(embedding)
         return self.run.contrast.rows(embedding.z)
+
+    def embed_views(self, *clean: torch.Tensor, adversarial: Sequence[torch.Tensor] = ()) -> list[Rows]:
+        views: list[tuple[torch.Tensor, Route]] = [(images, "clean") for images in clean]
+        views += [(images, "adversarial") for images in adversarial]
+        together = self.run.encoding.embed_views(views)
+        if together is None:
+            return super().embed_views(*clean, adversarial=adversarial)
+        self.embeddings += together
+        return [self.run.contrast.rows(embedding.z) for embedding in together]
 
     def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
         assert self.embeddings, "the first forward of a step is that of an `embed`, with which gradients are reduced"

@@ -158,8 +158,7 @@ def fit(
     }
     tuned_classifier = copy.deepcopy(classifier)
     if whole and place.world.group is not None:
-        on_gpu = place.world.device.type == "cuda"
-        use_global_statistics(tuned_classifier.model, place.world.group, on_gpu=on_gpu)
+        use_global_statistics(tuned_classifier.model, place.world.group)
     nn.init.zeros_(tuned_classifier.weight)
     nn.init.zeros_(tuned_classifier.bias)
     trained = {tuned_classifier.weight, tuned_classifier.bias, *(tuned_classifier.model.encoder.parameters() if whole else ())}

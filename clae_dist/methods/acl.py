@@ -56,9 +56,9 @@ class Acl(Method):
             with s.attack_forwards():
                 first = s.embed_constant(x)
             (y_adv,) = s.attack_views([y], lambda views: s.contrast(first, *views), noise_of=1)
-            return {"mixed": (1.0, s.contrast(s.embed(x), s.embed(y_adv, "adversarial")))}
+            return {"mixed": (1.0, s.contrast(*s.embed_views(x, adversarial=[y_adv])))}
         x_adv, y_adv = s.attack_views([x, y], lambda views: s.contrast(*views))
-        adversarial = s.contrast(s.embed(x_adv, "adversarial"), s.embed(y_adv, "adversarial"))
         if self.settings.form == "adversarial":
-            return {"adversarial": (1.0, adversarial)}
-        return {"clean": (0.5, s.contrast(s.embed(x), s.embed(y))), "adversarial": (0.5, adversarial)}
+            return {"adversarial": (1.0, s.contrast(*s.embed_views(adversarial=[x_adv, y_adv])))}
+        a, b, c, d = s.embed_views(x, y, adversarial=[x_adv, y_adv])
+        return {"clean": (0.5, s.contrast(a, b)), "adversarial": (0.5, s.contrast(c, d))}

@@ -138,8 +138,9 @@ class AdvCl(Method):
 
         (x_adv,) = s.attack_views([s.third], loss, noise_of=2)
         pairs = self.settings.pairs(self._asymmetry(s, x_adv))
-        views, classified = [s.embed(x_adv, "adversarial")], self._cross_entropy(s)
-        views += [s.embed(view) for view in (x, y, sharp)]
+        *clean, attacked = s.embed_views(x, y, sharp, adversarial=[x_adv])
+        views = [attacked, *clean]
+        classified = self._cross_entropy(s)
         return {"four_views": (s.temperature / _BASE_TEMPERATURE, s.contrast_views(views, pairs)), **classified}
 
     def _cross_entropy(self, s: Step) -> Terms:

@@ -61,8 +61,7 @@ class Air(Method):
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         settings = self.settings
         x_adv, y_adv = s.attack_views([x, y], lambda views: s.contrast(*views))
-        a, b, o = s.embed(x), s.embed(y), s.embed(s.third)
-        c, d = s.embed(x_adv, "adversarial"), s.embed(y_adv, "adversarial")
+        a, b, o, c, d = s.embed_views(x, y, s.third, adversarial=[x_adv, y_adv])
         weight = settings.shift * (1 - s.augmentation)
         terms: Terms = {"clean": (1 - weight, s.contrast(a, b)), "adversarial": (1 + weight, s.contrast(c, d))}
         if settings.standard:

@@ -69,7 +69,7 @@ class Clae(Method):
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         settings = self.settings
         if not settings.present(s):
-            first, second = s.embed(x), s.embed(y)
+            first, second = s.embed_views(x, y)
             return {"clean": (1.0, s.contrast(first, second)), **local_terms(s, first, second)}
         rows = s.choose(settings.num_attacked(len(x)), len(x))
         # Where both routes are the same function, the attack uses the clean forward of x and costs no forward of its own.
@@ -82,7 +82,8 @@ class Clae(Method):
         x_adv = s.attack(start, s.contrast, anchor=anchor, rows=rows, through=a, live_anchor=live)
 
         if a is None:
-            a = s.embed(x)
-        b, c = s.embed(y), s.embed(x_adv, "adversarial")
+            a, b, c = s.embed_views(x, y, adversarial=[x_adv])
+        else:
+            b, c = s.embed_views(y, adversarial=[x_adv])
         adversarial = s.contrast(s.select(a, rows), c)
         return {"clean": (1.0, s.contrast(a, b)), "adversarial": (settings.alpha, adversarial), **local_terms(s, a, b)}

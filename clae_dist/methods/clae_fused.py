@@ -52,7 +52,7 @@ class ClaeFused(Method):
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         settings = self.settings
         if not settings.present(s):
-            return {"clean": (1.0, s.contrast(s.embed(x), s.embed(y)))}
+            return {"clean": (1.0, s.contrast(*s.embed_views(x, y)))}
         rows = s.choose(settings.num_attacked(len(x)), len(x))
         with s.reduction_held():  # gradients are reduced once, in the last backward of the step
             a, b = s.embed(x), s.embed(y, image_gradient=True)

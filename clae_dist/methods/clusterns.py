@@ -81,7 +81,7 @@ class ClusterNs(Method):
 
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         settings = self.settings
-        a, b = s.embed(x), s.embed(y)
+        a, b = s.embed_views(x, y)
         s.kept["rows"] = a.all.detach()
         clean, margins = s.contrast_clusters(
             a, b, s.state["centroids"], s.state["started"], margin=(settings.near, settings.far)

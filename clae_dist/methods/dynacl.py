@@ -49,10 +49,11 @@ class DynAclSettings(ViewsSettings):
         return 8 + 5 * attack.num_steps if self.momentum else 12 + 4 * attack.num_steps
 
     def check_run(self, config: Config) -> None:
-        if self.momentum and config.model.norm == "local":
+        if self.momentum and config.model.statistics_differ:
             raise ConfigError(
-                "model.norm is 'local', but the momentum encoder of method.name=dynacl keeps running statistics, which would "
-                "differ between ranks; use model.norm=global, or method.momentum=0."
+                f"model.{config.model.statistics_differ}, but the momentum encoder of method.name=dynacl keeps running "
+                "statistics, which would differ between ranks; use model.norm=global with model.norm_group=all, or "
+                "method.momentum=0."
             )
 
     def describe_attack(self) -> str:
@@ -80,8 +81,9 @@ class DynAcl(Method):
         x_adv, y_adv = s.attack_views([x, y], lambda views: s.contrast(*views), keys=keys)
         if keys:  # before the encoder's own forwards
             b, b_adv = s.embed_constant(y, momentum=True), s.embed_constant(y_adv, "adversarial", momentum=True)
+            a, c = s.embed_views(x, adversarial=[x_adv])
         else:
-            b, b_adv = s.embed(y), s.embed(y_adv, "adversarial")
-        clean, adversarial = s.contrast(s.embed(x), b), s.contrast(s.embed(x_adv, "adversarial"), b_adv)
+            b, a, b_adv, c = s.embed_views(y, x, adversarial=[y_adv, x_adv])
+        clean, adversarial = s.contrast(a, b), s.contrast(c, b_adv)
         weight = self.settings.adversarial_weight(int(s.epoch), s.epochs)
         return {"clean": (1 - weight / 2, clean), "adversarial": (weight / 2, adversarial)}

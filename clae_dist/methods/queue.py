@@ -45,10 +45,11 @@ class QueueSettings(MethodSettings):
             raise ConfigError(
                 f"method.queue is {self.queue}, which batch.global_size {size} does not divide; try {below or size}."
             )
-        if config.model.norm == "local":
+        if config.model.statistics_differ:
             raise ConfigError(
-                "model.norm is 'local', but the key encoder averages running statistics, which would then differ between "
-                "ranks; use model.norm=global. The keys themselves use no batch statistics, so nothing leaks through them."
+                f"model.{config.model.statistics_differ}, but the key encoder averages running statistics, which would then "
+                "differ between ranks; use model.norm=global with model.norm_group=all. "
+                "The keys themselves use no batch statistics, so nothing leaks through them."
             )
 
     def for_few_rows(self, global_size: int) -> Self:
@@ -84,7 +85,7 @@ def match_terms(s: Step, settings: QuerySettings, x: torch.Tensor, match: Callab
     start = x[rows]
     # The anchor is not used: as the start it costs no forward.
     x_adv = s.attack(start, lambda _, queries: match(queries, rows), anchor=start, rows=rows)
-    a, c = s.embed(x), s.embed(x_adv, "adversarial")
+    a, c = s.embed_views(x, adversarial=[x_adv])
     return {"clean": (1.0, match(a, every)), "adversarial": (settings.alpha, match(c, rows))}
 
 

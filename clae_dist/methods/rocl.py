@@ -81,7 +81,7 @@ class Rocl(Method):
             return s.contrast_views([*views, other], pair)
 
         (x_adv,) = s.attack_views([x], loss, route="clean")
-        a, b, c = s.embed(x), s.embed(y), s.embed(x_adv)
+        a, b, c = s.embed_views(x, y, x_adv)
         terms: Terms = {"three_views": (1.0, s.contrast_views([a, b, c], self.settings.pairs))}
         if self.settings.regulariser:
             terms["regulariser"] = (self.settings.regulariser, s.contrast_views([c, b], pair))

@@ -37,5 +37,5 @@ class SimClr(Method):
     Settings = SimClrSettings
 
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
-        a, b = s.embed(x), s.embed(y)
+        a, b = s.embed_views(x, y)
         return {"clean": (1.0, s.contrast(a, b)), **local_terms(s, a, b)}

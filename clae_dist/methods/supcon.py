@@ -39,5 +39,5 @@ class SupCon(Method):
     Settings = SupConSettings
 
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
-        a, b = s.embed(x), s.embed(y)
+        a, b = s.embed_views(x, y)
         return {"clean": (1.0, s.contrast(a, b) + s.spread_positives(a, b, s.labels))}

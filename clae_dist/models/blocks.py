@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from clae_dist.models.batch_norm import GlobalBatchNorm
 from clae_dist.models.norms import RoutedNorm, statistics_on_copies
 
 
@@ -49,7 +50,7 @@ def checkpoint_blocks(encoder: nn.Module) -> None:
 
 def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        routes = [(norm, norm.route) for norm in module.modules() if isinstance(norm, RoutedNorm)]
+        routes = [(norm, norm.route) for norm in module.modules() if isinstance(norm, (RoutedNorm, GlobalBatchNorm))]
         return nullcontext(), _again(module, routes)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,7 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..
 
 
 @contextmanager
-def _again(module: nn.Module, routes: list[tuple[RoutedNorm, Any]]) -> Iterator[None]:
+def _again(module: nn.Module, routes: list[tuple[RoutedNorm | GlobalBatchNorm, Any]]) -> Iterator[None]:
     before = [(norm, norm.route) for norm, _ in routes]
     # On copies: without running statistics a batch norm would save other tensors than in the first forward.
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_dist.config import Config, Model
-from clae_dist.config.method import Output, Route
+from clae_dist.config.method import Output, Route, Views
 from clae_dist.errors import ConfigError
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import add_routes, set_route, use_global_statistics
@@ -60,15 +60,15 @@ class PretrainModel(nn.Module):
                     module.train(False)
         return self
 
-    def features(self, images_B3HW: torch.Tensor, route: Route | None = None) -> torch.Tensor:
-        """Features (B, F) of pixels in [0, 1], along the evaluated route unless another is given."""
+    def features(self, images_B3HW: torch.Tensor, route: Route | Views | None = None) -> torch.Tensor:
+        """Features (B, F) of pixels in [0, 1], along the evaluated route unless another is given, or one for each view."""
         set_route(self.encoder, route or self.evaluated_route)
         return self.encoder((images_B3HW - self.mean) / self.std).flatten(1)
 
     def forward(
         self,
         images_B3HW: torch.Tensor,
-        route: Route = "clean",
+        route: Route | Views = "clean",
         *,
         output: Output = "projections",
         boxes_BL4: torch.Tensor | None = None,
@@ -110,12 +110,11 @@ def make_projector(settings: Model, width: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gpu: bool = False) -> PretrainModel:
+def build_model(config: Config, group: dist.ProcessGroup | None = None) -> PretrainModel:
     """Build the model of a run. Initial weights are a pure function of config.model and config.seed, equal on every rank.
 
     Args:
-        group: the ranks that share batch statistics if model.norm is "global".
-        on_gpu: the model will be moved to a GPU.
+        group: the ranks that share batch statistics if model.norm is "global" (World.norm_group).
 
     Raises ConfigError (see build_encoder).
     """
@@ -139,7 +138,7 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None, *, on_gp
         if config.model.projector == "mlp3_bn":
             add_routes(model.projector, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
-        use_global_statistics(model, group, on_gpu=on_gpu)
+        use_global_statistics(model, group)
     model.train()
     return model.double() if config.train.precision == "float64" else model
 

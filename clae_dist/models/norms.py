@@ -1,7 +1,4 @@
-"""Normalisation layers with several routes (clean, adversarial, …), and batch norm over the global batch.
-
-# B rows on this rank, W ranks, C channels.
-"""
+"""Normalisation layers with several routes (clean, adversarial, …), one for each view of a forward."""
 
 from __future__ import annotations
 
@@ -12,92 +9,13 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clae_dist import collectives
-from clae_dist.config.method import Route
+from clae_dist.config.method import Route, Views
+from clae_dist.models.batch_norm import GlobalBatchNorm, normalise_views
 
 ROUTES: tuple[Route, ...] = get_args(Route)
-
-
-class _GlobalBatchNorm(torch.autograd.Function):
-    """Normalisation with the mean and variance of all ranks' rows; gradients are summed over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, group: dist.ProcessGroup) -> Any:
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy if x is channels last
-        if x.dtype in (torch.bfloat16, torch.float16):
-            rows = rows.float()  # statistics and sums over ranks are float32
-        own_mean = rows.mean(0)
-        own = torch.stack([own_mean, (rows - own_mean).square_().mean(0)])  # (2, C); six times as fast as var_mean on a CPU
-        everyone = own.new_empty((dist.get_world_size(group), *own.shape))
-        collectives.all_gather(everyone.view(-1, *own.shape[1:]), own, group)
-        means, variances = everyone.unbind(1)
-        mean = means.mean(0)
-        # Within ranks plus between ranks: no difference of two large squares.
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        ctx.save_for_backward(x, weight, bias, mean, variance)
-        ctx.eps, ctx.group = eps, group
-        ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, bias, mean, variance = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )  # as if mean and variance were constants; their own gradients are added below
-        sums = torch.stack([grad_weight, grad_bias])  # Σ g·x̂ and Σ g over this rank
-        dist.all_reduce(sums, group=ctx.group)
-        count = x.numel() // x.shape[1] * dist.get_world_size(ctx.group)
-        inverse = (variance + ctx.eps).rsqrt()
-        scale = inverse if weight is None else weight * inverse
-        slope = -scale * sums[0] * inverse / count
-        offset = -scale * sums[1] / count - slope * mean
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        grad_x.add_(offset.view(shape)).addcmul_(x, slope.view(shape))
-        return grad_x, grad_weight if weight is not None else None, grad_bias if bias is not None else None, None, None
-
-
-class GlobalBatchNorm(_BatchNorm):
-    """Batch norm with the statistics of the global batch on CPUs, which torch's SyncBatchNorm does not support.
-
-    Every rank must have the same number of rows. One all-gather of 2C numbers forward, one all-reduce of 2C backward. It
-    replaces `norm` and keeps its parameters, buffers and names. Collective.
-    """
-
-    def __init__(self, norm: _BatchNorm, group: dist.ProcessGroup) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
-        self.group = group
-        # timm's BatchNormAct2d carries its dropout and activation with it.
-        self.after = [layer for name in ("drop", "act") if isinstance(layer := getattr(norm, name, None), nn.Module)]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._normalise(x)
-        for layer in self.after:
-            y = layer(y)
-        return y
-
-    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        y, mean, variance = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
-        if self.track_running_stats:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            assert self.momentum is not None
-            with torch.no_grad():
-                count = x.numel() // x.shape[1] * dist.get_world_size(self.group)
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
-        return y
 
 
 class RoutedNorm(nn.Module):
@@ -107,9 +25,11 @@ class RoutedNorm(nn.Module):
         super().__init__()
         for route, norm in norms.items():
             self.add_module(route, norm)
-        self.route: Route = "clean"
+        self.route: Route | Views = "clean"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.route, str):
+            return normalise_views(x, [getattr(self, route) for route, _ in self.route], [rows for _, rows in self.route])
         y: torch.Tensor = getattr(self, self.route)(x)
         return y
 
@@ -144,24 +64,27 @@ def add_routes(module: nn.Module, adversarial_momentum: float, routes: Sequence[
     return _replace(module, routed)
 
 
-def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None, *, on_gpu: bool) -> None:
-    """Make every batch norm in `module` use statistics over all ranks of `group`, by torch's SyncBatchNorm or ours."""
-    if group is None:
-        return  # one rank's batch is the global batch
-    if on_gpu:
-        from timm.layers import convert_sync_batchnorm  # torch's conversion, and of timm's norms with an activation
-
-        convert_sync_batchnorm(module, group)
-    else:
+def use_global_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Make every batch norm in `module` use the statistics of the batches of all ranks of `group`; None: of this rank's."""
+    if group is not None:
         _replace(module, lambda norm: GlobalBatchNorm(norm, group))
 
 
-def set_route(module: nn.Module, route: Route) -> None:
-    """Select the norm layers that the next forward of `module` uses."""
-    assert route in ROUTES, route
+def set_route(module: nn.Module, route: Route | Views) -> None:
+    """Select the norm layers that the next forward of `module` uses: one for all rows, or one for the rows of each view."""
     for child in module.modules():
-        if isinstance(child, RoutedNorm):
+        if isinstance(child, (RoutedNorm, GlobalBatchNorm)):
             child.route = route
+
+
+def takes_views(module: nn.Module) -> bool:
+    """True if a forward of several views gives each its own statistics: batch norms, if there are any, must be global ones."""
+    return all(isinstance(child, GlobalBatchNorm) for child in module.modules() if isinstance(child, _BatchNorm))
+
+
+def has_global_statistics(module: nn.Module) -> bool:
+    """True if forwards in training mode communicate."""
+    return any(isinstance(child, GlobalBatchNorm) for child in module.modules())
 
 
 def has_route(module: nn.Module, route: Route) -> bool:
@@ -179,16 +102,12 @@ def route_parameters(module: nn.Module, route: Route) -> list[nn.Parameter]:
 def untouched_statistics(module: nn.Module) -> Iterator[None]:
     """Context in which forwards in training mode use batch statistics and do not change running statistics."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    # Without running statistics, torch 2.15's SyncBatchNorm counts rows in float32; its kernel refuses that for bfloat16.
-    on_copies = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm)]
-    untracked = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]
-    for norm in untracked:
+    for norm in norms:
         norm.track_running_stats = False
     try:
-        with statistics_on_copies(on_copies):
-            yield
+        yield
     finally:
-        for norm in untracked:
+        for norm in norms:
             norm.track_running_stats = True
 
 

@@ -16,11 +16,17 @@ import torch
 from torch import nn
 
 from clae_dist.config import Config
-from clae_dist.config.method import Output, Route
+from clae_dist.config.method import Output, Route, Views
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
-from clae_dist.models.norms import evaluation_mode, statistics, untouched_statistics
+from clae_dist.models.norms import (
+    evaluation_mode,
+    has_global_statistics,
+    statistics,
+    takes_views,
+    untouched_statistics,
+)
 from clae_dist.parallel.average import WeightAverage
 from clae_dist.parallel.named_state import everywhere, gather_whole
 from clae_dist.runs.checkpoint import Piece, Place, sections
@@ -76,8 +82,8 @@ class Backend(ABC):
         """This rank's shard of every parameter, as plain tensors that may be written to."""
 
     @abstractmethod
-    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
-        """The output of a training forward: unit rows (B, D), or logits.
+    def embed(self, images: torch.Tensor, route: Route | Views, output: Output = "projections") -> torch.Tensor:
+        """The output of a training forward, of one view or of several (`joins_views`): unit rows (B, D), or logits.
 
         Of the forwards whose gradients are reduced together, the first one and the one of the last backward are projections.
         """
@@ -137,7 +143,7 @@ class Backend(ABC):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+    def attack_embed(self, images: torch.Tensor, route: Route | Views, **how: Any) -> torch.Tensor:
         """Unit rows (B, D), or as `how` asks the model, bypassing the wrapper, which expects a backward for every forward."""
         with self.autocast():
             return self.model(images, route, **how)
@@ -170,10 +176,15 @@ class Backend(ABC):
 
     def frozen(self) -> AbstractContextManager[None]:
         """Context in which parameters require no gradient, if attack.freeze says so: compiled blocks would compute it."""
+        return _without_gradients(self.model) if self._freezes() else nullcontext()
+
+    def _freezes(self) -> bool:
         freeze = self.config.attack.freeze
-        if freeze == "always" or (freeze == "auto" and self.config.train.compile):
-            return _without_gradients(self.model)
-        return nullcontext()
+        return freeze == "always" or (freeze == "auto" and self.config.train.compile)
+
+    def joins_views(self) -> bool:
+        """True if a forward of several views computes what one of each does, and communicates less."""
+        return takes_views(self.model) and (has_global_statistics(self.model) or self._sharded())
 
     def shares_forward(self) -> bool:
         """True if the attack may use the graph of the clean forward of x and the backward pass may use it again."""
@@ -286,8 +297,8 @@ class Backend(ABC):
         return False
 
     def average_local_statistics(self) -> None:
-        """Average running statistics over ranks if model.norm is "local". Called before saving and evaluating. Collective."""
-        if self.world.group is None or self.config.model.norm != "local":
+        """Average running statistics over ranks if they differ. Called before saving and evaluating. Collective."""
+        if self.world.group is None or not self.config.model.statistics_differ:
             return
         buffers = statistics(self.model)
         if buffers:  # one all-reduce for all of them

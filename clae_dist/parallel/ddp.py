@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clae_dist.config.method import Output, Route
+from clae_dist.config.method import Output, Route, Views
 from clae_dist.models.norms import ROUTES, route_parameters
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.named_state import State, load_optimizer_state, optimizer_pieces
@@ -61,9 +61,9 @@ class DdpBackend(Backend):
     def _shards(self) -> list[torch.Tensor]:
         return [parameter.data for parameter in self.model.parameters()]
 
-    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+    def embed(self, images: torch.Tensor, route: Route | Views, output: Output = "projections") -> torch.Tensor:
         """Unit rows (B, D), or logits, of a training forward."""
-        self._used |= {route, output}
+        self._used |= {output, *({route} if isinstance(route, str) else {one for one, _ in route})}
         with self.autocast():
             return self._wrapped(images, route, output=output)
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from clae_dist.config import Config
-from clae_dist.config.method import Output, Route
+from clae_dist.config.method import Output, Route, Views
 from clae_dist.errors import ConfigError
 from clae_dist.parallel.backend import Backend
 from clae_dist.parallel.deepspeed_extensions import explain, stale_locks
@@ -173,11 +173,11 @@ class DeepSpeedBackend(Backend):
         """Not at stage 3, which counts one backward pass through a module for each forward and frees its weights then."""
         return super().shares_forward() and self.stage < 3
 
-    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+    def embed(self, images: torch.Tensor, route: Route | Views, output: Output = "projections") -> torch.Tensor:
         """Unit rows (B, D), or logits, of a training forward, bypassing the engine like an attack's forward."""
         return self.attack_embed(images, route, output=output)
 
-    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+    def attack_embed(self, images: torch.Tensor, route: Route | Views, **how: Any) -> torch.Tensor:
         """Unit rows (B, D), or as `how` asks the model, bypassing the engine."""
         # ZeRO's flat buffers make weights contiguous again, so the images must be channels last.
         return super().attack_embed(images.contiguous(memory_format=torch.channels_last), route, **how)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from clae_dist.config.method import Output, Route
+from clae_dist.config.method import Output, Route, Views
 from clae_dist.errors import ConfigError
 from clae_dist.models.blocks import encoder_blocks
 from clae_dist.models.norms import RoutedNorm
@@ -96,7 +96,7 @@ class Fsdp2Backend(Backend):
 
     # ---- forward ----
 
-    def attack_embed(self, images: torch.Tensor, route: Route, **how: Any) -> torch.Tensor:
+    def attack_embed(self, images: torch.Tensor, route: Route | Views, **how: Any) -> torch.Tensor:
         """Unit rows (B, D), or as `how` asks the model. The units gather their parameters; a backward of it reduces nothing."""
         if not self._units:
             return super().attack_embed(images, route, **how)
@@ -104,7 +104,7 @@ class Fsdp2Backend(Backend):
         with set_checkpoint_early_stop(False):
             return self.model(images.contiguous(memory_format=torch.channels_last), route, **how)
 
-    def embed(self, images: torch.Tensor, route: Route, output: Output = "projections") -> torch.Tensor:
+    def embed(self, images: torch.Tensor, route: Route | Views, output: Output = "projections") -> torch.Tensor:
         """Unit rows (B, D), or logits, of a training forward."""
         rows = self.attack_embed(images, route, output=output)
         if self._units and rows.grad_fn is not None:
@@ -116,6 +116,9 @@ class Fsdp2Backend(Backend):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Context in which parameters require no gradient, if attack.freeze says so."""
+        if not self._freezes():
+            yield
+            return
         self._reshard()  # whole parameters take over what their parts ask for when they are gathered
         with super().frozen():
             yield

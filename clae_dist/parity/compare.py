@@ -207,10 +207,10 @@ def _sign_agreement(found: Observation, one: Observation, dtype: str) -> float:
 def likely_cause(config: Config, world_size: int, dtype: str, wrong: list[str], many: Observation, one: Observation) -> str:
     """The usual cause of the first difference in `wrong`; settings that explain it come first."""
     model = build_model(config).encoder
-    if config.model.norm == "local" and has_batch_statistics(model):
+    if config.model.statistics_differ and has_batch_statistics(model):
         return (
-            "model.norm is 'local': every rank normalises with its own batch statistics, so that W ranks are another model "
-            "than one; model.norm=global makes them the same."
+            f"model.{config.model.statistics_differ}: ranks normalise with batch statistics of their own, so that W ranks are "
+            "another model than one; model.norm=global makes them the same (with model.norm_group=all)."
         )
     if config.batch.micro_size and has_batch_statistics(model):
         return (

@@ -103,7 +103,7 @@ class SyntheticRun:
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        self.backend = make_backend(config, build_model(config, world.group, on_gpu=world.device.type == "cuda"), world)
+        self.backend = make_backend(config, build_model(config, world.norm_group(config.model.norm_group)), world)
         self.backend.model.train()
         self._run = replace(
             make_pretraining(config, world, self.backend, Clock(world.device)),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from clae_dist.config import Config, Parallel
 from clae_dist.cores import threads_per_rank
+from clae_dist.devices import tf32
 from clae_dist.errors import OK, UNEXPECTED, ClaeError, ConfigError
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
@@ -86,7 +84,7 @@ def examine(config: Config, world: World, steps: int) -> Parity:
 
     Raises ConfigError, RankError.
     """
-    with without_tf32():
+    with tf32(allowed=False):
         here, plain, dtype = World.single(world.device), alone(config), config.train.precision
         one, starts = world.run_on_main(lambda: reference(plain, here, steps, dtype))
         many = observe(config, world, steps, starts)
@@ -102,17 +100,3 @@ def examine(config: Config, world: World, steps: int) -> Parity:
 
         parity: Parity = world.run_on_main(result)
         return parity
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Context in which a GPU computes float32 products and convolutions with 24 bits; cuDNN uses 11 by default."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed

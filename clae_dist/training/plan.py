@@ -10,6 +10,7 @@ import torch
 
 from clae_dist.config import Config
 from clae_dist.contrast.step import Moment
+from clae_dist.cores import usable_cores
 from clae_dist.data.loader import num_workers
 from clae_dist.errors import DataError
 from clae_dist.parallel import Backend
@@ -72,20 +73,25 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     size, rows = config.batch.global_size, config.rows_per_rank(world.size)
     micro = f", {config.batch.micro_size} at a time with all negatives" if config.batch.micro_size else ""
     projector = "with" if config.method.embeds == "projections" else "without"
+    group = config.model.norm_group
+    of_group = "" if group == "all" else " of each node" if group == "node" else f" of each {group} ranks"
     streams = f"{1 + len(config.data.mixture)} sets" if config.data.mixture else f"{config.num_streams} canonical streams"
     hosts = sorted(set(world.gather_objects(platform.node())))
     yield (
         f"ranks: {world.size} on {count_of(len(hosts), 'host')}, {world.device.type}, "
         f"{count_of(torch.get_num_threads(), 'torch thread')} each; {backend.describe()}"
     )
-    yield f"precision: {backend.precision} ({backend.precision_reason})"
+    products = "in TF32 (train.tf32)" if config.train.tf32 else "without TF32"
+    rounding = f"; float32 products {products}" if world.device.type == "cuda" else ""
+    yield f"precision: {backend.precision} ({backend.precision_reason}){rounding}"
     yield (
         f"model: {config.model.encoder} {projector} projector, {backend.num_parameters:,} parameters, "
-        f"{config.model.norm} batch statistics"
+        f"{config.model.norm} batch statistics{of_group}"
     )
     yield (
         f"batch: {size} images = {world.size} x {rows}{micro}; {streams}; "
-        f"{count_of(num_workers(config, world.local_size), 'loader process', 'loader processes')} a rank"
+        f"{count_of(num_workers(config, world.local_size), 'loader process', 'loader processes')} a rank "
+        f"({count_of(usable_cores(), 'core')} for {count_of(world.local_size, 'rank')})"
     )
     skipped = 0 if config.data.mixture else plan.num_samples - plan.steps_per_epoch * size
     rest = f"; {skipped:,} are skipped, different ones each epoch" if skipped else ""

@@ -87,8 +87,8 @@ def read_step(folder: Path, shards: str, permission: Permission = NOTHING) -> tu
 
 
 def num_ranks(config: Config, wanted: dict[str, Any]) -> int:
-    """How many ranks a replay needs: one holds the whole batch, unless batch statistics were those of each rank."""
-    return int(wanted["world_size"]) if config.model.norm == "local" else 1
+    """How many ranks a replay needs: one holds the whole batch, unless batch statistics were those of some ranks."""
+    return int(wanted["world_size"]) if config.model.statistics_differ else 1
 
 
 def _tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,7 +109,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     """Takes the step again, on every rank of `world`. A collective. Raises ConfigError and DataError."""
     step = int(wanted["step"])
     train = open_sets(Session(config, world, say=lambda text: None)).train
-    model = build_model(config, world.group, on_gpu=world.device.type == "cuda")
+    model = build_model(config, world.norm_group(config.model.norm_group))
     model.load_state_dict(_tensors(folder / "model.safetensors", model.state_dict()))
     backend = make_backend(config, model, world)
     for name, value in _tensors(folder / "method.safetensors", backend.method_state).items():

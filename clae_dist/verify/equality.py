@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from clae_dist.config import Parallel
+from clae_dist.devices import tf32
 from clae_dist.errors import ConfigError
 from clae_dist.parity.compare import TOLERANCE, Parity, compare_steps
 from clae_dist.parity.observe import observe, reference
-from clae_dist.parity.run import alone, examine, without_tf32
+from clae_dist.parity.run import alone, examine
 from clae_dist.verify.check import Check, Precision, SkippedError, Subject, Verdict
 from clae_dist.world import World
 
@@ -99,7 +100,7 @@ def compiled(subject: Subject, world: World) -> Verdict:
     _require_compiler(world)
     eager = subject.tiny(world.size, "float32", parallel=Parallel())
     eager = replace(eager, train=replace(eager.train, compile=False, activation_checkpointing=False))
-    with without_tf32():
+    with tf32(allowed=False):
         plain = alone(eager)
         one, starts = world.run_on_main(lambda: reference(plain, World.single(world.device), _STEPS, "float32"))
         fast = observe(replace(eager, train=replace(eager.train, compile=True)), world, _STEPS, starts)

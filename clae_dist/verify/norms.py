@@ -42,7 +42,7 @@ def _kinds(world: World) -> dict[str, Callable[[nn.Module], nn.Module]]:
     on_gpu = world.device.type == "cuda"
 
     def ours(module: nn.Module) -> nn.Module:
-        use_global_statistics(module, world.group, on_gpu=on_gpu)
+        use_global_statistics(module, world.group)
         return module
 
     def torchs(module: nn.Module) -> nn.Module:

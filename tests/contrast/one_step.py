@@ -13,7 +13,7 @@ import torch.distributed as dist
 from clae_dist.config import Batch, Config, Data, Optim, Train
 from clae_dist.contrast import distributed
 from clae_dist.contrast.interface import Moment
-from clae_dist.contrast.step import pretrain_step
+from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
 from clae_dist.parallel.ddp import DdpBackend
@@ -58,16 +58,14 @@ def run_step(world: World, norm: str, config: Config, wrong: str = "") -> Found:
             rows = run.contrast.rows(backend.attack_embed(x_try, "adversarial"))
             (input_grad,) = torch.autograd.grad(run.contrast(rows.constant(), rows), x_try)
         assert all(p.grad is None or not p.grad.any() for p in backend.model.parameters()), "the attack left a gradient"
-        seen: list[torch.Tensor] = []
-        embed = run.encoding.embed
+        seen: list[TrainingStep] = []
 
-        def watched(images: torch.Tensor, *settings: Any, **more: Any) -> Any:
-            seen.append(images)
-            return embed(images, *settings, **more)
+        def watched(*given: Any) -> TrainingStep:
+            seen.append(TrainingStep(*given))
+            return seen[0]
 
-        run.encoding.embed = watched  # type: ignore[method-assign]
-        metrics = pretrain_step(run, (x, y), Moment())
-    return Found(metrics.loss, backend.grads, input_grad, seen[2].detach())
+        metrics = pretrain_step(run, (x, y), Moment(), watched)
+    return Found(metrics.loss, backend.grads, input_grad, seen[0].attacks[0].found.images.detach())
 
 
 def settings(variant: steps.Variant, objective: str = "nt_xent", gather: str = "auto", micro: int = 0) -> Config:

@@ -41,16 +41,16 @@ def four_views(rows: list[torch.Tensor]) -> torch.Tensor:
 
 def test_loss_and_gradient_are_supcons_at_its_scale() -> None:
     tried = Tried(AdvClSettings(radius=2.0), BATCH, "group")
-    images = [tried.attacked[0], tried.x, tried.y, high_pass(tried.third, 2.0)]
+    images = [tried.x, tried.y, high_pass(tried.third, 2.0), tried.attacked[0]]
     rows = [tried.model(view).detach().requires_grad_() for view in images]
-    wanted = TEMPERATURE / 0.07 * four_views(rows)
+    wanted = TEMPERATURE / 0.07 * four_views([rows[-1], *rows[:-1]])
     total = tried.step.total(tried.terms)
     torch.testing.assert_close(total, wanted, rtol=0, atol=1e-11)
     gradients = torch.autograd.grad(wanted, rows)
     total.backward()
     for embedding, gradient in zip(tried.step.embeddings, gradients, strict=True):
         torch.testing.assert_close(embedding.z.grad, gradient, rtol=0, atol=1e-11)
-    assert [embedding.route for embedding in tried.step.embeddings] == ["adversarial", "clean", "clean", "clean"]
+    assert [embedding.route for embedding in tried.step.embeddings] == ["clean", "clean", "clean", "adversarial"]
 
 
 def test_the_weak_view_is_attacked_away_from_all_others() -> None:
@@ -78,8 +78,8 @@ def test_asymmetry_changes_no_value_and_half_of_the_gradient() -> None:
     half, of_half = total_and_gradients(AdvClSettings(radius=2.0, asymmetry=0.5))
     _, of_other = total_and_gradients(AdvClSettings(radius=2.0, asymmetry=0.9))
     torch.testing.assert_close(half, plain, rtol=0, atol=1e-12)
-    assert not torch.allclose(of_half[0], of_plain[0])
-    assert not torch.allclose(of_half[0], of_other[0])
+    assert not torch.allclose(of_half[-1], of_plain[-1])
+    assert not torch.allclose(of_half[-1], of_other[-1])
 
 
 def test_rocl_is_the_symmetric_form_with_twice_the_weight() -> None:

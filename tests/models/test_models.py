@@ -1,4 +1,4 @@
-"""Encoders by name, routes of norm layers, and the global batch norm."""
+"""Encoders by name, and routes of norm layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from clae_dist.methods.simclr import SimClr
 from clae_dist.models import build_model
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import (
-    GlobalBatchNorm,
     RoutedNorm,
     add_routes,
     random_layers,
@@ -22,8 +21,6 @@ from clae_dist.models.norms import (
     single_route_state,
     untouched_statistics,
 )
-from clae_dist.world import World
-from tests.ranks import RankPool
 
 
 def model_of(encoder: str, image_size: int = 32, **settings: object) -> nn.Module:
@@ -171,20 +168,6 @@ def test_untouched_statistics_uses_batch_statistics_and_leaves_no_trace() -> Non
     assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-def test_untouched_statistics_of_torchs_sync_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel for bfloat16 needs running statistics to be there, so that it gets copies."""
-    model = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm2d(3)).train()
-    kept = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
-    given, forward = [], F.batch_norm
-    monkeypatch.setattr(F, "batch_norm", lambda x, mean, *more: given.append(mean) or forward(x, mean, *more))
-    with untouched_statistics(model):
-        model(torch.rand(8, 3, 4, 4))
-    assert [mean is None for mean in given] == [False, True]
-    now = dict(model.named_buffers())
-    assert all(now[name] is buffer and torch.equal(buffer, before) for name, buffer, before in kept)
-    assert model[0].track_running_stats
-
-
 def test_simclr_without_attack_has_one_route() -> None:
     model = build_model(Config(data=Data(image_size=32), model=Model(encoder="small_resnet"), method=SimClr.Settings()))
     assert not any(isinstance(m, RoutedNorm) for m in model.modules())
@@ -197,58 +180,6 @@ def test_single_route_state_loads_into_the_plain_encoder(encoder: str) -> None:
     plain.load_state_dict(single_route_state(model.encoder.state_dict()), strict=True)
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(plain.eval()((x - model.mean) / model.std).flatten(1), model.features(x))
-
-
-# ---- batch norm over the global batch ----
-
-
-def make_norm(group: object) -> nn.BatchNorm2d | GlobalBatchNorm:
-    norm = nn.BatchNorm2d(5, momentum=0.3).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.linspace(-1, 2, 5))
-        norm.bias.copy_(torch.linspace(1, -1, 5))
-    return norm if group is None else GlobalBatchNorm(norm, group)  # type: ignore[arg-type]
-
-
-def rows() -> torch.Tensor:
-    x = torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return x + torch.arange(12, dtype=torch.float64).view(12, 1, 1, 1) + 100  # ranks' means far apart, and far from zero
-
-
-def on_rank(world: World, _: int) -> tuple[torch.Tensor, ...]:
-    norm = make_norm(world.group).train()
-    x = rows().chunk(world.size)[world.rank].clone().requires_grad_()
-    y = norm(x)
-    (y.sin() * y.detach().cos()).sum().backward()
-    return (
-        y.detach(),
-        x.grad,
-        norm.weight.grad,
-        norm.bias.grad,
-        norm.running_mean,
-        norm.running_var,
-        norm.num_batches_tracked,
-    )  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_global_batch_norm_equals_one_process(ranks: RankPool, world_size: int) -> None:
-    found = ranks.run(world_size, on_rank, 0)
-    y, x_grad, weight_grad, bias_grad, mean, variance, count = on_rank(World.single("cpu"), 0)
-    tight = {"atol": 1e-10, "rtol": 0}  # float64, values around 100
-    torch.testing.assert_close(torch.cat([f[0] for f in found]), y, **tight)
-    torch.testing.assert_close(torch.cat([f[1] for f in found]), x_grad, **tight)
-    torch.testing.assert_close(sum(f[2] for f in found), weight_grad, **tight)
-    torch.testing.assert_close(sum(f[3] for f in found), bias_grad, **tight)
-    for f in found:
-        torch.testing.assert_close(f[4], mean, **tight)
-        torch.testing.assert_close(f[5], variance, **tight)
-        assert f[6] == count == 1
-
-
-def test_global_batch_norm_evaluates_with_running_statistics() -> None:
-    norm, x = make_norm(None).eval(), rows()
-    torch.testing.assert_close(GlobalBatchNorm(norm, None).eval()(x), norm(x))  # type: ignore[arg-type]
 
 
 def test_routes_then_global_statistics_keep_both() -> None:

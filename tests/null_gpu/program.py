@@ -7,17 +7,13 @@ and spawned ranks import this module as well.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import sys
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.modules import _functions
 
 from clae_dist import world
 from clae_dist.parallel import deepspeed as deepspeed_backend
@@ -30,10 +26,7 @@ _null = ctypes.CDLL("libnull_gpu.so")
 for _name in ("null_gpu_count", "null_gpu_allocations"):
     getattr(_null, _name).restype = ctypes.c_long
 
-_is_capturing = torch.cuda.is_current_stream_capturing
-_norm_forward = _functions.SyncBatchNorm.forward
 _step = run.pretrain_step
-_in_norm = threading.local()
 _prepare_deepspeed = deepspeed_backend._prepare
 _eigh = torch.linalg.eigh
 STEPS: list[dict[str, int]] = []  # what each training step counted
@@ -47,25 +40,6 @@ def counts() -> dict[str, int]:
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     """True everywhere, also on the CPU, where a checkpoint's weights came from the device."""
     return torch.ones(tensor.shape, dtype=torch.bool).to(tensor.device)
-
-
-@contextlib.contextmanager
-def _as_if_captured() -> Iterator[None]:
-    """torch's SyncBatchNorm drops ranks whose count, read from the device, is zero, unless a graph is being captured."""
-    _in_norm.now = True
-    try:
-        yield
-    finally:
-        _in_norm.now = False
-
-
-def _capturing() -> bool:
-    return getattr(_in_norm, "now", False) or _is_capturing()
-
-
-def _normalise(*arguments: Any) -> torch.Tensor:
-    with _as_if_captured():
-        return _norm_forward(*arguments)
 
 
 def _eigenvectors(matrix: torch.Tensor) -> Any:
@@ -118,10 +92,8 @@ def devices() -> list[int]:
 torch.backends.cudnn.enabled = False  # a library of its own, which is not replaced
 torch.Tensor.isfinite = _finite  # type: ignore[assignment,method-assign]
 torch.isfinite = _finite
-torch.cuda.is_current_stream_capturing = _capturing
 torch.linalg.eigh = _eigenvectors
 deepspeed_backend._prepare = _prepare
-_functions.SyncBatchNorm.forward = staticmethod(_normalise)  # type: ignore[assignment]
 world.World.flags_anywhere = _flags_anywhere  # type: ignore[method-assign]
 world.World.broadcast = _broadcast  # type: ignore[method-assign]
 run.pretrain_step = _counted_step

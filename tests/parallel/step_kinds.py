@@ -59,7 +59,7 @@ def blocks_model(norm: str, group: torch.distributed.ProcessGroup | None = None,
         for parameter in model.parameters():  # norm layers do not start at 1 and 0, where mistakes would hide
             nn.init.normal_(parameter, std=0.5)
     if norm == "batch":
-        use_global_statistics(model.encoder, group, on_gpu=False)
+        use_global_statistics(model.encoder, group)
     return model.train()
 
 

@@ -13,7 +13,7 @@ from clae_dist.methods.clae import Clae
 from clae_dist.parity import observe as observing
 from clae_dist.parity.compare import compare_steps, difference, table
 from clae_dist.parity.observe import Observation, Start, Tensors, observe, reference
-from clae_dist.parity.run import _without_tf32, alone
+from clae_dist.parity.run import alone
 from clae_dist.world import World
 from tests.parity.test_parity_tool import CONFIG
 
@@ -85,11 +85,3 @@ def test_a_wrong_attack_is_not_hidden() -> None:
     found = compare_steps(FLOAT32, 1, "float32", many, single, [one])
     assert found.delta_sign_agreement < 1
     assert found.param_grad.first
-
-
-def test_tf32_is_off_inside_and_as_before_outside() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    with _without_tf32():
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.allow_tf32 == before

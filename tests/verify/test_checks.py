@@ -51,7 +51,7 @@ def _load_something_else(run: SyntheticRun, state: Any) -> None:
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "all-gather": (calls, "all_gather", _own_rows),
-    "local statistics": (norms, "use_global_statistics", lambda module, group, on_gpu: None),
+    "local statistics": (norms, "use_global_statistics", lambda module, group: None),
     "too far": (Ball, "step", _too_far),
     "nowhere": (Ball, "step", _nowhere),
     "loading": (SyntheticRun, "load", _load_something_else),
