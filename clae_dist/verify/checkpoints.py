@@ -27,7 +27,7 @@ def check(subject: Subject, world: World) -> Verdict:
     saved: dict[str, Path] = {}
     tensors = 0
     for name, parallel in backends(subject).items():
-        folder = subject.work / "checkpoints" / name
+        folder = subject.work / "saved" / name
         try:
             require_backend(parallel)
             state = _save(subject, parallel, folder, world)

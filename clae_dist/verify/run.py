@@ -20,6 +20,7 @@ from clae_dist.errors import INTERRUPTED, OK, UNEXPECTED
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.torchrun import num_ranks, say_once
+from clae_dist.runs.folder import RunFolder
 from clae_dist.verify.check import Check, Subject, Verdict, verdict_of
 from clae_dist.verify.plan import checks
 from clae_dist.verify.ranks import on_new_ranks, on_these_ranks, timeout_s
@@ -52,7 +53,7 @@ def verify(request: Request, say: Say) -> Ending:
     if request.launcher == "ray":
         from clae_dist.launchers.ray_work import run_on_ray
 
-        return run_on_ray(_on_started_ranks, (request, _silent), workers, subject.device, subject.folder / "ray")
+        return run_on_ray(_on_started_ranks, (request, _silent), workers, subject.device, RunFolder(subject.folder).ray)
     return _here(request, say)
 
 
