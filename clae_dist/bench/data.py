@@ -23,7 +23,8 @@ from clae_dist.bench.loaders import measure_loaders
 from clae_dist.bench.measure import Row, Runs, Say, UnequalError, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
 from clae_dist.config import Augment, Data
-from clae_dist.data.augment import augment
+from clae_dist.data.augment import AUGMENT_DRAWS
+from clae_dist.data.augment_views import augment_views
 from clae_dist.data.decode import as_tensor, decode_rgb
 from clae_dist.data.loader import TrainingViews, make_order
 from clae_dist.data.shard_set import open_shards
@@ -104,8 +105,8 @@ def _stages(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -
     places = [chunk.reader.place(sample) for sample in range(count)]
     moved = chunk.crops(chunk.images)
     host = moved.pin_memory() if device.type == "cuda" else moved
-    draws = torch.rand(2, count, 10, generator=torch.Generator().manual_seed(0))
-    on_device = (moved.to(device)[0].float() / 255, moved.to(device)[1].float() / 255)
+    draws = torch.rand(2, count, AUGMENT_DRAWS, generator=torch.Generator().manual_seed(0))
+    on_device, strong = moved.to(device), replace(Augment(), blur=0.5)
     target = torch.empty((2, count, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
 
     def collate() -> None:
@@ -121,7 +122,7 @@ def _stages(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -
         "transfer": (f"the batch of both views to {device.type}", lambda: host.to(device, copy=True)),
         "augment": (
             f"flip, jitter, grey and blur of both views on {device.type}",
-            lambda: [augment(view, draw, replace(Augment(), blur=0.5)) for view, draw in zip(on_device, draws, strict=True)],
+            lambda: augment_views(on_device, draws, [strong] * 2, device, torch.float32),
         ),
     }
     return _measure("an image: each stage, one core", runs, count, settings, device)
@@ -131,10 +132,14 @@ def _augmentations(chunk: Chunk, settings: DataBench, device: torch.device, say:
     """Augmentation after the crop, compared with packages whose draws differ: the distributions must be equal."""
     say("augmentation: equal as distributions?")
     size, strong = settings.image_size, replace(Augment(), blur=0.5)
-    images = chunk.crops(chunk.images)[0].to(device).contiguous().float() / 255
+    views = chunk.crops(chunk.images)[:1].to(device)
+    images = views[0].contiguous().float() / 255
     one_by_one, kornia = v2.Compose(peers.photometric(size)), peers.kornia_photometric(size)
     runs: Runs = {
-        "ours": ("batched, each image with its own draws", lambda: augment(images, torch.rand(len(images), 10), strong)),
+        "ours": (
+            "batched, each image with its own draws, of uint8 pixels",
+            lambda: augment_views(views, torch.rand(1, len(images), AUGMENT_DRAWS), [strong], device, torch.float32)[0],
+        ),
         "v2": (
             "torchvision v2, image by image, as each needs its own draws",
             lambda: torch.stack(list(map(one_by_one, images))),

@@ -61,14 +61,18 @@ def pretrain_step(
     Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`taken`).
     """
     s = (make_step or TrainingStep)(run, batch, moment)
-    x, y, *s.more_views = run.augment(batch)
-    terms = run.method.losses(s, x, y)
-    loss = s.total(terms)
-    loss.backward()  # as far as the embeddings
-    run.encoding.backward(*s.waiting())
+    with run.timed("augmentation"):
+        x, y, *s.more_views = run.augment(batch)
+    with run.timed("forward"):
+        terms = run.method.losses(s, x, y)
+        loss = s.total(terms)
+    with run.timed("backward"):
+        loss.backward()  # as far as the embeddings
+        run.encoding.backward(*s.waiting())
     attack = s.attacks[0].measures() if s.attacks else {}
     run.beside()
-    update = run.encoding.backend.update(loss)
+    with run.timed("update"):
+        update = run.encoding.backend.update(loss)
     detached = {name: term.detach() for name, (_, term) in terms.items()}
     metrics = StepMetrics(loss.detach(), detached, update.norm, update.taken, attack)
     if not update.loss_is_finite:

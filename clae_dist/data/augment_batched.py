@@ -83,8 +83,8 @@ def augment_batched(
                 part = _Parameters([], {}, {name: values[begin:end] for name, values in p.numbers.items()})
                 _APPLY.get(operation, _matrix)(x[begin:end], part, operation)
         x = _mix_channels(p.numbers["mix"], x)[i["place"]]
-        if "taps" in p.numbers:
-            x = _blur(x, p.numbers["taps"])
+        if len(i["blurred"]):
+            x.index_copy_(0, i["blurred"], _blur(x[i["blurred"]], p.numbers["taps"]))
     return x.view(images_Vn3SS.shape)
 
 
@@ -94,17 +94,15 @@ def augment_batched(
 def _parameters(
     draws_VnA: torch.Tensor, settings: Sequence[Augment], scale: float, side: int
 ) -> tuple[list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Edges of the groups, integers, and float64 numbers (n, k) in the order of the groups, but for the taps."""
+    """Edges of the groups, integers, and float64 numbers (n, k) in the order of the groups; taps of blurred images alone."""
     columns = [_image_parameters(draws, one, scale, side) for draws, one in zip(draws_VnA, settings, strict=True)]
     numbers = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
     groups = numbers.pop("group")[:, 0].long()
     order = groups.argsort(stable=True)
     edges = [0, *groups.bincount(minlength=_ALONE + 1).cumsum(0).tolist()]
     flipped = numbers.pop("flipped")[order].bool()
-    taps = numbers.pop("taps")
-    numbers = {name: values[order] for name, values in numbers.items()}
-    if any((draws[:, BLUR] < one.blur).any() for draws, one in zip(draws_VnA, settings, strict=True)):
-        numbers["taps"] = taps
+    taps, blurred = numbers.pop("taps"), numbers.pop("blurred")[:, 0].nonzero()[:, 0]
+    numbers = {**{name: values[order] for name, values in numbers.items()}, "taps": taps[blurred]}
     forward = torch.arange(side)
     integers = {
         "image": order[:, None],
@@ -112,6 +110,7 @@ def _parameters(
         "channel": torch.arange(3)[:, None, None],
         "row": forward[:, None],
         "place": order.argsort(),
+        "blurred": blurred,
     }
     return edges, integers, numbers
 
@@ -133,7 +132,6 @@ def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side
     group = torch.where(jittered, _GROUP_OF[number], _ALONE)
     waits = (group == _GROUPS.index("CSH")) | (group == _GROUPS.index("SHC"))
     grey = (draws[:, GREY] < settings.grey).double()
-    taps = _taps(draws, settings, blur_radius(side))
     return {
         "group": group[:, None],
         "flipped": (draws[:, FLIP] < settings.flip)[:, None],
@@ -150,7 +148,8 @@ def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side
         "shift": 3 * shift[:, None] + torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64),
         "opposite": _OPPOSITE.expand(len(draws), 9),
         "mix": _towards_grey(1 - grey) * (scale * bright)[:, None],
-        "taps": taps,
+        "blurred": (draws[:, BLUR] < settings.blur)[:, None],
+        "taps": _taps(draws, settings, blur_radius(side)),
     }
 
 
@@ -164,11 +163,10 @@ def _towards_grey(factor: torch.Tensor) -> torch.Tensor:
 
 
 def _taps(draws: torch.Tensor, settings: Augment, radius: int) -> torch.Tensor:
-    """(n, T): Gaussians, and a single 1 where an image is not blurred."""
+    """(n, T): Gaussians."""
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-0.5 * (offsets / blur_sigmas(draws, settings).double()[:, None]) ** 2)
-    blurred = (draws[:, BLUR] < settings.blur)[:, None]
-    return torch.where(blurred, weights / weights.sum(1, keepdim=True), (offsets == 0).double())
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _to_device(
@@ -226,13 +224,12 @@ _APPLY = {"contrast": _contrast, "hue": _hue}
 
 
 def _blur(x: torch.Tensor, taps_nT: torch.Tensor) -> torch.Tensor:
-    """Two products with each image's own band matrix, an identity where it is not blurred."""
+    """Two products with each image's own band matrix. Each transposes the images, so that no copy is needed."""
     n, channels, side, _ = x.shape
     bands = _bands(side, taps_nT.shape[1] // 2, taps_nT.device, taps_nT.dtype)
-    across_nSS = (taps_nT @ bands).view(n, side, side)
-    x = torch.bmm(x.flatten(1, 2), across_nSS.transpose(1, 2)).view(n * channels, side, side)
-    down = across_nSS[:, None].expand(n, channels, side, side).reshape(n * channels, side, side)
-    return torch.bmm(down, x).view(n, channels, side, side)
+    band_nSS = (taps_nT @ bands).view(n, side, side)
+    columns_first = torch.bmm(band_nSS, x.flatten(1, 2).transpose(1, 2)).view(n, side * channels, side)
+    return torch.bmm(columns_first, band_nSS.transpose(1, 2)).view(n, side, channels, side).permute(0, 2, 3, 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import subprocess
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +13,9 @@ import torch
 from clae_dist.config import Augment
 from clae_dist.data.augment import augment
 from clae_dist.data.augment_batched import augment_batched
+
+_Batched = Callable[[torch.Tensor, torch.Tensor, Sequence[Augment]], torch.Tensor]
+_TRITON_CAPABILITY = (7, 0)
 
 
 def augment_views(
@@ -21,14 +27,33 @@ def augment_views(
 ) -> list[torch.Tensor]:
     """Return V times (n, 3, S, S) in [0, 1] on `device`, of uint8 views. A view without settings stays as it is.
 
-    The CPU computes only the operations that an image needs; other devices compute all views at once, in few kernels.
+    The CPU computes only the operations that an image needs. GPUs compute all views at once: in two Triton kernels, or in few
+    kernels of torch's where Triton does not run.
     """
     if device.type != "cpu":
         bare = replace(Augment().weakened(0.0), flip=0.0)
         views_Vn3SS = views_Vn3SS.to(device, non_blocking=True)
-        return [*augment_batched(views_Vn3SS, draws_VnA, [one or bare for one in settings]).to(dtype)]
+        return [*_batched(device)(views_Vn3SS, draws_VnA, [one or bare for one in settings]).to(dtype)]
     planar = (
         view.contiguous().float() / 255 for view in views_Vn3SS
     )  # operations a channel are half as fast on interleaved ones
     images = zip(planar, draws_VnA, settings, strict=True)
     return [(x if one is None else augment(x, draws, one)).to(dtype) for x, draws, one in images]
+
+
+@functools.cache
+def _batched(device: torch.device) -> _Batched:
+    """The fastest augmentation that runs on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        return augment_batched
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()  # compiles a part of Triton, for which it needs a C compiler
+    except (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton does not start, so that augmentation takes more kernels: {reason}", RuntimeWarning, stacklevel=2)
+        return augment_batched
+    from clae_dist.data.augment_triton import augment_fused
+
+    return augment_fused

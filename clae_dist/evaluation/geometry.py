@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from clae_dist.config import Augment
 from clae_dist.config.rules import Section, setting
 from clae_dist.contrast.spectrum import gram, rank_me
-from clae_dist.data.augment import AUGMENT_DRAWS, augment
+from clae_dist.data.augment import AUGMENT_DRAWS
+from clae_dist.data.augment_views import augment_views
 from clae_dist.data.draws import uniforms
 from clae_dist.data.evaluation_set import Views
 from clae_dist.data.views import CROP_DRAWS, crop_boxes, resized_crop
@@ -114,9 +115,8 @@ class Geometry(EvaluationProtocol):
         def work(_: int, views: Views) -> dict[str, torch.Tensor]:
             plain = _rows(place, model, place.pixels(views.views, model))
             ids = views.positions.numpy()
-            a, b = (
-                _rows(place, model, view_of(views.views, ids, subject.seed, view, settings).to(model.mean)) for view in (0, 1)
-            )
+            pair = (view_of(views.views, ids, subject.seed, view, settings, model.mean.device) for view in (0, 1))
+            a, b = (_rows(place, model, pixels.to(model.mean)) for pixels in pair)
             unit = [{name: F.normalize(rows.double(), dim=1) for name, rows in one.items()} for one in (a, b)]
             distances = {f"{name} distance": (unit[0][name] - unit[1][name]).square().sum(1) for name in plain}
             return {**plain, **distances}
@@ -156,11 +156,14 @@ def _measures(found: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
     return {**metrics, "images": float(len(found["features"]))}
 
 
-def view_of(images_n3SS: torch.Tensor, ids_n: np.ndarray, seed: int, view: int, settings: Augment) -> torch.Tensor:
-    """Augmented float images in [0, 1] of uint8 ones, on the CPU: a pure function of image, id, seed and view."""
+def view_of(
+    images_n3SS: torch.Tensor, ids_n: np.ndarray, seed: int, view: int, settings: Augment, device: torch.device
+) -> torch.Tensor:
+    """Augmented float32 images in [0, 1] on `device`, of uint8 ones on the CPU: a pure function of image, id, seed and view."""
     side = images_n3SS.shape[2]
     draws = uniforms(CROP_DRAWS + AUGMENT_DRAWS, seed, 0x6765, view, ids_n)
     sides = np.full(len(ids_n), side)
     boxes = crop_boxes(draws[:, :CROP_DRAWS], sides, sides, settings.crop_scale, settings.crop_ratio)
     cuts = torch.stack([resized_crop(image, box, side) for image, box in zip(images_n3SS, boxes, strict=True)])
-    return augment(cuts.float() / 255, torch.from_numpy(draws[:, CROP_DRAWS:]).float().clamp_max(1 - 2**-24), settings)
+    rest = torch.from_numpy(draws[:, CROP_DRAWS:]).float().clamp_max(1 - 2**-24)
+    return augment_views(cuts[None], rest[None], [settings], device, torch.float32)[0]

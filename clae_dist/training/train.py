@@ -41,10 +41,12 @@ from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.opening import open_folder, resume
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
+from clae_dist.training.profiling import Profiling
 from clae_dist.training.pseudo_labels import with_pseudo_labels
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
+from clae_dist.training.usage import Usage
 from clae_dist.training.watch import ENDING, Watch
 from clae_dist.wording import count_of
 from clae_dist.world import World
@@ -101,6 +103,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)
     shapes = shapes_of(model)  # before it is wrapped: ZeRO-3 leaves parameters of no elements
+    usage = Usage.of(config, model, world)
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
     before = resume(session, backend, shapes)
@@ -110,12 +113,12 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         say(line)
     if first_step:
         say(f"resuming after step {first_step}")
+    seen = plan.images_seen(first_step)
     known: dict[str, Any] = {"tags": identity.tags, "dataset": TrackedSet.of(sets.train, config)}
     if first_step >= plan.total:
         say("this run is finished already; give another run_dir or name to start a new one.")
         if world.is_main and config.tracking.uses("mlflow"):
             watch.doing(ENDING, first_step)
-            seen = plan.images_seen(first_step)
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
             _log_encoder(config, late, sets.train, say)
             late.close("finished")
@@ -124,7 +127,6 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     ledger.resumed(first_step, say)
     tracker = Tracker()
     if world.is_main:
-        seen = plan.images_seen(first_step)
         tracker = build_trackers(
             config,
             config.folder,
@@ -137,7 +139,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     status: Status = "failed"
     try:
         bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, before.bad_samples)
-        journal = Journal(session, plan, tracker, bad, ledger, first_step, before.train_s)
+        journal = Journal(session, plan, tracker, bad, ledger, usage, first_step, before.train_s)
         nonfinite = NonFiniteSteps(session, backend, sets.train, before.skipped_steps)
         saving = Saving(session, backend)
         outcome = _Loop(session, backend, sets, plan, journal, stop, watch, bad, nonfinite, saving, first_step).run()
@@ -183,6 +185,7 @@ class _Loop:
         self.config, self.world, self.say = self.session.config, self.session.world, self.session.say
         self.clock = self.journal.clock
         self.alarms = Alarms(self.config, self.plan.total, self.say, self.journal.tag)
+        self.profiling = Profiling(self.session, self.plan.total)
         self.step = self.saved = self.first_step
         self.coming: Coming | None = None
 
@@ -197,6 +200,7 @@ class _Loop:
             self._settle()
             raise
         finally:
+            self.profiling.close()
             self.saving.close()
 
     def _run(self) -> LoopResult:
@@ -213,12 +217,13 @@ class _Loop:
         self.backend.model.train()
         self.clock.read()
         while self.step < plan.total:
+            self.profiling.at(self.step)
             batch = self._batch()
             if batch is None:
                 return self._stopped()
             measured: dict[str, float] = {}
             if self.step % every.diagnose_every == 0 or self.alarms.due(self.step):
-                with self.clock.stopped():
+                with self.clock.timed("diagnosis"):
                     measured = diagnose(run, batch)
                 measured |= self.alarms.judge(self.step, measured)
             rate = self._train_on(run, batch)
@@ -229,6 +234,7 @@ class _Loop:
             every_steps = self.config.checkpoint.every_steps
             if self.step == plan.total or (every_steps and self.step % every_steps == 0):
                 self._checkpoint(last=self.step == plan.total)
+        self.profiling.at(self.step)
         self._settle()
         self.say(f"finished: {count_of(self.step, 'step')}, {plan.images_seen(self.step):,} images")
         return LoopResult("finished", self.step)

@@ -179,15 +179,18 @@ def test_a_pass_resumes_with_the_batches_that_are_missing(
     assert result["results"] == fresh["results"]
 
 
+CPU = torch.device("cpu")
+
+
 def test_alignment_views_are_pure_functions_of_the_image() -> None:
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ids = np.arange(5)
-    whole = view_of(images, ids, 3, 0, Augment())
+    whole = view_of(images, ids, 3, 0, Augment(), CPU)
     order = [4, 1]
-    assert torch.allclose(view_of(images[order], ids[order], 3, 0, Augment()), whole[order], atol=1e-6)
-    assert not torch.equal(view_of(images, ids, 3, 1, Augment()), whole)
+    assert torch.allclose(view_of(images[order], ids[order], 3, 0, Augment(), CPU), whole[order], atol=1e-6)
+    assert not torch.equal(view_of(images, ids, 3, 1, Augment(), CPU), whole)
     nothing = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0, jitter=0, grey=0)
-    assert torch.equal(view_of(images, ids, 3, 0, nothing), images.float() / 255)
+    assert torch.equal(view_of(images, ids, 3, 0, nothing, CPU), images.float() / 255)
     assert alignment(whole.flatten(1).double(), whole.flatten(1).double()) == 0
 
 

@@ -16,6 +16,14 @@ import torch
 _HERE = Path(__file__).parent
 _RUNTIME = re.compile(r"^(cuda[A-Z]|cublas[A-Z]|nccl[A-Z])")
 _DRIVER = re.compile(r"^cu[A-Z]")
+_OF_TRITON = {
+    "cuCtxGetLimit",
+    "cuCtxSetCurrent",
+    "cuCtxSetLimit",
+    "cuFuncSetAttribute",
+    "cuFuncSetCacheConfig",
+    "cuModuleUnload",
+}
 _FLAGS = ("-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unused-parameter")
 
 
@@ -54,7 +62,7 @@ def build(folder: Path) -> NullGpu:
     libraries = Path(torch.__file__).parent / "lib"
     asked = _undefined(libraries.glob("libtorch_cuda*.so"), _RUNTIME)
     asked |= _undefined([libraries / "libc10_cuda.so", libraries / "libtorch_nvshmem.so"], _RUNTIME)
-    driver = _undefined([libraries / "libcaffe2_nvrtc.so"], _DRIVER)
+    driver = _undefined([libraries / "libcaffe2_nvrtc.so"], _DRIVER) | _OF_TRITON
     flags = [compiler, *_FLAGS, f"-I{_HERE}", f"-I{includes}"]
     _library(flags, folder / "libnull_gpu.so", ["runtime.c", "libraries.c"], asked, "-lpthread", "-ldl")
     _library(flags, folder / "libcuda.so.1", ["driver.c"], driver, "-Wl,-soname,libcuda.so.1")

@@ -118,8 +118,8 @@ def test_two_gpus_train_and_resume(two: Trained, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_the_host_waits_once_a_step(one: Trained, two: Trained, backend: str) -> None:
-    """To hear if the loss and the gradient are finite. A thread that writes a checkpoint may wait during a step as well, and DDP
-    reads 8 times of its own in each of its first 10 forwards."""
+    """To hear if the loss and the gradient are finite. A thread that writes a checkpoint may wait during a step as well, and
+    DDP reads 8 times of its own in each of its first 10 forwards."""
     for trained in (one, two):
         of_ddp = 8 if backend == "ddp" and trained is two else 0
         for report in trained.ranks:
@@ -198,23 +198,53 @@ def test_visible_devices_are_heard(null_gpu: NullGpu) -> None:
 
 
 _AUGMENTATION = """
-import ctypes, torch
+import ctypes, json, torch
 from clae_dist.config import Augment
 from clae_dist.data.augment_batched import augment_batched
+from clae_dist.data.augment_views import augment_views
 null = ctypes.CDLL("libnull_gpu.so")
 null.null_gpu_count.restype = ctypes.c_long
-views = torch.zeros(2, 16, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 1, 4, 2, 3)
-draws = torch.rand(2, 16, 10) * 0.999
-for _ in range(2):
-    before = [null.null_gpu_count(number) for number in range(2)]
-    augment_batched(views, draws, [Augment(blur=0.5)] * 2)
-print(*(null.null_gpu_count(number) - count for number, count in enumerate(before)))
+device, settings, found = torch.device("cuda:0"), [Augment(blur=0.5)] * 2, {}
+for side in (32, 224):
+    views = torch.zeros(2, 16, side, side, 3, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
+    draws = torch.rand(2, 16, 10) * 0.999
+    actions = {
+        "batched": lambda: augment_batched(views, draws, settings),
+        "as in training": lambda: augment_views(views, draws, settings, device, torch.float32),
+    }
+    for name, action in actions.items():
+        for _ in range(2):
+            before = [null.null_gpu_count(number) for number in range(2)]
+            action()
+        found[f"{name} {side}"] = [null.null_gpu_count(number) - count for number, count in enumerate(before)]
+print(json.dumps(found))
 """
 
 
 def test_the_augmentation_launches_few_kernels_and_never_waits(null_gpu: NullGpu) -> None:
     done = python(null_gpu, 1, "-c", _AUGMENTATION)
     assert done.returncode == 0, done.stderr
-    launches, waits = map(int, done.stdout.split())
-    assert 0 < launches <= 40  # products are the null cuBLAS's and not among them
-    assert waits == 0
+    found = json.loads(done.stdout)
+    for side in (32, 224):
+        launches, waits = found[f"batched {side}"]
+        assert 0 < launches <= 40  # products are the null cuBLAS's and not among them
+        assert waits == 0
+        assert found[f"as in training {side}"] == [2, 0]  # Triton's two kernels
+
+
+_WITHOUT_A_COMPILER = """
+import torch, warnings
+from clae_dist.data.augment_batched import augment_batched
+from clae_dist.data import augment_views
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert augment_views._batched(torch.device("cuda:0")) is augment_batched
+print(*(warning.message for warning in caught if "Triton" in str(warning.message)))
+"""
+
+
+def test_without_triton_the_augmentation_is_batched_and_says_so(null_gpu: NullGpu, tmp_path: Path) -> None:
+    nothing_compiled = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": str(tmp_path), "CC": ""}
+    done = python(null_gpu, 1, "-c", _WITHOUT_A_COMPILER, **nothing_compiled)
+    assert done.returncode == 0, done.stderr
+    assert "Triton does not start" in done.stdout
