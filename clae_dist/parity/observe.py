@@ -20,6 +20,7 @@ from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.data.loader import num_views_of
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
+from clae_dist.parallel.backend import Update
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
@@ -214,10 +215,10 @@ def _keep_gradients(backend: Backend) -> Tensors:
     kept: Tensors = {}
     update = backend.update
 
-    def keeping() -> torch.Tensor:
+    def keeping(loss: torch.Tensor | None = None) -> Update:
         kept.update({name: value.detach().cpu() for name, value in backend.gradients().items()})
         backend.update = update  # type: ignore[method-assign]
-        return update()
+        return update(loss)
 
     backend.update = keeping  # type: ignore[method-assign]
     return kept
