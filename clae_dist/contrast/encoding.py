@@ -36,7 +36,7 @@ class AttackedModel(Protocol):
 
 
 class Updated(Protocol):
-    """What became of a step (clae_dist/parallel/backend.Update)."""
+    """The outcome of a step (clae_dist/parallel/backend.Update)."""
 
     @property
     def norm(self) -> torch.Tensor: ...

@@ -49,7 +49,7 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step: the gradient's norm before clipping, and whether the weights were updated."""
+    """The outcome of a step: the gradient's norm before clipping, and whether the weights were updated."""
 
     norm: torch.Tensor
     loss_is_finite: bool  # on every rank
