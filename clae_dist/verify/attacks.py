@@ -35,7 +35,11 @@ def check(subject: Subject, world: World) -> Verdict:
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
     for name, config in _cases(subject, world.size):
-        row = _examine(config, world)
+        try:
+            row = _examine(config, world)
+        except Exception as error:
+            error.add_note(f"case: {name}")
+            raise
         rows.append({"case": name, **row})
         problems += [f"{name}: {problem}" for problem in row["problems"]]
     raised = [row["raised"] for row in rows if row["raised"] is not None]

@@ -95,7 +95,8 @@ def failure(error: Exception, rank: int | None = None) -> Verdict:
     where = "" if rank is None else f"rank {rank}: "
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     text = "".join(traceback.format_exception(error))
-    return Verdict("fail", reason=f"{where}{type(error).__name__}: {lines[0]}", error=text)
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return Verdict("fail", reason=f"{where}{type(error).__name__}: {lines[0]}{notes}", error=text)
 
 
 def verdict_of(run: Callable[[], Verdict], rank: int | None = None) -> Verdict:

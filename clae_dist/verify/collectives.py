@@ -22,7 +22,8 @@ from clae_dist.world import World
 
 QUICK = (4 << 10, 1 << 20, 16 << 20)  # bytes of the largest tensor of a call
 FULL = (1 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20)
-_REPEATS, _SECONDS = 5, 0.2
+_SMALL = 1 << 20  # bytes
+_REPEATS, _REPEATS_OF_SMALL = 5, 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def check(subject: Subject, world: World) -> Verdict:
             wrong = _wrong_ranks(call, world)
             if wrong:
                 problems.append(f"{name} of {amount(num_bytes)}: wrong values on rank {', '.join(map(str, wrong))}")
-            seconds = _seconds(call, world)
+            seconds = _seconds(call, world, num_bytes)
             figures = {"seconds": seconds, "bus_bytes_per_s": num_bytes * call.link_share / seconds, "right": not wrong}
             rows.append({"collective": name, "bytes": num_bytes, **figures})
     rates = [f"{row['collective']} {amount(row['bus_bytes_per_s'])}/s" for row in rows if row["bytes"] == rows[-1]["bytes"]]
@@ -104,17 +105,14 @@ def _wrong_ranks(call: _Call, world: World) -> list[int]:
     return [rank for rank, fine in enumerate(world.gather_objects(right)) if not fine]
 
 
-def _seconds(call: _Call, world: World) -> float:
-    """Median time of the slowest rank."""
-
-    def one() -> float:
+def _seconds(call: _Call, world: World, num_bytes: int) -> float:
+    """Median over repeats of the time of the slowest rank. The repeats depend on nothing measured: all ranks have as many."""
+    times = []
+    for _ in range(_REPEATS if num_bytes > _SMALL else _REPEATS_OF_SMALL):
         world.flags_anywhere(False)  # all ranks begin together
         begin = time.perf_counter()
         call.run()
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
-        return world.largest(time.perf_counter() - begin)
-
-    first = one()
-    repeats = max(_REPEATS, min(20, int(_SECONDS / max(first, 1e-6))))
-    return statistics.median(one() for _ in range(repeats))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(map(max, zip(*world.gather_objects(times), strict=True)))

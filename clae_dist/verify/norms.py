@@ -30,9 +30,9 @@ def check(subject: Subject, world: World) -> Verdict:
         for dtype, bound in _BOUNDS.items():
             differences = _differences(convert, dtype, world)
             figures[f"{kind} {str(dtype).removeprefix('torch.')}"] = differences
-            problems += [
-                f"{kind}, {dtype}: {name} differs by {value:.1e}" for name, value in differences.items() if not value <= bound
-            ]
+            name, worst = max(differences.items(), key=lambda item: item[1])
+            if not worst <= bound:
+                problems.append(f"{kind}, {dtype}: {name} differs by {worst:.1e}")
     figure = ", ".join(f"{name} {max(values.values()):.1e}" for name, values in figures.items())
     return Verdict.of(problems, figure, **figures)
 

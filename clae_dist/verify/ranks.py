@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import shutil
 import threading
@@ -22,6 +23,7 @@ from clae_dist.verify.check import Check, SkippedError, Subject, Verdict, failur
 from clae_dist.world import World, abandon, connect
 
 _STOP_WITHIN_S = 1.0
+_DUMP_BEFORE_S = 2.0  # before the limit, ranks write their stacks
 _LATER_S = 10.0  # other ranks leave a hung check after rank 0, which writes the record
 
 
@@ -42,14 +44,15 @@ def on_new_ranks(check: Check, subject: Subject) -> Verdict:
     errors = [json.loads(path.read_text()) for path in _errors(subject).glob("*.json")]
     if ending.code == UNEXPECTED and errors:  # the first one: a rank that left has caused those of the others
         return Verdict(**min(errors, key=lambda error: error["at"])["verdict"])
-    return Verdict("fail", reason=ending.message or f"exit code {ending.code}")
+    stacks = [f"{path.stem}:\n{text}" for path in sorted(_errors(subject).glob("*.stack")) if (text := path.read_text())]
+    return Verdict("fail", reason=ending.message or f"exit code {ending.code}", error="\n".join(stacks))
 
 
 def _rank(check: Check, subject: Subject) -> Ending:
     """The work of a rank. A rank that raises an error leaves alone; the launcher then ends the others."""
     rank = 0
     try:
-        with connect(timeout_s(subject), subject.device) as world:
+        with connect(timeout_s(subject), subject.device) as world, _stacks_kept(subject, world.rank):
             rank = world.rank
             torch.set_num_threads(threads_per_rank(world.local_size))
             return Ending(OK, _encoded(merged(world.gather_objects(check.run(subject, world)))))
@@ -61,8 +64,21 @@ def _rank(check: Check, subject: Subject) -> Ending:
         return Ending(UNEXPECTED, "")
 
 
+@contextmanager
+def _stacks_kept(subject: Subject, rank: int) -> Iterator[None]:
+    """Context in which a crash of this process, or the end of the check's limit, leaves the stacks of its threads in a file."""
+    with (_errors(subject) / f"rank-{rank}.stack").open("w") as file:
+        faulthandler.enable(file)
+        faulthandler.dump_traceback_later(max(1.0, subject.limit_s - _DUMP_BEFORE_S), file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.disable()
+
+
 def _errors(subject: Subject) -> Path:
-    """Folder of the errors that ranks raised in a check."""
+    """Folder of the errors and stacks of the ranks in a check."""
     return subject.work / "errors"
 
 

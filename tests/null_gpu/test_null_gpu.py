@@ -248,3 +248,18 @@ def test_without_triton_the_augmentation_is_batched_and_says_so(null_gpu: NullGp
     done = python(null_gpu, 1, "-c", _WITHOUT_A_COMPILER, **nothing_compiled)
     assert done.returncode == 0, done.stderr
     assert "Triton does not start" in done.stdout
+
+
+@pytest.mark.slow
+def test_checks_of_verify_fail_by_values_alone(null_gpu: NullGpu, tmp_path: Path) -> None:
+    done = python(null_gpu, 2, "-m", "tests.null_gpu.verified", str(tmp_path / "to"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    content = json.loads((tmp_path / "to" / "verify.json").read_text())
+    checks = {entry["check"]: entry for entry in content["checks"]}
+    assert {name: entry["error"] for name, entry in checks.items() if entry["error"]} == {}
+    assert [name for name, entry in checks.items() if "had no result" in entry["reason"]] == []
+    assert [rank["device"] for rank in checks["collectives"]["figures"]["ranks"]] == ["cuda:0", "cuda:1"]
+    assert len(checks["collectives"]["figures"]["rows"]) == 12
+    assert "SyncBatchNorm" in checks["batch norm"]["figure"]
+    assert len(checks["attacks"]["figures"]["rows"]) > 20
+    assert checks["checkpoints"]["figures"]["moves"] == [["ddp", "fsdp2"], ["fsdp2", "zero-1"], ["zero-1", "ddp"]]

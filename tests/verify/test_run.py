@@ -56,6 +56,7 @@ def test_a_check_that_fails_crashes_or_hangs_does_not_stop_the_others(monkeypatc
     assert "rank 1 of 2 was killed by SIGKILL" in reasons["is_killed"]
     assert "had no result after 5 s" in reasons["hangs"]
     assert "Traceback" in content["checks"][1]["error"]
+    assert "in hangs" in content["checks"][3]["error"]  # the stacks of both ranks
     assert content["checks"][-1]["verdict"] == "pass"
     assert "5 checks: 1 passed, 4 failed, 0 skipped" in table
 
