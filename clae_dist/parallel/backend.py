@@ -8,7 +8,7 @@ between ranks, a recomputed block that takes another route or counts its statist
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -70,6 +70,7 @@ class Backend(ABC):
         averaged, apart = of_keys if config.method.key_statistics == "own" else ([*of_keys[0], *of_keys[1]], [])
         self.keys = WeightAverage(averaged, config.method.key_decay, apart)
         self.method_state = self._method_state()
+        self._wait: Callable[[], None] | None = None
 
     # ---- implemented by a backend ----
 
@@ -155,6 +156,7 @@ class Backend(ABC):
 
         Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
         """
+        self._before_writing()
         own = self.config.method.key_statistics == "own"
         self._shards()  # only shards take the average: whole parameters go first, and again afterwards
         try:
@@ -195,11 +197,21 @@ class Backend(ABC):
 
         Returns the norm before clipping.
         """
+        self._before_writing()
         norm = self._step()
         if (self.average.decay or self.keys.decay) and norm.isfinite():
             self.average.update()
             self.keys.update()
         return norm
+
+    def call_before_writing(self, wait: Callable[[], None]) -> None:
+        """Call `wait` once, before the next write to parameters, optimiser or averages: a checkpoint is being copied."""
+        self._wait = wait
+
+    def _before_writing(self) -> None:
+        wait, self._wait = self._wait, None
+        if wait is not None:
+            wait()
 
     def gradient_norms(self) -> dict[str, float]:
         """Gradient norm of every parameter that still has a gradient. Collective."""
@@ -222,7 +234,7 @@ class Backend(ABC):
         parts = dict(zip(weights, shards, strict=True))
         for name, value in self.model.state_dict().items():
             place = self._place(weights[name]) if name in weights else everywhere(value, self.world)
-            yield place.piece(f"model/{name}", parts.get(name, value))
+            yield place.piece(f"model/{name}", parts.get(name, value), changes_in_forward=name not in weights)
         for (name, parameter), part in zip(weights.items(), self.average.parts, strict=False):  # none without an average
             yield self._place(parameter).piece(f"average/{name}", part)
         yield from self._key_pieces("keys/")
@@ -283,6 +295,7 @@ class Backend(ABC):
     @contextmanager
     def full_model(self) -> Iterator[PretrainModel]:
         """The model with unsharded weights (averaged, if there is an average). Forwards of it are not collective."""
+        self._before_writing()
         with self.average.in_place():
             if not self._sharded():
                 yield self.model
