@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         reason = f"auto: compute capability {major}.{minor}"
         return ("bfloat16", reason) if major >= 8 else ("float32", reason)
     return "float32", "auto: CPU"
+
+
+@dataclass(frozen=True)
+class Update:
+    """The outcome of a step: the gradient's norm before clipping, and whether the weights were updated."""
+
+    norm: torch.Tensor
+    loss_is_finite: bool  # on every rank
+    taken: bool
 
 
 class Backend(ABC):
@@ -105,10 +115,14 @@ class Backend(ABC):
         """Unsharded gradients by parameter name, averaged over ranks. Valid between backward and update. Collective."""
 
     @abstractmethod
-    def _step(self) -> torch.Tensor:
-        """Clip, step and clear the gradients; skip the step if the gradient's norm is non-finite.
+    def _gradient_norm(self) -> torch.Tensor | None:
+        """The norm of the whole gradient, on the device of every rank; None if only the step finds out."""
 
-        Returns the norm before clipping.
+    @abstractmethod
+    def _step(self, norm: torch.Tensor | None) -> torch.Tensor:
+        """Clip the gradient of this norm, step, and clear the gradients.
+
+        Returns the norm before clipping, non-finite if the step was skipped: only where `_gradient_norm` is None.
         """
 
     @abstractmethod
@@ -192,17 +206,23 @@ class Backend(ABC):
         """True if the attack may use the graph of the clean forward of x and the backward pass may use it again."""
         return not self.config.train.compile  # compiled blocks free their buffers in the first backward
 
-    def update(self) -> torch.Tensor:
-        """Take one optimiser step, unless the gradient's norm is non-finite: then call `discard`.
+    def update(self, loss: torch.Tensor | None = None) -> Update:
+        """Take one optimiser step, unless the gradient's norm or the `loss` of any rank is non-finite: then call `discard`.
 
-        Returns the norm before clipping.
+        The host waits for the device once, for both: a step that is skipped leaves every optimiser as it was.
         """
+        norm = self._gradient_norm()
+        known = [value.detach() for value in (loss, norm) if value is not None]
+        bad = self.world.flags_anywhere(*(~value.isfinite() for value in known)) if known else []
+        if any(bad):
+            return Update(torch.tensor(torch.nan) if norm is None else norm, not (bad[0] and loss is not None), taken=False)
         self._before_writing()
-        norm = self._step()
-        if (self.average.decay or self.keys.decay) and norm.isfinite():
+        after = self._step(norm)
+        taken = norm is not None or bool(after.isfinite())
+        if taken:
             self.average.update()
             self.keys.update()
-        return norm
+        return Update(after, loss_is_finite=True, taken=taken)
 
     def call_before_writing(self, wait: Callable[[], None]) -> None:
         """Call `wait` once, before the next write to parameters, optimiser or averages: a checkpoint is being copied."""

@@ -15,7 +15,7 @@ from clae_dist.methods import METHODS
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
 from clae_dist.parity.compare import Parity, compare_steps
-from clae_dist.parity.observe import _Run, observe, reference
+from clae_dist.parity.observe import SyntheticRun, observe, reference
 from clae_dist.parity.run import alone, tiny
 from clae_dist.recipe import recipe_names, resolve
 from clae_dist.world import World
@@ -123,7 +123,7 @@ def test_all_recipes_on_other_ranks_and_backends(ranks: RankPool, case: str, wor
 
 def two_steps(world: World, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state after one step and after the next."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     run.step(0)
     first = _copied(run.state())
     run.step(1)
@@ -132,7 +132,7 @@ def two_steps(world: World, config: Config) -> tuple[dict[str, Any], dict[str, A
 
 def one_more(world: World, config: Config, first: dict[str, Any]) -> dict[str, Any]:
     """The state one step after `first`, in a process that knows nothing else."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     run.load(first)
     run.step(1)
     return run.state()
