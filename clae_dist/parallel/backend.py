@@ -80,7 +80,7 @@ class Backend(ABC):
         averaged, apart = of_keys if config.method.key_statistics == "own" else ([*of_keys[0], *of_keys[1]], [])
         self.keys = WeightAverage(averaged, config.method.key_decay, apart)
         self.method_state = self._method_state()
-        self._wait: Callable[[], None] | None = None
+        self.wait_for_copy: Callable[[], None] = lambda: None  # set while a checkpoint is copied beside the next step
 
     # ---- implemented by a backend ----
 
@@ -224,14 +224,10 @@ class Backend(ABC):
             self.keys.update()
         return Update(after, loss_is_finite=True, taken=taken)
 
-    def call_before_writing(self, wait: Callable[[], None]) -> None:
-        """Call `wait` once, before the next write to parameters, optimiser or averages: a checkpoint is being copied."""
-        self._wait = wait
-
     def _before_writing(self) -> None:
-        wait, self._wait = self._wait, None
-        if wait is not None:
-            wait()
+        """Called before parameters, optimiser state or averages change."""
+        self.wait_for_copy()
+        self.wait_for_copy = lambda: None
 
     def gradient_norms(self) -> dict[str, float]:
         """Gradient norm of every parameter that still has a gradient. Collective."""

@@ -101,7 +101,7 @@ class Saving:
         self._pending = _Pending(step, info)
         copied = self._writer.begin(step, self._backend.pieces(), unchanged=last)
         if copied is not None:
-            self._backend.call_before_writing(lambda: self._wait_for(copied))
+            self._backend.wait_for_copy = lambda: self._wait_for(copied)
         self._last = time.monotonic()
         return time.perf_counter() - start
 

@@ -72,9 +72,9 @@ def check(ranks: RankPool, case: str, world_size: int, backend: str) -> None:
 def written_too_early(world: World, config: Config) -> tuple[int, list[str], bool]:
     """Of the tensors that a checkpoint copies while a step runs: the number of waits for the copy, those that the step wrote to
     before it, and whether it wrote to any afterwards."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     run.step(0)
-    backend, early, waits = run._backend, [], []
+    backend, early, waits = run.backend, [], []
     parts = [piece for piece in backend.pieces() if not piece.changes_in_forward]
     copied = [(piece.name, piece.tensor, piece.tensor.clone(), piece.tensor._version) for piece in parts]
 
@@ -87,7 +87,7 @@ def written_too_early(world: World, config: Config) -> tuple[int, list[str], boo
         waits.append(True)
         early.extend(changed())
 
-    backend.call_before_writing(wait)
+    backend.wait_for_copy = wait
     run.step(1)
     return len(waits), early, bool(changed())
 
