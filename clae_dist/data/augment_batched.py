@@ -145,15 +145,16 @@ def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side
         "last": _towards_grey(torch.where(waits, 1.0, saturation)),
         "last_bound": torch.where(waits, torch.inf, bounds[:, _SATURATION])[:, None],
         "hue_bound": bounds[:, _HUE, None],
-        "shift": 3 * shift[:, None] + torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64),
-        "opposite": _OPPOSITE.expand(len(draws), 9),
+        "shift": 6 * shift[:, None] + torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64),
+        "from_red": _FROM_RED.expand(len(draws), 6),
+        "one": torch.ones(len(draws), 1, dtype=torch.float64),
         "mix": _towards_grey(1 - grey) * (scale * bright)[:, None],
         "blurred": (draws[:, BLUR] < settings.blur)[:, None],
         "taps": _taps(draws, settings, blur_radius(side)),
     }
 
 
-_OPPOSITE = torch.tensor([0.0, 1, -1, -1, 0, 1, 1, -1, 0], dtype=torch.float64)  # green - blue, blue - red, red - green
+_FROM_RED = torch.tensor([-1.0, 1, 1, 0, 1, -1], dtype=torch.float64)  # green + blue - red, green - blue
 
 
 def _towards_grey(factor: torch.Tensor) -> torch.Tensor:
@@ -192,8 +193,8 @@ def _to_device(
 # ---- operations, on the device and in place ----
 
 
-def _mix_channels(matrices_n9: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(matrices_n9.unflatten(1, (3, 3)), x.flatten(2)).view(x.shape)
+def _mix_channels(matrices_nk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(matrices_nk.unflatten(1, (-1, 3)), x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _matrix(x: torch.Tensor, p: _Parameters, name: str) -> None:
@@ -206,17 +207,13 @@ def _contrast(x: torch.Tensor, p: _Parameters, name: str) -> None:
 
 
 def _hue(x: torch.Tensor, p: _Parameters, _: str) -> None:
-    """As augment.augment, with the circle 3 long: hue / 2 = index of the largest channel + opposite difference / (2 chroma).
-
-    A channel is smallest + chroma · clamp(2 d - 1, 0, 1), d its distance on the circle from the place where it is smallest.
-    """
-    value, largest = x.max(1, keepdim=True)
-    smallest = x.amin(1, keepdim=True)
+    """As augment.augment; a channel is smallest + chroma · clamp(d - 1, 0, 1), d its distance from where it is smallest."""
+    smallest, value = x.aminmax(dim=1, keepdim=True)
     chroma = (value - smallest).clamp_min_(_TINY)
-    opposite = _mix_channels(p.numbers["opposite"], x).gather(1, largest)
-    hue = torch.addcdiv(largest, opposite, chroma, value=0.5)
-    distance = (hue + p["shift"]).remainder_(3).sub_(1.5).abs_().clamp_(0.5, 1)
-    torch.addcmul(smallest - chroma, chroma, distance, value=2, out=x)
+    away, direction = _mix_channels(p.numbers["from_red"], x).split(1, 1)
+    hue = torch.addcdiv(p["one"], away - smallest, chroma).copysign_(direction)
+    distance = (hue + p["shift"]).remainder_(6).sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(smallest - chroma, chroma, distance, out=x)
     torch.minimum(x, p["hue_bound"], out=x)
 
 

@@ -14,7 +14,6 @@ from clae_dist.config import Augment
 from clae_dist.data.augment import augment
 from clae_dist.data.augment_batched import augment_batched
 
-_Batched = Callable[[torch.Tensor, torch.Tensor, Sequence[Augment]], torch.Tensor]
 _TRITON_CAPABILITY = (7, 0)
 
 
@@ -33,7 +32,7 @@ def augment_views(
     if device.type != "cpu":
         bare = replace(Augment().weakened(0.0), flip=0.0)
         views_Vn3SS = views_Vn3SS.to(device, non_blocking=True)
-        return [*_batched(device)(views_Vn3SS, draws_VnA, [one or bare for one in settings]).to(dtype)]
+        return [*augmentation_of(device)(views_Vn3SS, draws_VnA, [one or bare for one in settings]).to(dtype)]
     planar = (
         view.contiguous().float() / 255 for view in views_Vn3SS
     )  # operations a channel are half as fast on interleaved ones
@@ -42,8 +41,10 @@ def augment_views(
 
 
 @functools.cache
-def _batched(device: torch.device) -> _Batched:
-    """The fastest augmentation that runs on this device."""
+def augmentation_of(device: torch.device) -> Callable[..., torch.Tensor]:
+    """The fastest augmentation that runs on this device: of all views at once, except on CPUs."""
+    if device.type == "cpu":
+        return augment
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
         return augment_batched
     try:

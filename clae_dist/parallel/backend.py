@@ -8,7 +8,7 @@ between ranks, a recomputed block that takes another route or counts its statist
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,7 @@ class Backend(ABC):
         averaged, apart = of_keys if config.method.key_statistics == "own" else ([*of_keys[0], *of_keys[1]], [])
         self.keys = WeightAverage(averaged, config.method.key_decay, apart)
         self.method_state = self._method_state()
+        self.wait_for_copy: Callable[[], None] = lambda: None  # set while a checkpoint is copied beside the next step
 
     # ---- implemented by a backend ----
 
@@ -169,6 +170,7 @@ class Backend(ABC):
 
         Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
         """
+        self._before_writing()
         own = self.config.method.key_statistics == "own"
         self._shards()  # only shards take the average: whole parameters go first, and again afterwards
         try:
@@ -214,12 +216,18 @@ class Backend(ABC):
         bad = self.world.flags_anywhere(*(~value.isfinite() for value in known)) if known else []
         if any(bad):
             return Update(torch.tensor(torch.nan) if norm is None else norm, not (bad[0] and loss is not None), taken=False)
+        self._before_writing()
         after = self._step(norm)
         taken = norm is not None or bool(after.isfinite())
         if taken:
             self.average.update()
             self.keys.update()
         return Update(after, loss_is_finite=True, taken=taken)
+
+    def _before_writing(self) -> None:
+        """Called before parameters, optimiser state or averages change."""
+        self.wait_for_copy()
+        self.wait_for_copy = lambda: None
 
     def gradient_norms(self) -> dict[str, float]:
         """Gradient norm of every parameter that still has a gradient. Collective."""
@@ -242,7 +250,7 @@ class Backend(ABC):
         parts = dict(zip(weights, shards, strict=True))
         for name, value in self.model.state_dict().items():
             place = self._place(weights[name]) if name in weights else everywhere(value, self.world)
-            yield place.piece(f"model/{name}", parts.get(name, value))
+            yield place.piece(f"model/{name}", parts.get(name, value), changes_in_forward=name not in weights)
         for (name, parameter), part in zip(weights.items(), self.average.parts, strict=False):  # none without an average
             yield self._place(parameter).piece(f"average/{name}", part)
         yield from self._key_pieces("keys/")
@@ -303,6 +311,7 @@ class Backend(ABC):
     @contextmanager
     def full_model(self) -> Iterator[PretrainModel]:
         """The model with unsharded weights (averaged, if there is an average). Forwards of it are not collective."""
+        self._before_writing()
         with self.average.in_place():
             if not self._sharded():
                 yield self.model

@@ -12,7 +12,7 @@ _GROUPS = {
     "alarm": "alarm_collapse alarm_useless_attack alarm_masked_attack",
     "eval": "knn_accuracy knn_accuracy_low knn_accuracy_high linear_accuracy linear_accuracy_low linear_accuracy_high",
     "speed": "images_per_s data_wait_share augmentation_share forward_share attack_share backward_share update_share "
-    "diagnosis_share mfu peak_memory_gib checkpoint_blocked_s",
+    "diagnosis_share checkpoint_share mfu peak_memory_gib checkpoint_blocked_s",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "
     "goodput_lost_share goodput_idle_share",
 }

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 
 class Clock:
-    """Seconds by name since the last `read`. On a GPU, measured by events: only `read` and `stopped` synchronise."""
+    """Seconds by name since the last `read`. On a GPU, measured by events: only `read` and `stopped` may synchronise."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -62,8 +62,9 @@ class Clock:
         return total, spent
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Context (evaluation, checkpoints) whose time is not counted."""
-        start = self._now()
+    def stopped(self, *, synchronise: bool = True) -> Iterator[None]:
+        """Context (evaluation, checkpoints) whose time is not counted: of the host and a GPU, or of the host alone."""
+        now = self._now if synchronise else time.perf_counter
+        start = now()
         yield
-        self._since += self._now() - start
+        self._since += now() - start

@@ -24,7 +24,7 @@ GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
 MOST_WAIT = WAITING  # percent of the time for data, above which a run says what to change
 
 
-PHASES = ("augmentation", "forward", "attack", "backward", "update", "diagnosis")
+PHASES = ("augmentation", "forward", "attack", "backward", "update", "diagnosis", "checkpoint")
 
 
 class _Time:

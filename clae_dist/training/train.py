@@ -141,7 +141,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, before.bad_samples)
         journal = Journal(session, plan, tracker, bad, ledger, usage, first_step, before.train_s)
         nonfinite = NonFiniteSteps(session, backend, sets.train, before.skipped_steps)
-        saving = Saving(session, backend)
+        saving = Saving(session, backend, journal.clock)
         outcome = _Loop(session, backend, sets, plan, journal, stop, watch, bad, nonfinite, saving, first_step).run()
         status = outcome.status
         journal.close(outcome.step)
@@ -303,7 +303,7 @@ class _Loop:
             "bad_samples": dict(self.bad.known),
             "skipped_steps": self.nonfinite.skipped,
         }
-        with self.clock.stopped():
+        with self.clock.stopped(synchronise=last):
             if last:  # that of a moment ago
                 self.saving.settle()
             blocked_s = self.saving.save(self.step, info, last=last)

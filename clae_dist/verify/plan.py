@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 
 from clae_dist.errors import ConfigError
-from clae_dist.verify import attacks, checkpoints, collectives, equality, host, norms, resume
+from clae_dist.verify import attacks, augmentation, checkpoints, collectives, equality, host, norms, resume
 from clae_dist.verify.check import Check, Subject
 
 
@@ -30,6 +30,7 @@ def _every(subject: Subject) -> Iterator[Check]:
         "collectives", "all-gather, all-reduce, reduce-scatter, broadcast: values, time, rate", "ranks", collectives.check
     )
     yield Check("batch norm", "statistics of all ranks against one process in float64", "ranks", norms.check)
+    yield Check("augmentation", "that of the device against that of the CPU in float64", "ranks", augmentation.check)
     yield from equality.parity_checks(subject)
     yield Check("attacks", "every method takes a step, every attack raises its loss within ε", "ranks", attacks.check)
     yield Check("checkpoints", "saved under one backend, loaded under another", "ranks", checkpoints.check)

@@ -91,12 +91,13 @@ def always_in_data(recipe: Recipe, debug: bool) -> Ending:
     return in_data(recipe, debug)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "cause", "answer"),
     [
-        pytest.param(stopped, "does not answer: stopped, killed or cut off", 1, marks=pytest.mark.slow),
+        (stopped, "does not answer: stopped, killed or cut off", 1),
         (in_data, "waits for data, which the loader does not give", 2),
-        pytest.param(in_a_collective, "where no other rank comes; rank 0 on", 2, marks=pytest.mark.slow),
+        (in_a_collective, "where no other rank comes; rank 0 on", 2),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_the_run_goes_on_to_the_same_bits(

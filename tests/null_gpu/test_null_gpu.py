@@ -238,7 +238,7 @@ from clae_dist.data.augment_batched import augment_batched
 from clae_dist.data import augment_views
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    assert augment_views._batched(torch.device("cuda:0")) is augment_batched
+    assert augment_views.augmentation_of(torch.device("cuda:0")) is augment_batched
 print(*(warning.message for warning in caught if "Triton" in str(warning.message)))
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from clae_dist.bench.step import _flops as flops_of
 from clae_dist.bench.step import one_step
 from clae_dist.bench.steps import Kind, make_images, prepare, variants
 from clae_dist.config import Attack, Batch, Config, Views
@@ -14,6 +13,7 @@ from clae_dist.errors import ConfigError
 from clae_dist.methods.clae import Clae
 from clae_dist.methods.moco import MoCo
 from clae_dist.methods.simclr import SimClr
+from clae_dist.models.flops import flops_of
 from clae_dist.studies.budget import Cost, steps_for_images, steps_for_seconds
 from clae_dist.studies.cells import plan_cells
 from clae_dist.studies.study import read_study

@@ -108,8 +108,8 @@ def test_what_is_logged(finished_run: Callable[[int], Config]) -> None:
     for line in lines:
         if "loss" in line:
             phases = [line[f"{name}_share"] for name in PHASES]
-            assert min(phases[:-1]) > 0
-            assert (phases[-1] > 0) == ("wrong_sign_share" in line)  # a diagnosis
+            assert min(phases[: PHASES.index("diagnosis")]) > 0
+            assert (line["diagnosis_share"] > 0) == ("wrong_sign_share" in line)
             assert sum(phases) <= 100
             assert line["peak_memory_gib"] > 0.05
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
