@@ -81,6 +81,12 @@ def test_what_is_right_passes(ranks: RankPool, world_size: int, encoder: str) ->
         )
 
 
+def test_views_of_one_forward_are_recomputed_along_their_routes(ranks: RankPool) -> None:
+    config = replace(CONFIG, train=replace(CONFIG.train, activation_checkpointing=True))
+    for found in ranks.run(2, on_ranks, config, ""):
+        assert found.passed, found
+
+
 @pytest.mark.parametrize(
     "variant",
     [
