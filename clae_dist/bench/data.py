@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from clae_dist.bench import data_peers as peers
@@ -36,6 +37,7 @@ QUICK = DataBench(image_size=64, chunk=8, repeats=3, workers=(0, 1), batches=2, 
 
 _DRAWN = 500  # images whose augmentations are compared as distributions
 _APART = 0.05  # of the range of a pixel: four times the difference of two such draws of ours
+_DECODERS_APART = 8.0  # of 255 levels, on average: a GPU's decoder interpolates colours in another way
 _LEVELS = 3  # of 255: two decoders and two antialiased resizers round differently
 
 
@@ -51,6 +53,8 @@ def bench(settings: DataBench, say: Say) -> Outcome:
             note = "images: synthetic, 500 x 500 pixels; name a folder of shards to measure with yours"
         chunk = Chunk.of(manifest, settings)
         rows = [*_crops(chunk, settings, device, say), *_stages(chunk, settings, device, say)]
+        if device.type == "cuda":
+            rows += decoding(chunk, settings, device, say)
         rows += _augmentations(chunk, settings, device, say)
         rows += [*_batches(chunk, settings, device, say), *_samples(chunk, settings, device, say)]
         rows += measure_loaders(chunk, settings, say)
@@ -126,6 +130,32 @@ def _stages(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -
         ),
     }
     return _measure("an image: each stage, one core", runs, count, settings, device)
+
+
+def decoding(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:
+    """JPEG decoding on the GPU, by torchvision, against one core of the host. Raises UnequalError."""
+    say("JPEG decoding on the device: equal?")
+    encoded = [as_tensor(data) for data in chunk.jpegs]
+
+    def on_device() -> list[torch.Tensor]:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of torchvision, for torchcodec
+            return decode_jpeg(encoded, ImageReadMode.RGB, device=device)
+
+    there = [image.cpu().int() for image in on_device()]
+    pairs = zip(map(decode_rgb, chunk.jpegs), there, strict=True)
+    apart = max((a.int() - b).abs().float().mean().item() for a, b in pairs if a.shape == b.shape)  # one may be turned by EXIF
+    if apart > _DECODERS_APART:
+        raise UnequalError(f"decoding on {device.type} differs from ours by {apart:.2f} of 255 levels on average.")
+    say("JPEG decoding on the device: time")
+    size = sum(map(len, chunk.jpegs)) / len(chunk.jpegs)
+    runs: Runs = {
+        "host": (f"on one core, to pixels in host memory; {size:,.0f} B an image", lambda: list(map(decode_rgb, chunk.jpegs))),
+        "device": (
+            f"torchvision's decode_jpeg of the batch, to pixels on {device.type}, bytes sent; {apart:.2f} of 255 levels apart",
+            on_device,
+        ),
+    }
+    return _measure("an image: JPEG decoding, one core and the device", runs, len(chunk.jpegs), settings, device)
 
 
 def _augmentations(chunk: Chunk, settings: DataBench, device: torch.device, say: Say) -> list[Row]:

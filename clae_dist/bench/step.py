@@ -18,6 +18,7 @@ from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.devices import local_device
 from clae_dist.models.flops import flops_of
+from clae_dist.training.usage import peak_flops
 
 _NOTES = {
     "plain": "SimCLR without an attack",
@@ -48,7 +49,11 @@ CPU = (
 )
 FULL = StepBench()
 QUICK = StepBench((Kind("small residual network", "small_resnet", 32, 16, every_method=True), Kind(*_NARROW, 16, 8)), repeats=3)
-_AT_224 = (("ResNet-50", "torchvision/resnet50", 256), ("ViT-S/16", "timm/vit_small_patch16_224", 256))
+_AT_224 = (
+    ("ResNet-50", "torchvision/resnet50", 256),
+    ("ViT-S/16", "timm/vit_small_patch16_224", 256),
+    ("ViT-B/16", "timm/vit_base_patch16_224", 128),
+)
 CUDA = (
     Kind("ResNet-18", "torchvision/resnet18", 32, 512, "bfloat16", every_method=True),
     Kind(*_NARROW, 32, 512, "bfloat16"),
@@ -78,6 +83,8 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
     flops = {name: flops_of(step) for name, step in _eager(kind, compared, steps, images, device)}
     times = time_in_turns(steps, device, repeats, at_least_s=0.0)
     peaks = {name: added_bytes(step, device) for name, step in steps.items()}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_flops(gpu, kind.precision, tf32=torch.backends.cuda.matmul.allow_tf32)
     plain, shared_norms = times["plain"].median_s, prepared["exact"].shared_norms
     notes, figures = {}, {}
     for name, time in times.items():
@@ -89,6 +96,8 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
             more["cpu_to_plain"] = min(time.cpu) / min(times["plain"].cpu)
         more |= {"flops": flops[name], "flops_to_plain": flops[name] / flops["plain"]}
         more["flops_per_s"] = flops[name] / time.median_s
+        if peak:
+            more["mfu_percent"] = 100 * more["flops_per_s"] / peak
         floor = {"floor_s": plain * units / 6} if units else {}
         figures[name] = {"added_bytes": peaks[name], "more": more, **floor}
     return make_rows(kind.title(), notes, times, figures)

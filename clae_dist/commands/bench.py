@@ -22,7 +22,8 @@ and open_clip's losses.
              encoder, of each method of the recipes. Floor: the time of plain SimCLR times the forward and backward units
              that the method predicts (flops_to_plain x 6 are those counted).
   data       from shards to views, by stage and in total, with processes and with threads, beside Pillow's and torchvision's
-             SimCLR pipeline and plain WebDataset; how many cores a GPU needs. Floor: a JPEG's entropy decoding alone.
+             SimCLR pipeline, plain WebDataset and, on a GPU, its JPEG decoder; how many cores a GPU needs. Floor: a JPEG's
+             entropy decoding alone.
   checkpoint how long a save of 1 GB of state blocks training, beside torch.save and torch's async_save, and how long until
              it is committed. Floor: a copy of the same bytes. Written to the system's temporary folder.
   restart    from kill -9 of one of two ranks to the next new training step, by parts.

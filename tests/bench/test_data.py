@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torchvision.transforms import v2
 
 from clae_dist.bench import data, data_peers
+from clae_dist.bench.chunk import Chunk
 from clae_dist.bench.measure import UnequalError
 from clae_dist.cli import main
 from clae_dist.data.manifest import Manifest
@@ -46,6 +48,23 @@ def test_every_stage_beside_its_peers(manifest: Manifest) -> None:
     ready = next(row for row in found["rows"] if "JPEG to host-ready" in row["case"] and row["what"].startswith("ours:"))
     cores = 1000 * ready["median_s"]
     assert f"needs {cores:.1f} cores: data.workers={math.ceil(cores)}" in found["notes"][-1]
+
+
+def _chunk(manifest: Manifest) -> Chunk:
+    return Chunk.of(manifest, replace(SETTINGS, shards=str(manifest.folder)))
+
+
+def test_decoding_on_the_device_is_compared_with_the_hosts(manifest: Manifest) -> None:
+    rows = data.decoding(_chunk(manifest), SETTINGS, torch.device("cpu"), lambda text: None)
+    assert [row.name for row in rows] == ["host", "device"]
+    assert "0.00 of 255 levels apart" in rows[1].what  # the CPU's decoder is the one that we use
+
+
+def test_other_decoded_pixels_are_not_timed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data.decode_jpeg
+    monkeypatch.setattr(data, "decode_jpeg", lambda *given, **more: [255 - image for image in right(*given, **more)])
+    with pytest.raises(UnequalError, match="decoding on cpu differs from ours by"):
+        data.decoding(_chunk(manifest), SETTINGS, torch.device("cpu"), lambda text: None)
 
 
 def test_other_pixels_are_not_timed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
