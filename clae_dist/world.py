@@ -125,6 +125,11 @@ class World:
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
 
+    def send_from(self, rank: int, values: torch.Tensor) -> None:
+        """Makes a contiguous tensor, in place, that of `rank`. Collective."""
+        if self.group is not None:
+            dist.broadcast(values, group_src=rank, group=self.group)
+
     def largest(self, value: float) -> float:
         """The largest `value` of any rank, on every rank."""
         if self.group is None:

@@ -9,7 +9,7 @@ from clae_dist.deploy.initial import resolve
 from clae_dist.errors import ConfigError
 from clae_dist.parallel import Backend
 from clae_dist.recipe import Recipe
-from clae_dist.runs.checkpoint import Shapes, load_checkpoint, remove_leftovers
+from clae_dist.runs.checkpoint import Shapes, SharedCheckpoint, load_checkpoint, remove_leftovers
 from clae_dist.runs.claim import check_run_folder, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.tracking import check_tracking, new_run_key
@@ -71,12 +71,14 @@ def open_folder(recipe: Recipe, session: Session, manifest: Manifest) -> Identit
 
 
 def resume(session: Session, backend: Backend, shapes: Shapes) -> Before:
-    """Load the newest complete checkpoint, if any. Collective."""
+    """Load the newest complete checkpoint, if any. Collective; raises CheckpointError on every rank."""
     folder = session.config.folder
     session.world.run_on_main(lambda: remove_leftovers(folder))
     checkpoint = load_checkpoint(folder, session.say, session.world, shapes)
     if checkpoint is None:
         return Before()
-    backend.load_state(checkpoint.state())
+    shared = SharedCheckpoint(checkpoint, session.world)
+    backend.load_state(shared.state())
+    shared.agree()
     info = checkpoint.info
     return Before(checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clae_dist.config import Parallel, Train
-from clae_dist.runs.checkpoint import Checkpoint, Writer, load_checkpoint
+from clae_dist.runs.checkpoint import Checkpoint, SharedCheckpoint, Writer, load_checkpoint
 from clae_dist.world import World
 from tests.checkpoints import CPU
 from tests.parallel.step_kinds import Setup, take_step
@@ -45,7 +45,9 @@ def go_on(world: World, way: str, run_dir: Path, first: int, kinds: list[str], s
     backend = backend_of(world, setup_of(way))
     checkpoint = load_checkpoint(run_dir, pytest.fail, world)
     if checkpoint is not None:
-        backend.load_state(checkpoint.state())
+        shared = SharedCheckpoint(checkpoint, world)  # as a start does: every rank asks for the same tensors in the same order
+        backend.load_state(shared.state())
+        shared.agree()
     for number, kind in enumerate(kinds):
         take_step(backend, kind, first + number)
     if save:
