@@ -15,7 +15,7 @@ INTERRUPTED = 130
 
 EXIT_CODES = {
     OK: "success",
-    UNEXPECTED: "unexpected error; parity, replay, doctor and checkpoints: a difference or a problem was found",
+    UNEXPECTED: "unexpected error; parity, replay, verify, doctor and checkpoints: a difference or a problem was found",
     BAD_CONFIG: "a setting or an argument cannot be used",
     BAD_DATA: "the data cannot be used",
     FAILED: "a rank failed",

@@ -22,6 +22,20 @@ from clae_dist.errors import ConfigError, RankError, restarts
 
 
 @dataclass(frozen=True)
+class Flags:
+    """Flags of all ranks that are on their way."""
+
+    raised: torch.Tensor
+    work: dist.Work | None
+
+    def heard(self) -> list[bool]:
+        """Wait for the other ranks. Each flag, raised if it is raised on any rank."""
+        if self.work is not None:
+            self.work.wait()
+        return [value > 0 for value in self.raised.tolist()]
+
+
+@dataclass(frozen=True)
 class World:
     """`size` ranks, of which this is `rank`; `group` is None in a single process, where nothing is communicated."""
 
@@ -129,11 +143,16 @@ class World:
             yield turn
 
     def flags_anywhere(self, *flags: bool | torch.Tensor) -> list[bool]:
-        """Each flag, raised if it is raised on any rank. One small all-reduce for all of them."""
-        raised = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
-        if self.group is not None:
-            dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)
-        return [value > 0 for value in raised.tolist()]
+        """Each flag, raised if it is raised on any rank. One small all-reduce for all of them, and one wait."""
+        return self.announce(*flags).heard()
+
+    def announce(self, *flags: bool | torch.Tensor) -> Flags:
+        """Begin what `flags_anywhere` does. Flags that this host knows travel over the CPU, beside the device's work."""
+        device = self.device if any(isinstance(flag, torch.Tensor) for flag in flags) else torch.device("cpu")
+        raised = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
+        if self.group is None:
+            return Flags(raised, None)
+        return Flags(raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
 
     def agree(self, ok: bool | torch.Tensor, message: str) -> None:
         """Raises RankError on every rank, naming the ranks, unless `ok` holds on all of them."""

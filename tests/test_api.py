@@ -97,6 +97,7 @@ def test_the_end_of_ranks_as_an_exception(
     assert clae_dist.train(config) == clae_dist.TrainResult(config.folder, finished=False)
 
 
+@pytest.mark.slow
 def test_the_readmes_example(tmp_path: Path) -> None:
     """As a script, whose two ranks must not run it again."""
     from data_prep.__main__ import main as data_prep

@@ -95,7 +95,7 @@ def test_a_container_with_less_than_the_host_is_told(tmp_path: Path) -> None:
     cpu, memory = machine.limits(tmp_path)
     assert (cpu.level, memory.level) == ("warning", "warning")
     assert "0.5 cores by cgroup" in cpu.found
-    assert "train.threads" in cpu.advice
+    assert "raise the container's CPU limit" in cpu.advice
 
 
 def test_small_shared_memory_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_the_whole_job_on_a_small_budget(images: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     small = ["train.epochs=1", "optim.warmup_epochs=0", "train.log_every=2", "train.diagnose_every=3"]

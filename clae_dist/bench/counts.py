@@ -21,6 +21,7 @@ _WITHOUT_KERNEL |= {"lift_fresh", "detach", "set_", "resize_", "record_stream", 
 _WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 _COPIES = {"_to_copy", "copy_"}
 _GATHERING = {"index", "gather", "index_select", "embedding"}  # they read as much as they return
+_SCATTERING = {"index_copy_"}  # they read an index and rows, and write these rows
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def _moved(operation: Any, name: str, args: Any, kwargs: Any, outputs: list[torc
     if name in _GATHERING:
         indices = _tensors((args[1:], kwargs))
         return written + outputs[0].numel() * args[0].element_size() + sum(map(_num_bytes, indices))
+    if name in _SCATTERING:
+        return sum(map(_num_bytes, _tensors(args[1:]))) + _num_bytes(args[-1])
     only_written = {argument.name for argument in operation._schema.arguments if argument.is_out}
     read = _tensors((args[1:] if name in ("copy_", "fill_", "zero_") else args, _without(kwargs, only_written)))
     return written + sum(map(_num_bytes, read))

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from clae_dist.bench.measure import Row, Say, added_bytes, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
@@ -19,6 +17,7 @@ from clae_dist.bench.steps import Images, Kind, Variant, check, make_images, pre
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.devices import local_device
+from clae_dist.models.flops import flops_of
 
 _NOTES = {
     "plain": "SimCLR without an attack",
@@ -76,7 +75,7 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
     images, compared = make_images(kind, device), variants(kind)
     prepared = {name: prepare(kind, variant, device) for name, variant in compared.items()}
     steps = {name: one_step(run, images) for name, run in prepared.items()}
-    flops = {name: _flops(step) for name, step in _eager(kind, compared, steps, images, device)}
+    flops = {name: flops_of(step) for name, step in _eager(kind, compared, steps, images, device)}
     times = time_in_turns(steps, device, repeats, at_least_s=0.0)
     peaks = {name: added_bytes(step, device) for name, step in steps.items()}
     plain, shared_norms = times["plain"].median_s, prepared["exact"].shared_norms
@@ -105,26 +104,6 @@ def _eager(
     """The steps without compilation, as the products in compiled blocks cannot be counted."""
     for name, variant in compared.items():
         yield name, one_step(prepare(replace(kind, compile=False), variant, device), images) if kind.compile else steps[name]
-
-
-def _flops(step: Callable[[], Any]) -> float:
-    """Floating-point operations of the products and convolutions in one step, as torch counts them."""
-    with _CountFlops() as counter:
-        step()
-    return counter.total
-
-
-class _CountFlops(TorchDispatchMode):
-    """torch's FlopCounterMode without its hooks by module, with which autograd.grad fails."""
-
-    total = 0.0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        formula = flop_registry.get(operation._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def one_step(run: Pretraining, images: Images) -> Callable[[], Any]:

@@ -219,4 +219,4 @@ def _fused_by_hand(run: Pretraining, images: Images, settings: AdversarialTerm) 
     a, b, c = rows(x, "clean"), rows(clean_y, "clean"), rows(y_adv, "adversarial")
     loss = run.contrast(a, b) + settings.alpha * run.contrast(Rows(a.mine[chosen], a.all[chosen]), c)
     backend.backward(loss)
-    return [loss.detach(), backend.update(), *_parameters(run)]
+    return [loss.detach(), backend.update().norm, *_parameters(run)]

@@ -27,6 +27,7 @@ NAMES = (
     "parity",
     "bench",
     "doctor",
+    "verify",
     "completion",
 )
 

@@ -50,7 +50,8 @@ class Data(Section, prefix="data"):
         ge=-1,
         no_effect=True,
         hint="-1 is automatic, 0 loads in the training process",
-        help="Loader processes per rank. -1: chosen from this machine's cores; 0: load in the training process.",
+        help="Loader processes per rank. -1: the rank's share of this machine's cores but one, at most 16; 0: load in the "
+        "training process.",
     )
     verify: Literal["sha256", "size"] = setting(
         "sha256", no_effect=True, help="How shards on this machine are checked when a run starts."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from clae_dist.config.rules import Section, setting
 from clae_dist.errors import ConfigError
+
+_MOST_PROFILED = 100  # steps: a trace has some megabytes for each
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,16 @@ class Train(Section, prefix="train"):
     )
     log_every: int = setting(10, ge=1, no_effect=True, help="Steps between metric lines.")
     diagnose_every: int = setting(
-        50, ge=1, no_effect=True, help="Steps between measurements of the attack and of the embedding space."
+        200,
+        ge=1,
+        no_effect=True,
+        help="Steps between measurements of the attack and of the embedding space, each about as long as a step.",
+    )
+    profile_steps: str = setting(
+        "",
+        no_effect=True,
+        help="Steps to trace with torch's profiler, FIRST:LAST, such as 20:25 for the five steps after step 20. The first 8 "
+        "ranks write traces to RUN/profile.",
     )
     knn_every: float = setting(10.0, ge=0, zero="never", no_effect=True, help="Epochs between kNN evaluations.")
     knn_features: Literal["encoder", "projection"] = setting(
@@ -67,11 +79,22 @@ class Train(Section, prefix="train"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        window = re.fullmatch(r"(\d{1,12}):(\d{1,12})", self.profile_steps)
+        self.require(
+            not self.profile_steps or (window is not None and 0 < int(window[2]) - int(window[1]) <= _MOST_PROFILED),
+            "profile_steps",
+            f"use FIRST:LAST with at most {_MOST_PROFILED} steps, such as 20:25 for the five steps after step 20.",
+        )
         if self.compile and self.activation_checkpointing:
             raise ConfigError(
                 "train.compile is true together with train.activation_checkpointing, whose second forward must know the "
                 "route of the first, which compiled blocks do not; use one of them."
             )
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace, counted from 0."""
+        return range(*map(int, self.profile_steps.split(":"))) if self.profile_steps else range(0)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class _PerAnchorLoss(torch.autograd.Function):
         terms = [(index, scale, objective.signs[index]) for index, scale in enumerate(scales) if scale]
 
         def own(views: list[int]) -> Iterator[Weights]:
-            shifts_SA = shift_BVS[:, views].permute(2, 1, 0).flatten(1)
+            shifts_SA = shift_BVS[:, views[0] : views[-1] + 1].permute(2, 1, 0).flatten(1)
             return (Weights(scale, sign, row_shift=shifts_SA[index]) for index, scale, sign in terms)
 
         def of_columns(view: int) -> Iterator[Weights]:
@@ -297,7 +297,7 @@ def _adjoints(
         grad_pos_A, grad_lse_AS = torch.autograd.grad(
             losses_A.sum(), (pos_A, lse_AS), allow_unused=True, materialize_grads=True
         )
-    factor_S = lse_AS.new_tensor([scale * sign for scale, sign in zip(scales, objective.signs, strict=True)])
-    size_AS = grad_lse_AS * factor_S
+    factors = [scale * sign for scale, sign in zip(scales, objective.signs, strict=True)]
+    size_AS = torch.stack([grad_A * factor for grad_A, factor in zip(grad_lse_AS.unbind(1), factors, strict=True)], 1)
     shift_AS = torch.where(size_AS == 0, -torch.inf, size_AS.log() - lse_AS.detach())
     return losses_A.detach().mean(), grad_pos_A, shift_AS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Pretraining(Attacking):
     shared_norms: bool  # both routes of norm layers are the same function
     augment: Callable[[Any], tuple[torch.Tensor, ...]]  # batch -> views (B, 3, S, S) in [0, 1] on the device: x, y, a third
     timed: Callable[[str], AbstractContextManager[None]]  # accounts for where the time goes
+    beside: Callable[[], None]  # called once a step, when the device has all of its forwards and backwards to do
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class StepMetrics:
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]  # the method's, unweighted
     grad_norm: torch.Tensor
+    taken: bool = True  # False: the gradient was not finite, and nothing was updated
     attack: dict[str, torch.Tensor] = field(default_factory=dict)  # of the step's first attack: Attacked.measures
 
 
 class NonFinite(RankError):
-    """The loss is not finite: nothing was updated, gradients are still there, and `metrics` has no grad_norm."""
+    """The loss is not finite: nothing was updated, and gradients are still there."""
 
     def __init__(self, message: str, metrics: StepMetrics) -> None:
         super().__init__(message)
@@ -56,26 +58,26 @@ def pretrain_step(
 ) -> StepMetrics:
     """One update on the global batch. Collective.
 
-    Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`grad_norm`).
+    Raises NonFinite on every rank when the loss of any is not finite. A gradient that is not is left unused (`taken`).
     """
     s = (make_step or TrainingStep)(run, batch, moment)
-    x, y, *s.more_views = run.augment(batch)
-    terms = run.method.losses(s, x, y)
-    loss = s.total(terms)
-    loss.backward()  # as far as the embeddings
-    run.encoding.backward(*s.waiting())
-    metrics = StepMetrics(
-        loss.detach(),
-        {name: term.detach() for name, (_, term) in terms.items()},
-        loss.new_tensor(torch.nan),
-        s.attacks[0].measures() if s.attacks else {},
-    )
-    try:
-        _agree_on_finite(run, loss, s.embeddings)
-    except RankError as error:
-        raise NonFinite(str(error), metrics) from None
-    metrics = replace(metrics, grad_norm=run.encoding.backend.update())
-    if run.state and metrics.grad_norm.isfinite():
+    with run.timed("augmentation"):
+        x, y, *s.more_views = run.augment(batch)
+    with run.timed("forward"):
+        terms = run.method.losses(s, x, y)
+        loss = s.total(terms)
+    with run.timed("backward"):
+        loss.backward()  # as far as the embeddings
+        run.encoding.backward(*s.waiting())
+    attack = s.attacks[0].measures() if s.attacks else {}
+    run.beside()
+    with run.timed("update"):
+        update = run.encoding.backend.update(loss)
+    detached = {name: term.detach() for name, (_, term) in terms.items()}
+    metrics = StepMetrics(loss.detach(), detached, update.norm, update.taken, attack)
+    if not update.loss_is_finite:
+        raise NonFinite(_cause(run, loss, s.embeddings), metrics)
+    if run.state and update.taken:
         with torch.no_grad():
             run.method.after_update(s)
     return metrics
@@ -167,21 +169,23 @@ class TrainingStep(Step):
         return lambda _: self.run.encoding.input_gradient_of(embedding, loss)
 
 
-def _agree_on_finite(run: Pretraining, loss: torch.Tensor, embeddings: list[Embedding]) -> None:
-    """Raise RankError on every rank unless the loss is finite everywhere.
+def _cause(run: Pretraining, loss: torch.Tensor, embeddings: list[Embedding]) -> str:
+    """The likely cause of a loss that is non-finite on some rank, the same on every rank. Collective.
 
     With global negatives all ranks see a non-finite loss: the message names the ranks whose own embeddings are non-finite,
     those of clean views first.
     """
-    if not run.world.flags_anywhere(~loss.detach().isfinite())[0]:
-        return
-    for embedding in embeddings:
+    try:
+        for embedding in embeddings:
+            run.world.agree(
+                embedding.z.detach().isfinite().all(),
+                f"the loss is not finite: embeddings of a view ({embedding.route} route) are not; "
+                "a lower optim.learning_rate or optim.clip_norm=1 may help; this step was not saved",
+            )
         run.world.agree(
-            embedding.z.detach().isfinite().all(),
-            f"the loss is not finite: embeddings of a view ({embedding.route} route) are not; "
-            "a lower optim.learning_rate or optim.clip_norm=1 may help; this step was not saved",
+            loss.detach().isfinite(),
+            "the loss is not finite, though all embeddings are; a higher objective.temperature or train.precision may help",
         )
-    run.world.agree(
-        loss.detach().isfinite(),
-        "the loss is not finite, though all embeddings are; a higher objective.temperature or train.precision may help",
-    )
+    except RankError as error:
+        return str(error)
+    return "the loss is not finite"

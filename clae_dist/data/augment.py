@@ -92,18 +92,18 @@ def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Rotate the hue by `shift` of the circle. Reference: Smith 1978 (RGB to hue, saturation, value and back)."""
+    """Rotate the hue by `shift` of the circle, which is 6 long. Reference: Smith 1978 (RGB to hue, saturation, value and back).
+
+    Red is at 0, green at 2, blue at 4. The distance from red is linear in the channels, and green - blue has its direction.
+    """
     red, green, blue = x.unbind(1)
     value, smallest = x.amax(1), x.amin(1)
     chroma = value - smallest
-    safe = chroma.clamp_min(1e-8)
-    hue = torch.where(
-        value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    )
-    hue = (hue + 6 * shift[:, :, 0]).remainder(6)
+    distance = (green + blue - red - smallest).div_(chroma.clamp_min(1e-8)).add_(1)
+    hue = distance.copysign_(green - blue).add_(6 * shift[:, :, 0])
     # A channel is value - chroma · clamp(min(k, 4 - k), 0, 1), k = (n + hue) mod 6, n = 5, 3, 1 for red, green, blue.
-    k = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder_(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def blur_sigmas(draws: torch.Tensor, settings: Augment) -> torch.Tensor:

@@ -83,8 +83,8 @@ def augment_batched(
                 part = _Parameters([], {}, {name: values[begin:end] for name, values in p.numbers.items()})
                 _APPLY.get(operation, _matrix)(x[begin:end], part, operation)
         x = _mix_channels(p.numbers["mix"], x)[i["place"]]
-        if "taps" in p.numbers:
-            x = _blur(x, p.numbers["taps"])
+        if len(i["blurred"]):
+            x.index_copy_(0, i["blurred"], _blur(x[i["blurred"]], p.numbers["taps"]))
     return x.view(images_Vn3SS.shape)
 
 
@@ -94,17 +94,15 @@ def augment_batched(
 def _parameters(
     draws_VnA: torch.Tensor, settings: Sequence[Augment], scale: float, side: int
 ) -> tuple[list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Edges of the groups, integers, and float64 numbers (n, k) in the order of the groups, but for the taps."""
+    """Edges of the groups, integers, and float64 numbers (n, k) in the order of the groups; taps of blurred images alone."""
     columns = [_image_parameters(draws, one, scale, side) for draws, one in zip(draws_VnA, settings, strict=True)]
     numbers = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
     groups = numbers.pop("group")[:, 0].long()
     order = groups.argsort(stable=True)
     edges = [0, *groups.bincount(minlength=_ALONE + 1).cumsum(0).tolist()]
     flipped = numbers.pop("flipped")[order].bool()
-    taps = numbers.pop("taps")
-    numbers = {name: values[order] for name, values in numbers.items()}
-    if any((draws[:, BLUR] < one.blur).any() for draws, one in zip(draws_VnA, settings, strict=True)):
-        numbers["taps"] = taps
+    taps, blurred = numbers.pop("taps"), numbers.pop("blurred")[:, 0].nonzero()[:, 0]
+    numbers = {**{name: values[order] for name, values in numbers.items()}, "taps": taps[blurred]}
     forward = torch.arange(side)
     integers = {
         "image": order[:, None],
@@ -112,6 +110,7 @@ def _parameters(
         "channel": torch.arange(3)[:, None, None],
         "row": forward[:, None],
         "place": order.argsort(),
+        "blurred": blurred,
     }
     return edges, integers, numbers
 
@@ -133,7 +132,6 @@ def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side
     group = torch.where(jittered, _GROUP_OF[number], _ALONE)
     waits = (group == _GROUPS.index("CSH")) | (group == _GROUPS.index("SHC"))
     grey = (draws[:, GREY] < settings.grey).double()
-    taps = _taps(draws, settings, blur_radius(side))
     return {
         "group": group[:, None],
         "flipped": (draws[:, FLIP] < settings.flip)[:, None],
@@ -147,14 +145,16 @@ def _image_parameters(draws: torch.Tensor, settings: Augment, scale: float, side
         "last": _towards_grey(torch.where(waits, 1.0, saturation)),
         "last_bound": torch.where(waits, torch.inf, bounds[:, _SATURATION])[:, None],
         "hue_bound": bounds[:, _HUE, None],
-        "shift": 3 * shift[:, None] + torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64),
-        "opposite": _OPPOSITE.expand(len(draws), 9),
+        "shift": 6 * shift[:, None] + torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64),
+        "from_red": _FROM_RED.expand(len(draws), 6),
+        "one": torch.ones(len(draws), 1, dtype=torch.float64),
         "mix": _towards_grey(1 - grey) * (scale * bright)[:, None],
-        "taps": taps,
+        "blurred": (draws[:, BLUR] < settings.blur)[:, None],
+        "taps": _taps(draws, settings, blur_radius(side)),
     }
 
 
-_OPPOSITE = torch.tensor([0.0, 1, -1, -1, 0, 1, 1, -1, 0], dtype=torch.float64)  # green - blue, blue - red, red - green
+_FROM_RED = torch.tensor([-1.0, 1, 1, 0, 1, -1], dtype=torch.float64)  # green + blue - red, green - blue
 
 
 def _towards_grey(factor: torch.Tensor) -> torch.Tensor:
@@ -164,11 +164,10 @@ def _towards_grey(factor: torch.Tensor) -> torch.Tensor:
 
 
 def _taps(draws: torch.Tensor, settings: Augment, radius: int) -> torch.Tensor:
-    """(n, T): Gaussians, and a single 1 where an image is not blurred."""
+    """(n, T): Gaussians."""
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-0.5 * (offsets / blur_sigmas(draws, settings).double()[:, None]) ** 2)
-    blurred = (draws[:, BLUR] < settings.blur)[:, None]
-    return torch.where(blurred, weights / weights.sum(1, keepdim=True), (offsets == 0).double())
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _to_device(
@@ -194,8 +193,8 @@ def _to_device(
 # ---- operations, on the device and in place ----
 
 
-def _mix_channels(matrices_n9: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(matrices_n9.unflatten(1, (3, 3)), x.flatten(2)).view(x.shape)
+def _mix_channels(matrices_nk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(matrices_nk.unflatten(1, (-1, 3)), x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _matrix(x: torch.Tensor, p: _Parameters, name: str) -> None:
@@ -208,17 +207,13 @@ def _contrast(x: torch.Tensor, p: _Parameters, name: str) -> None:
 
 
 def _hue(x: torch.Tensor, p: _Parameters, _: str) -> None:
-    """As augment.augment, with the circle 3 long: hue / 2 = index of the largest channel + opposite difference / (2 chroma).
-
-    A channel is smallest + chroma · clamp(2 d - 1, 0, 1), d its distance on the circle from the place where it is smallest.
-    """
-    value, largest = x.max(1, keepdim=True)
-    smallest = x.amin(1, keepdim=True)
+    """As augment.augment; a channel is smallest + chroma · clamp(d - 1, 0, 1), d its distance from where it is smallest."""
+    smallest, value = x.aminmax(dim=1, keepdim=True)
     chroma = (value - smallest).clamp_min_(_TINY)
-    opposite = _mix_channels(p.numbers["opposite"], x).gather(1, largest)
-    hue = torch.addcdiv(largest, opposite, chroma, value=0.5)
-    distance = (hue + p["shift"]).remainder_(3).sub_(1.5).abs_().clamp_(0.5, 1)
-    torch.addcmul(smallest - chroma, chroma, distance, value=2, out=x)
+    away, direction = _mix_channels(p.numbers["from_red"], x).split(1, 1)
+    hue = torch.addcdiv(p["one"], away - smallest, chroma).copysign_(direction)
+    distance = (hue + p["shift"]).remainder_(6).sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(smallest - chroma, chroma, distance, out=x)
     torch.minimum(x, p["hue_bound"], out=x)
 
 
@@ -226,13 +221,12 @@ _APPLY = {"contrast": _contrast, "hue": _hue}
 
 
 def _blur(x: torch.Tensor, taps_nT: torch.Tensor) -> torch.Tensor:
-    """Two products with each image's own band matrix, an identity where it is not blurred."""
+    """Two products with each image's own band matrix. Each transposes the images, so that no copy is needed."""
     n, channels, side, _ = x.shape
     bands = _bands(side, taps_nT.shape[1] // 2, taps_nT.device, taps_nT.dtype)
-    across_nSS = (taps_nT @ bands).view(n, side, side)
-    x = torch.bmm(x.flatten(1, 2), across_nSS.transpose(1, 2)).view(n * channels, side, side)
-    down = across_nSS[:, None].expand(n, channels, side, side).reshape(n * channels, side, side)
-    return torch.bmm(down, x).view(n, channels, side, side)
+    band_nSS = (taps_nT @ bands).view(n, side, side)
+    columns_first = torch.bmm(band_nSS, x.flatten(1, 2).transpose(1, 2)).view(n, side * channels, side)
+    return torch.bmm(columns_first, band_nSS.transpose(1, 2)).view(n, side, channels, side).permute(0, 2, 3, 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -35,7 +35,7 @@ _TILE = 32
 _CHUNK = 16  # the least that tl.dot takes
 _BLOCK = 2048  # pixels of which the first kernel computes the mean at once
 _WARPS = 8  # with 4 the second kernel runs out of registers
-_NOTHING = 4  # instead of an operation, for images without jitter
+_NOTHING = tl.constexpr(4)  # instead of an operation, for images without jitter
 
 # Columns of the parameters: operations in their order, factors by operation, the turn of contrast, flip, grey, sigma or 0
 _FACTOR = tl.constexpr(4)
@@ -85,7 +85,7 @@ def _parameters(draws: torch.Tensor, settings: Augment) -> torch.Tensor:
     orders = jitter_orders(draws)
     factors = jitter_factors(draws, settings).T * torch.tensor([1.0, 1.0, 1.0, 6.0])  # the circle of the hue is 6 long
     columns = [
-        torch.where(jittered, orders, _NOTHING),
+        torch.where(jittered, orders, _NOTHING.value),
         factors,
         (orders == 1).int().argmax(1, keepdim=True),
         draws[:, FLIP, None] < settings.flip,
@@ -104,7 +104,7 @@ def _grey_means(pixels, parameters, means, image_stride, channel_stride, row_str
     image = tl.program_id(0).to(tl.int64)
     parameters += image * _NUM_PARAMETERS
     pixels += image * image_stride
-    if tl.load(parameters) != 4.0:
+    if tl.load(parameters) != _NOTHING:
         turns = tl.load(parameters + _TURN).to(tl.int32)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, side * side, BLOCK):
@@ -191,7 +191,7 @@ def _jitter(red, green, blue, parameters, mean, turns):
     """The first `turns` operations of an image, in its order."""
     for turn in range(turns):
         operation = tl.load(parameters + turn).to(tl.int32)
-        factor = tl.load(parameters + _FACTOR + operation, operation < 4, 0.0)
+        factor = tl.load(parameters + _FACTOR + operation, operation < _NOTHING, 0.0)
         if operation == 3:
             red, green, blue = _hue(red, green, blue, factor)
         elif operation < 3:  # factor · colour + (1 - factor) · another one: black, the mean grey or the pixel's grey
@@ -215,10 +215,10 @@ def _clamp(x):
 @triton.jit
 def _hue(red, green, blue, shift):
     value = tl.maximum(tl.maximum(red, green), blue)
-    chroma = value - tl.minimum(tl.minimum(red, green), blue)
-    safe = tl.maximum(chroma, 1e-8)
-    hue = tl.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    hue = tl.where(value == red, (green - blue) / safe, hue) + shift
+    smallest = tl.minimum(tl.minimum(red, green), blue)
+    chroma = value - smallest
+    distance = 1 + (green + blue - red - smallest) / tl.maximum(chroma, 1e-8)
+    hue = tl.where(green < blue, -distance, distance) + shift
     return _channel(value, chroma, hue + 5), _channel(value, chroma, hue + 3), _channel(value, chroma, hue + 1)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from clae_dist.cores import usable_cores
+from clae_dist.cores import cpu_quota, loader_processes, usable_cores
 from clae_dist.doctor.finding import GIB, Finding
 
 SHM_BYTES_A_WORKER = 256 * 1024**2  # two prefetched batches of decoded 224-pixel views
@@ -38,11 +38,12 @@ def devices() -> Iterator[Finding]:
 
 def limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:
     host, quota, memory = os.cpu_count() or 1, cpu_quota(root), memory_limit(root)
-    if quota is not None and quota < usable_cores():
-        advice = f"set train.threads and data.workers for {quota:g} cores; their automatic values ignore this limit."
+    if quota is not None and quota < 1:
+        advice = "a rank and its loader process need a core each; raise the container's CPU limit."
         yield Finding("warning", "cpu limit", f"{quota:g} cores by cgroup, {host} on the host", advice)
     else:
-        yield Finding("ok", "cpu limit", f"{usable_cores()} of the host's {host} cores")
+        by_cgroup = "" if quota is None else f" (the cgroup allows {quota:g})"
+        yield Finding("ok", "cpu limit", f"{usable_cores(root)} of the host's {host} cores{by_cgroup}")
     if memory is not None and memory < 4 * GIB:
         yield Finding(
             "warning", "memory limit", f"{memory / GIB:.1f} GiB by cgroup", "a rank needs about 1 GiB before its first batch."
@@ -50,18 +51,6 @@ def limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:
     else:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield Finding("ok", "memory", f"{min(memory or physical, physical) / GIB:.1f} GiB")
-
-
-def cpu_quota(root: Path) -> float | None:
-    """Cores that the cgroup (v2 or v1) allows, None without a limit."""
-    v2, v1 = root / "cpu.max", root / "cpu"
-    if v2.exists():
-        quota, period = v2.read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    if (v1 / "cpu.cfs_quota_us").exists():
-        quota_us = int((v1 / "cpu.cfs_quota_us").read_text())
-        return None if quota_us <= 0 else quota_us / int((v1 / "cpu.cfs_period_us").read_text())
-    return None
 
 
 def memory_limit(root: Path) -> int | None:
@@ -78,7 +67,7 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
     if not path.exists():
         yield Finding("warning", "shared memory", f"no {path}", "loader processes need it; set data.workers=0.")
         return
-    free, workers = shutil.disk_usage(path).free, max(1, min(8, usable_cores()))
+    free, workers = shutil.disk_usage(path).free, max(1, loader_processes())
     found = f"{free / GIB:.2f} GiB free in {path}"
     if free < SHM_BYTES_A_WORKER * workers:
         needed = f"{SHM_BYTES_A_WORKER * workers / GIB:.1f}"

@@ -96,7 +96,7 @@ def _unit_blocks(rows_nD: torch.Tensor) -> Iterator[torch.Tensor]:
 class GeometrySettings(Section, prefix="geometry"):
     """Settings of the protocol `geometry`."""
 
-    images: int = setting(25_600, ge=10, help="Train images, of more a choice that is the same for every run. RankMe: 25,600.")
+    images: int = setting(25_600, ge=10, help="Train images; of more, a fixed random subset. RankMe: 25,600.")
 
 
 class Geometry(EvaluationProtocol):

@@ -68,12 +68,19 @@ def launch(recipe: Recipe, *, debug: bool = False, work: Callable[..., Ending] |
     return ending
 
 
-def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: str = "", stop_within_s: float = 0.0) -> Ending:
+def spawn(
+    workers: int,
+    work: Callable[..., Ending],
+    *arguments: Any,
+    advice: str = "",
+    stop_within_s: float = 0.0,
+    limit_s: float = 0.0,
+) -> Ending:
     """work(*arguments) in `workers` processes of this machine that `world.connect` joins; the ending of the first that failed,
     or of any, with `advice` where one was killed.
 
     The first Ctrl-C, SIGTERM or SIGUSR1 is handed on to them as SIGTERM, and with `stop_within_s` they are killed when they
-    are still there somewhat later; Ctrl-C again ends at once.
+    are still there somewhat later; Ctrl-C again ends at once. After `limit_s` (0: no limit) ranks are killed, with code HUNG.
     """
     # The parent holds the store on a port that the system chose; ranks only connect to it, as under torchrun.
     store = loopback_store()
@@ -94,7 +101,7 @@ def spawn(workers: int, work: Callable[..., Ending], *arguments: Any, advice: st
             theirs.close()
             ranks.append(_Rank(process, ours))
         request.hand_on()  # one that came before they had started
-        return _watch(ranks, request, advice, stop_within_s)
+        return _watch(ranks, request, advice, stop_within_s, limit_s)
     finally:
         for process in (rank.process for rank in ranks):
             if process.is_alive():
@@ -145,12 +152,15 @@ class _Request:
         return max(0.0, self._asked_at + within_s + _GRACE_S - time.monotonic())
 
 
-def _watch(ranks: Sequence[_Rank], request: _Request, advice: str, stop_within_s: float) -> Ending:
+def _watch(ranks: Sequence[_Rank], request: _Request, advice: str, stop_within_s: float, limit_s: float) -> Ending:
     """Waits for the ranks. When one has failed, the others get a moment to end by themselves; the first failure counts."""
     alive: dict[Any, int] = {rank.process.sentinel: number for number, rank in enumerate(ranks)}
     endings: list[Ending] = []
     killed: list[Ending] = []
+    deadline = time.monotonic() + limit_s if limit_s else float("inf")
     while alive:
+        if time.monotonic() > deadline and not request.name:
+            return Ending(HUNG, f"rank {', '.join(map(str, sorted(alive.values())))} had no result after {limit_s:g} s")
         failed = killed or any(ending.code not in (OK, STOPPED) for ending in endings)
         asked = request.left_s(stop_within_s) if request.name and stop_within_s else None
         patience_s = (_HUNG_GRACE_S if killed and killed[0].code == HUNG else _GRACE_S) if failed else _POLL_S

@@ -8,8 +8,9 @@ between ranks, a recomputed block that takes another route or counts its statist
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return "float32", "auto: CPU"
 
 
+@dataclass(frozen=True)
+class Update:
+    """The outcome of a step: the gradient's norm before clipping, and whether the weights were updated."""
+
+    norm: torch.Tensor
+    loss_is_finite: bool  # on every rank
+    taken: bool
+
+
 class Backend(ABC):
     """A model across ranks. `model` is moved to the device; a backend may shard its parameters in place.
 
@@ -70,6 +80,7 @@ class Backend(ABC):
         averaged, apart = of_keys if config.method.key_statistics == "own" else ([*of_keys[0], *of_keys[1]], [])
         self.keys = WeightAverage(averaged, config.method.key_decay, apart)
         self.method_state = self._method_state()
+        self.wait_for_copy: Callable[[], None] = lambda: None  # set while a checkpoint is copied beside the next step
 
     # ---- implemented by a backend ----
 
@@ -104,10 +115,14 @@ class Backend(ABC):
         """Unsharded gradients by parameter name, averaged over ranks. Valid between backward and update. Collective."""
 
     @abstractmethod
-    def _step(self) -> torch.Tensor:
-        """Clip, step and clear the gradients; skip the step if the gradient's norm is non-finite.
+    def _gradient_norm(self) -> torch.Tensor | None:
+        """The norm of the whole gradient, on the device of every rank; None if only the step finds out."""
 
-        Returns the norm before clipping.
+    @abstractmethod
+    def _step(self, norm: torch.Tensor | None) -> torch.Tensor:
+        """Clip the gradient of this norm, step, and clear the gradients.
+
+        Returns the norm before clipping, non-finite if the step was skipped: only where `_gradient_norm` is None.
         """
 
     @abstractmethod
@@ -155,6 +170,7 @@ class Backend(ABC):
 
         Reference: Cai et al. 2021, Exponential moving average normalization (EMAN).
         """
+        self._before_writing()
         own = self.config.method.key_statistics == "own"
         self._shards()  # only shards take the average: whole parameters go first, and again afterwards
         try:
@@ -190,16 +206,28 @@ class Backend(ABC):
         """True if the attack may use the graph of the clean forward of x and the backward pass may use it again."""
         return not self.config.train.compile  # compiled blocks free their buffers in the first backward
 
-    def update(self) -> torch.Tensor:
-        """Take one optimiser step, unless the gradient's norm is non-finite: then call `discard`.
+    def update(self, loss: torch.Tensor | None = None) -> Update:
+        """Take one optimiser step, unless the gradient's norm or the `loss` of any rank is non-finite: then call `discard`.
 
-        Returns the norm before clipping.
+        The host waits for the device once, for both: a step that is skipped leaves every optimiser as it was.
         """
-        norm = self._step()
-        if (self.average.decay or self.keys.decay) and norm.isfinite():
+        norm = self._gradient_norm()
+        known = [value.detach() for value in (loss, norm) if value is not None]
+        bad = self.world.flags_anywhere(*(~value.isfinite() for value in known)) if known else []
+        if any(bad):
+            return Update(torch.tensor(torch.nan) if norm is None else norm, not (bad[0] and loss is not None), taken=False)
+        self._before_writing()
+        after = self._step(norm)
+        taken = norm is not None or bool(after.isfinite())
+        if taken:
             self.average.update()
             self.keys.update()
-        return norm
+        return Update(after, loss_is_finite=True, taken=taken)
+
+    def _before_writing(self) -> None:
+        """Called before parameters, optimiser state or averages change."""
+        self.wait_for_copy()
+        self.wait_for_copy = lambda: None
 
     def gradient_norms(self) -> dict[str, float]:
         """Gradient norm of every parameter that still has a gradient. Collective."""
@@ -222,7 +250,7 @@ class Backend(ABC):
         parts = dict(zip(weights, shards, strict=True))
         for name, value in self.model.state_dict().items():
             place = self._place(weights[name]) if name in weights else everywhere(value, self.world)
-            yield place.piece(f"model/{name}", parts.get(name, value))
+            yield place.piece(f"model/{name}", parts.get(name, value), changes_in_forward=name not in weights)
         for (name, parameter), part in zip(weights.items(), self.average.parts, strict=False):  # none without an average
             yield self._place(parameter).piece(f"average/{name}", part)
         yield from self._key_pieces("keys/")
@@ -283,6 +311,7 @@ class Backend(ABC):
     @contextmanager
     def full_model(self) -> Iterator[PretrainModel]:
         """The model with unsharded weights (averaged, if there is an average). Forwards of it are not collective."""
+        self._before_writing()
         with self.average.in_place():
             if not self._sharded():
                 yield self.model

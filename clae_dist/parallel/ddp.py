@@ -37,6 +37,7 @@ class DdpBackend(Backend):
             self._wrapped = DistributedDataParallel(
                 self.model, device_ids=devices, process_group=self.world.group, gradient_as_bucket_view=True, **_LEAVE_BUFFERS
             )
+            self._wrapped._set_ddp_runtime_logging_sample_rate(1 << 30)  # it waits for the device each time
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:
@@ -89,10 +90,13 @@ class DdpBackend(Backend):
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def _step(self) -> torch.Tensor:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if clip_and_step(self.optimizer, self.model, norm, self.config.optim.clip_norm):
-            self.discard()
+    def _gradient_norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _step(self, norm: torch.Tensor | None) -> torch.Tensor:
+        assert norm is not None
+        clip_and_step(self.optimizer, self.model, norm, self.config.optim.clip_norm)
+        self.discard()
         return norm
 
     def discard(self) -> None:

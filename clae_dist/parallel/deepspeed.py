@@ -209,23 +209,25 @@ class DeepSpeedBackend(Backend):
             return {}
         return {name: self._full_gradient(p).detach().clone() for name, p in self.model.named_parameters()}
 
-    def _step(self) -> torch.Tensor:
+    def _gradient_norm(self) -> torch.Tensor | None:
+        """At stage 0; ZeRO computes it in its step."""
+        if self.stage:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _step(self, norm: torch.Tensor | None) -> torch.Tensor:
         """Clip, step and clear. ZeRO skips the step if a gradient is non-finite; the norm is then infinite."""
-        if self.stage == 0:
-            before = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if before.isfinite():
-                if self.config.optim.clip_norm:
-                    torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, before)
-                self.engine.step()
-                self._has_gradients = False
-            return before
+        if norm is not None and self.config.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip_norm, norm)
         self.engine.step()
         self._has_gradients = False
+        if norm is not None:
+            return norm
         if self.stage == 3:
             # Otherwise a route that the next step does not use would keep this step's gradient.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        norm = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else float("inf")
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+        found = self.engine.get_global_grad_norm() if self.engine.was_step_applied() else float("inf")
+        return torch.as_tensor(found, dtype=torch.float32, device=self.world.device)
 
     def discard(self) -> None:
         """Clear ZeRO's gradients. It does so only when a step finds a non-finite gradient, so set one."""
@@ -236,7 +238,7 @@ class DeepSpeedBackend(Backend):
             for gradients in self.engine.optimizer.averaged_gradients.values():
                 for gradient in gradients:
                     gradient.fill_(float("nan"))
-            norm = self._step()
+            norm = self._step(None)
             assert not norm.isfinite(), "ZeRO took a step that should have been skipped"
 
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -171,12 +171,14 @@ class Fsdp2Backend(Backend):
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: _whole(p.grad).clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def _step(self) -> torch.Tensor:
+    def _gradient_norm(self) -> torch.Tensor:
         self._reshard()
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = _whole(torch.nn.utils.get_total_norm(grads))
-        if clip_and_step(self.optimizer, self.model, norm, self.config.optim.clip_norm):
-            self.discard()
+        return _whole(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+
+    def _step(self, norm: torch.Tensor | None) -> torch.Tensor:
+        assert norm is not None
+        clip_and_step(self.optimizer, self.model, norm, self.config.optim.clip_norm)
+        self.discard()
         return norm
 
     def discard(self) -> None:

@@ -43,14 +43,11 @@ def _tokens(model: nn.Module) -> set[str]:
     return found
 
 
-def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torch.Tensor, clip_norm: float) -> bool:
-    """Clip and step unless `norm`, that of all gradients, is non-finite. Returns True if the step was taken."""
-    if not norm.isfinite():
-        return False
+def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, norm: torch.Tensor, clip_norm: float) -> None:
+    """Clip gradients whose norm is `norm` to `clip_norm` (0: not at all), and step."""
     if clip_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     optimizer.step()
-    return True
 
 
 def learning_rate_at(

@@ -41,6 +41,7 @@ class Difference:
         tensor: the tensor of `relative`.
         first: the first tensor, in the order of the model, that differs by more than rounding; "" for none.
         first_by: the difference of `first`.
+        distance: length of the difference of all tensors over the length of all expected ones.
     """
 
     absolute: float
@@ -48,6 +49,7 @@ class Difference:
     tensor: str = ""
     first: str = ""
     first_by: float = 0.0
+    distance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Parity:
     passed: bool
     cause: str  # the usual cause of the first difference; "" without one
     rounding: dict[str, float]  # relative difference of one process in `dtype` from float64; empty in float64
+    distance_alone: float = 0.0  # of one process's parameter gradients in `dtype` from float64 (Difference.distance)
     steps: int = 1  # compared steps, each from the same state; the differences are the largest, or those of the failed step
     failed_step: int = 0  # the first step that differs, from 1; 0: none
     free_running: Difference | None = None  # of the parameters after all steps in a row: not judged, since rounding accumulates
@@ -98,7 +101,14 @@ def difference(tensors: Tensors, expected: Tensors, dtype: str = "float64", roun
             break
     tensor = max(pairs, key=lambda name: pairs[name][1], default="")
     absolute = max((pair[0] for pair in pairs.values()), default=0.0)
-    return Difference(absolute, pairs[tensor][1] if pairs else 0.0, tensor, first, first_by)
+    distance = _distance(tensors, expected) if absolute < float("inf") else float("inf")
+    return Difference(absolute, pairs[tensor][1] if pairs else 0.0, tensor, first, first_by, distance)
+
+
+def _distance(tensors: Tensors, expected: Tensors) -> float:
+    apart = sum(float((tensors[name].double() - value.double()).square().sum()) for name, value in expected.items())
+    length = sum(float(value.double().square().sum()) for value in expected.values())
+    return math.sqrt(apart / length) if length else math.sqrt(apart)
 
 
 def _pairs(tensors: Tensors, expected: Tensors) -> Iterator[tuple[str, tuple[float, float]]]:
@@ -148,6 +158,7 @@ def compare_steps(
         **{name: worst(name) for name in _QUANTITIES},
         delta_sign_agreement=min(parity.delta_sign_agreement for parity in each),
         rounding={name: max(parity.rounding[name] for parity in each) for name in judged[0].rounding},
+        distance_alone=max(parity.distance_alone for parity in each),
         steps=len(each),
         failed_step=failed,
         free_running=free,
@@ -157,8 +168,11 @@ def compare_steps(
 def compare(config: Config, world_size: int, dtype: str, many: Observation, single: Observation, one: Observation) -> Parity:
     """W ranks (`many`) and one process (`single`) in `dtype` against one process in float64 (`one`, `single` itself there)."""
     rounding: dict[str, float] = {}
+    distance_alone = 0.0
     if dtype != "float64":
-        rounding = {name: value.relative for name, value in _differences(single, one, dtype, {}).items()}
+        by_rounding = _differences(single, one, dtype, {})
+        rounding = {name: value.relative for name, value in by_rounding.items()}
+        distance_alone = by_rounding["param_grad"].distance
     agreement = _sign_agreement(many, one, dtype)
     # The gradients of an attack's later steps are not those that are known: rounding decides signs there, too.
     unequal = 0.0 if dtype == "float64" else 1 - _sign_agreement(single, one, dtype)
@@ -178,6 +192,7 @@ def compare(config: Config, world_size: int, dtype: str, many: Observation, sing
         passed=not wrong,
         cause=cause,
         rounding=rounding,
+        distance_alone=distance_alone,
     )
 
 

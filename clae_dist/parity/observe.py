@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from clae_dist.config import Config
 from clae_dist.contrast.attacks import Attacked
 from clae_dist.contrast.interface import Moment
+from clae_dist.contrast.look import Look, look
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.data.loader import num_views_of
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
+from clae_dist.parallel.backend import Update
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World
@@ -97,42 +99,33 @@ class _Watched(TrainingStep):
         return torch.where(undecided, reference.to(images.dtype), images)
 
 
-class _Run:
+class SyntheticRun:
     """Training on synthetic images under the backend of the settings, step by step. Collective."""
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        self._backend = make_backend(config, build_model(config, world.norm_group(config.model.norm_group)), world)
-        self._backend.model.train()
+        self.backend = make_backend(config, build_model(config, world.norm_group(config.model.norm_group)), world)
+        self.backend.model.train()
         self._run = replace(
-            make_pretraining(config, world, self._backend, Clock(world.device)),
+            make_pretraining(config, world, self.backend, Clock(world.device)),
             augment=lambda batch: tuple(batch.views),
             noise=lambda batch, view: batch.noises[view],
         )
 
     def state(self) -> dict[str, Any]:
-        return self._backend.state()
+        return self.backend.state()
 
     def load(self, state: dict[str, Any]) -> None:
         if state:
-            self._backend.load_state(state)
+            self.backend.load_state(state)
 
     def step(self, number: int, start: Start | None = None) -> Observation:
         """Step `number`, from `start` or from the end of the previous step."""
-        config, world, backend = self._config, self._world, self._backend
+        config, world, backend = self._config, self._world, self.backend
         if start is not None:
             self.load(start.state)
         torch.manual_seed(number)
-        dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        side, size = config.data.image_size, config.batch.global_size
-        views = [self._own(view) for view in global_batch(number, size, side, dtype)][: num_views_of(config)]
-        for crop in range(config.views.local_crops):
-            whole = self._own(global_batch(1000 * (crop + 1) + number, size, side, dtype)[0])
-            views.append(F.interpolate(whole, (config.local_size,) * 2, mode="area"))
-        draws = [_seeded(number + 1000 * view) for view in range(len(views))]
-        # Drawn in float32, whatever the precision: torch draws other numbers in float64.
-        noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]
-        labels = self._own(torch.arange(size) % (1 + size // 3) - 1)  # about three images a class, and three without a label
+        batch = self._batch(number)
         grads = _keep_gradients(backend)
         backend.set_learning_rate(config.learning_rate())
         seen: list[_Watched] = []
@@ -142,9 +135,7 @@ class _Run:
             seen[0].start = start
             return seen[0]
 
-        metrics = pretrain_step(
-            self._run, _Batch(views, noises, labels, self._own(torch.arange(size))), Moment(number), watched
-        )
+        metrics = pretrain_step(self._run, batch, Moment(number), watched)
         (step,) = seen
         clean = next(iter(metrics.terms.values()))
         loss, clean = world.mean(torch.stack([metrics.loss, clean]).double()).cpu()
@@ -157,6 +148,26 @@ class _Run:
             attacked=self._of_all(step, lambda one: one.found.images),
             params_after={name: value for name, value in backend.state()["model"].items() if name in grads},
         )
+
+    def look(self, number: int) -> Look:
+        """The losses and attacks of step `number`; nothing is trained."""
+        batch = self._batch(number)
+        with self.backend.untouched():
+            return look(self._run, batch, *batch.views)
+
+    def _batch(self, number: int) -> _Batch:
+        config = self._config
+        dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+        side, size = config.data.image_size, config.batch.global_size
+        views = [self._own(view) for view in global_batch(number, size, side, dtype)][: num_views_of(config)]
+        for crop in range(config.views.local_crops):
+            whole = self._own(global_batch(1000 * (crop + 1) + number, size, side, dtype)[0])
+            views.append(F.interpolate(whole, (config.local_size,) * 2, mode="area"))
+        draws = [_seeded(number + 1000 * view) for view in range(len(views))]
+        # Drawn in float32, whatever the precision: torch draws other numbers in float64.
+        noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]
+        labels = self._own(torch.arange(size) % (1 + size // 3) - 1)  # about three images a class, and three without a label
+        return _Batch(views, noises, labels, self._own(torch.arange(size)))
 
     def _of_all(self, step: _Watched, part: Callable[[Attacked], torch.Tensor]) -> torch.Tensor:
         """A value of every attack of the step, for the images of all ranks; empty without an attack."""
@@ -173,13 +184,13 @@ def observe(config: Config, world: World, steps: int, starts: Sequence[Start] | 
 
     Collective. Raises ConfigError, RankError.
     """
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     return [run.step(number, starts[number] if starts else None) for number in range(steps)]
 
 
 def reference(config: Config, world: World, steps: int, dtype: str) -> tuple[list[Observation], list[Start]]:
     """The steps of one process in float64, and the start of each for worlds in `dtype`: its state, rounded to `dtype`."""
-    run = _Run(replace(config, train=replace(config.train, precision="float64")), world)
+    run = SyntheticRun(replace(config, train=replace(config.train, precision="float64")), world)
     observations: list[Observation] = []
     starts: list[Start] = []
     for number in range(steps):
@@ -204,10 +215,10 @@ def _keep_gradients(backend: Backend) -> Tensors:
     kept: Tensors = {}
     update = backend.update
 
-    def keeping() -> torch.Tensor:
+    def keeping(loss: torch.Tensor | None = None) -> Update:
         kept.update({name: value.detach().cpu() for name, value in backend.gradients().items()})
         backend.update = update  # type: ignore[method-assign]
-        return update()
+        return update(loss)
 
     backend.update = keeping  # type: ignore[method-assign]
     return kept

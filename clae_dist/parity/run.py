@@ -15,7 +15,7 @@ from clae_dist.errors import OK, UNEXPECTED, ClaeError, ConfigError
 from clae_dist.launchers import torchrun
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending
-from clae_dist.parity.compare import compare_steps, difference, table
+from clae_dist.parity.compare import Parity, compare_steps, difference, table
 from clae_dist.parity.observe import observe, reference
 from clae_dist.recipe import Recipe
 from clae_dist.world import World, connect
@@ -70,29 +70,33 @@ def alone(config: Config) -> Config:
 
 def _rank(config: Config, steps: int, *, as_json: bool) -> Ending:
     try:
-        with connect(device=config.launch.device) as world, tf32(allowed=False):
+        with connect(device=config.launch.device) as world:
             torch.set_num_threads(threads_per_rank(world.local_size))
-            return _compare(config, world, steps, as_json=as_json)
+            result = examine(config, world, steps)
     except ClaeError as error:
         return Ending(error.exit_code, f"clae: {error}")
+    text = json.dumps(result.as_dict(), allow_nan=False) if as_json else "\n".join(table(result))
+    return Ending(OK if result.passed else FAILED, text)
 
 
-def _compare(config: Config, world: World, steps: int, *, as_json: bool) -> Ending:
-    """Compare on every rank; all return the same ending. Collective."""
-    here, plain, dtype = World.single(world.device), alone(config), config.train.precision
-    one, starts = world.run_on_main(lambda: reference(plain, here, steps, dtype))
-    many = observe(config, world, steps, starts)
-    freely = observe(config, world, steps)[-1] if steps > 1 else None
+def examine(config: Config, world: World, steps: int) -> Parity:
+    """Compare the ranks of `world` with one process; the same result on every rank. Collective.
 
-    def report() -> Ending:
-        single = one if dtype == "float64" else observe(plain, here, steps, starts)
-        free = None
-        if freely is not None:
-            exact = observe(replace(plain, train=replace(plain.train, precision="float64")), here, steps)[-1]
-            free = difference(freely.params_after, exact.params_after, dtype)
-        found = compare_steps(config, world.size, dtype, many, single, one, free)
-        text = json.dumps(found.as_dict(), allow_nan=False) if as_json else "\n".join(table(found))
-        return Ending(OK if found.passed else FAILED, text)
+    Raises ConfigError, RankError.
+    """
+    with tf32(allowed=False):
+        here, plain, dtype = World.single(world.device), alone(config), config.train.precision
+        one, starts = world.run_on_main(lambda: reference(plain, here, steps, dtype))
+        many = observe(config, world, steps, starts)
+        freely = observe(config, world, steps)[-1] if steps > 1 else None
 
-    ending: Ending = world.run_on_main(report)
-    return ending
+        def result() -> Parity:
+            single = one if dtype == "float64" else observe(plain, here, steps, starts)
+            free = None
+            if freely is not None:
+                exact = observe(replace(plain, train=replace(plain.train, precision="float64")), here, steps)[-1]
+                free = difference(freely.params_after, exact.params_after, dtype)
+            return compare_steps(config, world.size, dtype, many, single, one, free)
+
+        parity: Parity = world.run_on_main(result)
+        return parity

@@ -124,8 +124,13 @@ CHARTS = (
     Chart(
         "shares",
         "Where the time goes, %",
-        "Share of a step spent waiting for data and attacking.",
-        (ChartLine("attack_share", "attack", ADVERSARIAL), ChartLine("data_wait_share", "waiting for data", CLEAN)),
+        "Share of the time of training. Forward is without the attack.",
+        (
+            ChartLine("attack_share", "attack", ADVERSARIAL),
+            ChartLine("data_wait_share", "waiting for data", CLEAN),
+            ChartLine("forward_share", "forward", GREEN),
+            ChartLine("backward_share", "backward", PINK),
+        ),
         from_zero=True,
     ),
 )

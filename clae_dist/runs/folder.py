@@ -23,10 +23,10 @@ SUMMARY_FILE = "summary.json"
 BAD_SAMPLES_FILE = "bad-samples.jsonl"
 TRAINING_LEASE, EVALUATION_LEASE = "training.lease", "evaluation.lease"
 CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL = "checkpoints", "evaluation", "export", "hang", "initial"
-NONFINITE, PSEUDO_LABELS, RAY, REPORT = "nonfinite", "pseudo_labels", "ray", "report"
+NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT = "nonfinite", "profile", "pseudo_labels", "ray", "report"
 REPORT_PAGE = "report.html"
 
-FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PSEUDO_LABELS, RAY, REPORT))
+FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
     | {BAD_SAMPLES_FILE, TRAINING_LEASE, EVALUATION_LEASE}
@@ -201,6 +201,11 @@ class RunFolder:
     @property
     def report_page(self) -> Path:
         return self.report / REPORT_PAGE
+
+    @property
+    def profile(self) -> Path:
+        """Traces of train.profile_steps."""
+        return self.path / PROFILE
 
     def nonfinite(self, step: int) -> Path:
         """The record of a step with a non-finite loss or gradient, for `clae replay`."""

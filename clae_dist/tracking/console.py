@@ -77,6 +77,8 @@ class ConsoleTracker(Tracker):
         speed = metrics.get("images_per_s", 0.0)
         if speed > 0:
             parts.append(f"{speed:6,.0f} images/s")
+        if "mfu" in metrics:
+            parts.append(f"MFU {metrics['mfu']:.0f} %")
         if metrics.get("data_wait_share", 0.0) > WAITING:
             parts.append(f"data wait {metrics['data_wait_share']:.0f} %")
         if metrics.get("bad_samples"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -16,10 +17,38 @@ from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
 from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
+from clae_dist.training.usage import Usage
 from clae_dist.wording import count_of
 
 GOODPUT_EVERY_S = 3600.0  # between lines about it on the console
 MOST_WAIT = WAITING  # percent of the time for data, above which a run says what to change
+
+
+PHASES = ("augmentation", "forward", "attack", "backward", "update", "diagnosis", "checkpoint")
+
+
+class _Time:
+    """Seconds of rank 0's training by phase. "forward" is without attacks, and has the losses."""
+
+    def __init__(self) -> None:
+        self._seconds, self._spent = 0.0, dict.fromkeys(("data", *PHASES), 0.0)
+        self._memory_gib = 0.0
+
+    def add(self, seconds: float, spent: Mapping[str, float], memory_gib: float) -> dict[str, float]:
+        """Add `seconds`, of which `spent` are known, and the peak memory; returns metrics."""
+        self._seconds, self._memory_gib = self._seconds + seconds, memory_gib
+        for name in self._spent:
+            self._spent[name] += spent.get(name, 0.0)
+        shares = {f"{name}_share": 100 * spent.get(name, 0.0) / seconds for name in PHASES}
+        return {**shares, "peak_memory_gib": memory_gib}
+
+    def describe(self) -> str:
+        """One line for the console, with the phases by size."""
+        shares = {name: 100 * spent / max(self._seconds, 1e-9) for name, spent in self._spent.items()}
+        shares["other"] = max(0.0, 100 - sum(shares.values()))
+        sizes = sorted(shares.items(), key=lambda share: -share[1])
+        parts = ", ".join(f"{name} {share:.0f} %" for name, share in sizes if share >= 0.5)
+        return f"training time: {parts}; peak memory {self._memory_gib:.1f} GiB a rank"
 
 
 class Journal:
@@ -32,12 +61,14 @@ class Journal:
         tracker: Tracker,
         bad: BadSamples,
         ledger: Ledger,
+        usage: Usage,
         first_step: int,
         train_s: float,
     ) -> None:
         self._session, self._world, self._plan, self._tracker = session, session.world, plan, tracker
         self.ledger, self._said_goodput = ledger, time.monotonic()
-        self._bad = bad
+        self._bad, self._usage = bad, usage
+        self._time = _Time()
         self.clock = Clock(session.world.device)
         self._started = time.perf_counter() - train_s
         self._logged = first_step
@@ -83,21 +114,25 @@ class Journal:
         return dict(zip(values, means.tolist(), strict=True))
 
     def speed(self, step: int) -> dict[str, float]:
-        """Rates, and shares (percent) of the time since the last call. Collective."""
+        """Rates, shares (percent) of the time since the last call, and the largest memory of a rank. Collective."""
         seconds, spent = self.clock.read()
         waited = self._world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
         self.ledger.move("training", "data", waited / 100 * seconds - spent.get("data", 0.0))
         self._advise(waited)
+        use = self._time.add(seconds, spent, self._world.largest(self._usage.peak_memory_gib()))
+        mfu = self._usage.mfu(self._logged, step, self._plan.steps_per_epoch, seconds)
         goodput = self.ledger.so_far()
         if time.monotonic() - self._said_goodput > GOODPUT_EVERY_S:
             self._said_goodput = time.monotonic()
             self._session.say(goodput.describe())
+            self._session.say(self._time.describe())
         num_images = (step - self._logged) * self._session.config.batch.global_size
         self._logged = step
         return {
             "images_per_s": num_images / seconds,
             "data_wait_share": waited,
-            "attack_share": 100 * spent.get("attack", 0.0) / seconds,
+            **use,
+            **({"mfu": mfu} if mfu is not None else {}),
             "goodput": goodput.shares["training"],
             **({"bad_samples": float(len(self._bad.known))} if self._bad.known else {}),
         }
@@ -108,6 +143,8 @@ class Journal:
         goodput = self.ledger.so_far()
         self.log(step, goodput.metrics())
         self._session.say(goodput.describe())
+        if self._lines:
+            self._session.say(self._time.describe())
 
     def _advise(self, waited: float) -> None:
         """Print advice once if the run waits for data; not in the first lines, while the loader starts."""

@@ -1,7 +1,7 @@
 """Steps with a non-finite loss or gradient: recorded for `clae replay`, then skipped, or the end of the run.
 
 A skipped step changes nothing: weights, optimiser, average and running statistics stay as they were, and its images count as
-seen. All ranks agree, because the loss was reduced and the gradient's norm is that of the full gradient.
+seen. All ranks agree: the backend asks all of them, and the gradient's norm is that of the full gradient.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class NonFiniteSteps:
         self._session, self._world, self._backend = session, session.world, backend
         self._max_skipped = session.config.guard.max_skipped
         self._reader = ShardReader(manifest, session.config.data.train_split)
+        self._buffers = list(backend.model.buffers())  # running statistics, which a forward changes
+        self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
         self.skipped = skipped
 
     def attempt(
@@ -44,11 +46,11 @@ class NonFiniteSteps:
         Raises RankError on every rank if no more steps may be skipped.
         """
         may_skip = self.skipped < self._max_skipped
-        buffers = list(self._backend.model.buffers()) if may_skip else []
-        before = [buffer.clone() for buffer in buffers]
+        if may_skip:
+            self._copy(self._kept, self._buffers)
         try:
             metrics = take_step()
-            if metrics.grad_norm.isfinite():
+            if metrics.taken:
                 return metrics
             problem = (
                 f"the gradient of step {step + 1} is not finite; this step was not saved. "
@@ -56,8 +58,8 @@ class NonFiniteSteps:
             )
         except NonFinite as error:
             problem, metrics = str(error), error.metrics
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        if may_skip:
+            self._copy(self._buffers, self._kept)
         self._write_down(batch, step, loss_parts(metrics), {**settings, "problem": problem})
         self._backend.discard()
         if not may_skip:
@@ -65,6 +67,11 @@ class NonFiniteSteps:
         self.skipped += 1
         self._session.say(f"{problem}: skipped ({self.skipped} of at most {self._max_skipped}, guard.max_skipped)")
         return None
+
+    @staticmethod
+    def _copy(to: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
+        if to:
+            torch._foreach_copy_(to, from_)
 
     def _name_of(self, sample: int) -> str:
         """Shard and key, or the number if this rank alone cannot open the shard: the other ranks wait for an answer."""

@@ -10,6 +10,7 @@ import torch
 
 from clae_dist.config import Config
 from clae_dist.contrast.step import Moment
+from clae_dist.cores import usable_cores
 from clae_dist.data.loader import num_workers
 from clae_dist.errors import DataError
 from clae_dist.parallel import Backend
@@ -89,7 +90,8 @@ def describe(plan: Plan, world: World, backend: Backend) -> Iterator[str]:
     )
     yield (
         f"batch: {size} images = {world.size} x {rows}{micro}; {streams}; "
-        f"{count_of(num_workers(config, world.local_size), 'loader process', 'loader processes')} a rank"
+        f"{count_of(num_workers(config, world.local_size), 'loader process', 'loader processes')} a rank "
+        f"({count_of(usable_cores(), 'core')} for {count_of(world.local_size, 'rank')})"
     )
     skipped = 0 if config.data.mixture else plan.num_samples - plan.steps_per_epoch * size
     rest = f"; {skipped:,} are skipped, different ones each epoch" if skipped else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -21,12 +23,18 @@ from clae_dist.world import World
 
 
 def make_pretraining(
-    config: Config, world: World, backend: Backend, clock: Clock, pseudo_labels: torch.Tensor | None = None
+    config: Config,
+    world: World,
+    backend: Backend,
+    clock: Clock,
+    pseudo_labels: torch.Tensor | None = None,
+    beside: Callable[[], None] = lambda: None,
 ) -> Pretraining:
     """Collect the parts of a run that a training step works with.
 
     Args:
         pseudo_labels: of all images, for a method that has classifiers; by default made up, for rehearsals without images.
+        beside: called once a step, when the device has its forwards and backwards to do.
     """
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     flips_alone = config.augment.weakened(0.0)
@@ -61,6 +69,7 @@ def make_pretraining(
         state=backend.method_state,
         pseudo_labels=made_up_labels(config) if pseudo_labels is None else pseudo_labels,
         timed=clock.timed,
+        beside=beside,
     )
 
 

@@ -130,7 +130,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     with _first_not_finite(backend.model) as first:
         try:
             metrics = pretrain_step(run, batch, moment)
-            if not metrics.grad_norm.isfinite():
+            if not metrics.taken:
                 problem = "the gradient is not finite"
         except NonFinite as error:
             problem, metrics = str(error), error.metrics

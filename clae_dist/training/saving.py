@@ -1,7 +1,8 @@
 """Schedule of checkpoints, and the coordination of ranks that save them.
 
-A save copies to host memory; a thread of each rank writes. Collectives stay in the loop: the state of the write (in progress,
-failed) is part of the flags that ranks exchange in every step. Once all ranks have written, rank 0 renames the checkpoint.
+A save copies to host memory, on a GPU beside the next step; a thread of each rank writes. Collectives stay in the loop: the
+state of the write (in progress, failed) is part of the flags that ranks exchange in every step. Once all ranks have written,
+rank 0 renames the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import CheckpointError
 from clae_dist.parallel import Backend
 from clae_dist.runs.checkpoint import Writer
 from clae_dist.storage import StorageError
+from clae_dist.training.clock import Clock
 from clae_dist.training.session import Session
 
 
@@ -33,8 +37,8 @@ class _Pending:
 class Saving:
     """The checkpoints of a run. Collective, except for `flags` and `close`."""
 
-    def __init__(self, session: Session, backend: Backend) -> None:
-        self._session, self._world, self._backend = session, session.world, backend
+    def __init__(self, session: Session, backend: Backend, clock: Clock) -> None:
+        self._session, self._world, self._backend, self._clock = session, session.world, backend, clock
         world = session.world
         self._writer = Writer(
             session.config.folder, world.rank, world.size, world.broadcast(uuid.uuid4().hex[:8]), world.device
@@ -82,7 +86,7 @@ class Saving:
     def save(self, step: int, info: dict[str, Any], *, last: bool = False) -> float:
         """Begin to save the state after `step` steps; after the last one, the caller calls `settle` next.
 
-        Returns the seconds that training waited. Raises CheckpointError.
+        Returns the seconds that the host waited. Raises CheckpointError.
         """
         start = time.perf_counter()
         if self._pending is not None:
@@ -95,9 +99,16 @@ class Saving:
             self.settle()
         self._backend.average_local_statistics()
         self._pending = _Pending(step, info)
-        self._writer.begin(step, self._backend.pieces(), unchanged=last)
+        copied = self._writer.begin(step, self._backend.pieces(), unchanged=last)
+        if copied is not None:
+            self._backend.wait_for_copy = lambda: self._wait_for(copied)
         self._last = time.monotonic()
         return time.perf_counter() - start
+
+    def _wait_for(self, copied: torch.cuda.Event) -> None:
+        """Let the device wait for the end of a copy; its time, if any is left to wait for, counts as "checkpoint"."""
+        with self._clock.timed("checkpoint"):
+            torch.cuda.current_stream(self._world.device).wait_event(copied)
 
     def settle(self) -> None:
         """Wait until the checkpoint in progress, if any, is committed. Raises CheckpointError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -15,7 +15,7 @@ from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.cores import threads_per_rank
 from clae_dist.data.loader import LoadedBatch, load
 from clae_dist.data.manifest import Manifest
-from clae_dist.data.transfer import Transfer
+from clae_dist.data.transfer import transferred
 from clae_dist.deploy.export import export_encoder
 from clae_dist.devices import kernels, tf32
 from clae_dist.errors import ConfigError, DataError, RankError
@@ -32,6 +32,7 @@ from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, cont
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.alarms import Alarms
 from clae_dist.training.bad_samples import BadSamples
+from clae_dist.training.coming import Coming, next_batch
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.training.journal import Journal
@@ -40,10 +41,12 @@ from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.opening import open_folder, resume
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
+from clae_dist.training.profiling import Profiling
 from clae_dist.training.pseudo_labels import with_pseudo_labels
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
+from clae_dist.training.usage import Usage
 from clae_dist.training.watch import ENDING, Watch
 from clae_dist.wording import count_of
 from clae_dist.world import World
@@ -100,6 +103,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)
     shapes = shapes_of(model)  # before it is wrapped: ZeRO-3 leaves parameters of no elements
+    usage = Usage.of(config, model, world)
     backend = make_backend(config, model, world)
     watch.doing("starting", 0)
     before = resume(session, backend, shapes)
@@ -109,12 +113,12 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         say(line)
     if first_step:
         say(f"resuming after step {first_step}")
+    seen = plan.images_seen(first_step)
     known: dict[str, Any] = {"tags": identity.tags, "dataset": TrackedSet.of(sets.train, config)}
     if first_step >= plan.total:
         say("this run is finished already; give another run_dir or name to start a new one.")
         if world.is_main and config.tracking.uses("mlflow"):
             watch.doing(ENDING, first_step)
-            seen = plan.images_seen(first_step)
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
             _log_encoder(config, late, sets.train, say)
             late.close("finished")
@@ -123,7 +127,6 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     ledger.resumed(first_step, say)
     tracker = Tracker()
     if world.is_main:
-        seen = plan.images_seen(first_step)
         tracker = build_trackers(
             config,
             config.folder,
@@ -136,9 +139,9 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     status: Status = "failed"
     try:
         bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, before.bad_samples)
-        journal = Journal(session, plan, tracker, bad, ledger, first_step, before.train_s)
+        journal = Journal(session, plan, tracker, bad, ledger, usage, first_step, before.train_s)
         nonfinite = NonFiniteSteps(session, backend, sets.train, before.skipped_steps)
-        saving = Saving(session, backend)
+        saving = Saving(session, backend, journal.clock)
         outcome = _Loop(session, backend, sets, plan, journal, stop, watch, bad, nonfinite, saving, first_step).run()
         status = outcome.status
         journal.close(outcome.step)
@@ -162,22 +165,6 @@ def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say)
         say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
 
 
-def _next(batches: Iterator[LoadedBatch], rows: int, rank: int) -> tuple[LoadedBatch | None, str]:
-    """The next batch, or the reason why this rank has none."""
-    try:
-        batch = next(batches)
-    except DataError as error:
-        return None, str(error)
-    except (RuntimeError, OSError) as error:  # a loader process that died, a disk that does: the other ranks must hear of it
-        return None, f"rank {rank} cannot load its batch: {type(error).__name__}: {error}"
-    if len(batch.ids) != rows:
-        return None, (
-            f"rank {rank}'s batch has {len(batch.ids)} rows where every rank needs {rows}: unequal rows would make collectives "
-            "wait forever. The loader (data/loader.py) must give every rank batch.global_size / number of ranks."
-        )
-    return batch, ""
-
-
 @dataclass
 class _Loop:
     """The loop over steps, with periodic logging, evaluation and checkpoints."""
@@ -198,7 +185,9 @@ class _Loop:
         self.config, self.world, self.say = self.session.config, self.session.world, self.session.say
         self.clock = self.journal.clock
         self.alarms = Alarms(self.config, self.plan.total, self.say, self.journal.tag)
+        self.profiling = Profiling(self.session, self.plan.total)
         self.step = self.saved = self.first_step
+        self.coming: Coming | None = None
 
     def run(self) -> LoopResult:
         """Run steps first_step … plan.total - 1, or until all ranks know of a stop request. Collective.
@@ -211,13 +200,16 @@ class _Loop:
             self._settle()
             raise
         finally:
+            self.profiling.close()
             self.saving.close()
 
     def _run(self) -> LoopResult:
         plan, every = self.plan, self.config.train
-        run = make_pretraining(self.config, self.world, self.backend, self.clock, self.sets.pseudo_labels)
+        labels, beside = self.sets.pseudo_labels, self._fetch_beside
+        run = make_pretraining(self.config, self.world, self.backend, self.clock, labels, beside)
         self.say(f"{STARTING}loader processes, the first batch and the first step")
-        batches = Transfer.to(self.world.device, load(self.sets.train, self.config, self.world, self.step, plan.total))
+        batches = load(self.sets.train, self.config, self.world, self.step, plan.total)
+        self.batches = transferred(batches, self.world.device)
         if self.step == 0 and plan.knn_every:
             self.say(f"{STARTING}kNN of the untrained encoder")
             self._evaluate()
@@ -225,15 +217,15 @@ class _Loop:
         self.backend.model.train()
         self.clock.read()
         while self.step < plan.total:
-            batch = self._batch(batches)
+            self.profiling.at(self.step)
+            batch = self._batch()
             if batch is None:
                 return self._stopped()
             measured: dict[str, float] = {}
             if self.step % every.diagnose_every == 0 or self.alarms.due(self.step):
-                with self.clock.stopped():
+                with self.clock.timed("diagnosis"):
                     measured = diagnose(run, batch)
                 measured |= self.alarms.judge(self.step, measured)
-            self._look_ahead(batches)
             rate = self._train_on(run, batch)
             if self.step % every.log_every == 0 or self.step == plan.total or measured:
                 self._log({"learning_rate": rate, **measured})
@@ -242,6 +234,7 @@ class _Loop:
             every_steps = self.config.checkpoint.every_steps
             if self.step == plan.total or (every_steps and self.step % every_steps == 0):
                 self._checkpoint(last=self.step == plan.total)
+        self.profiling.at(self.step)
         self._settle()
         self.say(f"finished: {count_of(self.step, 'step')}, {plan.images_seen(self.step):,} images")
         return LoopResult("finished", self.step)
@@ -253,31 +246,35 @@ class _Loop:
         self.watch.doing(what, self.step)
         self.journal.ledger.switch(what, self.step)
 
-    def _batch(self, batches: Iterator[LoadedBatch]) -> LoadedBatch | None:
-        """This rank's batch of the step; None on every rank after a stop request to any of them. Collective."""
+    def _fetch(self) -> Coming:
+        """Take this rank's next batch, and begin to tell the other ranks of it, of a stop request and of a checkpoint."""
         self._doing("data")
         with self.clock.timed("data"):
-            batch, problem = _next(batches, self.config.rows_per_rank(self.world.size), self.world.rank)
+            batch, problem = next_batch(self.batches, self.config.rows_per_rank(self.world.size), self.world.rank)
         self._doing("training")
         new = batch is not None and self.bad.new_in(batch.bad)
-        stopping, broken, skipped, due, *writing = self.world.flags_anywhere(
-            self.stop.made(), bool(problem), new, *self.saving.flags()
-        )
-        self.saving.hear(*writing)
+        flags = self.world.announce(self.stop.made(), bool(problem), new, *self.saving.flags())
+        return Coming(batch, problem, flags, self.saved)
+
+    def _fetch_beside(self) -> None:
+        """While a GPU computes the step, fetch the batch of the next one."""
+        if self.world.device.type == "cuda" and self.step + 1 < self.plan.total:
+            self.coming = self._fetch()
+
+    def _batch(self) -> LoadedBatch | None:
+        """This rank's batch of the step; None on every rank after a stop request to any of them. Collective."""
+        coming, self.coming = self.coming or self._fetch(), None
+        stopping, broken, skipped, due, *writing = coming.flags.heard()
+        if coming.saved == self.saved:  # otherwise they are about an older checkpoint
+            self.saving.hear(*writing)
         if broken and not stopping:  # a signal to the whole job ends loader processes, too
-            self.world.raise_together(DataError, problem)
+            self.world.raise_together(DataError, coming.problem)
         if skipped:
-            self.bad.add(batch.bad if batch else {}, self.world, self.say)
+            self.bad.add(coming.batch.bad if coming.batch else {}, self.world, self.say)
         if due and not stopping:
             self._checkpoint()
             self._doing("training")
-        return None if stopping else batch
-
-    def _look_ahead(self, batches: Transfer) -> None:
-        self._doing("data")
-        with self.clock.timed("data"):
-            batches.look_ahead()
-        self._doing("training")
+        return None if stopping else coming.batch
 
     def _stopped(self) -> LoopResult:
         reason = next(filter(None, self.world.gather_objects(self.stop.reason)))
@@ -306,7 +303,7 @@ class _Loop:
             "bad_samples": dict(self.bad.known),
             "skipped_steps": self.nonfinite.skipped,
         }
-        with self.clock.stopped():
+        with self.clock.stopped(synchronise=last):
             if last:  # that of a moment ago
                 self.saving.settle()
             blocked_s = self.saving.save(self.step, info, last=last)

@@ -16,6 +16,7 @@ from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
+from clae_dist.parallel.backend import Update
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.world import World
 from tests import reference, steps
@@ -41,9 +42,9 @@ class Found:
 class KeepsGradients(DdpBackend):
     """DDP that shows what it would step with."""
 
-    def update(self) -> torch.Tensor:
+    def update(self, loss: torch.Tensor | None = None) -> Update:
         self.grads = self.gradients()
-        return super().update()
+        return super().update(loss)
 
 
 def run_step(world: World, norm: str, config: Config, wrong: str = "") -> Found:

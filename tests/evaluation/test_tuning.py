@@ -47,9 +47,8 @@ def _trained(world: World, run: str, folder: str, loss: str, whole: bool) -> dic
     return {name: value.clone() for name, value in tuned.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    "loss, whole", [("trades", True), pytest.param("attacked_cross_entropy", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, whole", [("trades", True), ("attacked_cross_entropy", False)])
 def test_two_ranks_train_what_one_trains(make_run: MakeRun, ranks: Any, tmp_path: Path, loss: str, whole: bool) -> None:
     """In float64: batch norms see the global batch, and augmentation and noise do not depend on ranks."""
     run = make_run()

@@ -37,7 +37,8 @@ def test_a_run_outlives_a_full_disk_for_its_output(workers: int, recipe: Path, t
     assert "finished: 4 steps" in (tmp_path / "run" / "console.log").read_text()
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_outlives_the_reader_of_its_output(workers: int, recipe: Path, tmp_path: Path) -> None:
     """`clae train … | tee log`, where tee dies first."""
     line = command(recipe, tmp_path / "run", "local", f"launch.workers={workers}", "train.epochs=1")
@@ -80,7 +81,8 @@ def test_torchrun_trains_to_the_same_bits(recipe: Path, tmp_path: Path, undistur
     assert_same_weights(tmp_path / "run", undisturbed(2))
 
 
-@pytest.mark.parametrize(("launcher", "workers"), [("local", 0), pytest.param("ray", 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "workers"), [("local", 0), ("ray", 1)])
 def test_kill_minus_9_of_a_rank_then_the_same_command_again(
     launcher: str, workers: int, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

@@ -104,6 +104,7 @@ def _servers() -> str:
     return " ".join(word for one in running for word in one.cmdline())
 
 
+@pytest.mark.slow
 def test_ranks_and_loaders_have_servers_of_their_own_in_one_process() -> None:
     """A program that embeds images and then trains: multiprocessing keeps one server, with the imports of its first user."""
     assert "clae_dist.launchers.preload" in spawn(1, _server).message

@@ -13,7 +13,7 @@ from clae_dist.config import Attack, Config, Data, Model
 from clae_dist.errors import ConfigError
 from clae_dist.methods.anchored import AnchoredSettings
 from clae_dist.models import build_model
-from clae_dist.parity.observe import _Run
+from clae_dist.parity.observe import SyntheticRun
 from clae_dist.world import World
 from tests.methods.attacked import PGD, Tried, noise
 from tests.methods.test_every_recipe import CASES, small
@@ -91,7 +91,7 @@ def test_embeddings_are_the_features() -> None:
 
 def keys_after_steps(world: World, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The frozen weights before and after two steps, of which the first has changed the encoder."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     before = run.state()
     before = {name: value.clone() for name, value in before[KEYS].items()}
     run.step(0)
@@ -116,7 +116,7 @@ def test_the_original_stays_as_the_run_began(ranks: RankPool, backend: str, monk
 
 def after_a_step(world: World, config: Config) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The loss of the first step, and the state of the model before and after it."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     before = {name: value.clone() for name, value in run.state()["model"].items()}
     return float(run.step(0).loss), before, run.state()["model"]
 

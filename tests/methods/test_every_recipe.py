@@ -15,7 +15,7 @@ from clae_dist.methods import METHODS
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
 from clae_dist.parity.compare import Parity, compare_steps
-from clae_dist.parity.observe import _Run, observe, reference
+from clae_dist.parity.observe import SyntheticRun, observe, reference
 from clae_dist.parity.run import alone, tiny
 from clae_dist.recipe import recipe_names, resolve
 from clae_dist.world import World
@@ -42,6 +42,12 @@ RESUMED = [
     for backend in ("ddp", "fsdp2")
 ]
 
+COPIED = [
+    pytest.param(case, backend, marks=[] if (case, backend) == ("cifar10/moco", "ddp") else pytest.mark.slow)
+    for case in FIRST
+    for backend in ("ddp", "fsdp2", *(["deepspeed"] if case in ("cifar10/moco", "cifar10/clae") else []))
+]
+
 
 def small(case: str, world_size: int, *settings: str) -> Config:
     recipe, *more = CASES[case]
@@ -61,6 +67,37 @@ def check(ranks: RankPool, case: str, world_size: int, backend: str) -> None:
     assert found.passed, found
     assert max(found.param_grad.absolute, found.input_grad.absolute, found.loss.absolute) < 1e-10
     assert found.delta_sign_agreement == 1
+
+
+def written_too_early(world: World, config: Config) -> tuple[int, list[str], bool]:
+    """Of the tensors that a checkpoint copies while a step runs: the number of waits for the copy, those that the step wrote to
+    before it, and whether it wrote to any afterwards."""
+    run = SyntheticRun(config, world)
+    run.step(0)
+    backend, early, waits = run.backend, [], []
+    parts = [piece for piece in backend.pieces() if not piece.changes_in_forward]
+    copied = [(piece.name, piece.tensor, piece.tensor.clone(), piece.tensor._version) for piece in parts]
+
+    def changed() -> list[str]:
+        """By value, and by torch's count of writes: weights that give place to others are back in theirs afterwards."""
+        written = [name for name, tensor, _, version in copied if tensor._version != version]
+        return written + [name for name, tensor, before, _ in copied if not torch.equal(tensor, before)]
+
+    def wait() -> None:
+        waits.append(True)
+        early.extend(changed())
+
+    backend.wait_for_copy = wait
+    run.step(1)
+    return len(waits), early, bool(changed())
+
+
+@pytest.mark.parametrize(("case", "backend"), COPIED)
+def test_a_step_waits_for_the_copy_before_it_writes(ranks: RankPool, case: str, backend: str) -> None:
+    """On a GPU a checkpoint is copied beside the next step. MoCo's key encoder takes the weights' place before the update."""
+    size = 4 if backend == "deepspeed" else 2  # all ranks of the pool
+    config = small(case, size, f"parallel.backend={backend}", "train.precision=float32")
+    assert ranks.run(size, written_too_early, config) == [(1, [], True)] * size
 
 
 def test_every_method_has_a_recipe() -> None:
@@ -86,7 +123,7 @@ def test_all_recipes_on_other_ranks_and_backends(ranks: RankPool, case: str, wor
 
 def two_steps(world: World, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state after one step and after the next."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     run.step(0)
     first = _copied(run.state())
     run.step(1)
@@ -95,7 +132,7 @@ def two_steps(world: World, config: Config) -> tuple[dict[str, Any], dict[str, A
 
 def one_more(world: World, config: Config, first: dict[str, Any]) -> dict[str, Any]:
     """The state one step after `first`, in a process that knows nothing else."""
-    run = _Run(config, world)
+    run = SyntheticRun(config, world)
     run.load(first)
     run.step(1)
     return run.state()

@@ -214,6 +214,7 @@ def run_of(shards: Manifest, folder: Path, source: Path, **train: Any) -> Config
     return whole_run(shards, folder, 2, sections, **{"epochs": 1, "precision": "float64", **train})
 
 
+@pytest.mark.slow
 def test_a_lost_run_resumes_on_other_ranks_without_the_source(
     ranks: RankPool, shards: Manifest, source: Config, tmp_path: Path
 ) -> None:

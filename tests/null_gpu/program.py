@@ -27,6 +27,7 @@ for _name in ("null_gpu_count", "null_gpu_allocations"):
     getattr(_null, _name).restype = ctypes.c_long
 
 _step = run.pretrain_step
+_wait = world.Flags.heard
 _prepare_deepspeed = deepspeed_backend._prepare
 _eigh = torch.linalg.eigh
 STEPS: list[dict[str, int]] = []  # what each training step counted
@@ -39,7 +40,8 @@ def counts() -> dict[str, int]:
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     """True everywhere, also on the CPU, where a checkpoint's weights came from the device."""
-    return torch.ones(tensor.shape, dtype=torch.bool).to(tensor.device)
+    finite = torch.ones(tensor.shape, dtype=torch.bool)
+    return finite.pin_memory().to(tensor.device, non_blocking=True) if tensor.is_cuda else finite
 
 
 def _eigenvectors(matrix: torch.Tensor) -> Any:
@@ -57,10 +59,10 @@ def _prepare(here: world.World) -> Any:
     return package
 
 
-def _flags_anywhere(here: world.World, *flags: bool | torch.Tensor) -> list[bool]:
-    """Flags that the CPU knows; one that a kernel should have computed is not raised."""
-    own = [bool(flag) if not isinstance(flag, torch.Tensor) or flag.device.type == "cpu" else False for flag in flags]
-    return [any(column) for column in zip(*here.gather_objects(own), strict=True)]
+def _heard(flags: world.Flags) -> list[bool]:
+    """Flags that the host knows; one that a kernel should have computed is not raised."""
+    heard = _wait(flags)
+    return heard if flags.raised.device.type == "cpu" else [False] * len(heard)
 
 
 def _broadcast(here: world.World, value: Any) -> Any:
@@ -94,7 +96,7 @@ torch.Tensor.isfinite = _finite  # type: ignore[assignment,method-assign]
 torch.isfinite = _finite
 torch.linalg.eigh = _eigenvectors
 deepspeed_backend._prepare = _prepare
-world.World.flags_anywhere = _flags_anywhere  # type: ignore[method-assign]
+world.Flags.heard = _heard  # type: ignore[method-assign]
 world.World.broadcast = _broadcast  # type: ignore[method-assign]
 run.pretrain_step = _counted_step
 

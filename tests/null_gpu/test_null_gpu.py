@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from clae_dist.config import Model
 from clae_dist.data.synthetic import write_synthetic_set
 from clae_dist.errors import BAD_CONFIG, OK
+from clae_dist.models.encoders import build_encoder
 from clae_dist.runs.folder import RunFolder, step_of
 from tests import processes
 from tests.null_gpu.build import NoNullGpuError, NullGpu, build
@@ -110,6 +113,27 @@ def test_two_gpus_train_and_resume(two: Trained, backend: str) -> None:
     assert step["all_reduces"] > 0
     if backend == "fsdp2":
         assert step["reduce_scatters"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_the_host_waits_once_a_step(one: Trained, two: Trained, backend: str) -> None:
+    """To hear if the loss and the gradient are finite. A thread that writes a checkpoint may wait during a step as well, and
+    DDP reads 8 times of its own in each of its first 10 forwards."""
+    for trained in (one, two):
+        of_ddp = 8 if backend == "ddp" and trained is two else 0
+        for report in trained.ranks:
+            waits = [step["waits"] for steps in report["runs"][backend]["steps"] for step in steps[1:]]
+            assert min(waits) == 1 + of_ddp, (trained.folder.name, waits)
+
+
+@pytest.mark.slow
+def test_a_step_communicates_twice_a_batch_norm_and_pass(two: Trained) -> None:
+    """CLAE (exact) takes two passes with batch norms: one of the attack, and one of all three views that it trains on."""
+    step = two.ranks[0]["runs"]["ddp"]["steps"][0][-1]
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in build_encoder(Model(encoder="small_resnet"), 32)[0].modules())
+    assert step["all_gathers"] == 2 * norms + 7  # of rows: three views, one that is attacked; and of their three losses
+    assert 2 * norms + 2 <= step["all_reduces"] <= 2 * norms + 6  # of gradients and of a flag
 
 
 @pytest.mark.slow

@@ -225,4 +225,4 @@ def take_step(backend: Backend, kind: str, number: int) -> Seen:
     x, y = views(backend.world, number, torch.float64 if backend.precision == "float64" else torch.float32)
     x_adv = STEPS[kind](backend, x, y)
     gradients = backend.gradients()
-    return Seen(x_adv, gradients, backend.update())
+    return Seen(x_adv, gradients, backend.update().norm)

@@ -193,8 +193,9 @@ def infinite(world: World, stage: int) -> tuple[float, bool]:
     before = backend.state()["model"]
     x, y = views(world, 0, torch.float32)
     backend.backward(compare(backend.embed(x, "clean"), backend.embed(y, "clean")) * 1e38 * 1e38)
-    norm = backend.update()
-    return norm.item(), all(
+    update = backend.update()
+    assert not update.taken
+    return update.norm.item(), all(
         torch.equal(value, before[name]) for name, value in backend.state()["model"].items() if "route" in name
     )
 

@@ -104,6 +104,7 @@ def in_float32(world: World, config: Config, wrong: str) -> Parity:
         return compare_steps(config, world.size, "float32", observe(config, world, 2, starts), single, one)
 
 
+@pytest.mark.slow
 def test_a_long_attack_from_a_random_start_passes_in_float32(ranks: RankPool) -> None:
     """Every precision has the same noise, and rounding may turn signs in its later steps; a wrong gather still fails."""
     attack = Attack("pgd", epsilon=0.03, steps=5, step_size=0.008, random_start=True, statistics="running")

@@ -30,6 +30,15 @@ def test_a_training_line() -> None:
     )
 
 
+def test_a_line_has_the_share_of_the_peak_rate_where_it_is_known() -> None:
+    stream = io.StringIO()
+    ConsoleTracker(stream, total_steps=1560, global_size=256).log({**METRICS, "mfu": 41.4}, images_seen=120 * 256)
+    assert "  512 images/s  MFU 41 %  left 11:59" in stream.getvalue()
+    line = read_line(stream.getvalue().strip())
+    assert line is not None
+    assert (line.speed, line.left) == ("512 images/s", "left 11:59")
+
+
 def test_a_line_has_at_most_100_characters_unless_data_is_waited_for() -> None:
     """They had 124."""
     stream = io.StringIO()

@@ -80,7 +80,7 @@ def test_with_a_constant_rate_it_is_the_run_that_was_long_from_the_start(finishe
     assert_same_weights(child.folder, long.folder)
 
 
-@pytest.mark.parametrize(("num_ranks", "backend"), [(2, "ddp"), (2, "fsdp2")])
+@pytest.mark.parametrize(("num_ranks", "backend"), [(2, "ddp"), pytest.param(2, "fsdp2", marks=pytest.mark.slow)])
 def test_on_other_ranks_and_backends(ranks: RankPool, extended: Config, tmp_path: Path, num_ranks: int, backend: Any) -> None:
     other = replace(extended, run_dir=str(tmp_path / "other"), parallel=Parallel(backend=backend))
     assert ranks.run(num_ranks, train_quietly, other) == ["finished"] * num_ranks

@@ -58,7 +58,7 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
             nonlocal count
             count += 1
             metrics = real(run, batch, moment)
-            return replace(metrics, grad_norm=torch.tensor(torch.inf)) if count == 3 else metrics
+            return replace(metrics, grad_norm=torch.tensor(torch.inf), taken=False) if count == 3 else metrics
 
         training.pretrain_step = broken
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -29,7 +29,7 @@ from tests.small_run import small_run
 BROKEN = 2  # steps before the one that is not finite
 BACKENDS = [
     Parallel(),
-    Parallel(backend="fsdp2"),
+    pytest.param(Parallel(backend="fsdp2"), marks=pytest.mark.slow),
     *(pytest.param(Parallel(backend="deepspeed", zero_stage=stage), marks=pytest.mark.slow) for stage in (0, 1, 2, 3)),
 ]
 

@@ -21,9 +21,12 @@ from clae_dist.runs.checkpoint import Writer, load_checkpoint, load_model
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.training import journal
 from clae_dist.training import train as training
+from clae_dist.training.journal import PHASES
 from clae_dist.world import World
 from tests.ranks import RankPool
 from tests.training.disturbed import STEPS, assert_bitwise, final, logged, recipe, train_on
+
+MEASURED = ("goodput", "peak_memory_gib")  # besides times and shares of them
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -38,7 +41,7 @@ def test_a_lost_run_goes_on_to_the_same_bits(
     assert_bitwise(final(config), final(finished_run(world_size)))
     timeless = [
         [
-            {key: value for key, value in line.items() if not key.endswith("_s") and key != "goodput" and "share" not in key}
+            {key: value for key, value in line.items() if not key.endswith(("_s", "_share")) and key not in MEASURED}
             for line in logged(c)
         ]
         for c in (config, finished_run(world_size))
@@ -102,6 +105,13 @@ def test_what_is_logged(finished_run: Callable[[int], Config]) -> None:
         assert 0 < line["delta_linf"] <= 4 / 255 + 1e-6
         assert line["cos_negative_hardest"] >= line["cos_negative_mean"]
         assert line["alignment"] == pytest.approx(2 - 2 * line["cos_positive"], abs=1e-5)  # float32
+    for line in lines:
+        if "loss" in line:
+            phases = [line[f"{name}_share"] for name in PHASES]
+            assert min(phases[: PHASES.index("diagnosis")]) > 0
+            assert (line["diagnosis_share"] > 0) == ("wrong_sign_share" in line)
+            assert sum(phases) <= 100
+            assert line["peak_memory_gib"] > 0.05
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [0, 4, 8]
     assert all(
         line["knn_accuracy_low"] <= line["knn_accuracy"] <= line["knn_accuracy_high"]

@@ -15,9 +15,12 @@ from clae_dist.config import Checkpointing, Config
 from clae_dist.runs.checkpoint import Piece
 from clae_dist.runs.folder import RunFolder, step_of
 from clae_dist.training import saving
+from clae_dist.training.clock import Clock
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.world import World
+
+CPU = torch.device("cpu")
 
 
 class OneTensor:
@@ -38,7 +41,7 @@ def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: 
     clock = SimpleNamespace(monotonic=lambda: 60 * minutes, perf_counter=time.perf_counter)
     monkeypatch.setattr(saving, "time", clock)
     config = Config(run_dir=str(tmp_path), checkpoint=Checkpointing(every_minutes=10))
-    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor())  # type: ignore[arg-type]
+    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor(), Clock(CPU))  # type: ignore[arg-type]
     due = []
     for step in range(1, 26):
         minutes += 1
@@ -63,7 +66,7 @@ def test_every_minutes_counts_from_the_save_before(tmp_path: Path, monkeypatch: 
 def test_memory_is_reserved_only_for_a_save_during_training(tmp_path: Path, every: dict[str, Any], reserved: bool) -> None:
     """The last save waits for its end, so it needs no copy."""
     config = Config(run_dir=str(tmp_path), checkpoint=Checkpointing(**every))
-    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor())  # type: ignore[arg-type]
+    saves = Saving(Session(config, World.single("cpu"), pytest.fail), OneTensor(), Clock(CPU))  # type: ignore[arg-type]
     saves.reserve(1, 5)
     saves.save(5, {"images_seen": 5}, last=True)
     saves.settle()

@@ -17,6 +17,7 @@ class Piece:
     """Consecutive elements of the flattened tensor `name`, from `start` on; `holders` are all ranks that hold them.
 
     `tensor` is either the full tensor in its shape, or a part as one row, which may be empty.
+    `changes_in_forward`: a forward may write to it, as to running statistics; other tensors change in an update only.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Piece:
     start: int
     tensor: torch.Tensor
     holders: tuple[int, ...]
+    changes_in_forward: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class Place:
     length: int
     holders: tuple[int, ...]
 
-    def piece(self, name: str, part: torch.Tensor) -> Piece:
+    def piece(self, name: str, part: torch.Tensor, *, changes_in_forward: bool = False) -> Piece:
         """`part`, which may be padded at its end, as a piece of `name`."""
         tensor = part.detach() if self._is_all(part) else part.detach().view(-1)[: self.length]
-        return Piece(name, self.shape, self.start, tensor, self.holders)
+        return Piece(name, self.shape, self.start, tensor, self.holders, changes_in_forward)
 
     @torch.no_grad()
     def fill(self, part: torch.Tensor, whole: torch.Tensor) -> None:

@@ -50,13 +50,15 @@ class HostMemory:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old memory first
             self._bytes = torch.empty(needed, dtype=torch.uint8, pin_memory=self._pin).zero_()
 
-    def copy(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+    def copy(self, pieces: Sequence[Piece], side: torch.cuda.Stream | None = None) -> list[torch.Tensor]:
         """Copies of the tensors with their strides, so that any memory format is one contiguous copy.
 
-        On a GPU the copies are only queued on the current stream.
+        On a GPU the copies are only queued: on the stream `side`, but on the current one those of tensors that the next forward
+        may write to.
         """
         self.reserve(pieces)
         copies, moves, offset = [], deque[_Move](), 0
+        queued: tuple[list[tuple[torch.Tensor, torch.Tensor]], ...] = ([], [])  # on the current stream, on the other one
         for piece in pieces:
             tensor = piece.tensor
             row = self._bytes[offset : offset + tensor.nbytes].view(tensor.dtype)
@@ -66,10 +68,17 @@ class HostMemory:
                     length = min(_MOVE, tensor.nbytes - start)
                     moves.append((copy.data_ptr() + start, tensor.data_ptr() + start, length))
             else:
-                copy.copy_(tensor, non_blocking=True)
+                queued[side is not None and not piece.changes_in_forward].append((copy, tensor))
             copies.append(copy)
             offset += _room(tensor)
         _move(moves)
+        for copy, tensor in queued[0]:
+            copy.copy_(tensor, non_blocking=True)
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream(side.device))  # for the step, and the copies before
+            with torch.cuda.stream(side):
+                for copy, tensor in queued[1]:
+                    copy.copy_(tensor, non_blocking=True)
         return copies
 
 
@@ -107,6 +116,7 @@ class Writer:
         self._folder = RunFolder(run_dir)
         self._rank, self._size, self._attempt, self._device = rank, size, attempt, device
         self._memory = HostMemory(pin=device.type == "cuda")
+        self._copier = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
         self.failure: Exception | None = None
@@ -138,20 +148,22 @@ class Writer:
         share = share_of(list(pieces), self._rank)
         self._start(lambda: self._memory.reserve(share))
 
-    def begin(self, step: int, pieces: Iterable[Piece], *, unchanged: bool = False) -> None:
+    def begin(self, step: int, pieces: Iterable[Piece], *, unchanged: bool = False) -> torch.cuda.Event | None:
         """Copy this rank's share of the pieces, and write the copy in the background.
 
         Args:
             unchanged: the tensors will not change before the write has ended; those of a CPU are then not copied.
+
+        Returns: on a GPU, the end of the copies, which run beside the next step; its update must wait for it.
         """
         self.join()
         share = share_of(list(pieces), self._rank)
         in_place = unchanged and self._device.type == "cpu"
-        copies = [piece.tensor for piece in share] if in_place else self._memory.copy(share)
+        copies = [piece.tensor for piece in share] if in_place else self._memory.copy(share, self._copier)
         copied = None
-        if self._device.type == "cuda":
+        if self._copier is not None:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(self._copier)
 
         def write() -> None:
             if copied is not None:
@@ -160,6 +172,7 @@ class Writer:
             self._write(step, share, copies)
 
         self._start(write)
+        return copied
 
     def commit(self, step: int, backend: str, info: dict[str, Any], keep: int, keep_every_s: float) -> None:
         """Commit the checkpoint when all ranks have written, and delete old ones; in the background."""
