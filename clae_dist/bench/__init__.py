@@ -1,4 +1,4 @@
-"""`clae bench`: time and memory of loss, gather, step, data and checkpoints, compared with other packages and a lower bound."""
+"""`clae bench`: time, memory and counts of loss, gather, step, data and checkpoints, beside other packages and a bound."""
 
 from __future__ import annotations
 

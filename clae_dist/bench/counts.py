@@ -1,15 +1,18 @@
-"""Count what an action launches on a device: kernels, the bytes they move, and the times that the host waits for them.
+"""Count what an action launches on a device: kernels, the bytes they move, host waits and collectives.
 
-Counts are of torch's dispatcher. So they need no GPU: on the meta device, they take milliseconds at any size.
+Counts are of torch's dispatcher. So they need no GPU: on the meta device, they take milliseconds at any size. An operation
+counts as one kernel also if it launches several (a foreach operation over many tensors, the backward of a convolution).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,12 +25,27 @@ _SCATTERING = {"index_copy_"}  # they read an index and rows, and write these ro
 
 
 @dataclass(frozen=True)
+class Collective:
+    """One collective: torch's name without underscores, and the operator of this package that it is part of, or ""."""
+
+    name: str
+    within: str = ""
+
+
+@dataclass(frozen=True)
 class Counts:
     """Kernels, bytes read and written by them, and host waits. A copy between devices is no kernel; its bytes do not count."""
 
     kernels: int = 0
     bytes: int = 0
     waits: int = 0
+    collectives: tuple[Collective, ...] = ()
+    operations: tuple[str, ...] = field(default=(), compare=False, repr=False)  # names of the kernels, in order
+
+    def collectives_named(self, name: str, within: str | None = None) -> int:
+        """The number of these collectives, or of those that are part of operators whose names begin with `within`."""
+        inside = [one for one in self.collectives if within is None or one.within.startswith(within)]
+        return sum(one.name.startswith(name) for one in inside)
 
 
 def counted(action: Callable[[], object], device: str = "cpu") -> Counts:
@@ -35,32 +53,75 @@ def counted(action: Callable[[], object], device: str = "cpu") -> Counts:
 
     On the CPU every operation counts, also those that a training step on a GPU runs on the host.
     """
-    with _CountOperations(device) as counter:
+    with CountOperations(device) as counter:
         action()
-    return Counts(counter.kernels, counter.bytes, counter.waits)
+    return counter.counts()
 
 
-class _CountOperations(TorchDispatchMode):
+class CountOperations(TorchDispatchMode):
+    """Context that counts; `counts()` may be called at any time."""
+
     def __init__(self, device: str) -> None:
         super().__init__()
         self._device = device
-        self.kernels = self.bytes = self.waits = 0
+        self._kernels = self._bytes = self._waits = 0
+        self._collectives: list[Collective] = []
+        self._operations: list[str] = []
+        self._within = ""
+        self._counting = True
+
+    def counts(self) -> Counts:
+        """The counts so far."""
+        return Counts(self._kernels, self._bytes, self._waits, tuple(self._collectives), tuple(self._operations))
+
+    def add_wait(self) -> None:
+        """Count a host wait that the dispatcher does not see."""
+        self._waits += self._counting
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context in which nothing is counted."""
+        before, self._counting = self._counting, False
+        try:
+            yield
+        finally:
+            self._counting = before
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
-        name = operation._schema.name.split("::")[1]
+        qualified = operation._schema.name
+        name = qualified.split("::")[1]
+        if qualified in OPDEFS:  # an operator in Python: count what it consists of
+            return self._inside(name, OPDEFS[qualified]._init_fn, args, kwargs)
+        result = self._call(operation, name, args, kwargs)
+        if not self._counting:
+            return result
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            self._collectives.append(Collective(name.replace("_", ""), self._within))
+            return result
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         if name in _WITHOUT_KERNEL or all(tensor.device.type != self._device for tensor in (*inputs, *outputs)):
             return result
         if name in _COPIES and len({tensor.device.type for tensor in (*inputs, *outputs)}) > 1:
-            self.waits += not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+            self._waits += not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         elif name in _WAITING or (name.startswith("index") and any(t.dtype == torch.bool for t in _tensors(args[1:2]))):
-            self.waits += 1
+            self._waits += 1
         elif not _is_view(operation):
-            self.kernels += 1
-            self.bytes += _moved(operation, name, args, kwargs, outputs)
+            self._kernels += 1
+            self._bytes += _moved(operation, name, args, kwargs, outputs)
+            self._operations.append(name)
         return result
+
+    def _call(self, operation: Any, name: str, args: Any, kwargs: Any) -> Any:
+        return operation(*args, **kwargs)
+
+    def _inside(self, name: str, implementation: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        outside, self._within = self._within, name
+        try:
+            with self:
+                return implementation(*args, **kwargs)
+        finally:
+            self._within = outside
 
 
 def _is_view(operation: Any) -> bool:

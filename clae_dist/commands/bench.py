@@ -8,7 +8,7 @@ import sys
 from clae_dist.errors import ConfigError
 from clae_dist.options import Parser
 
-SUMMARY = "measure loss, gather, step, data, checkpoints, restarts, start-up or linear probe on this machine"
+SUMMARY = "measure loss, gather, step, data, checkpoints, restarts, start-up, linear probe or GPU launches on this machine"
 DESCRIPTION = """\
 Measures this machine. All contenders are first checked to compute the same (loss and gradients against float64; steps bit for
 bit), then timed in turns, so that a disturbance of the machine affects all of them. `pip install -e '.[bench]'` adds lightly's
@@ -30,18 +30,21 @@ and open_clip's losses.
   start      time from `clae train` on one CPU rank to its first update, and peak memory of all of its processes, beside the
              same loop written with lightly.
   probe      the linear probe of `clae evaluate` beside scikit-learn's logistic regression, at one penalty and with the search.
+  gpu-counts kernels, collectives, bytes and host waits of a training step on a GPU, counted by dispatch, so that no GPU is
+             needed; on one, also the launches that torch's profiler sees. Rows: name, value, unit, limit (the most that it
+             should be), how. Exit code 0 also above a limit.
 
-Each row: case; what ("name: description"); median_s; spread (interquartile range over median); ratio_to: {name: this median
-over that of another row of the case}; floor_s; added_bytes (peak memory of one call above the level before) or wire_bytes, and
-bytes_ratio_to, the same of these; more: further figures, of which cpu_s, seconds of all cores in the best repeat, is the least
-affected by other processes. OMP_NUM_THREADS sets torch's threads. Progress is printed to stderr.
+Each row of the others: case; what ("name: description"); median_s; spread (interquartile range over median); ratio_to: {name:
+this median over that of another row of the case}; floor_s; added_bytes (peak memory of one call above the level before) or
+wire_bytes, and bytes_ratio_to, the same of these; more: further figures, of which cpu_s, seconds of all cores in the best
+repeat, is the least affected by other processes. OMP_NUM_THREADS sets torch's threads. Progress is printed to stderr.
 """
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "bench",
-        choices=("contrast", "step", "gather", "data", "checkpoint", "restart", "start", "probe"),
+        choices=("contrast", "step", "gather", "data", "checkpoint", "restart", "start", "probe", "gpu-counts"),
         help="what to measure",
     )
     parser.add_argument(
@@ -70,4 +73,5 @@ def run(arguments: argparse.Namespace) -> int:
     more = {}
     if arguments.bench == "data":
         more = {"shards": arguments.shards, "rate": arguments.images_per_s, "split": arguments.split or "train"}
-    return run_bench(arguments.bench, quick=arguments.quick, as_json=arguments.json, progress=progress, **more)
+    module = arguments.bench.replace("-", "_")
+    return run_bench(module, quick=arguments.quick, as_json=arguments.json, progress=progress, **more)
