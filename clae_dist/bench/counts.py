@@ -99,12 +99,12 @@ class CountOperations(TorchDispatchMode):
         if operation.namespace in ("c10d", "_c10d_functional"):
             self._collectives.append(Collective(name.replace("_", ""), self._within))
             return result
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
         if name in _WITHOUT_KERNEL or all(tensor.device.type != self._device for tensor in (*inputs, *outputs)):
             return result
         if name in _COPIES and len({tensor.device.type for tensor in (*inputs, *outputs)}) > 1:
             self._waits += not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-        elif name in _WAITING or (name.startswith("index") and any(t.dtype == torch.bool for t in _tensors(args[1:2]))):
+        elif name in _WAITING or (name.startswith("index") and any(t.dtype == torch.bool for t in tensors_in(args[1:2]))):
             self._waits += 1
         elif not _is_view(operation):
             self._kernels += 1
@@ -133,12 +133,12 @@ def _is_view(operation: Any) -> bool:
 def _moved(operation: Any, name: str, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> int:
     written = sum(map(_num_bytes, outputs))
     if name in _GATHERING:
-        indices = _tensors((args[1:], kwargs))
+        indices = tensors_in((args[1:], kwargs))
         return written + outputs[0].numel() * args[0].element_size() + sum(map(_num_bytes, indices))
     if name in _SCATTERING:
-        return sum(map(_num_bytes, _tensors(args[1:]))) + _num_bytes(args[-1])
+        return sum(map(_num_bytes, tensors_in(args[1:]))) + _num_bytes(args[-1])
     only_written = {argument.name for argument in operation._schema.arguments if argument.is_out}
-    read = _tensors((args[1:] if name in ("copy_", "fill_", "zero_") else args, _without(kwargs, only_written)))
+    read = tensors_in((args[1:] if name in ("copy_", "fill_", "zero_") else args, _without(kwargs, only_written)))
     return written + sum(map(_num_bytes, read))
 
 
@@ -146,7 +146,8 @@ def _without(kwargs: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in names}
 
 
-def _tensors(nested: object) -> list[torch.Tensor]:
+def tensors_in(nested: object) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
     return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
 
 

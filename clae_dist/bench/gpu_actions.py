@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from clae_dist.bench.counts import Counts, counted
 from clae_dist.bench.measure import replaced
-from clae_dist.bench.stand_in import count_as_on_gpu, counting_as_on_gpu, stand_in_ranks
+from clae_dist.bench.stand_in import DEVICE, count_as_on_gpu, counting_as_on_gpu, stand_in_ranks
 from clae_dist.bench.steps import Images
 from clae_dist.config import Augment, Batch, Checkpointing, Config, Data, Model, Objective, Optim, Parallel, Tracking, Train
 from clae_dist.contrast import distributed
@@ -182,7 +182,7 @@ def waits_of_a_step(num_steps: int = 6) -> int:
         config = _small_run(Path(folder), num_steps)
         unchanged = {"augment_views": lambda views, *_: [view.float() / 255 for view in views]}  # counted elsewhere
         with replaced(train, pretrain_step=noting), replaced(pretraining, **unchanged):
-            train.train(Recipe(config), World.single("cpu"), io.StringIO())
+            train.train(Recipe(config), World.single(DEVICE), io.StringIO())
     return begun[-2] - begun[-3]
 
 

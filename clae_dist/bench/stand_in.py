@@ -18,11 +18,14 @@ from torch.optim import adam, optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _foreach_utils
 
-from clae_dist.bench.counts import CountOperations, Counts
+from clae_dist.bench.counts import CountOperations, Counts, tensors_in
 from clae_dist.bench.measure import replaced
 from clae_dist.objectives import softmax
 from clae_dist.parallel import ddp
 from clae_dist.world import World
+
+DEVICE = torch.device("cpu", 0)  # stands for the GPU; without an index, "cpu" is the host
+_HOST = "_clae_on_host"  # attribute of tensors that would lie on the host
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def stand_in_ranks(num_ranks: int) -> Iterator[World]:
     try:
         with replaced(ddp, DistributedDataParallel=_Ddp), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions on a CPU
-            yield World(0, num_ranks, 0, num_ranks, torch.device("cpu"), dist.group.WORLD)
+            yield World(0, num_ranks, 0, num_ranks, DEVICE, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 
@@ -57,7 +60,8 @@ def _all_reduce(bucket: Any) -> Any:
 def counting_as_on_gpu() -> Iterator[CountOperations]:
     """Context that counts what a GPU would be asked to do, on CPU tensors that say that they lie on a GPU.
 
-    Numbers that the host sends to the device, and lists that it reads from there, are host waits.
+    Numbers that the host sends to the device, and lists that it reads from there, are host waits. What is computed of tensors
+    that were made on the host, by torch.tensor or torch.as_tensor, does not count.
     """
     counter = _CountOnCpu("cpu")
     with ExitStack() as stack:
@@ -86,9 +90,10 @@ _tolist = torch.Tensor.tolist
 
 
 def _counts_wait(counter: CountOperations, function: Callable[..., Any]) -> Callable[..., Any]:
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        counter.add_wait()
-        return function(*args, **kwargs)
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(tensor, _HOST):
+            counter.add_wait()
+        return function(tensor, *args, **kwargs)
 
     return counting
 
@@ -102,19 +107,35 @@ def _not_counted(counter: CountOperations, function: Callable[..., Any]) -> Call
 
 
 def _counts_copy(counter: CountOperations, function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.tensor and torch.as_tensor: with a device, numbers are copied to it, and the host waits for that."""
+    """torch.tensor and torch.as_tensor: numbers are copied to a device, and the host waits for that; or they stay."""
 
     def counting(data: Any, *args: Any, **kwargs: Any) -> Any:
-        # torch.optim names "cpu" for the numbers that it keeps on the host.
-        if kwargs.get("device") not in (None, "cpu") and not isinstance(data, torch.Tensor):
+        if isinstance(data, torch.Tensor):
+            return function(data, *args, **kwargs)
+        sent = torch.device(kwargs.get("device") or "cpu") == DEVICE
+        if sent:
             counter.add_wait()
-        return function(data, *args, **kwargs)
+        with counter.paused():
+            result = function(data, *args, **kwargs)
+        if not sent:
+            setattr(result, _HOST, True)
+        return result
 
     return counting
 
 
 class _CountOnCpu(CountOperations):
-    """Operators that exist on GPUs only return the right shapes."""
+    """Operations on tensors of the host are not counted; operators that exist on GPUs only return the right shapes."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = tensors_in((args, kwargs))
+        if not inputs or not all(hasattr(tensor, _HOST) for tensor in inputs):
+            return super().__torch_dispatch__(operation, types, args, kwargs)
+        with self.paused():
+            result = super().__torch_dispatch__(operation, types, args, kwargs)
+        for tensor in tensors_in(result):
+            setattr(tensor, _HOST, True)
+        return result
 
     def _call(self, operation: Any, name: str, args: Any, kwargs: Any) -> Any:
         stand_in = _CUDA_ONLY.get(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clae_dist.bench import gpu_actions, gpu_counts
+from clae_dist.bench import gpu_actions, gpu_counts, stand_in
 from clae_dist.bench.counts import Collective
 from clae_dist.bench.gpu_counts import CountOutcome, CountRow
 from clae_dist.bench.stand_in import count_as_on_gpu, stand_in_ranks
@@ -31,7 +31,7 @@ def test_rows_of_a_small_network() -> None:
 
 def test_numbers_that_the_host_sends_or_reads_are_waits() -> None:
     x = torch.ones(3)
-    device = torch.device("cpu")
+    device = stand_in.DEVICE
     actions = {
         "item": lambda: x.sum().item(),
         "tolist": lambda: x.tolist(),
@@ -41,7 +41,12 @@ def test_numbers_that_the_host_sends_or_reads_are_waits() -> None:
         "as_tensor": lambda: torch.as_tensor(True, device=device),
     }
     assert {name: count_as_on_gpu(action).waits for name, action in actions.items()} == dict.fromkeys(actions, 1)
-    assert count_as_on_gpu(lambda: torch.as_tensor(x, device=device) + 1).waits == 0
+    on_the_host = {
+        "of a device": lambda: torch.as_tensor(x, device=device) + 1,
+        "number": lambda: torch.tensor(1.0).item(),
+        "flags": lambda: torch.stack([torch.as_tensor(True, device=torch.device("cpu")).float()]).tolist(),
+    }
+    assert {name: count_as_on_gpu(action).waits for name, action in on_the_host.items()} == dict.fromkeys(on_the_host, 0)
 
 
 def test_replacements_end_with_the_context() -> None:
