@@ -249,6 +249,21 @@ def connect(timeout_s: float = 600.0, device: Request = "auto", *, group_of_one:
             dist.destroy_process_group()
 
 
+@contextmanager
+def as_one_of(num_ranks: int, device: torch.device) -> Iterator[World]:
+    """The world of rank 0 of `num_ranks`, the others of which do not exist: collectives change nothing. To count them.
+
+    This process must have no process group.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield World(0, num_ranks, 0, num_ranks, device, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
 def _start_group(
     backend: str, store: dist.Store, rank: int, size: int, timeout_s: float, gpu: torch.device | None = None
 ) -> None:

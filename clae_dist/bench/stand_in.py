@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import adam, optimizer
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _foreach_utils
 
 from clae_dist.bench.counts import CountOperations, Counts, tensors_in
 from clae_dist.bench.measure import replaced
 from clae_dist.objectives import softmax
 from clae_dist.parallel import ddp
-from clae_dist.world import World
+from clae_dist.world import World, as_one_of
 
 DEVICE = torch.device("cpu", 0)  # stands for the GPU; without an index, "cpu" is the host
 _HOST = "_clae_on_host"  # attribute of tensors that would lie on the host
@@ -31,13 +30,9 @@ _HOST = "_clae_on_host"  # attribute of tensors that would lie on the host
 @contextmanager
 def stand_in_ranks(num_ranks: int) -> Iterator[World]:
     """The world of rank 0 of `num_ranks`, of which the others do not exist. This process must have no process group."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    try:
-        with replaced(ddp, DistributedDataParallel=_Ddp), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions on a CPU
-            yield World(0, num_ranks, 0, num_ranks, DEVICE, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    with as_one_of(num_ranks, DEVICE) as world, replaced(ddp, DistributedDataParallel=_Ddp), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions on a CPU
+        yield world
 
 
 class _Ddp(DistributedDataParallel):
