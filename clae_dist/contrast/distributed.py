@@ -51,7 +51,15 @@ from clae_dist.objectives.form import Rows
 from clae_dist.objectives.groups import grouped_match, same_group, spread_positives
 from clae_dist.objectives.multi_view import ViewPairs
 from clae_dist.objectives.pairs import per_pair_loss
-from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exp_and_mean, log_sum_exps, pull
+from clae_dist.objectives.softmax import (
+    Weights,
+    at_least_float32,
+    chunk_size,
+    log_sum_exp_and_mean,
+    log_sum_exps,
+    pull,
+    stacked,
+)
 
 
 def all_rows(rows_BD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -252,31 +260,30 @@ class _PerAnchorLoss(torch.autograd.Function):
             shifts_SA = shift_BVS[:, views[0] : views[-1] + 1].permute(2, 1, 0).flatten(1)
             return (Weights(scale, sign, row_shift=shifts_SA[index]) for index, scale, sign in terms)
 
-        def of_columns(view: int) -> Iterator[Weights]:
-            return (
-                Weights(scale, sign, column_shift=all_shift_NVS[:, view, index].contiguous()) for index, scale, sign in terms
-            )
+        def of_columns() -> Iterator[Weights]:
+            shifts_SVN = all_shift_NVS.permute(2, 1, 0).contiguous()
+            return (Weights(scale, sign, column_shift=shifts_SVN[index]) for index, scale, sign in terms)
 
-        def pulled(views: list[int], blocks: list[tuple[torch.Tensor, list[Weights]]]) -> torch.Tensor:
+        def pulled(views: list[int], blocks: Sequence[torch.Tensor], parts: Sequence[Weights]) -> torch.Tensor:
             """The gradients of these views, one after the other."""
-            out = torch.cat([(b, a)[view] * grad_pos_B[:, None] for view in views])
-            z = torch.cat([(a, b)[view] for view in views])
-            for columns, parts in blocks:
-                pull(z, columns, temperature, start, chunk, parts, out, len(views))
+            out = torch.stack([(b, a)[view] for view in views]).mul_(grad_pos_B[:, None]).flatten(0, 1)
+            if blocks:
+                z = torch.cat([(a, b)[view] for view in views])
+                pull(z, blocks, temperature, start, chunk, parts, out, len(views))
             return out
 
         wanted = [view for view in (0, 1) if ctx.needs_input_grad[view]]
         found: dict[int, torch.Tensor] = {}
         if both:
-            blocks = [(columns, [*own(wanted), *of_columns(view)]) for view, columns in enumerate((all_a, all_b))]
-            found = dict(zip(wanted, pulled(wanted, blocks).chunk(len(wanted)), strict=True))
+            both_views = pulled(wanted, (all_a, all_b), [*own(wanted), *of_columns()])
+            found = dict(zip(wanted, both_views.chunk(len(wanted)), strict=True))
         else:
             if 0 in wanted:
-                found[0] = pulled([0], [(all_b, [*own([0])])] if own_BD is None else [])
+                found[0] = pulled([0], (all_b,) if own_BD is None else (), [*own([0])])
                 if own_BD is not None:
                     found[0] += own_BD
             if 1 in wanted:
-                found[1] = pulled([1], [(all_a, [*of_columns(0)])])
+                found[1] = pulled([1], (all_a,), [*of_columns()])
         scale = grads[0] / (temperature * shift_BVS.shape[1] * len(a))
         in_rows = [(found[view] * scale).to(rows[view].dtype) if view in found else None for view in (0, 1)]
         return *in_rows, None, None, None, None, None, None
@@ -295,9 +302,9 @@ def _adjoints(
         pos_A, lse_AS = pos_A.requires_grad_(), lse_AS.requires_grad_()
         losses_A = objective.function(pos_A, lse_AS, num_negatives, settings)
         grad_pos_A, grad_lse_AS = torch.autograd.grad(
-            losses_A.sum(), (pos_A, lse_AS), allow_unused=True, materialize_grads=True
+            losses_A, (pos_A, lse_AS), torch.ones_like(losses_A), allow_unused=True, materialize_grads=True
         )
     factors = [scale * sign for scale, sign in zip(scales, objective.signs, strict=True)]
-    size_AS = torch.stack([grad_A * factor for grad_A, factor in zip(grad_lse_AS.unbind(1), factors, strict=True)], 1)
+    size_AS = stacked([grad_A * factor for grad_A, factor in zip(grad_lse_AS.unbind(1), factors, strict=True)])
     shift_AS = torch.where(size_AS == 0, -torch.inf, size_AS.log() - lse_AS.detach())
     return losses_A.detach().mean(), grad_pos_A, shift_AS

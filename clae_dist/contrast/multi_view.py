@@ -19,7 +19,7 @@ from clae_dist import collectives
 from clae_dist.config import Objective
 from clae_dist.objectives.form import Rows
 from clae_dist.objectives.multi_view import Pairs, ViewPairs
-from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exps, pull
+from clae_dist.objectives.softmax import Weights, at_least_float32, chunk_size, log_sum_exps, pull, stacked
 
 
 def multi_view_loss(
@@ -67,11 +67,12 @@ class _MultiViewLoss(torch.autograd.Function):
         z_VBD = torch.stack(list(mine))
         temperature, num_negatives = settings.temperature, count * (len(everyone[0]) - 1)
         anchors = pairs.anchors
-        anchors_AD = z_VBD[anchors].flatten(0, 1)
+        anchors_AD = torch.cat([z_VBD[view] for view in anchors])
         chunk = chunk_size(anchors_AD, settings.chunk)
         lse_AS = log_sum_exps(anchors_AD, everyone, temperature, pairs.scales, start, chunk, len(anchors))
         lse_VBS = z_VBD.new_zeros((*z_VBD.shape[:2], len(pairs.scales)))
-        lse_VBS[anchors] = lse_AS.view(len(anchors), *lse_VBS.shape[1:])
+        for view, lse_BS in zip(anchors, lse_AS.chunk(len(anchors)), strict=True):
+            lse_VBS[view] = lse_BS
         pos_VVB = torch.einsum("ubd,vbd->uvb", z_VBD, z_VBD) / temperature
 
         live = _adjoints(pairs, pairs.live, pos_VVB, lse_VBS, num_negatives, temperature)
@@ -105,10 +106,10 @@ class _MultiViewLoss(torch.autograd.Function):
             for number, columns in enumerate(everyone):
                 parts = own if view in pairs.anchors else []
                 if column_NVS is not None and number in pairs.anchors:
-                    shifts = column_NVS[:, number]
-                    parts = parts + [Weights(c, sign, column_shift=shifts[:, i].contiguous()) for i, c, sign in terms]
+                    shifts_SN = column_NVS[:, number].T.contiguous()
+                    parts = parts + [Weights(c, sign, column_shift=shifts_SN[i, None]) for i, c, sign in terms]
                 if parts:
-                    pull(z, columns, temperature, start, chunk, parts, out)
+                    pull(z, [columns], temperature, start, chunk, parts, out)
             found.append((out * (grads[0] / temperature)).to(dtypes[view]))
         return None, None, None, None, *found, *[None] * len(everyone)
 
@@ -128,5 +129,6 @@ def _adjoints(
 
 def _shifts(loss: ViewPairs, grad_VBS: torch.Tensor, lse_VBS: torch.Tensor) -> torch.Tensor:
     """log|c ∂loss/∂lse| − lse at each scale c: -inf where there is no gradient."""
-    size = grad_VBS * lse_VBS.new_tensor([scale * sign for scale, sign in zip(loss.scales, loss.signs, strict=True)])
+    factors = [scale * sign for scale, sign in zip(loss.scales, loss.signs, strict=True)]
+    size = stacked([grad_VB * factor for grad_VB, factor in zip(grad_VBS.unbind(-1), factors, strict=True)])
     return torch.where(size == 0, -torch.inf, size.log() - lse_VBS)

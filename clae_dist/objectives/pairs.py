@@ -41,8 +41,8 @@ class _PerPairLoss(torch.autograd.Function):
         loss_B, slope_B = lse_B - pos_B, torch.zeros_like(pos_B)
         mean_BD, pull_BD = torch.zeros_like(z_BD), torch.zeros_like(z_BD)
         for block in blocks:
-            for columns, s in similarities(z_BD, block, settings.temperature, start, chunk):
-                log_p = s.sub_(lse_B[:, None]).detach().requires_grad_()
+            for columns, s_BCM in similarities(z_BD, [block], settings.temperature, start, chunk):
+                log_p = s_BCM[:, 0].sub_(lse_B[:, None]).detach().requires_grad_()
                 with torch.enable_grad():
                     sums_B = objective.function(log_p, settings).sum(1)
                     (slopes,) = torch.autograd.grad(sums_B.sum(), log_p)

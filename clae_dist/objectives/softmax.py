@@ -1,7 +1,7 @@
 """Softmax statistics over all rows, computed in column chunks so that the full similarity matrix is never materialised.
 
-# K rows (V views of the same images, one after the other), M columns, D embedding width, S scales. s(k, l) = z_k · z_l /
-# temperature. Memory O(K · chunk + M · D).
+# K rows (V views of the same images, one after the other), C blocks of M columns (views of all images), D embedding width,
+# S scales. s(k, l) = z_k · z_l / temperature. Memory O(K · chunk + C · M · D).
 
 Similarities are computed again in the backward pass instead of being stored. A log-sum-exp is subtracted before every exp, so
 that exponents are not positive and a temperature of 0.01 does not overflow.
@@ -9,6 +9,7 @@ that exponents are not positive and a temperature of 0.01 does not overflow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,23 +30,26 @@ def at_least_float32(rows: torch.Tensor) -> torch.Tensor:
 
 
 def similarities(
-    rows_KD: torch.Tensor, columns_MD: torch.Tensor, temperature: float, excluded: int, chunk: int, views: int = 1
+    rows_KD: torch.Tensor, blocks: Sequence[torch.Tensor], temperature: float, excluded: int, chunk: int, views: int = 1
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (columns, similarities of all rows to these columns) chunk by chunk; every chunk uses the same buffer.
+    """Yield (columns of each block, similarities (K, C, columns) of all rows to them) chunk by chunk, `chunk` columns in all;
+    every chunk uses the same buffer. Blocks are as long as each other.
 
-    The pair of image k, in each of the `views` of the rows, and column excluded + k has similarity -inf: no softmax counts it.
+    The pair of image k, in each of the `views` of the rows, and column excluded + k of any block has similarity -inf: no
+    softmax counts it.
     """
-    images = len(rows_KD) // views
+    images, num_columns, step = len(rows_KD) // views, len(blocks[0]), -(-chunk // len(blocks))
     scaled = rows_KD / temperature
-    buffer = scaled.new_empty(len(rows_KD) * min(chunk, len(columns_MD)))
-    for first in range(0, len(columns_MD), chunk):
-        last = min(first + chunk, len(columns_MD))
-        s = buffer[: len(rows_KD) * (last - first)].view(len(rows_KD), last - first)
-        torch.mm(scaled, columns_MD[first:last].T, out=s)
+    buffer = scaled.new_empty(len(rows_KD) * len(blocks) * min(step, num_columns))
+    for first in range(0, num_columns, step):
+        last = min(first + step, num_columns)
+        s = buffer[: len(rows_KD) * len(blocks) * (last - first)].view(len(rows_KD), len(blocks), last - first)
+        for number, block_MD in enumerate(blocks):
+            torch.mm(scaled, block_MD[first:last].T, out=s[:, number])
         low, high = max(first, excluded), min(last, excluded + images)
         if low < high:
-            own = s.view(views, images, -1)[:, low - excluded : high - excluded, low - first : high - first]
-            own.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            own = s.view(views, images, *s.shape[1:])[:, low - excluded : high - excluded, :, low - first : high - first]
+            own.diagonal(dim1=1, dim2=3).fill_(-torch.inf)
         yield slice(first, last), s
 
 
@@ -61,22 +65,28 @@ def log_sum_exps(
     """log sum exp(c s) of each row over the columns of all blocks but column excluded + k of each, for each scale c. (K, S)"""
     totals: list[torch.Tensor | None] = [None] * len(scales)
     spare = rows_KD.new_empty(0)
-    for block in blocks:
-        for _, s in similarities(rows_KD, block, temperature, excluded, chunk, views):
-            # torch.logsumexp in place. The maximum of a row without negatives is -inf; minus itself it would be NaN.
-            largest = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-            s.sub_(largest)
-            for index, scale in enumerate(scales):
-                if scale == 0:
-                    continue
-                last = index == len(scales) - 1
-                spare = spare if last else _like(s, spare)
-                exponents = s if last and scale == 1 else torch.mul(s, scale, out=s if last else spare)
-                part = exponents.exp_().sum(1).log_().add_(largest[:, 0], alpha=scale)
-                before = totals[index]
-                totals[index] = part if before is None else torch.logaddexp(before, part)
-    count = rows_KD.new_full((len(rows_KD),), float(sum(map(len, blocks)) - len(blocks))).log()  # at scale 0
-    return torch.stack([count if total is None else total for total in totals], 1)
+    for _, s_KCM in similarities(rows_KD, blocks, temperature, excluded, chunk, views):
+        s = s_KCM.flatten(1)
+        # torch.logsumexp in place. The maximum of a row without negatives is -inf; minus itself it would be NaN.
+        largest = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+        s.sub_(largest)
+        for index, scale in enumerate(scales):
+            if scale == 0:
+                continue
+            last = index == len(scales) - 1
+            spare = spare if last else _like(s, spare)
+            exponents = s if last and scale == 1 else torch.mul(s, scale, out=s if last else spare)
+            part = exponents.exp_().sum(1).log_().add_(largest[:, 0], alpha=scale)
+            before = totals[index]
+            totals[index] = part if before is None else torch.logaddexp(before, part)
+    number = sum(map(len, blocks)) - len(blocks)
+    count = math.log(number) if number else -math.inf  # at scale 0
+    return stacked([rows_KD.new_full((len(rows_KD),), count) if total is None else total for total in totals])
+
+
+def stacked(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """torch.stack along a new last dimension; of a single tensor no copy."""
+    return columns[0].unsqueeze(-1) if len(columns) == 1 else torch.stack(list(columns), -1)
 
 
 def log_sum_exp_and_mean(
@@ -85,7 +95,8 @@ def log_sum_exp_and_mean(
     """`log_sum_exps` at scale 1 and, in the same pass, the softmax-weighted mean of the columns, 0 without any. (K,), (K, D)"""
     largest = rows_KD.new_full((len(rows_KD), 1), torch.finfo(rows_KD.dtype).min)
     total, mean = torch.zeros_like(largest), torch.zeros_like(rows_KD)
-    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk):
+    for columns, s_KCM in similarities(rows_KD, [columns_MD], temperature, excluded, chunk):
+        s = s_KCM[:, 0]
         before, largest = largest, torch.maximum(largest, s.amax(1, keepdim=True))
         fade = (before - largest).exp_()
         weights = s.sub_(largest).exp_()
@@ -105,19 +116,19 @@ class Weights:
     scale: float  # c
     sign: int
     row_shift: torch.Tensor | None = None  # (K,)
-    column_shift: torch.Tensor | None = None  # (M,), if row_shift is None
+    column_shift: torch.Tensor | None = None  # (C, M), if row_shift is None
 
     def shift(self, columns: slice) -> torch.Tensor:
-        """The shift of these columns or of all rows, for broadcasting over (K, columns)."""
+        """The shift of these columns or of all rows, for broadcasting over (K, C, columns)."""
         if self.row_shift is not None:
-            return self.row_shift[:, None]
+            return self.row_shift[:, None, None]
         assert self.column_shift is not None
-        return self.column_shift[columns]
+        return self.column_shift[:, columns]
 
 
 def pull(
     rows_KD: torch.Tensor,
-    columns_MD: torch.Tensor,
+    blocks: Sequence[torch.Tensor],
     temperature: float,
     excluded: int,
     chunk: int,
@@ -127,7 +138,7 @@ def pull(
 ) -> None:
     """Add to `out_KD` the sum of all columns z_l, weighted by w(k, l), the sum of all parts."""
     total = spare = rows_KD.new_empty(0)
-    for columns, s in similarities(rows_KD, columns_MD, temperature, excluded, chunk, views):
+    for columns, s in similarities(rows_KD, blocks, temperature, excluded, chunk, views):
         for index, part in enumerate(parts):
             if index == len(parts) - 1:  # nothing needs the similarities after it
                 buffer = s
@@ -140,4 +151,6 @@ def pull(
                 total.add_(buffer, alpha=part.sign)
             elif part.sign < 0:
                 buffer.neg_()
-        out_KD.addmm_(total if len(parts) > 1 else s, columns_MD[columns])
+        weights_KCM = total if len(parts) > 1 else s
+        for number, block_MD in enumerate(blocks):
+            out_KD.addmm_(weights_KCM[:, number], block_MD[columns])

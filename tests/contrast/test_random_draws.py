@@ -26,6 +26,7 @@ from clae_dist.methods.simclr import SimClr
 from clae_dist.models.model import PretrainModel, mlp
 from clae_dist.models.norms import random_layers
 from clae_dist.parallel import make_backend
+from clae_dist.parallel.backend import Update
 from clae_dist.training.pretraining import seed_step
 from clae_dist.world import World
 from tests import steps
@@ -110,9 +111,9 @@ def run_step(world: World, config: Config, way: str) -> dict[str, torch.Tensor]:
             seen.append(images.detach())
             return embed(images, *settings, **more)
 
-        def kept() -> torch.Tensor:
+        def kept(loss: torch.Tensor | None = None) -> Update:
             result.update(backend.gradients())
-            return update()
+            return update(loss)
 
         run.encoding.embed, backend.update = watched, kept  # type: ignore[method-assign]
         right = encoding._drawing_again
