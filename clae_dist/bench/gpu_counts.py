@@ -164,7 +164,7 @@ def _fsdp2(settings: GpuCounts) -> Iterator[CountRow]:
     units = counts.collectives_named("reducescatter")
     how = f"CLAE exact, {shape.encoder}, bfloat16, {units} units with parameters, rank 0 of {shape.num_ranks}"
     yield CountRow("FSDP2: unit gathers of a step", counts.operations.count("all_gather_copy_in"), "all-gathers", 66, how)
-    yield CountRow("FSDP2: reduce-scatters of a step", units, "reduce-scatters", units, f"{how}; one a unit")
+    yield CountRow("FSDP2: reduce-scatters of a step", units, "reduce-scatters", None, how)
 
 
 def _saving(settings: GpuCounts) -> Iterator[CountRow]:

@@ -25,7 +25,7 @@ Runs and records, for a recipe (or a small built-in one) on images of noise:
   checkpoints   saved under one backend, loaded under another: the same bits
   compile       compiled blocks against eager ones
   resume        a run is killed with kill -9 and resumed: the bits of an undisturbed one
-  bench X       clae bench step, clae bench data
+  bench X       clae bench gpu-counts, clae bench step, clae bench data
 
 A check that fails, crashes or exceeds --limit does not stop the others, which have processes of their own. On the ranks of
 torchrun or Ray all checks share these ranks: a rank that crashes, or a check that exceeds --limit, ends the command, with the

@@ -31,6 +31,15 @@ def bench_data(subject: Subject) -> Verdict:
     return _bench("data", subject, "ours", "images/s from JPEG to views on one core", case="JPEG to host-ready")
 
 
+def bench_gpu_counts(subject: Subject) -> Verdict:
+    """`clae bench gpu-counts`. Counts do not depend on the machine: what exceeds its limit is named, and no failure."""
+    rows: list[Row] = bench("gpu-counts", subject.quick, subject.limit_s)["rows"]
+    (waits,) = [row["value"] for row in rows if row["name"] == "host waits of a step"]
+    over = [f"{row['name']} {row['value']:g} (at most {row['limit']:g})" for row in rows if not row["within_limit"]]
+    found = f"{count_of(waits, 'host wait')} a step, {count_of(len(rows), 'count')}"
+    return Verdict("pass", "; ".join([found, *over]), figures={"rows": rows})
+
+
 def _bench(name: str, subject: Subject, row_name: str, unit: str, case: str = "") -> Verdict:
     """The figures of a bench; it fails if contenders compute different results."""
     try:

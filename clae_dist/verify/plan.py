@@ -36,5 +36,6 @@ def _every(subject: Subject) -> Iterator[Check]:
     yield Check("checkpoints", "saved under one backend, loaded under another", "ranks", checkpoints.check)
     yield Check("compile", "compiled blocks against eager ones", "ranks", equality.compiled)
     yield Check("resume", "a run is killed and resumed: the bits of an undisturbed one", "host", resume.check)
+    yield Check("bench gpu-counts", "kernels, collectives and host waits of a step on a GPU", "host", host.bench_gpu_counts)
     yield Check("bench step", "time of a training step by method", "host", host.bench_step)
     yield Check("bench data", "time from shards to views", "host", host.bench_data)

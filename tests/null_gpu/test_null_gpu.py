@@ -137,6 +137,22 @@ def test_a_step_communicates_twice_a_batch_norm_and_pass(two: Trained) -> None:
 
 
 @pytest.mark.slow
+def test_counts_by_dispatch_are_those_of_the_null_gpu(two: Trained) -> None:
+    """`clae bench gpu-counts` counts the same collectives. Its kernels are fewer than the launches here, where a convolution is
+    several of them an image, since cuDNN is not replaced."""
+    code = (
+        "from clae_dist.bench import gpu_actions as a\n"
+        "counts = a.step(a.Shape('small_resnet', 2, 12, 16))\n"
+        "print(counts.collectives_named('allgather'), counts.collectives_named('allreduce'), counts.kernels)"
+    )
+    done = processes.run(sys.executable, "-W", "ignore", "-c", code, check=True)
+    gathers, reduces, kernels = map(int, done.stdout.split())
+    step = two.ranks[0]["runs"]["ddp"]["steps"][0][-1]
+    assert (step["all_gathers"], step["all_reduces"]) == (gathers, reduces)
+    assert kernels < step["launches"] < 4 * kernels, (kernels, step["launches"])
+
+
+@pytest.mark.slow
 def test_nothing_of_ours_warns_on_gpus(two: Trained) -> None:
     said = two.done.stdout + two.done.stderr
     assert two.done.returncode == OK, said

@@ -73,7 +73,15 @@ def test_ctrl_c_leaves_the_table_so_far(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_only(tmp_path: Path) -> None:
     named = [check.name for check in checks(subject(tmp_path), ("parity", "bench *"))]
-    assert named == ["parity ddp", "parity fsdp2", "parity zero-1", "parity zero-3", "bench step", "bench data"]
+    assert named == [
+        "parity ddp",
+        "parity fsdp2",
+        "parity zero-1",
+        "parity zero-3",
+        "bench gpu-counts",
+        "bench step",
+        "bench data",
+    ]
     with pytest.raises(ConfigError, match="--only names 'party'; expected one of doctor, "):
         checks(subject(tmp_path), ("party",))
 
