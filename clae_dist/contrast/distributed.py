@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from clae_dist import collectives
 from clae_dist.config import Objective
@@ -181,7 +180,7 @@ class Contrast:
         if queue_KD is not None:
             blocks.append(z @ queue_KD.to(z.dtype).T)
         if with_batch:
-            own = F.one_hot(self._rank * len(mine) + images, len(everyone)).bool()
+            own = (self._rank * len(mine) + images)[:, None] == torch.arange(len(everyone), device=z.device)
             blocks.append((z @ everyone.T).masked_fill(own, -torch.inf))
         similar = torch.cat(blocks, 1) / self._settings.temperature
         towards = similar[:, 0] if targets is None else (targets * similar[:, : targets.shape[1]]).sum(1)

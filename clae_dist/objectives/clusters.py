@@ -32,7 +32,8 @@ def moved(centroids_CD: torch.Tensor, rows_ND: torch.Tensor, rate: float) -> tor
 
     The sums are a matrix product: the same bits on every rank, which scattered additions on a GPU would not have.
     """
-    members_NC = F.one_hot(_similarities(rows_ND, centroids_CD).argmax(1), len(centroids_CD)).to(rows_ND.dtype)
+    nearest_N = _similarities(rows_ND, centroids_CD).argmax(1)
+    members_NC = (nearest_N[:, None] == torch.arange(len(centroids_CD), device=nearest_N.device)).to(rows_ND.dtype)
     stepped_CD = (1 - rate) * centroids_CD + rate * members_NC.T @ rows_ND
     return torch.where(members_NC.any(0)[:, None], stepped_CD, centroids_CD)
 
