@@ -27,7 +27,7 @@ class Peak:
 
 
 # By a pattern of torch.cuda.get_device_name, the first that matches. Dense rates of NVIDIA's data sheets of each product (those
-# with sparsity are halved), boost clock, retrieved in 2025.
+# with sparsity are halved), boost clock, compared with published tables of them; B200's float32 is a HGX board's by eight.
 PEAKS = {
     r"\bB200\b": Peak(2250, 1125, 75),
     r"\bH[12]00 NVL\b": Peak(835, 418, 60),
