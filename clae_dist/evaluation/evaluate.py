@@ -14,6 +14,7 @@ import torch
 from clae_dist import __version__, escape
 from clae_dist.data.draws import permutation
 from clae_dist.data.shard_set import open_shards
+from clae_dist.devices import tf32
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.classifier import with_head
 from clae_dist.evaluation.examined import Examined, examined_run
@@ -78,7 +79,8 @@ def evaluate(
     result = _about(examined, place)
     if examined.config.data.test_split in manifest.splits:
         earlier = {} if fresh else world.run_on_main(lambda: _earlier(folder.evaluation_file, result))
-        _Evaluation(examined, place, suite, result, earlier).run()
+        with tf32(allowed=examined.config.train.tf32):
+            _Evaluation(examined, place, suite, result, earlier).run()
     else:
         split = examined.config.data.test_split
         say(f"{manifest.where} has no {split!r} split: no accuracies. Prepare the set with one to get them.")

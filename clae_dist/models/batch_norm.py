@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clae_dist import collectives
+from clae_dist.errors import ConfigError
 
 # Operators of torch's library, so that the compiler takes each as it is, without a graph break.
 
@@ -224,6 +225,11 @@ def normalise_views(x: torch.Tensor, norms: Sequence[GlobalBatchNorm], sizes: Se
     else:
         weights = [norm.weight for norm in norms if norm.weight is not None]
         biases = [norm.bias for norm in norms if norm.bias is not None]
+        if x[0, 0].numel() * min(sizes) * first.num_ranks == 1:
+            raise ConfigError(
+                "a batch norm has one row of a single value a channel: give ranks more rows (batch.global_size), or let more "
+                "ranks share statistics (model.norm_group)."
+            )
         if x.is_cuda and not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         y, mean_KC, variance_KC = torch.ops.clae_dist.global_batch_norm(x, weights, biases, sizes, first.eps, first.group)

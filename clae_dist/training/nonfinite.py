@@ -6,6 +6,7 @@ seen. All ranks agree: the backend asks all of them, and the gradient's norm is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Callable
@@ -34,7 +35,9 @@ class NonFiniteSteps:
         self._session, self._world, self._backend = session, session.world, backend
         self._max_skipped = session.config.guard.max_skipped
         self._reader = ShardReader(manifest, session.config.data.train_split)
-        self._buffers = list(backend.model.buffers())  # running statistics, which a forward changes
+        # Running statistics, which a forward changes: the encoder's, and those that its average keeps apart.
+        changed = [*backend.model.buffers(), *backend.keys.parts[len(backend.parameters()) :]]
+        self._buffers = sorted(changed, key=lambda buffer: str(buffer.dtype))
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
         self.skipped = skipped
 
@@ -70,8 +73,10 @@ class NonFiniteSteps:
 
     @staticmethod
     def _copy(to: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
-        if to:
-            torch._foreach_copy_(to, from_)
+        """Of one type at a time: that is one kernel."""
+        for _, pairs in itertools.groupby(zip(to, from_, strict=True), key=lambda pair: pair[0].dtype):
+            targets, sources = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(targets), list(sources))
 
     def _name_of(self, sample: int) -> str:
         """Shard and key, or the number if this rank alone cannot open the shard: the other ranks wait for an answer."""

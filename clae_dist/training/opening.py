@@ -78,7 +78,9 @@ def resume(session: Session, backend: Backend, shapes: Shapes) -> Before:
     if checkpoint is None:
         return Before()
     shared = SharedCheckpoint(checkpoint, session.world)
-    backend.load_state(shared.state())
-    shared.agree()
+    try:
+        backend.load_state(shared.state())
+    finally:  # what one rank could not read explains what others found
+        shared.agree()
     info = checkpoint.info
     return Before(checkpoint.step, float(info.get("train_s", 0.0)), info.get("bad_samples", {}), info.get("skipped_steps", 0))

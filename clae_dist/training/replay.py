@@ -19,6 +19,7 @@ from clae_dist.config import Config, Data, Parallel
 from clae_dist.contrast.step import NonFinite, pretrain_step
 from clae_dist.data.loader import load
 from clae_dist.data.shards import ShardReader
+from clae_dist.devices import tf32
 from clae_dist.errors import ConfigError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
@@ -127,7 +128,7 @@ def replay(config: Config, wanted: dict[str, Any], folder: Path, world: World) -
     images = [name for names in world.gather_objects(mine) for name in names]
     seed_step(config, step, world.rank)
     problem = ""
-    with _first_not_finite(backend.model) as first:
+    with tf32(allowed=config.train.tf32), _first_not_finite(backend.model) as first:
         try:
             metrics = pretrain_step(run, batch, moment)
             if not metrics.taken:

@@ -48,7 +48,7 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool) -> float:
     peak = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, device_name)), None)
     if peak is None or precision == "float64":
         return 0.0
-    rate = peak.bfloat16 if precision == "bfloat16" else peak.tf32 if tf32 else peak.float32
+    rate = peak.bfloat16 if precision == "bfloat16" else (tf32 and peak.tf32) or peak.float32
     return 1e12 * rate
 
 

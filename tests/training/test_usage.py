@@ -54,7 +54,7 @@ def test_the_line_about_phases() -> None:
         ("NVIDIA H100 PCIe", "bfloat16", True, 756e12),
         ("NVIDIA H200 NVL", "float32", False, 60e12),
         ("NVIDIA H200", "float32", False, 67e12),
-        ("Tesla V100-SXM2-32GB", "float32", True, 0.0),
+        ("Tesla V100-SXM2-32GB", "float32", True, 15.7e12),  # without such products TF32 changes nothing
         ("Tesla T4", "float32", False, 8.1e12),
         ("NVIDIA L40S", "bfloat16", False, 362e12),
         ("NVIDIA A10G", "bfloat16", False, 0.0),  # another GPU than the A10
