@@ -164,7 +164,7 @@ class Store:
     def _call(self, name: str, action: Callable[[Any], T], check: Callable[[], None] = lambda: None) -> T:
         """action(file system), with retries; what `check` raises ends them."""
         deadline, pause_s = time.monotonic() + self._retry_s, _FIRST_PAUSE_S
-        where = f"{self.url}/{name}" if name else self.url
+        where = f"{self.url}/{name}" if name and not name.startswith(".") else self.url
         while True:
             check()
             try:

@@ -1,8 +1,8 @@
 """Folders of this machine in which run folders on object storage are staged.
 
-Training stages s3://bucket/runs/a in CACHE/runs/s3/bucket/runs/a, below `cache_home()`, on the disk of every node. Commands that
-read a run keep a copy of what they need in CACHE/copies, apart from a run that may be training. The path alone says which URL a
-folder stages, so that code works on paths and asks `url_of` where objects matter.
+Training stages s3://bucket/runs/a in CACHE/runs/s3/bucket/runs/a, below `cache_home()`, on the disk of every node. Commands
+that read a run keep a copy of what they need in CACHE/copies, apart from a run that may be training. The path alone says which
+URL a folder stages, so that code works on paths and asks `url_of` where objects matter.
 """
 
 from __future__ import annotations

@@ -215,6 +215,14 @@ def source_of(path: Path) -> str:
     return text if _FOLDER.fullmatch(text) else ""
 
 
+def publish_checkpoints(run_dir: Path) -> None:
+    """Put checkpoints that were copied into a staging folder; nothing for an ordinary folder. Raises StoreError."""
+    if objects := Objects.of(run_dir):
+        for path in RunFolder(run_dir).find_checkpoints():
+            if not source_of(path):
+                objects.publish(path, f"{path.name}.parent")
+
+
 def stage_checkpoints(run_dir: Path, world: World | None = None) -> None:
     """List the checkpoints of a run on object storage in its staging folders; nothing for other runs. Collective.
 
