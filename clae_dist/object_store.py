@@ -86,8 +86,8 @@ class Store:
     Raises: StoreError for all but a missing object.
     """
 
-    def __init__(self, url: str, retry_s: float = RETRY_S) -> None:
-        self.url, self._retry_s = url, retry_s
+    def __init__(self, url: str, retry_s: float = 0.0) -> None:
+        self.url, self._retry_s = url, retry_s or RETRY_S
         self._scheme, _, self._root = url.partition("://")
 
     def put(self, name: str, data: bytes | Path, check: Callable[[], None] = lambda: None) -> None:
@@ -201,7 +201,7 @@ class Store:
         return StoreError(where, reason, f"check the network{' and AWS_ENDPOINT_URL' * (self._scheme == 's3')}")
 
 
-def store_of(folder: Path, retry_s: float = RETRY_S) -> Store | None:
+def store_of(folder: Path, retry_s: float = 0.0) -> Store | None:
     """The store of a staged folder, None for an ordinary one."""
     url = url_of(folder)
     return Store(url, retry_s) if url else None

@@ -30,7 +30,8 @@ class Request:
 @dataclass
 class Faults:
     """What the proxy does. `choose` names a fault by the request: "" none, "500", "503" (SlowDown), "cut" (the answer's body is
-    cut in the middle), "lost" (the request is carried out and its answer is lost), "reset" (it is not carried out).
+    cut in the middle), "lost" (the request is carried out and its answer is lost), "reset" (it is not carried out), or the code
+    of a refusal, such as AccessDenied.
     """
 
     choose: Callable[[Request], str] = lambda request: ""
@@ -80,7 +81,7 @@ class ObjectServer:
             region_name="us-east-1",
         )
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """The names of all objects in the bucket."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
@@ -97,7 +98,7 @@ class ObjectServer:
 
     def clear(self) -> None:
         """Delete all objects and forget all faults."""
-        for key in self.keys():
+        for key in self.names():
             self.delete(key)
         self.faults.choose, self.faults.latency_s, self.faults.bytes_per_s = (lambda request: ""), 0.0, 0.0
         self.faults.requests.clear()
@@ -150,10 +151,10 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault == "reset":
             self.close_connection = True
             return
-        if fault in ("500", "503"):
-            code = "SlowDown" if fault == "503" else "InternalError"
-            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>planted</Message></Error>".encode()
-            self._answer(int(fault), [("Content-Type", "application/xml")], text)
+        if fault not in ("", "cut", "lost"):
+            status, code = {"500": (500, "InternalError"), "503": (503, "SlowDown")}.get(fault, (403, fault))
+            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{KEY_ID} planted</Message></Error>".encode()
+            self._answer(status, [("Content-Type", "application/xml")], text)
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection", "transfer-encoding")}

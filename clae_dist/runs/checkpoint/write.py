@@ -279,7 +279,10 @@ def _commit(partial: Path, path: Path, objects: Objects | None, index: Index) ->
         objects.commit(_in_bucket(partial), index.files, text.encode())
         write_atomically(partial / SOURCE, _in_bucket(partial).encode())
     sync_folder(partial)
-    _delete(path, objects)  # a damaged checkpoint that this run has skipped
+    if source_of(path) != _in_bucket(partial):
+        _delete(path, objects)  # a damaged checkpoint that this run has skipped
+    else:
+        delete_folder(path)
     partial.rename(path)
     sync_folder(path.parent)
 
