@@ -59,7 +59,7 @@ _MOST_PARTS = 32  # of one file; then they are joined
 
 @dataclass
 class _Parts:
-    """What the bucket has of a file that grows."""
+    """The part of a file that grows which is in the bucket."""
 
     names: list[str] = field(default_factory=list)
     last: int = 0  # the number of the newest part

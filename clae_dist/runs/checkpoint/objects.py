@@ -139,7 +139,7 @@ class Pieces:
 
     @staticmethod
     def of(path: Path) -> Pieces | None:
-        """Those of a checkpoint folder; None for one that is not staged."""
+        """The pieces of a checkpoint folder; None for one that is not staged."""
         folder, objects = source_of(path), Objects.of(path.parents[1])
         if objects is None or not folder:
             return None
