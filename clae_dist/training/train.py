@@ -259,9 +259,13 @@ class _Loop:
         flags = self.world.announce(self.stop.made(), bool(problem), new, *self.saving.flags())
         return Coming(batch, problem, flags, self.saved)
 
+    @property
+    def fetches_beside(self) -> bool:
+        """True if the batch of the next step is fetched while the device computes this one."""
+        return self.world.device.type == "cuda"
+
     def _fetch_beside(self) -> None:
-        """While a GPU computes the step, fetch the batch of the next one."""
-        if self.world.device.type == "cuda" and self.step + 1 < self.plan.total:
+        if self.fetches_beside and self.step + 1 < self.plan.total:
             self.coming = self._fetch()
 
     def _batch(self) -> LoadedBatch | None:
