@@ -40,9 +40,14 @@ class Faults:
     requests: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     free_at: float = 0.0  # when the link has carried what it was given
+    num_carried: int = 0  # bytes of bodies
+    carried: Callable[[int], None] = lambda num_bytes: None  # told their number when there are more
 
     def carry(self, num_bytes: int) -> None:
         """Wait until the link has carried so many bytes more."""
+        with self.lock:
+            self.num_carried += num_bytes
+        self.carried(self.num_carried)
         if self.bytes_per_s:
             with self.lock:
                 self.free_at = max(self.free_at, time.monotonic()) + num_bytes / self.bytes_per_s
