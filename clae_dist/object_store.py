@@ -153,7 +153,7 @@ class Store:
         start = len(self._root) + 1
         return {
             name[start:]: Entry(int(info.get("size") or 0), _text(info.get("LastModified") or info.get("updated")))
-            for name, info in found.items()
+            for name, info in ((path.lstrip("/"), info) for path, info in found.items())
             if name.startswith(f"{self._root}/")
         }
 

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import logging
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,8 +123,7 @@ def serve_objects() -> Iterator[ObjectServer]:
 
     methods = {f"do_{name}": _Proxy._forward for name in ("GET", "PUT", "POST", "DELETE", "HEAD")}
     handler = type("Handler", (_Proxy,), {"upstream": direct_port, "state": faults, **methods})
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    proxy.daemon_threads = True
+    proxy = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     server = ObjectServer(proxy.server_port, direct_port, faults)
@@ -135,6 +135,15 @@ def serve_objects() -> Iterator[ObjectServer]:
         thread.join()
         proxy.server_close()
         moto.stop()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed reset their connections."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Proxy(BaseHTTPRequestHandler):
