@@ -19,7 +19,7 @@ import torch
 
 from clae_dist.config import Config
 from clae_dist.devices import Request
-from clae_dist.errors import FAILED, HUNG, MEMORY, OK, STOPPED, Cause, restarts
+from clae_dist.errors import FAILED, HUNG, MEMORY, NETWORK, OK, STOPPED, Cause, restarts
 from clae_dist.escape import say
 from clae_dist.launchers.loopback import loopback_store, use_loopback
 from clae_dist.launchers.out_of_memory import num_killed as out_of_memory_kills
@@ -209,6 +209,7 @@ def _sum_up(killed: list[Ending], endings: list[Ending], asked: str, advice: str
     lost = [ending for ending in killed if ending.code != STOPPED]
     unsaved = [ending for ending in killed if ending.code == STOPPED]
     failed = [ending for ending in endings if ending.code not in (OK, STOPPED)]
+    failed.sort(key=lambda ending: ending.code == NETWORK)  # ranks lose their connection to the one that failed
     for found in (lost, [] if unsaved else failed, [ending for ending in endings if ending.code == STOPPED], unsaved, endings):
         if found:
             return replace(found[0], again=found[0].again and not asked)

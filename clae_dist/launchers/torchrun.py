@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clae_dist.config import Config
-from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED, ConfigError, restarts
+from clae_dist.errors import BAD_CONFIG, FAILED, OK, UNEXPECTED, ConfigError, restarts
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
 from clae_dist.recipe import Recipe
@@ -32,7 +32,7 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     except ConfigError as error:
         return say_once(Ending(BAD_CONFIG, str(error)))
     except RankBroke as error:  # torchrun sees only the code
-        _leave_code(error.code)
+        _leave_code(recipe.config)
         return Ending(error.exit_code, str(error), again=True)
 
 
@@ -47,12 +47,12 @@ def _for_good(ending: Ending) -> Ending:
     return ending
 
 
-def _leave_code(code: int) -> None:
+def _leave_code(config: Config) -> None:
     """Leave the exit code for launch/torchrun.sh, if it asked for it, in case torchrun does not start the ranks again."""
-    path = os.environ.get("CLAE_ENDING", "")
-    if path and code != UNEXPECTED:
+    path, ends = os.environ.get("CLAE_ENDING", ""), read_ends(config.folder)
+    if path and ends:
         with suppress(OSError):
-            Path(f"{path}.failed").write_text(f"{code}\n")
+            Path(f"{path}.failed").write_text(f"{FAILED if ends[-1].code == UNEXPECTED else ends[-1].code}\n")
 
 
 def _check_elastic(config: Config) -> None:

@@ -57,15 +57,16 @@ def status_of(run_dir: Path, sleep: Callable[[float], None] = time.sleep) -> Run
     folder.require()
     beat, ends, holder = read_heartbeat(run_dir), read_ends(run_dir), holder_of(folder.training_lease)
     end = ends[-1] if ends else None
-    notes = list(_clock_notes(beat))
+    notes = _clock_notes(beat) if beat is not None else []
+    off = bool(notes)
     if host := host_at_fault(ends):
         notes.append(f"the last two starts failed on {host} without a new checkpoint between: exclude this host")
-    ended = end is not None and (beat is None or end.start == beat.start or end.start > beat.start)
+    ended = end is not None and (beat is None or end.start >= beat.start)
     beats = False
     if beat is not None and not ended:
-        beats = _runs(beat, holder, run_dir, off=bool(_clock_notes_of(beat)), sleep=sleep)
+        beats = _runs(beat, holder, run_dir, off=off, sleep=sleep)
         beat = read_heartbeat(run_dir) or beat
-    state, since = _judge(beat, end if ended else None, holder, beats)
+    state, since = _judge(beat, end if ended else None, holder, beats=beats, off=off)
     code = {"hung": HUNG, "dead": FAILED, "stopped": STOPPED, "failed": end.code if end else FAILED}.get(state, OK)
     lines = read_lines(run_dir)
     return RunStatus(
@@ -81,12 +82,7 @@ def status_of(run_dir: Path, sleep: Callable[[float], None] = time.sleep) -> Run
     )
 
 
-def _clock_notes(beat: Heartbeat | None) -> Iterator[str]:
-    if beat is not None:
-        yield from _clock_notes_of(beat)
-
-
-def _clock_notes_of(beat: Heartbeat) -> list[str]:
+def _clock_notes(beat: Heartbeat) -> list[str]:
     """A line for each pair of clocks that disagree: those of rank 0's host, of the storage and of this machine."""
     notes, writer_s, reader_s = [], beat.time - beat.written, beat.written - time.time()
     if abs(writer_s) > _CLOCK_OFF_S:
@@ -114,7 +110,9 @@ def _runs(beat: Heartbeat, holder: Holder | None, run_dir: Path, *, off: bool, s
     return read_heartbeat(run_dir) != beat
 
 
-def _judge(beat: Heartbeat | None, end: End | None, holder: Holder | None, beats: bool) -> tuple[State, float | None]:
+def _judge(
+    beat: Heartbeat | None, end: End | None, holder: Holder | None, *, beats: bool, off: bool
+) -> tuple[State, float | None]:
     """The state, and since when."""
     if end is not None:
         if end.cause == "finished":
@@ -127,7 +125,7 @@ def _judge(beat: Heartbeat | None, end: End | None, holder: Holder | None, beats
         return "dead", beat.written
     limit_s = beat.limit_s or _NO_LIMIT_S
     silent_s = max(0.0, time.time() - beat.written)
-    if silent_s > STALE_S:  # the process exists and is stopped, or its storage hangs
+    if silent_s > STALE_S and not off:  # the process exists and is stopped, or its storage hangs
         return "hung", beat.written
     if beat.quiet_s > _HUNG_SHARE * limit_s:
         return "hung", beat.written - beat.quiet_s

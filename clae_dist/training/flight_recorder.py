@@ -19,14 +19,12 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World
 
 _EVENTS = "2000"  # collectives that are remembered
-_BUFFERS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # of torch from 2.10 on, and before
 _DUMP_S = 5.0  # a recorder may wait for the thread that hangs
 
 
 def switch_on(run_dir: Path) -> None:
     """Set the environment for a process group that is started later; what the user has set stays."""
-    for name in _BUFFERS:
-        os.environ.setdefault(name, _EVENTS)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _EVENTS)
     # NCCL's own watchdog may end the process before anybody else sees the error.
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", os.fspath(RunFolder(run_dir).hang / "nccl-trace-rank-"))
 
