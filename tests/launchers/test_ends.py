@@ -273,16 +273,8 @@ def test_torchrun_sh_ends_for_good_after_the_same_crash_twice(recipe: Path, tmp_
     """--max-restarts is 3; torchrun itself would start the ranks three more times."""
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     env = processes.environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{processes.ROOT}", CLAE_ENV=sys.prefix)
-    line = [
-        processes.ROOT / "launch" / "torchrun.sh",
-        "--nodes",
-        "1",
-        "--ranks-per-node",
-        "2",
-        recipe,
-        f"run_dir={tmp_path}/run",
-    ]
-    done = processes.run(*line, env=env)
+    line = [processes.ROOT / "launch" / "torchrun.sh", "--nodes", "1", "--ranks-per-node", "2"]
+    done = processes.run(*line, recipe, f"run_dir={tmp_path}/run", env=env, timeout=560)
     said = done.stdout + done.stderr
     assert done.returncode == UNEXPECTED, said
     assert said.count("rank 1 has failed twice in the same way before any checkpoint, and is not started a third time") == 1
