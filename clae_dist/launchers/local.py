@@ -29,6 +29,7 @@ from clae_dist.lifetime import begin_forked_process, dedicate_process, fork_serv
 from clae_dist.recipe import Recipe
 from clae_dist.runs.ends import Attempt, read_ends
 from clae_dist.runs.heartbeat import read_heartbeat
+from clae_dist.staging import shown_path
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
@@ -62,7 +63,7 @@ def launch(recipe: Recipe, *, debug: bool = False, work: Callable[..., Ending] |
     config.rows_per_rank(workers)
     if workers == 1:
         return _ending(work or _train, recipe, debug)
-    announce(f"starting {workers} ranks on this machine; {config.folder}/console.log keeps what they say")
+    announce(f"starting {workers} ranks on this machine; {shown_path(config.folder)}/console.log keeps what they say")
     num_ends = len(read_ends(config.folder))
     for failure in range(1, config.launch.max_failures + 2):
         begun = time.time()

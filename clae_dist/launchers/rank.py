@@ -21,6 +21,7 @@ from clae_dist.launchers.terminal import Terminal
 from clae_dist.recipe import Recipe
 from clae_dist.runs.ends import Attempt, read_ends, repeated_crash
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import send_file
 from clae_dist.storage import storage_error
 from clae_dist.training.flight_recorder import dump, switch_on
 from clae_dist.training.guard import is_preemption
@@ -137,6 +138,7 @@ def _broke(error: Exception, config: Config, rank: int, size: int, attempt: Atte
     log = RunFolder(config.folder).error_log(rank)
     try:
         log.write_text(shown_lines(redact_text(traceback.format_exc())))
+        send_file(log, config.folder)
     except OSError:
         return RankBroke(what, code)
     return RankBroke(f"{what} (traceback: {log})", code)

@@ -26,6 +26,7 @@ from clae_dist.runs.ends import Attempt
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
+from clae_dist.runs.mirror import Mirror, mirrored
 from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, continue_tracking
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.alarms import Alarms
@@ -83,15 +84,18 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout, attempt: At
         listen_for_stop(config.folder) as stop,
         Watch(session, stop) as watch,
         only_run(config.folder, world, say),
+        mirrored(config.folder, world, say) as mirror,
         kernels(deterministic=config.train.deterministic),
         tf32(allowed=config.train.tf32),
     ):
         session.attempt.holds_lease = True
         with Pulse(session, watch) as pulse:
-            return _train(recipe, session, stream, stop, watch, pulse)
+            return _train(recipe, session, stream, stop, watch, pulse, mirror)
 
 
-def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch, pulse: Pulse) -> LoopResult:
+def _train(
+    recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch, pulse: Pulse, mirror: Mirror
+) -> LoopResult:
     config, world, say = session.config, session.world, session.say
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
@@ -105,6 +109,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     session.attempt.opened = True
     make_room(session.folder, world)
     sets = with_pseudo_labels(session, sets, identity, progress=lambda: watch.doing("starting", 0))
+    mirror.share()
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)

@@ -270,15 +270,15 @@ def test_the_kernel_counts_what_it_kills(files: dict[str, str], count: int, tmp_
 
 @pytest.mark.slow
 def test_torchrun_sh_ends_for_good_after_the_same_crash_twice(recipe: Path, tmp_path: Path) -> None:
-    """--max-restarts is 3; torchrun itself would start the ranks three more times."""
+    """torchrun itself would start the ranks five more times. (A start may fail in between by itself, on a busy machine.)"""
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     env = processes.environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{processes.ROOT}", CLAE_ENV=sys.prefix)
-    line = [processes.ROOT / "launch" / "torchrun.sh", "--nodes", "1", "--ranks-per-node", "2"]
+    line = [processes.ROOT / "launch" / "torchrun.sh", "--nodes", "1", "--ranks-per-node", "2", "--max-restarts", "6"]
     done = processes.run(*line, recipe, f"run_dir={tmp_path}/run", env=env, timeout=560)
     said = done.stdout + done.stderr
     assert done.returncode == UNEXPECTED, said
     assert said.count("rank 1 has failed twice in the same way before any checkpoint, and is not started a third time") == 1
-    assert [(end.cause, end.rank) for end in read_ends(tmp_path / "run")] == [("code", 1), ("code", 1)]
+    assert [(end.cause, end.rank) for end in read_ends(tmp_path / "run")][-2:] == [("code", 1), ("code", 1)]
 
 
 CRASH = """
