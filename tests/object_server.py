@@ -163,13 +163,12 @@ class _Proxy(BaseHTTPRequestHandler):
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{KEY_ID} planted</Message></Error>".encode()
             self._answer(status, [("Content-Type", "application/xml")], text)
             return
-        connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection", "transfer-encoding")}
-        connection.request(self.command, self.path, body, headers)
-        answer = connection.getresponse()
-        data = answer.read()
-        kept = [(key, value) for key, value in answer.getheaders() if key.lower() not in ("connection", "transfer-encoding")]
-        connection.close()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)) as connection:
+            connection.request(self.command, self.path, body, {**headers, "Connection": "close"})
+            with connection.getresponse() as answer:
+                data, given = answer.read(), answer.getheaders()
+        kept = [(key, value) for key, value in given if key.lower() not in ("connection", "transfer-encoding")]
         if fault == "lost":
             self.close_connection = True
             return
