@@ -7,6 +7,7 @@ number of loader processes, and resuming means starting at another step.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
 from types import FrameType
@@ -50,6 +51,8 @@ class LoadedBatch(NamedTuple):
     strength: float = 1.0  # of the augmentation (Augment.weakened)
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
     local: torch.Tensor | None = None  # uint8 (L, B, 3, s, s): the small crops of views.local_crops; L more rows of draws
+    reading_s: float = 0.0  # that a loader process has spent on the bytes of this batch
+    decoding_s: float = 0.0  # and on decoding and cropping
 
 
 class TrainingViews(Dataset[LoadedBatch]):
@@ -68,6 +71,7 @@ class TrainingViews(Dataset[LoadedBatch]):
         self.__init__(reader, make_order(config, reader), config, rank, world_size)  # type: ignore[misc]
 
     def __getitem__(self, step: int) -> LoadedBatch:
+        start, read_before = time.perf_counter(), self._reader.reading_s
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
         strength = self._config.augment.strength(step // self._order.steps_per_epoch, self._config.train.epochs)
@@ -94,7 +98,19 @@ class TrainingViews(Dataset[LoadedBatch]):
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
-        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, strength, metadata, local)
+        reading_s = self._reader.reading_s - read_before
+        return LoadedBatch(
+            views=views,
+            draws=augment_draws,
+            ids=torch.from_numpy(places.ids),
+            labels=labels,
+            bad=skipped,
+            strength=strength,
+            metadata=metadata,
+            local=local,
+            reading_s=reading_s,
+            decoding_s=time.perf_counter() - start - reading_s,
+        )
 
     def _local_crops(
         self, images: Sequence[torch.Tensor], draws: np.ndarray, heights: np.ndarray, widths: np.ndarray

@@ -116,8 +116,9 @@ class Journal:
     def speed(self, step: int) -> dict[str, float]:
         """Rates, shares (percent) of the time since the last call, and the largest memory of a rank. Collective."""
         seconds, spent = self.clock.read()
-        waited = self._world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
-        self.ledger.move("training", "data", waited / 100 * seconds - spent.get("data", 0.0))
+        own = spent["data"] = spent.get("data", 0.0) + spent.pop("copy", 0.0)
+        waited = self._world.largest(100 * own / seconds)  # the others wait for the rank that waits
+        self.ledger.move("training", "data", waited / 100 * seconds - own)
         self._advise(waited)
         use = self._time.add(seconds, spent, self._world.largest(self._usage.peak_memory_gib()))
         mfu = self._usage.mfu(self._logged, step, self._plan.steps_per_epoch, seconds)
