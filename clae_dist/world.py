@@ -160,6 +160,14 @@ class World:
             dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
             return float(box)
 
+    def own_store(self, timeout_s: float) -> dist.Store | None:
+        """A connection of its own to the store of the process group, for another thread; None in a single process."""
+        if self.group is None:
+            return None
+        store: dist.Store = self.group.get_group_store().clone()
+        store.set_timeout(datetime.timedelta(seconds=timeout_s))
+        return store
+
     def take(self, count: int) -> Iterator[int]:
         """0, 1, … `count` - 1, each on one rank only: the first that asks for it. A collective to start; then none waits."""
         if self.group is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ class Session:
     config: Config
     world: World
     say: Callable[[str], None]
+
+    @property
+    def host(self) -> str:
+        """This rank's host and process, for messages."""
+        return f"{os.uname().nodename} (process {os.getpid()})"
 
     @property
     def folder(self) -> RunFolder:

@@ -41,6 +41,7 @@ from clae_dist.training.knn import knn_while_training
 from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.opening import open_folder, resume
 from clae_dist.training.pace import Pace
+from clae_dist.training.peers import Peers
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.profiling import Profiling
@@ -82,6 +83,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
         failing_threads_end_the_rank(session),
         listen_for_stop(config.folder) as stop,
         Watch(session, stop) as watch,
+        Peers(session),
         only_run(config.folder, world, say),
         kernels(deterministic=config.train.deterministic),
         tf32(allowed=config.train.tf32),
