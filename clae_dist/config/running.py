@@ -206,7 +206,7 @@ class Guard(Section, prefix="guard"):
         "checkpoint. Four times as long while ranks start, evaluate or save.",
     )
     lost_s: float = setting(
-        30.0,
+        20.0,
         ge=0,
         zero="guard.hang_s alone",
         no_effect=True,

@@ -121,8 +121,8 @@ def find_slow(windows_KWN: torch.Tensor) -> Slow | None:
     if name == "data":
         loader_KWE = windows_KWN[..., len(PARTS) + 1 :]
         name = _EXTRAS[1 + int((loader_KWE - _others(loader_KWE)).median(0).values[rank].argmax())]
-    of_others = torch.cat([own_KWP[:, :rank, part], own_KWP[:, rank + 1 :, part]], 1).median()
-    return Slow(rank, name, float(own_KWP[:, rank, part].median()), float(of_others), float(price))
+    seconds, of_others = (float(values[:, rank, part].median()) for values in (own_KWP, _others(own_KWP)))
+    return Slow(rank, name, seconds, of_others, float(price))
 
 
 def _others(values_KWP: torch.Tensor) -> torch.Tensor:
