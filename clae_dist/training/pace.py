@@ -41,8 +41,8 @@ class Slow:
         """One line for the console."""
         what = "everything outside of the step's parts" if self.part == "other" else self.part
         return (
-            f"rank {self.rank} on {host} is slow: {what} takes {self.seconds:.3g} s a step there, {self.others_s:.3g} s "
-            f"elsewhere. All ranks wait for it: without that, a step would be {100 * self.price:.0f} % shorter."
+            f"rank {self.rank} on {host} is slow: {what} takes {self.seconds:.3g} s a step, elsewhere {self.others_s:.3g} s; "
+            f"without that, a step would be {100 * self.price:.0f} % shorter."
         )
 
 
