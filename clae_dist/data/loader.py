@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import NamedTuple, TypeVar
@@ -40,6 +41,14 @@ _PRELOAD = "clae_dist.data.preload"
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
+@dataclass(frozen=True)
+class LoadTime:
+    """The time that a batch has taken. All are equal: a batch is a function of its step, its time is not."""
+
+    reading_s: float = field(default=0.0, compare=False)  # on its bytes
+    decoding_s: float = field(default=0.0, compare=False)  # on decoding and cropping
+
+
 class LoadedBatch(NamedTuple):
     """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
 
@@ -51,8 +60,7 @@ class LoadedBatch(NamedTuple):
     strength: float = 1.0  # of the augmentation (Augment.weakened)
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
     local: torch.Tensor | None = None  # uint8 (L, B, 3, s, s): the small crops of views.local_crops; L more rows of draws
-    reading_s: float = 0.0  # that a loader process has spent on the bytes of this batch
-    decoding_s: float = 0.0  # and on decoding and cropping
+    took: LoadTime = LoadTime()
 
 
 class TrainingViews(Dataset[LoadedBatch]):
@@ -108,8 +116,7 @@ class TrainingViews(Dataset[LoadedBatch]):
             strength=strength,
             metadata=metadata,
             local=local,
-            reading_s=reading_s,
-            decoding_s=time.perf_counter() - start - reading_s,
+            took=LoadTime(reading_s, time.perf_counter() - start - reading_s),
         )
 
     def _local_crops(

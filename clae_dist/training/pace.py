@@ -63,7 +63,8 @@ class Pace:
         if self._world.size == 1:
             return
         self._steps += 1
-        self._reading_s, self._decoding_s = self._reading_s + batch.reading_s, self._decoding_s + batch.decoding_s
+        self._reading_s += batch.took.reading_s
+        self._decoding_s += batch.took.decoding_s
         if self._sent is not None:
             rows_WN, self._sent = self._sent.heard(), None
             self._hear(rows_WN.double())
