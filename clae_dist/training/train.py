@@ -29,6 +29,7 @@ from clae_dist.runs.claim import only_run
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
+from clae_dist.runs.mirror import Mirror, mirrored
 from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, continue_tracking
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.alarms import Alarms
@@ -85,13 +86,14 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
         Watch(session, stop) as watch,
         Peers(session),
         only_run(config.folder, world, say),
+        mirrored(config.folder, world, say) as mirror,
         kernels(deterministic=config.train.deterministic),
         tf32(allowed=config.train.tf32),
     ):
-        return _train(recipe, session, stream, stop, watch)
+        return _train(recipe, session, stream, stop, watch, mirror)
 
 
-def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch) -> LoopResult:
+def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch, mirror: Mirror) -> LoopResult:
     config, world, say = session.config, session.world, session.say
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
@@ -103,6 +105,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
 
     identity: Identity = world.run_on_main(lambda: open_folder(recipe, session, sets.train))
     sets = with_pseudo_labels(session, sets, identity, progress=lambda: watch.doing("starting", 0))
+    mirror.share()
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)
