@@ -19,6 +19,7 @@ NAMES = (
     "report",
     "compare",
     "runs",
+    "status",
     "study",
     "export",
     "embed",

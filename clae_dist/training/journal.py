@@ -15,6 +15,7 @@ from clae_dist.tracking import Tracker
 from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
+from clae_dist.training.pace import Pace
 from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
 from clae_dist.training.usage import Usage
@@ -70,6 +71,7 @@ class Journal:
         self._bad, self._usage = bad, usage
         self._time = _Time()
         self.clock = Clock(session.world.device)
+        self.pace = Pace(session, self.clock, tracker.tag)
         self._started = time.perf_counter() - train_s
         self._logged = first_step
         self._lines, self._advised = 0, False
@@ -135,6 +137,7 @@ class Journal:
             **use,
             **({"mfu": mfu} if mfu is not None else {}),
             "goodput": goodput.shares["training"],
+            **self.pace.metrics(),
             **({"bad_samples": float(len(self._bad.known))} if self._bad.known else {}),
         }
 

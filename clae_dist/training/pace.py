@@ -18,7 +18,8 @@ import torch
 
 from clae_dist.data.loader import LoadedBatch
 from clae_dist.training.clock import Clock
-from clae_dist.world import Shared, World
+from clae_dist.training.session import Session
+from clae_dist.world import Shared
 
 PARTS = ("data", "copy", "augmentation", "forward", "attack", "backward", "update", "other")
 _EXTRAS = ("step", "reading", "decoding")  # of the loader processes: a batch's seconds
@@ -49,9 +50,9 @@ class Slow:
 class Pace:
     """Compares the paces of the ranks. `slow` is the slow rank, if any, on every rank. Collective."""
 
-    def __init__(self, world: World, clock: Clock, say: Callable[[str], None], tag: Callable[[str, str], None]) -> None:
-        self._world, self._clock, self._say, self._tag = world, clock, say, tag
-        self._hosts = world.gather_objects(platform.node())
+    def __init__(self, session: Session, clock: Clock, tag: Callable[[str, str], None]) -> None:
+        self._session, self._world, self._clock, self._tag = session, session.world, clock, tag
+        self._hosts = session.world.gather_objects(platform.node())
         self._windows: deque[torch.Tensor] = deque(maxlen=_NUM_WINDOWS)
         self._steps, self._window, self._warm = 0, 2, False
         self._reading_s = self._decoding_s = 0.0
@@ -99,11 +100,12 @@ class Pace:
 
     def _tell(self, now: Slow | None) -> None:
         before, self.slow = self.slow, now
+        self._session.attempt.slow = self.describe()
         if now is not None and (before is None or (now.rank, now.part) != (before.rank, before.part)):
-            self._say(self.describe())
+            self._session.say(self.describe())
             self._tag("slow_rank", self.describe())
         elif now is None and before is not None:
-            self._say(f"rank {before.rank} on {self._hosts[before.rank]} is no longer slow.")
+            self._session.say(f"rank {before.rank} on {self._hosts[before.rank]} is no longer slow.")
             self._tag("slow_rank", "none")
 
 

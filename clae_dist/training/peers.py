@@ -16,6 +16,7 @@ from functools import partial
 import torch.distributed as dist
 
 from clae_dist.errors import HUNG
+from clae_dist.runs.ends import Cause
 from clae_dist.runs.folder import RunFolder
 from clae_dist.training.hang_report import name_ranks
 from clae_dist.training.session import Session
@@ -72,9 +73,10 @@ class Peers:
             lost = [rank for rank, seconds in quiet_s.items() if seconds > self._lost_s]
             if silent_s > self._lost_s:
                 host = self._hosts[0]
-                self._leave(f"no answer for {silent_s:.0f} s from the store of the run, which rank 0 on {host} can reach", True)
+                what = f"no answer for {silent_s:.0f} s from the store of the run, which rank 0 on {host} can reach"
+                self._leave(what, self._world.local_rank == 0)
             elif lost:
-                self._leave(self._give_verdict(lost), self._world.is_main)
+                self._leave(self._give_verdict(lost), self._world.is_main or lost == [0], lost[0])
             elif verdict != _NOTHING:
                 self._leave(verdict, False)
         within(self._beat_s, beats.end)
@@ -85,16 +87,23 @@ class Peers:
         within(self._beat_s, lambda: self._beats.tell(text))
         return text
 
-    def _leave(self, what: str, aloud: bool) -> None:
+    def _leave(self, what: str, aloud: bool, lost: int | None = None) -> None:
         line = (
             f"{what} (guard.lost_s): stopped, killed, or cut off by the network. All ranks leave, and are started again where "
             "the launcher can; the same command resumes from the newest checkpoint."
         )
-        if aloud and (self._world.is_main or self._world.local_rank == 0):
+        if aloud:
             within(GRACE_S, lambda: print(f"clae: {line}", file=sys.stderr, flush=True))
-        if aloud and self._world.is_main:
             within(GRACE_S, lambda: self._log(f"{line}\n"))
+            within(GRACE_S, lambda: self._record(lost, line))
         abandon(HUNG)
+
+    def _record(self, lost: int | None, line: str) -> None:
+        cause: Cause = "network" if lost is None else "host"
+        rank = self._world.rank if lost is None else lost
+        host = self._hosts[rank].partition(" (process")[0]
+        session = self._session
+        session.attempt.end(session.config.folder, rank, self._world.size, cause, HUNG, line, host=host)
 
     def _log(self, text: str) -> None:
         with RunFolder(self._session.config.folder).console_file.open("a") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from clae_dist.bench.measure import replaced
 from clae_dist.config import Config, Guard, Launch
 from clae_dist.errors import HUNG
-from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.ends import read_ends
 from clae_dist.training import peers
 from clae_dist.training.peers import Peers
 from clae_dist.training.session import Session
@@ -33,9 +34,9 @@ def run(world: World, folder: Path, launcher: Any, broken: int, how: str) -> str
 
     real_leave, real_read = Peers._leave, peers._Beats._read
 
-    def leave(self: Peers, what: str, aloud: bool) -> None:
+    def leave(self: Peers, what: str, aloud: bool, lost: int | None = None) -> None:
         lines.append(what)
-        real_leave(self, what, aloud)
+        real_leave(self, what, aloud, lost)
         self._over.set()
 
     def read(self: peers._Beats) -> tuple[str, list[int]]:
@@ -60,7 +61,6 @@ def run(world: World, folder: Path, launcher: Any, broken: int, how: str) -> str
 
 
 def results(ranks: RankPool, tmp_path: Path, broken: int, how: str, launcher: str = "torchrun") -> list[str]:
-    RunFolder(tmp_path / "run").path.mkdir()
     lines: list[str] = ranks.run(3, run, tmp_path, launcher, broken, how)
     return lines
 
@@ -68,6 +68,8 @@ def results(ranks: RankPool, tmp_path: Path, broken: int, how: str, launcher: st
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_silent_rank_is_named_by_all_others(ranks: RankPool, tmp_path: Path, broken: int) -> None:
     lines = results(ranks, tmp_path, broken, "silent")
+    (end,) = read_ends(tmp_path)
+    assert (end.cause, end.rank, end.host) == ("host", broken, os.uname().nodename)
     for rank in {0, 1, 2} - {broken}:
         assert f"no answer for {LOST_S:g} s from rank {broken} on " in lines[rank]
         assert "process" in lines[rank]
