@@ -57,7 +57,8 @@ def result(config: Config) -> Any:
     return final(replace(config, run_dir=URL))
 
 
-@pytest.mark.parametrize("nodes", ["", pytest.param("yes", marks=pytest.mark.slow)], ids=["one node", "two nodes"])
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", ["", "yes"], ids=["one node", "two nodes"])
 def test_a_run_that_was_lost_resumes_from_the_bucket(
     nodes: str, bucket: ObjectServer, shards: Manifest, ranks: RankPool, tmp_path: Path
 ) -> None:
