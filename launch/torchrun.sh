@@ -25,8 +25,8 @@ same path on all.
 
 SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and exit with code 75; the same line resumes from there.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
-exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts (7:
-out of memory, 8: the network), 1 the same crash twice, 75.
+exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts or
+twice in the same way (7: out of memory, 8: the network), 75.
 TEXT
 }
 
@@ -143,6 +143,7 @@ if [ "$code" -gt 128 ]; then code=0; wait "$agent" || code=$?; fi # it ended whi
 [ -z "$asking" ] || kill "$asking" 2>/dev/null || true
 # A code from before a change of hosts, which stops the ranks, too, is of no account where torchrun failed.
 if [ "$code" -ne 0 ]; then code=$(cat "$ending.failed" 2>/dev/null || echo 4); elif [ -s "$ending" ]; then code=$(cat "$ending"); fi
+if [ "$code" -eq 4 ] && [ -s "$ending.failed" ]; then code=$(cat "$ending.failed"); fi # why ranks failed
 case $code in
   0) say "finished" ;;
   75) say "stopped with everything saved (exit code 75); the same line resumes from there." ;;

@@ -260,6 +260,20 @@ class Tracking(Section, prefix="tracking"):
         help="Tracking server or database. Empty: MLFLOW_TRACKING_URI, or mlflow.db beside the run folder.",
     )
     experiment: str = setting("clae-dist", no_effect=True, used_by="tracking.name=mlflow", help="Name of the experiment.")
+    prometheus: int = setting(
+        0,
+        ge=0,
+        le=65535,
+        zero="off",
+        no_effect=True,
+        help="Port on which rank 0 serves metrics of the run to Prometheus, as http://HOST:PORT/metrics.",
+    )
+    prometheus_host: str = setting(
+        "127.0.0.1",
+        no_effect=True,
+        used_by="tracking.prometheus",
+        help="Address on which it listens. 0.0.0.0: all interfaces, where whoever reaches the port can read the metrics.",
+    )
 
     def uses(self, name: Literal["mlflow", "tensorboard"]) -> bool:
         """True if `name` is one of the trackers."""

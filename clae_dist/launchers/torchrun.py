@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clae_dist.config import Config
-from clae_dist.errors import BAD_CONFIG, FAILED, OK, UNEXPECTED, ConfigError, restarts
+from clae_dist.errors import BAD_CONFIG, FAILED, UNEXPECTED, ConfigError, restarts
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
 from clae_dist.recipe import Recipe
@@ -37,14 +37,8 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
 
 
 def _for_good(ending: Ending) -> Ending:
-    """The ending of all ranks together. A crash that would only be repeated must not look like one to launch/torchrun.sh."""
-    path = os.environ.get("CLAE_ENDING", "")
-    if not path or not restarts(ending.code):
-        return ending
-    with suppress(OSError):
-        Path(path).write_text(f"{ending.code}\n")
-        return replace(ending, code=OK)
-    return ending
+    """The ending of all ranks together. For a crash that would only be repeated, the code is one that ends torchrun, too."""
+    return replace(ending, code=FAILED) if restarts(ending.code) else ending
 
 
 def _leave_code(config: Config) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clae_dist.causes import PEER_LEFT
-from clae_dist.errors import CAUSES, Cause
+from clae_dist.errors import CAUSES, FAILED, Cause
 from clae_dist.reading import (
     Check,
     MissingError,
@@ -188,7 +188,7 @@ def _at_fault(reports: Sequence[End]) -> End:
         return min(others, key=lambda end: (end.cause in _FINE, end.time))
     first = min(reports, key=lambda end: end.time)
     if PEER_LEFT.search(first.text):  # and it left without a word, or its report would be here
-        return replace(first, cause="host", host="", text=f"another rank vanished: {first.text}")
+        return replace(first, cause="host", host="", code=FAILED, text=f"another rank vanished: {first.text}")
     return first
 
 

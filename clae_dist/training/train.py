@@ -139,6 +139,7 @@ def _train(
         return LoopResult("finished", first_step)
 
     ledger.resumed(first_step, say)
+    pulse.ledger = ledger
     session.attempt.trained, session.attempt.total = True, plan.total
     tracker = Tracker()
     if world.is_main:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import runpy
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ import yaml
 
 from clae_dist.cli import make_parser
 from clae_dist.recipe import resolve
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 STRING, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
@@ -103,3 +108,87 @@ def test_rays_cluster_launcher_takes_the_file() -> None:
     jsonschema.validate(cluster, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**cluster, "max_workers": "three"}, schema)
+
+
+# The fields of a task that this project uses, as SkyPilot's reference documents them (sky/utils/schemas.py of 0.14.1; the
+# package itself asks for a hundred others).
+SKYPILOT = _object(
+    ["num_nodes", "resources", "run"],
+    name=STRING,
+    num_nodes=COUNT,
+    workdir=STRING,
+    resources=_object(
+        ["accelerators"],
+        accelerators=STRING,
+        use_spot={"type": "boolean"},
+        disk_size=COUNT,
+        job_recovery=_object(["max_restarts_on_errors"], max_restarts_on_errors=COUNT),
+    ),
+    envs={"type": "object", "additionalProperties": {"type": "string"}},
+    setup=STRING,
+    run=STRING,
+)
+
+
+def dry_run(script: str, folder: Path, **environment: str) -> list[str]:
+    """The words of launch/torchrun.sh's command when a shell runs `script` in the checkout, instead of torchrun.sh."""
+    (folder / "launch").mkdir()
+    fake = folder / "launch" / "torchrun.sh"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    done = processes.run("bash", "-euc", script, cwd=folder, env=processes.environment(**environment))
+    assert done.returncode == 0, done.stderr
+    options = [word for word in done.stdout.splitlines() if word.startswith("--")]
+    assert all(f"{option}" in (ROOT / "launch" / "torchrun.sh").read_text() for option in options)
+    return done.stdout.splitlines()
+
+
+def test_the_task_of_skypilot(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    jsonschema.validate(task, SKYPILOT)
+    with pytest.raises(jsonschema.ValidationError, match="num_node"):
+        jsonschema.validate({**task, "num_node": 1}, SKYPILOT)
+    ips = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    words = dry_run(task["run"], tmp_path, **ips, **task["envs"])
+    assert words[:6] == ["--nodes", "2", "--gpus-per-node", "8", "--head", "10.0.0.1:29500"]
+    config, _ = resolve(str(ROOT / words[6]), words[7:])
+    assert config.works_on(16)
+
+
+def test_the_component_of_torchx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchX reads types and the docstring of each argument. Where it is not installed (it pins an old urllib3), a stand-in
+    takes the fields that its reference documents."""
+    source = ROOT / "launch" / "torchx_component.py"
+    (function,) = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)]
+    text = ast.get_docstring(function) or ""
+    for argument in function.args.args:
+        assert argument.annotation is not None
+        assert f"    {argument.arg}: " in text
+
+    def role(*, name: str, image: str, entrypoint: str, args: list[str], **more: Any) -> SimpleNamespace:
+        assert set(more) == {"num_replicas", "max_retries", "retry_policy", "resource"}
+        return SimpleNamespace(name=name, entrypoint=entrypoint, args=args, **more)
+
+    specs = SimpleNamespace(
+        AppDef=lambda *, name, roles: SimpleNamespace(name=name, roles=roles),
+        Role=role,
+        RetryPolicy=SimpleNamespace(APPLICATION="APPLICATION"),
+        resource=lambda *, cpu, gpu, memMB: (cpu, gpu, memMB),
+        macros=SimpleNamespace(rank0_env="${rank0_env}"),
+    )
+    monkeypatch.setitem(sys.modules, "torchx", SimpleNamespace(specs=specs))
+    monkeypatch.setitem(sys.modules, "torchx.specs", specs)
+    train = runpy.run_path(str(source))["train"]
+    recipe = "configs/imagenet/clae.yaml"
+    app = train("image", recipe, "/shards", "s3://bucket/run", hosts=2, settings="seed=3 name='two words'")
+    (one,) = app.roles
+    assert (one.entrypoint, one.num_replicas, one.resource) == ("bash", 2, (64, 8, 512 * 1024))
+    flag, script = one.args
+    assert flag == "-c"
+    # As TorchX substitutes its macros, and a scheduler sets the variable.
+    script = script.replace("${rank0_env}", "RANK0").replace("$$", "$")
+    words = dry_run(script, tmp_path, RANK0="node-1")
+    assert words[:6] == ["--nodes", "2", "--gpus-per-node", "8", "--head", "node-1:29500"]
+    config, _ = resolve(str(ROOT / words[6]), words[7:])
+    assert (config.seed, config.name) == (3, "two words")

@@ -137,7 +137,7 @@ def test_the_rank_at_fault_is_the_end_of_a_start(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     record_end(folder.path, lost)
     (vanished,) = read_ends(folder.path)  # no rank says that it left
-    assert (vanished.cause, vanished.host) == ("host", "")
+    assert (vanished.cause, vanished.host, vanished.code) == ("host", "", FAILED)
     for number in range(100):
         record_end(folder.path, replace(lost, rank=number, time=3.0))
     record_end(folder.path, end())
