@@ -22,7 +22,7 @@ from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
-from clae_dist.bench.wire import CountTraffic, Network, fit
+from clae_dist.wire import CountTraffic, Network, fit
 from clae_dist.config import Objective
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device

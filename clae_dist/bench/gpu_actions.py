@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from clae_dist.bench.counts import Counts, counted
+from clae_dist.counts import Counts, counted
 from clae_dist.bench.measure import replaced
 from clae_dist.bench.stand_in import DEVICE, count_as_on_gpu, counting_as_on_gpu, stand_in_ranks
 from clae_dist.bench.steps import Images
