@@ -1,4 +1,4 @@
-"""What limits a step, and the changes that would help most."""
+"""The limit of a step, and the changes that would help most."""
 
 from __future__ import annotations
 

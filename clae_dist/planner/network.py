@@ -59,7 +59,7 @@ class Links:
         return Network(network.alpha_s * (message.ranks - 1) / (nearest - 1), network.beta_s_per_byte, network.worst)
 
     def _bytes_per_s(self, ranks: int) -> float:
-        """What a rank can send in a ring of these ranks: bounded by its own link and by the node's share of the network."""
+        """The rate of a rank in a ring of these ranks, bounded by its own link and by its share of the network."""
         inside = LINKS_REACH * self.chip.link_bytes_per_s
         if self.nodes(ranks) == 1:
             return inside

@@ -114,6 +114,12 @@ def make_plan(request: Request) -> RunPlan:
             "--network, such as ib-400, or --per-node for other nodes."
         )
     request.rates  # noqa: B018 - what cannot be planned is said before anything is traced
+    missing = {"all_gather", "reduce_scatter", "all_reduce"} - {kind for kind, _ in request.measured.networks}
+    if ranks > 1 and missing and not request.chip.is_gpu:
+        raise ConfigError(
+            f"--gpu is 'cpu' with {ranks} ranks, whose {', '.join(sorted(missing))} was not measured; measure with "
+            "`clae bench gather --json > gather.json`, and add gather.json to --measured."
+        )
     traces = _Traces(request)
     options, refused = [], {}
     for name in request.backends:
