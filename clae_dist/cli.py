@@ -16,7 +16,7 @@ from clae_dist import __version__
 from clae_dist.commands import NAMES, module_of
 from clae_dist.errors import INTERRUPTED, STOPPED, ClaeError, exit_code, exit_codes_help
 from clae_dist.escape import say, shown_lines
-from clae_dist.lifetime import dedicate_process, end_with_parent, has_forked
+from clae_dist.lifetime import dedicate_process, end, end_with_parent, has_forked
 from clae_dist.options import Parser, open_standard_streams
 from clae_dist.redact import redact_text
 from clae_dist.storage import storage_error
@@ -103,4 +103,4 @@ def run() -> NoReturn:
         from clae_dist.world import leave
 
         leave(code)
-    sys.exit(code)
+    end(code)

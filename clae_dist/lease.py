@@ -3,7 +3,8 @@
 The holder changes its file every few seconds. Who finds a lease looks for the process where it runs on this machine: one that
 is dead has lost it at once. Of another machine's process only the file can be seen: one that does not change for EXPIRY_S, by
 the clock of the one who watches, is taken over; clocks of two hosts are never compared. A holder that was paused for so long
-finds another's lease in the place of its own, and its process ends.
+finds another's lease in the place of its own, and its process ends. The lease of a run folder on object storage is an object,
+created on the condition that there is none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clae_dist.errors import FAILED
+from clae_dist.object_store import Store, store_of
+from clae_dist.staging import shown_path
 
 Say = Callable[[str], None]
 BEAT_S = 5.0
@@ -68,7 +71,7 @@ def hold(
         refuse: another process holds the lease.
         OSError: the file cannot be written.
     """
-    lease = _Lease(path, what)
+    lease = _lease_of(path, what)
     while not lease.take(_wait_until_free(path, refuse, way_out, wait_s, say)):
         pass  # another was quicker
     beating = threading.Thread(target=lease.beat, name="lease", daemon=True)
@@ -86,6 +89,11 @@ def refuse_if_held(path: Path, refuse: type[Exception], way_out: str, *, say: Sa
     stale = _wait_until_free(path, refuse, way_out, WAIT_S, say)
     with _alone(path.parent):
         _remove(path, stale)
+
+
+def _lease_of(path: Path, what: str) -> _Lease:
+    store = store_of(path.parent)
+    return _Lease(path, what) if store is None else _ObjectLease(path, what, store)
 
 
 def holder_of(path: Path) -> Holder | None:
@@ -129,10 +137,13 @@ class _Lease:
             raise
         return True
 
-    def _write(self) -> None:
+    def _next(self) -> bytes:
+        """The content of the next beat."""
         self._beats += 1
-        text = json.dumps({**asdict(self._holder), "beats": self._beats})
-        os.pwrite(self._file, text.encode().ljust(_BYTES), 0)
+        return json.dumps({**asdict(self._holder), "beats": self._beats}).encode().ljust(_BYTES)
+
+    def _write(self) -> None:
+        os.pwrite(self._file, self._next(), 0)
         os.fsync(self._file)  # other hosts see what the server has
 
     def beat(self) -> None:
@@ -155,17 +166,38 @@ class _Lease:
         holder = _parse(content)
         return holder if holder and holder.id != self._holder.id else None
 
+    def _delete(self) -> None:
+        self._path.unlink()
+
     def give_back(self) -> None:
         with suppress(OSError):
             if (holder := _parse(_read(self._path))) and holder.id == self._holder.id:
-                self._path.unlink()
-        os.close(self._file)
+                self._delete()
+        if self._file >= 0:
+            os.close(self._file)
+
+
+class _ObjectLease(_Lease):
+    """This process's side of a lease in a bucket."""
+
+    def __init__(self, path: Path, what: str, store: Store) -> None:
+        super().__init__(path, what)
+        self._store = store
+
+    def _create(self) -> bool:
+        return self._store.create(self._path.name, self._next())
+
+    def _write(self) -> None:
+        self._store.put(self._path.name, self._next())
+
+    def _delete(self) -> None:
+        self._store.delete([self._path.name])
 
 
 def _lose(path: Path, holder: Holder) -> None:
     text = (
-        f"clae: this process stood still for so long that its lease {path} expired, and another has taken it: {holder}. "
-        "This process ends without writing anything more."
+        f"clae: this process stood still for so long that its lease {shown_path(path)} expired, and another has taken it: "
+        f"{holder}. This process ends without writing anything more."
     )
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
@@ -183,14 +215,16 @@ def _wait_until_free(path: Path, refuse: type[Exception], way_out: str, wait_s: 
         if runs is False or (runs is None and unchanged_s >= EXPIRY_S):
             break
         if waited_s >= wait_s and (runs or (beats and unchanged_s < 2 * BEAT_S)):
-            raise refuse(f"{path.parent} is in use by {holder or 'a process that does not say its name'}; {way_out}")
+            raise refuse(
+                f"{shown_path(path.parent)} is in use by {holder or 'a process that does not say its name'}; {way_out}"
+            )
         if not told and waited_s >= min(wait_s, 1.0) and (runs is None or wait_s > WAIT_S):
             told = True
             name = holder or "a process that does not say its name"
             if runs:
-                say(f"{path.parent} is in use by {name}; waiting {wait_s:g} s for its end")
+                say(f"{shown_path(path.parent)} is in use by {name}; waiting {wait_s:g} s for its end")
             else:
-                say(f"{path.parent} was in use by {name}; waiting {max(wait_s, EXPIRY_S):g} s for a sign of life")
+                say(f"{shown_path(path.parent)} was in use by {name}; waiting {max(wait_s, EXPIRY_S):g} s for a sign of life")
         time.sleep(_POLL_S)
         found, now = _read(path), time.monotonic()
         awake_s, before = min(now - before, 4 * _POLL_S), now  # this machine may be paused as well
@@ -199,13 +233,16 @@ def _wait_until_free(path: Path, refuse: type[Exception], way_out: str, wait_s: 
         beats = beats or found != content
         content = found
     if content and told:
-        say(f"{path.parent} is free now: its lease was not renewed")
+        say(f"{shown_path(path.parent)} is free now: its lease was not renewed")
     return content
 
 
 def _remove(path: Path, stale: bytes) -> None:
     if stale and _read(path) == stale:
-        path.unlink(missing_ok=True)
+        if store := store_of(path.parent):
+            store.delete([path.name])
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -222,6 +259,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _read(path: Path) -> bytes:
     """The content of the lease; b"" without one."""
+    if store := store_of(path.parent):
+        return store.get_or(path.name)
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:

@@ -47,6 +47,16 @@ def name_process(name: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
+def end(code: int) -> NoReturn:
+    """End this process with `code`, also after an interrupt that was handled.
+
+    Python remembers a KeyboardInterrupt that comes out of an exec() of text, as in `dataclass` while a module is imported, and
+    then ends by SIGINT whatever the code is; the next exec() of text makes it forget.
+    """
+    exec("")
+    sys.exit(code)
+
+
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process (SIGKILL) when its parent dies; leave at once if the parent is no longer `parent`.
 

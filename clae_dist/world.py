@@ -186,12 +186,6 @@ class World:
         return result
 
 
-def cache_home() -> Path:
-    """This machine's folder for what can be fetched or computed again: CLAE_CACHE, or clae-dist in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("CLAE_CACHE") or os.path.join(home, "clae-dist"))
-
-
 def state_home() -> Path:
     """This user's folder for what is remembered between commands: clae-dist in XDG_STATE_HOME, or in ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "clae-dist"

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from clae_dist.errors import BAD_INPUT, DIFFERENCES, INTERRUPTED, LEAKAGE, OK, STORAGE, DataError
 from clae_dist.escape import in_json, say
+from clae_dist.lifetime import end
 from clae_dist.options import open_standard_streams
 from data_prep.arguments import parse
 
@@ -152,4 +153,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     open_standard_streams()
-    sys.exit(main())
+    end(main())

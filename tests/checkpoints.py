@@ -30,10 +30,11 @@ def write_checkpoint(
     size: int = 1,
     sharded: bool = False,
     keep: int = 3,
+    attempt: str = "attempt0",
     **info: Any,
 ) -> Path:
     """A whole checkpoint, as `size` ranks would write it."""
-    writers = [Writer(run_dir, rank, size, "attempt0", CPU) for rank in range(size)]
+    writers = [Writer(run_dir, rank, size, attempt, CPU) for rank in range(size)]
     for rank, writer in enumerate(writers):
         writer.begin(step, [pieces_of(name, tensor, rank, size, sharded) for name, tensor in tensors.items()])
     for writer in writers:

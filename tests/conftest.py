@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from clae_dist import object_store
 from clae_dist.data.manifest import Manifest
 from tests import budget, grouping
+from tests.object_server import ObjectServer, serve_objects
 from tests.ranks import RankPool
 from tests.small_run import Undisturbed, run_undisturbed, write_images, write_recipe
 
@@ -112,3 +114,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Manifest) -> Path:
 def undisturbed(ranks: RankPool, shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """undisturbed(world_size, **settings): the folder of a whole run that nothing disturbed."""
     return run_undisturbed(ranks, shards, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="session")
+def _object_server() -> Iterator[ObjectServer]:
+    with serve_objects() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(_object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
+    """An S3 server with an empty bucket, which this process's environment names, and staging folders of the test's own."""
+    _object_server.clear()
+    for name, value in {**_object_server.environment, "CLAE_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    object_store._filesystem.cache_clear()  # it has the environment of another test
+    return _object_server

@@ -2,7 +2,7 @@
 
 `run(4, function, *arguments)` calls function(world, *arguments) on four ranks and returns their results in the order of ranks.
 Ranks are forked from one process that has imported torch: the pool is there in the time of one import, and again after a
-failure.
+failure. A function that leaves a value of a module of clae_dist changed fails: every later test would run with it.
 """
 
 from __future__ import annotations
@@ -114,8 +114,27 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Any) -> None:
         faulthandler.dump_traceback_later(_TIMEOUT_S - 10)  # where it hangs
         world = World(rank, size, rank, size, torch.device("cpu"), groups[size] if size > 1 else None)
         try:
+            before = _module_values()
             answer: tuple[bool, Any] = (True, function(world, *arguments))
+            after = _module_values()
+            changed = sorted(name for name, value in before.items() if after.get(name) is not value)
+            assert not changed, f"the function leaves {', '.join(changed)} changed (clae_dist.bench.measure.replaced undoes it)"
         except BaseException:
             answer = (False, f"rank {rank}: {traceback.format_exc()}")
         faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _module_values() -> dict[str, Any]:
+    """The constants, functions and classes of the package's modules, and the functions of these classes."""
+    values: dict[str, Any] = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("clae_dist"):
+            for name, value in list(vars(module).items()):
+                if name.isupper() or callable(value):
+                    values[f"{module_name}.{name}"] = value
+                if isinstance(value, type) and value.__module__ == module_name:
+                    for key, member in list(vars(value).items()):
+                        if callable(member):
+                            values[f"{module_name}.{name}.{key}"] = member
+    return values

@@ -20,6 +20,7 @@ VENDORS = {
     "webdataset": ["clae_dist/data/", "clae_dist/bench/data_peers.py", "data_prep/"],
 }
 ENVIRONMENT = ["clae_dist/world.py", "clae_dist/launchers/", "clae_dist/cli.py", "clae_dist/commands/", "data_prep/__main__.py"]
+ENVIRONMENT += ["clae_dist/staging.py"]  # CLAE_CACHE
 ENVIRONMENT += ["clae_dist/api.py"]  # what the commands are, for Python
 ENVIRONMENT += ["clae_dist/plugins.py"]  # adds to the import path of the ranks that are started
 ENVIRONMENT += ["clae_dist/parallel/deepspeed_extensions.py"]  # where a vendor puts what it compiles

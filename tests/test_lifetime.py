@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,30 @@ import os, subprocess, sys
 command = [sys.executable, "-c", "print('started', flush=True); import time; time.sleep(1000)"]
 subprocess.run([sys.executable, "-m", "clae_dist.lifetime", str(os.getpid()), *command])
 """
+
+INTERRUPTED = """
+import runpy, sys
+sys.argv = ["program", *{arguments}]
+from {module} import {function}
+def interrupt(*arguments): exec("raise KeyboardInterrupt")
+sys.modules["{module}"].{function} = interrupt
+runpy.run_module("{program}", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "module", "function", "arguments"),
+    [
+        ("clae_dist", "clae_dist.commands.runs", "run", ["runs", "."]),
+        ("data_prep", "data_prep.verify", "verify", ["verify", "."]),
+    ],
+)
+def test_ctrl_c_in_an_exec_ends_with_its_own_code(program: str, module: str, function: str, arguments: list[str]) -> None:
+    """Where a module was being imported that makes a dataclass, the process ended by SIGINT after it had handled it."""
+    script = INTERRUPTED.format(program=program, module=module, function=function, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
 
 
 @pytest.mark.parametrize(

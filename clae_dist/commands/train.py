@@ -18,6 +18,7 @@ from clae_dist.errors import STOPPED
 from clae_dist.escape import say
 from clae_dist.options import Parser
 from clae_dist.redact import redact_text
+from clae_dist.staging import shown_path
 
 SUMMARY = "pretrain an encoder, or resume an interrupted run from its newest checkpoint"
 
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         if ending.message:
             say(redact_text(f"clae: {ending.message}"), file=sys.stderr)
         elif ending.code == 0 and os.environ.get("RANK", "0") == "0":
-            say(f"saved in {recipe.config.folder}", flush=True)
+            say(f"saved in {shown_path(recipe.config.folder)}", flush=True)
         return ending.code
 
 

@@ -15,6 +15,7 @@ from clae_dist.config.objective import Objective
 from clae_dist.config.rules import Section, setting
 from clae_dist.config.running import Checkpointing, Evaluation, Guard, Launch, Parallel, Tracking, Train
 from clae_dist.errors import ConfigError
+from clae_dist.staging import is_url, normal_url, staging_folder
 
 __all__ = [
     "Attack",
@@ -48,7 +49,11 @@ class Config(Section):
     """All settings of a run."""
 
     name: str = setting("run", help="Name of the run and of its folder.")
-    run_dir: str = setting("", no_effect=True, help="Folder of the run. Empty: runs/NAME.")
+    run_dir: str = setting(
+        "",
+        no_effect=True,
+        help="Folder of the run, or one on object storage: s3://BUCKET/PATH, gs://BUCKET/PATH. Empty: runs/NAME.",
+    )
     seed: int = setting(0, ge=0, lt=2**63, help="Seed of weights, order of samples and augmentations.")
     data: Data = Data()
     augment: Augment = Augment()
@@ -80,6 +85,8 @@ class Config(Section):
                 f"evaluation.route is 'adversarial', but method.name={self.method.name} has one route of norm layers; use auto."
             )
         self._check_local_crops()
+        if is_url(self.run_dir):
+            normal_url(self.run_dir, "run_dir")
         self.method.check(self.attack)
         self.method.check_run(self)
         if self.optim.warmup_epochs >= self.train.epochs and self.optim.warmup_epochs > 0:
@@ -90,6 +97,9 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
+        """The run folder; of one on object storage, the folder that stages it on this node."""
+        if is_url(self.run_dir):
+            return staging_folder(self.run_dir)
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property

@@ -35,15 +35,13 @@ class AttackedModel(Protocol):
     def parameters(self) -> Iterable[torch.Tensor]: ...
 
 
-class Updated(Protocol):
-    """The outcome of a step (clae_dist/parallel/backend.Update)."""
+@dataclass(frozen=True)
+class Update:
+    """The outcome of a step: the gradient's norm before clipping, and whether the weights were updated."""
 
-    @property
-    def norm(self) -> torch.Tensor: ...
-    @property
-    def loss_is_finite(self) -> bool: ...
-    @property
-    def taken(self) -> bool: ...
+    norm: torch.Tensor
+    loss_is_finite: bool  # on every rank
+    taken: bool
 
 
 class TrainingBackend(AttackedModel, Protocol):
@@ -54,7 +52,7 @@ class TrainingBackend(AttackedModel, Protocol):
     def shares_forward(self) -> bool: ...
     def reduction_held(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: torch.Tensor) -> None: ...
-    def update(self, loss: torch.Tensor | None = None) -> Updated: ...
+    def update(self, loss: torch.Tensor | None = None) -> Update: ...
 
 
 @dataclass(frozen=True)

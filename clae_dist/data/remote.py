@@ -16,7 +16,7 @@ from clae_dist.data.fetch import Patience, digest_check, fetch
 from clae_dist.data.manifest import FILE_NAME, Manifest, Shard, read_manifest
 from clae_dist.data.urls import join, redact
 from clae_dist.errors import DataError
-from clae_dist.world import cache_home
+from clae_dist.staging import cache_home
 
 MAX_OPEN = 512
 FOLDER = "shards"  # in data.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from clae_dist.data.urls import absolute, redact_list
 from clae_dist.errors import ConfigError
 from clae_dist.recipe import Recipe
 from clae_dist.redact import redact_word
+from clae_dist.staging import is_url, normal_url
 
 if TYPE_CHECKING:
     from clae_dist.config import Config
@@ -22,8 +24,8 @@ def _with_absolute_paths(config: Config) -> Config:
 
     Raises ConfigError for a set that a mixture names twice, and for a URL in the place of a folder.
     """
-    for key, folder in (("run_dir", config.run_dir), ("data.cache", config.data.cache)):
-        if "://" in folder:
+    for key, folder in (("train.parent", config.train.parent), ("data.cache", config.data.cache)):
+        if is_url(folder):
             raise ConfigError(f"{key} is {redact_word(folder)!r}, which is a URL; name a folder that this machine sees.")
     cache = os.path.abspath(config.data.cache) if config.data.cache else ""
     mixture: dict[str, float] = {}
@@ -40,7 +42,7 @@ def _with_absolute_paths(config: Config) -> Config:
         uri = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
     return replace(
         config,
-        run_dir=str(config.folder.absolute()),
+        run_dir=normal_url(config.run_dir, "run_dir") if is_url(config.run_dir) else str(config.folder.absolute()),
         train=replace(config.train, parent=config.train.parent and os.path.abspath(config.train.parent)),
         data=replace(config.data, shards=absolute(config.data.shards), mixture=mixture, cache=cache),
         tracking=replace(config.tracking, uri=uri),
@@ -71,8 +73,10 @@ def start(recipe: Recipe, *, debug: bool = False, before_ranks: Callable[[], Non
     import importlib
 
     from clae_dist.launchers.checks import check_run
+    from clae_dist.object_store import check_store
     from clae_dist.runs.claim import make_folder, refuse_second_run
     from clae_dist.runs.folder import RunFolder
+    from clae_dist.runs.mirror import prepare, send_rest
 
     config = _with_absolute_paths(recipe.config)
     if config.launch.min_workers and config.launch.launcher != "ray":
@@ -81,12 +85,20 @@ def start(recipe: Recipe, *, debug: bool = False, before_ranks: Callable[[], Non
             "Ray's: use --launcher ray, or launch.min_workers=0 (torchrun: launch/torchrun.sh --nodes MIN:MAX)."
         )
     if config.launch.launcher != "torchrun":  # whose ranks are there already
+        prepare(config.folder)
         check_run(config)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        check_store(config.folder)
     make_folder(config.folder)
     if config.launch.launcher != "torchrun":  # whose ranks all come here; rank 0 says it to all of them
         refuse_second_run(config.folder)
     RunFolder(config.folder).stop_file.unlink(missing_ok=True)  # a request that a killed launcher left behind
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
     before_ranks()
-    ending: Ending = launcher.launch(Recipe(config, recipe.origins), debug=debug)
+    try:
+        ending: Ending = launcher.launch(Recipe(config, recipe.origins), debug=debug)
+    finally:
+        if config.launch.launcher == "local":
+            with suppress(OSError):  # reported by rank 0 as well; the next start sends it
+                send_rest(config.folder)
     return ending

@@ -25,6 +25,7 @@ from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import begin_forked_process, dedicate_process, fork_server
 from clae_dist.recipe import Recipe
+from clae_dist.staging import shown_path
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
 from clae_dist.world import leave
@@ -57,7 +58,7 @@ def launch(recipe: Recipe, *, debug: bool = False, work: Callable[..., Ending] |
     config.rows_per_rank(workers)
     if workers == 1:
         return _ending(work or _train, recipe, debug)
-    announce(f"starting {workers} ranks on this machine; {config.folder}/console.log keeps what they say")
+    announce(f"starting {workers} ranks on this machine; {shown_path(config.folder)}/console.log keeps what they say")
     for failure in range(1, config.launch.max_failures + 2):
         ending = spawn(workers, work or _train, recipe, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s)
         if not ending.again or failure > config.launch.max_failures:

@@ -18,6 +18,7 @@ from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import send_file
 from clae_dist.storage import storage_error
 from clae_dist.training.train import train
 from clae_dist.world import World, connect
@@ -109,6 +110,7 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> End
         log = RunFolder(config.folder).error_log(rank)
         try:
             log.write_text(shown_lines(redact_text(traceback.format_exc())))
+            send_file(log, config.folder)
         except OSError:
             raise RankBroke(what, code) from error
         raise RankBroke(f"{what} (traceback: {log})", code) from error

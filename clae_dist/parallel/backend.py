@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from clae_dist.config import Config
 from clae_dist.config.method import Output, Route, Views
+from clae_dist.contrast.encoding import Update
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
@@ -45,15 +45,6 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         reason = f"auto: compute capability {major}.{minor}"
         return ("bfloat16", reason) if major >= 8 else ("float32", reason)
     return "float32", "auto: CPU"
-
-
-@dataclass(frozen=True)
-class Update:
-    """The outcome of a step: the gradient's norm before clipping, and whether the weights were updated."""
-
-    norm: torch.Tensor
-    loss_is_finite: bool  # on every rank
-    taken: bool
 
 
 class Backend(ABC):

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from clae_dist.config import Config
 from clae_dist.contrast.attacks import Attacked
+from clae_dist.contrast.encoding import Update
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.look import Look, look
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.data.loader import num_views_of
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
-from clae_dist.parallel.backend import Update
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining
 from clae_dist.world import World

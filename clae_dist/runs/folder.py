@@ -11,6 +11,7 @@ from clae_dist.config import Config
 from clae_dist.errors import ConfigError
 from clae_dist.reading import Check, MissingError, ReadError, expect, is_count, is_list_of, is_number, is_text, read_object
 from clae_dist.recipe import from_yaml
+from clae_dist.staging import shown_path
 
 CONFIG_FILE = "config.yaml"
 IDENTITY_FILE = "run.json"
@@ -24,6 +25,7 @@ BAD_SAMPLES_FILE = "bad-samples.jsonl"
 TRAINING_LEASE, EVALUATION_LEASE = "training.lease", "evaluation.lease"
 CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL = "checkpoints", "evaluation", "export", "hang", "initial"
 NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT = "nonfinite", "profile", "pseudo_labels", "ray", "report"
+TENSORBOARD = "tensorboard"
 REPORT_PAGE = "report.html"
 
 FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT))
@@ -192,7 +194,7 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         """Event files of TensorBoard."""
-        return self.path / "tensorboard"
+        return self.path / TENSORBOARD
 
     @property
     def report(self) -> Path:
@@ -233,7 +235,7 @@ class RunFolder:
     def missing(self) -> ConfigError:
         """The error for a folder that is not a run."""
         return ConfigError(
-            f"RUN is {str(self.path)!r}, which holds no {CONFIG_FILE}; name the folder of a run, such as runs/clae."
+            f"RUN is {shown_path(self.path)!r}, which holds no {CONFIG_FILE}; name the folder of a run, such as runs/clae."
         )
 
     def read_config(self) -> Config:

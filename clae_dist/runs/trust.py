@@ -28,6 +28,7 @@ from clae_dist.plugins import AnyPlugin, is_plugin
 from clae_dist.reading import ReadError, read_object
 from clae_dist.recipe import from_yaml
 from clae_dist.runs.folder import FILES, FOLDERS, PREFIXES, RunFolder
+from clae_dist.staging import shown_path, url_of
 from clae_dist.world import state_home
 
 _MAX_BYTES = 1 << 16  # of a note
@@ -116,7 +117,7 @@ def check_folder(run_dir: Path, permission: Permission = NOTHING) -> None:
 
 def _strange(run_dir: Path, what: str) -> ConfigError:
     return ConfigError(
-        f"RUN is {str(run_dir)!r}, whose {what}; {_NOT_YOURS}, so it is not opened. Remove that entry, or use --trust."
+        f"RUN is {shown_path(run_dir)!r}, whose {what}; {_NOT_YOURS}, so it is not opened. Remove that entry, or use --trust."
     )
 
 
@@ -187,7 +188,7 @@ def remember(config: Config) -> None:
         note.parent.chmod(0o700)  # fails where it is another user's
     settings = [*(one for one in _remembered(note) if one != _digest(config)), _digest(config)][-_MAX_SETTINGS:]
     plugins = sorted({*_plugins(config.folder), *filter(is_plugin, (config.method.name, config.objective.name))})
-    content = {"run_dir": os.path.realpath(config.folder), "settings": settings, "plugins": plugins}
+    content = {"run_dir": url_of(config.folder) or os.path.realpath(config.folder), "settings": settings, "plugins": plugins}
     write_atomically(note, (json.dumps(content) + "\n").encode())
 
 
@@ -198,7 +199,7 @@ def is_remembered(run_dir: Path, config: Config) -> bool:
 
 
 def _note(run_dir: Path) -> Path:
-    path = os.path.realpath(run_dir)
+    path = url_of(run_dir) or os.path.realpath(run_dir)
     return state_home() / "runs" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 

@@ -10,6 +10,7 @@ from clae_dist.errors import ConfigError
 from clae_dist.parallel import Backend
 from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import Shapes, SharedCheckpoint, load_checkpoint, remove_leftovers
+from clae_dist.runs.checkpoint.objects import publish_checkpoints
 from clae_dist.runs.claim import check_run_folder, open_run_folder
 from clae_dist.runs.folder import Identity
 from clae_dist.tracking import check_tracking, new_run_key
@@ -58,6 +59,7 @@ def open_folder(recipe: Recipe, session: Session, manifest: Manifest) -> Identit
                 "another run_dir."
             )
         parent.begin(folder)
+        publish_checkpoints(folder.path)
         session.say(parent.describe(Plan.of(config, manifest.num_samples(config.data.train_split))))
     if initial:
         if identity.initial != initial.record:  # a start that was killed before the copy was complete

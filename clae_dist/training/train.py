@@ -28,6 +28,7 @@ from clae_dist.runs.claim import only_run
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
+from clae_dist.runs.mirror import Mirror, mirrored
 from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, continue_tracking
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.alarms import Alarms
@@ -81,13 +82,14 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
         listen_for_stop(config.folder) as stop,
         Watch(session, stop) as watch,
         only_run(config.folder, world, say),
+        mirrored(config.folder, world, say) as mirror,
         kernels(deterministic=config.train.deterministic),
         tf32(allowed=config.train.tf32),
     ):
-        return _train(recipe, session, stream, stop, watch)
+        return _train(recipe, session, stream, stop, watch, mirror)
 
 
-def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch) -> LoopResult:
+def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch, mirror: Mirror) -> LoopResult:
     config, world, say = session.config, session.world, session.say
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
@@ -99,6 +101,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
 
     identity: Identity = world.run_on_main(lambda: open_folder(recipe, session, sets.train))
     sets = with_pseudo_labels(session, sets, identity, progress=lambda: watch.doing("starting", 0))
+    mirror.share()
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
     model = build_model(config, world.norm_group(config.model.norm_group))
     load_initial(config.model, config.folder, model.encoder)
@@ -256,9 +259,13 @@ class _Loop:
         flags = self.world.announce(self.stop.made(), bool(problem), new, *self.saving.flags())
         return Coming(batch, problem, flags, self.saved)
 
+    @property
+    def fetches_beside(self) -> bool:
+        """True if the batch of the next step is fetched while the device computes this one."""
+        return self.world.device.type == "cuda"
+
     def _fetch_beside(self) -> None:
-        """While a GPU computes the step, fetch the batch of the next one."""
-        if self.world.device.type == "cuda" and self.step + 1 < self.plan.total:
+        if self.fetches_beside and self.step + 1 < self.plan.total:
             self.coming = self._fetch()
 
     def _batch(self) -> LoadedBatch | None:

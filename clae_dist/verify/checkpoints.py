@@ -1,4 +1,4 @@
-"""Checkpoints saved under one backend and loaded under another: equal weights and optimiser state, bit for bit."""
+"""Checkpoints saved under one backend and loaded under another, as a run loads them: equal weights and optimiser state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from clae_dist.config import Parallel
 from clae_dist.errors import CheckpointError, ConfigError
 from clae_dist.parity.observe import SyntheticRun
-from clae_dist.runs.checkpoint import Checkpoint, Writer, load_checkpoint
+from clae_dist.runs.checkpoint import SharedCheckpoint, Writer, load_checkpoint, sections
 from clae_dist.verify.check import SkippedError, Subject, Verdict
 from clae_dist.verify.equality import backends, require_backend
 from clae_dist.wording import count_of
@@ -36,13 +36,13 @@ def check(subject: Subject, world: World) -> Verdict:
             continue
         saved[name] = folder
         tensors = len(state)
-        problems += [f"{name}: {problem}" for problem in _unequal(state, _flat(_load(folder, world).state()))]
+        problems += [f"{name}: {problem}" for problem in _unequal(state, _flat(_loaded(folder, world)))]
     moves = list(_moves(list(saved), subject.quick))
     for before, after in moves:
         run = SyntheticRun(subject.tiny(world.size, "float32", parallel=backends(subject)[after]), world)
-        checkpoint = _load(saved[before], world)
-        run.load(checkpoint.state())
-        problems += [f"{before} to {after}: {problem}" for problem in _unequal(_flat(run.state()), _flat(checkpoint.state()))]
+        loaded = _loaded(saved[before], world)
+        run.load(loaded)
+        problems += [f"{before} to {after}: {problem}" for problem in _unequal(_flat(run.state()), _flat(loaded))]
     counts = [
         count_of(len(saved), "backend"),
         count_of(len(moves), "move"),
@@ -76,12 +76,16 @@ def _save(subject: Subject, parallel: Parallel, folder: Path, world: World) -> d
     return _flat(run.state())
 
 
-def _load(folder: Path, world: World) -> Checkpoint:
+def _loaded(folder: Path, world: World) -> dict[str, Any]:
+    """The state in the folder's checkpoint, each tensor read by one rank and sent to the others. Collective."""
     damaged: list[str] = []
     checkpoint = load_checkpoint(folder, damaged.append, world)
     if checkpoint is None:
         raise CheckpointError(f"no checkpoint could be read from {folder}: {' '.join(damaged) or 'the folder is empty'}")
-    return checkpoint
+    shared = SharedCheckpoint(checkpoint, world)
+    tensors = dict(shared)
+    shared.agree()
+    return sections(tensors)
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from clae_dist.config import Batch, Config, Data, Optim, Train
 from clae_dist.contrast import distributed
+from clae_dist.contrast.encoding import Update
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import untouched_statistics
-from clae_dist.parallel.backend import Update
 from clae_dist.parallel.ddp import DdpBackend
 from clae_dist.world import World
 from tests import reference, steps

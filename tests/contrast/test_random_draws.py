@@ -18,7 +18,7 @@ from torch import nn
 from clae_dist.config import Batch, Config, Data, Objective, Optim, Parallel, Train
 from clae_dist.contrast import encoding
 from clae_dist.contrast.adversary import LossAndGradient
-from clae_dist.contrast.encoding import Embedding, LossOf, Route, TrainingEncoding, _Part
+from clae_dist.contrast.encoding import Embedding, LossOf, Route, TrainingEncoding, Update, _Part
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.methods.clae_fused import ClaeFused
@@ -26,7 +26,6 @@ from clae_dist.methods.simclr import SimClr
 from clae_dist.models.model import PretrainModel, mlp
 from clae_dist.models.norms import random_layers
 from clae_dist.parallel import make_backend
-from clae_dist.parallel.backend import Update
 from clae_dist.training.pretraining import seed_step
 from clae_dist.world import World
 from tests import steps

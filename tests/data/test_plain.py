@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from clae_dist.bench.measure import replaced
 from clae_dist.config import Batch, Config, Data
 from clae_dist.data import fetch as fetching
 from clae_dist.data import together
@@ -216,12 +217,14 @@ def test_a_rank_whose_shard_takes_longer_than_a_collective_may(
 
 def rank_open_counting(world: World, data: Data) -> tuple[str, int]:
     calls: list[bool] = []
-    real, together._ASK_EVERY_S = World.flags_anywhere, 0.2  # type: ignore[misc]
-    World.flags_anywhere = lambda self, *flags: calls.append(True) or real(self, *flags)  # type: ignore[assignment,func-returns-value,method-assign]
-    try:
+    real = World.flags_anywhere
+
+    def counted(self: World, *flags: bool) -> list[bool]:
+        calls.append(True)
+        return real(self, *flags)
+
+    with replaced(together, _ASK_EVERY_S=0.2), replaced(World, flags_anywhere=counted):
         return open_shards(data, world).digest, len(calls)
-    finally:
-        World.flags_anywhere = real  # type: ignore[method-assign]
 
 
 def test_nodes_whose_caches_hold_different_versions_are_noticed(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from clae_dist.bench.measure import replaced
 from clae_dist.config import Batch, Config, Data, Model, Optim, Parallel, Train
 from clae_dist.models import build_model
 from clae_dist.parallel import deepspeed, make_backend
@@ -76,8 +77,8 @@ def evaluated(world: World, stage: int) -> tuple[torch.Tensor, dict[str, torch.T
         train=replace(FLOAT32, ema_decay=0.5),
         parallel=parallel,
     )
-    deepspeed._PERSISTENT = 5000  # some parameters stay whole, others do not
-    backend = make_backend(config, build_model(config, world.group), world)
+    with replaced(deepspeed, _PERSISTENT=5000):  # some parameters stay whole, others do not
+        backend = make_backend(config, build_model(config, world.group), world)
     backend.model.train()
     for number in range(3):
         x, y = (torch.nn.functional.interpolate(view, 16) for view in views(world, number, torch.float32))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from clae_dist.bench.measure import replaced
 from clae_dist.config import Optim, Parallel, Train
 from clae_dist.parallel import Backend, deepspeed
 from clae_dist.world import World
@@ -30,8 +31,8 @@ def setup_of(stage: int, norm: str = "batch", optim: Optim = SGD, **changes: Any
 
 def backend_of(world: World, setup: Setup, persistent: int = 0) -> Backend:
     """At stage 3 no parameter of more than `persistent` elements stays whole; DeepSpeed would leave all of these small ones."""
-    deepspeed._PERSISTENT = persistent
-    return setup.backend(world)
+    with replaced(deepspeed, _PERSISTENT=persistent):
+        return setup.backend(world)
 
 
 def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clae_dist.bench.measure import replaced
 from clae_dist.errors import CheckpointError, DamagedError
 from clae_dist.runs.checkpoint import Checkpoint, SharedCheckpoint
 from clae_dist.runs.checkpoint import shared as shared_checkpoint
@@ -30,11 +31,11 @@ class _Counting(Checkpoint):
 
 
 def load(world: World, path: Path, chunk: int) -> tuple[dict[str, torch.Tensor], int]:
-    shared_checkpoint._CHUNK = chunk
     checkpoint = _Counting(path)
-    loaded = SharedCheckpoint(checkpoint, world)
-    state = dict(loaded)
-    loaded.agree()
+    with replaced(shared_checkpoint, _CHUNK=chunk):
+        loaded = SharedCheckpoint(checkpoint, world)
+        state = dict(loaded)
+        loaded.agree()
     return state, checkpoint.num_bytes
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clae_dist.errors import ConfigError, DamagedError
+from clae_dist.runs.checkpoint.objects import stage_checkpoints
 from clae_dist.runs.checkpoint.read import Checkpoint
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 from clae_dist.runs.folder import RunFolder, step_of
@@ -40,6 +41,7 @@ def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Line]:
     """The checkpoints of a run, newest first; `verify` reads every byte. Raises ConfigError without a run folder."""
     folder = RunFolder(run_dir)
     folder.require()
+    stage_checkpoints(run_dir)
     return [_line(path, verify=verify) for path in folder.find_checkpoints()]
 
 
@@ -101,6 +103,7 @@ def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
 
     Raises: ConfigError for a step without a checkpoint or a damaged one, StorageError if the file cannot be written.
     """
+    stage_checkpoints(run_dir)
     paths = {step_of(path): path for path in RunFolder(run_dir).find_checkpoints()}
     chosen = max(paths, default=NEWEST) if step == NEWEST else step
     if chosen not in paths:

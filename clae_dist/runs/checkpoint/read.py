@@ -14,13 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clae_dist.config import Config
-from clae_dist.errors import ConfigError, DamagedError
+from clae_dist.errors import CheckpointError, ConfigError, DamagedError
 from clae_dist.escape import say
 from clae_dist.models import PretrainModel, build_model
-from clae_dist.runs.checkpoint.index import DTYPES, Extent, open_inside, read_index
+from clae_dist.object_store import StoreError
+from clae_dist.runs.checkpoint.index import DTYPES, Extent, File, open_inside, read_index
+from clae_dist.runs.checkpoint.objects import Pieces, stage_checkpoints
 from clae_dist.runs.checkpoint.pieces import sections
 from clae_dist.runs.checkpoint.safetensors_file import bytes_of
 from clae_dist.runs.folder import RunFolder
+from clae_dist.staging import shown_path
 from clae_dist.world import World
 
 _CHUNK = 8 << 20
@@ -39,6 +42,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.path = path
         self.index = read_index(path)
         self._files: dict[str, Any] = {}
+        self._pieces = Pieces.of(path)  # in the bucket, of a run on object storage
 
     @property
     def step(self) -> int:
@@ -73,7 +77,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return whole.view(tensor.shape)
 
     def _read(self, name: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
-        """The elements of one extent, memory-mapped from the file."""
+        """The elements of one extent, memory-mapped from the file, or from the bucket where this node does not have it."""
+        if self._pieces is not None and not (self.path / extent.file).exists():
+            return self._pieces.read(name, extent, dtype)
         try:
             if extent.file not in self._files:
                 os.close(open_inside(self.path, extent.file))  # a plain file of this folder
@@ -86,24 +92,37 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return row
 
     def verify(self, share: int = 0, of: int = 1) -> None:
-        """Check size and sha256 of every `of`-th file. Raises DamagedError."""
+        """Check size and sha256 of every `of`-th file, which is fetched where it is in a bucket alone.
+
+        Raises DamagedError, and StoreError if the bucket cannot be read.
+        """
         for name in sorted(self.index.files)[share::of]:
             expected = self.index.files[name]
             try:
-                with open(open_inside(self.path, name), "rb", buffering=0) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != expected.num_bytes:
-                        raise DamagedError(f"{name} has {size:,} bytes, expected {expected.num_bytes:,}")
-                    sha256 = hashlib.sha256()
-                    buffer = memoryview(bytearray(_CHUNK))
-                    while count := file.readinto(buffer):
-                        sha256.update(buffer[:count])
-            except OSError as error:
-                raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-            if sha256.hexdigest() != expected.sha256:
-                where = self._damaged_tensors(name)
-                raise DamagedError(f"{name} has sha256 {sha256.hexdigest()[:12]}…, expected {expected.sha256[:12]}…{where}")
-            self._check_header(name)
+                self._verify_file(name, expected)
+            except DamagedError:
+                if self._pieces is None:
+                    raise
+                self._files.pop(name, None)
+                self._pieces.fetch(name, expected)
+                self._verify_file(name, expected)
+
+    def _verify_file(self, name: str, expected: File) -> None:
+        try:
+            with open(open_inside(self.path, name), "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected.num_bytes:
+                    raise DamagedError(f"{name} has {size:,} bytes, expected {expected.num_bytes:,}")
+                sha256 = hashlib.sha256()
+                buffer = memoryview(bytearray(_CHUNK))
+                while count := file.readinto(buffer):
+                    sha256.update(buffer[:count])
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+        if sha256.hexdigest() != expected.sha256:
+            where = self._damaged_tensors(name)
+            raise DamagedError(f"{name} has sha256 {sha256.hexdigest()[:12]}…, expected {expected.sha256[:12]}…{where}")
+        self._check_header(name)
 
     def _check_header(self, file: str) -> None:
         """Check that a file holds the tensors in the index; a correct digest only proves that nothing has changed."""
@@ -159,9 +178,11 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes:
     Args:
         shapes: those of the model; a checkpoint that does not fit them counts as damaged.
 
-    Raises: ConfigError if there are checkpoints and all are damaged, RankError if ranks see different ones.
+    Raises: ConfigError if there are checkpoints and all are damaged, RankError if ranks see different ones, CheckpointError if
+    an object store cannot be used.
     """
     world = world or World.single("cpu")
+    stage_checkpoints(run_dir, world)
     paths = RunFolder(run_dir).find_checkpoints()
     names = world.broadcast([path.name for path in paths])
     deadline = time.monotonic() + _LAG_S
@@ -171,20 +192,23 @@ def load_checkpoint(run_dir: Path, say: Say, world: World | None = None, shapes:
     same = [path.name for path in paths] == names
     world.agree(same, f"ranks found different checkpoints; is {run_dir} on storage that all hosts share?")
     for path in paths:
-        problem, checkpoint = "", None
+        problem, unreachable, checkpoint = "", "", None
         try:
             checkpoint = Checkpoint(path)
             checkpoint.verify(world.rank, world.size)
             problem = _misfit(checkpoint, shapes) if shapes is not None else ""
         except DamagedError as error:
             problem = str(error)
+        except StoreError as error:  # an outage does not make a checkpoint damaged
+            unreachable = str(error)
+        world.raise_together(CheckpointError, unreachable)
         problems = [text for text in world.gather_objects(problem) if text]
         if not problems:
             return checkpoint
-        say(f"{path} is damaged: {problems[0]}; trying the one before.")
+        say(f"{shown_path(path)} is damaged: {problems[0]}; trying the one before.")
     if paths:
         raise ConfigError(
-            f"run_dir is {str(run_dir)!r}, where none of the {len(paths)} checkpoints can be read; "
+            f"run_dir is {shown_path(run_dir)!r}, where none of the {len(paths)} checkpoints can be read; "
             "restore one from a copy, or give another run_dir for a new run."
         )
     return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clae_dist.errors import CheckpointError, DamagedError
+from clae_dist.object_store import StoreError
 from clae_dist.runs.checkpoint.index import DTYPES
 from clae_dist.runs.checkpoint.pieces import sections
 from clae_dist.runs.checkpoint.read import Checkpoint
@@ -49,7 +50,7 @@ class SharedCheckpoint(Mapping[str, torch.Tensor]):
         if reader == self._world.rank:
             try:
                 whole.copy_(self._checkpoint[name])
-            except DamagedError as error:
+            except (DamagedError, StoreError) as error:
                 self._problem = self._problem or f"rank {reader}: {error}"
         for part in whole.view(-1).view(torch.uint8).split(_CHUNK):
             self._world.send_from(reader, part)

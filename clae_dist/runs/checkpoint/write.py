@@ -1,7 +1,8 @@
 """One rank's share of writing a checkpoint: copy to host memory, then write from a thread while training continues.
 
 A checkpoint is written to checkpoints/step-00000123.partial-ATTEMPT/, one file per rank, and committed by a rename when all
-ranks are done. No collective here; training/saving.py coordinates the ranks.
+ranks are done. No collective here; training/saving.py coordinates the ranks. Where the run folder is on object storage, that is
+the staging folder, and each rank puts its file into the bucket before it is done (objects.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from clae_dist.errors import DamagedError
 from clae_dist.files import sync_folder, write_atomically
 from clae_dist.runs.checkpoint.index import INDEX, Extent, File, Index, Tensor, data_file, parse_index, read_index
+from clae_dist.runs.checkpoint.objects import SOURCE, Objects, partial_folder, source_of
 from clae_dist.runs.checkpoint.pieces import Piece, share_of
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 from clae_dist.runs.folder import RunFolder, step_of
@@ -113,13 +115,14 @@ class Writer:
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, attempt: str, device: torch.device) -> None:
-        self._folder = RunFolder(run_dir)
+        self._folder, self._objects = RunFolder(run_dir), Objects.of(run_dir)
         self._rank, self._size, self._attempt, self._device = rank, size, attempt, device
         self._memory = HostMemory(pin=device.type == "cuda")
         self._copier = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
         self.failure: Exception | None = None
+        self._last = -1  # the step of the last save
 
     @property
     def problem(self) -> str:
@@ -178,7 +181,8 @@ class Writer:
         """Commit the checkpoint when all ranks have written, and delete old ones; in the background."""
 
         def commit() -> None:
-            _commit(self._partial(step), self._folder.checkpoint(step), self._size, step, backend, info)
+            index = Index(step, time.time(), self._size, backend, info)
+            _commit(self._partial(step), self._folder.checkpoint(step), self._objects, index)
             delete_old(self._folder, step, keep, keep_every_s)
 
         self.join()
@@ -187,10 +191,12 @@ class Writer:
     def discard(self, step: int) -> None:
         """Remove a checkpoint that could not be completed; no rank may be busy."""
         shutil.rmtree(self._partial(step), ignore_errors=True)
+        if self._objects is not None:
+            with suppress(OSError):  # the next start removes it
+                self._objects.delete(_in_bucket(self._partial(step)))
 
     def _partial(self, step: int) -> Path:
-        path = self._folder.checkpoint(step)
-        return path.with_name(f"{path.name}.partial-{self._attempt}")
+        return partial_folder(self._folder.checkpoint(step), self._attempt)
 
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -215,7 +221,21 @@ class Writer:
             for piece, spec, crc in zip(share, specs, crcs, strict=True)
         }
         written = {"file": name, "bytes": file.num_bytes, "sha256": file.sha256, "tensors": tensors}
-        write_atomically(_part_of(partial, self._rank), json.dumps(written).encode())
+        part = _part_of(partial, self._rank)
+        write_atomically(part, json.dumps(written).encode())
+        if self._objects is not None:
+            self._objects.upload(_in_bucket(partial), [partial / name, part], self._check)
+            self._make_room(step)
+
+    def _make_room(self, step: int) -> None:
+        """Remove this rank's staged files of saves before the last one, on nodes where rank 0 does not."""
+        kept = {self._partial(step), self._partial(self._last)}
+        self._last = step
+        for folder in set(self._folder.checkpoints.glob(f"step-*.partial-{self._attempt}")) - kept:
+            with suppress(OSError):  # other ranks of the node have files there
+                (folder / data_file(self._rank)).unlink(missing_ok=True)
+                _part_of(folder, self._rank).unlink(missing_ok=True)
+                folder.rmdir()
 
     def _check(self) -> None:
         if self._cancelled.is_set():
@@ -227,12 +247,23 @@ def _part_of(partial: Path, rank: int) -> Path:
     return partial / f"rank-{rank:05d}.json"
 
 
-def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info: dict[str, Any]) -> None:
-    """Write the index from the entries of all ranks, and rename the folder."""
-    index = Index(step, time.time(), size, backend, info)
+def _in_bucket(partial: Path) -> str:
+    return partial.name.replace(".partial-", ".")
+
+
+def _parts(partial: Path, size: int, objects: Objects | None) -> list[bytes]:
+    """The entries of all ranks; those of other nodes are in the bucket."""
+    paths = [_part_of(partial, rank) for rank in range(size)]
+    away = [path.name for path in paths if objects is not None and not path.exists()]
+    fetched = dict(zip(away, objects.entries(_in_bucket(partial), away), strict=True)) if objects and away else {}
+    return [fetched[path.name] if path.name in fetched else path.read_bytes() for path in paths]
+
+
+def _commit(partial: Path, path: Path, objects: Objects | None, index: Index) -> None:
+    """Write the index from the entries of all ranks, put it into the bucket if there is one, and rename the folder."""
     extents: dict[str, list[Extent]] = {}
-    for rank in range(size):
-        written = json.loads(_part_of(partial, rank).read_text())
+    for part in _parts(partial, index.world_size, objects):
+        written = json.loads(part)
         index.files[written["file"]] = File(written["bytes"], written["sha256"])
         for name, (shape, dtype, start, length, crc) in written["tensors"].items():
             index.tensors.setdefault(name, Tensor(tuple(shape), dtype))
@@ -242,12 +273,26 @@ def _commit(partial: Path, path: Path, size: int, step: int, backend: str, info:
     text = index.as_json()
     parse_index(text)  # never commit an index that cannot be read
     write_atomically(partial / INDEX, text.encode())
-    for rank in range(size):
-        _part_of(partial, rank).unlink()
+    for rank in range(index.world_size):
+        _part_of(partial, rank).unlink(missing_ok=objects is not None)
+    if objects is not None:
+        objects.commit(_in_bucket(partial), index.files, text.encode())
+        write_atomically(partial / SOURCE, _in_bucket(partial).encode())
     sync_folder(partial)
-    delete_folder(path)  # a damaged checkpoint that this run has skipped
+    if source_of(path) != _in_bucket(partial):
+        _delete(path, objects)  # a damaged checkpoint that this run has skipped
+    else:
+        delete_folder(path)
     partial.rename(path)
     sync_folder(path.parent)
+
+
+def _delete(path: Path, objects: Objects | None) -> None:
+    """Delete a checkpoint, first in the bucket if there is one."""
+    source = source_of(path)
+    if objects is not None and source:
+        objects.delete(source)
+    delete_folder(path)
 
 
 def delete_old(folder: RunFolder, step: int, keep: int, keep_every_s: float) -> None:
@@ -255,10 +300,11 @@ def delete_old(folder: RunFolder, step: int, keep: int, keep_every_s: float) -> 
 
     Checkpoints after `step` are damaged; the run has skipped them and will write them again.
     """
+    objects = Objects.of(folder.path)
     paths = [path for path in folder.find_checkpoints() if step_of(path) <= step]
     for path in outdated([(path, _saved(path) if keep_every_s else None) for path in paths], keep, keep_every_s):
         with suppress(OSError):  # the new one is committed; the next save tries to delete again
-            delete_folder(path)
+            _delete(path, objects)
 
 
 def outdated(newest_first: Sequence[tuple[Path, float | None]], keep: int, keep_every_s: float) -> list[Path]:
@@ -290,6 +336,10 @@ def delete_folder(path: Path) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove uncommitted checkpoints of killed runs."""
+    """Remove uncommitted checkpoints of killed runs; on object storage, those in the bucket. Raises StoreError."""
+    objects = Objects.of(run_dir)
+    if objects is not None:  # stage_checkpoints looks after the files on the disk
+        objects.remove_leftovers()
+        return
     for path in RunFolder(run_dir).checkpoints.glob("step-*.partial-*"):
         shutil.rmtree(path, ignore_errors=True)

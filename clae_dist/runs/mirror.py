@@ -1,0 +1,125 @@
+"""The record of a running run on object storage: fetched before it, sent every few seconds during it, and at its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from clae_dist.errors import CheckpointError
+from clae_dist.object_store import Store, StoreError, check_store, store_of
+from clae_dist.runs.folder import STOP_FILE
+from clae_dist.runs.record import AT_THE_END, OF_A_RANK, TO_RESUME, Record
+from clae_dist.staging import url_of
+from clae_dist.world import World
+
+EVERY_S = 5.0
+_END_RETRY_S = 60.0
+Say = Callable[[str], None]
+
+
+def prepare(folder: Path) -> None:
+    """Check the bucket of a run and fetch its record, before ranks start; nothing for an ordinary folder.
+
+    Raises StoreError, and ConfigError for a client that is not installed.
+    """
+    check_store(folder)
+    if record := Record.of(folder):
+        record.pull(TO_RESUME)
+
+
+class Mirror:
+    """Sends the record of a run that this rank writes. Does nothing for an ordinary folder."""
+
+    def __init__(self, folder: Path, world: World, say: Say) -> None:
+        self._record, self._world, self._say = Record.of(folder), world, say
+        self._folder, self._stop = folder, store_of(folder)
+        self._over, self._one = threading.Event(), threading.Lock()
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
+
+    def fetch(self) -> None:
+        """Fetch the record into the staging folder of every node. Collective."""
+        if self._record is not None:
+            self._together(self._world.local_rank == 0, lambda record: record.pull(TO_RESUME))
+
+    def share(self) -> None:
+        """Send the record of rank 0's node to the other nodes, and go on sending it in the background. Collective."""
+        if self._record is None:
+            return
+        self._together(self._world.is_main, lambda record: record.push())
+        others = self._world.local_rank == 0 and not self._world.is_main
+        self._together(others, lambda record: record.pull(TO_RESUME))
+        if self._world.is_main:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Send the rest."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._record is not None and (self._world.is_main or self._world.local_rank == 0):
+            self._record.store = Store(self._record.store.url, _END_RETRY_S)
+            self._send(None if self._world.is_main else OF_A_RANK)
+
+    def _together(self, acts: bool, action: Callable[[Record], object]) -> None:
+        problem = ""
+        if acts and self._record is not None:
+            try:
+                action(self._record)
+            except OSError as error:
+                problem = str(error)
+        self._world.raise_together(CheckpointError, problem)
+
+    def _run(self) -> None:
+        assert self._stop is not None
+        while not self._over.wait(EVERY_S):
+            self._send(None, without=AT_THE_END)
+            with suppress(StoreError):
+                if request := self._stop.get_or(STOP_FILE):
+                    (self._folder / STOP_FILE).write_bytes(request)
+
+    def _send(self, names: tuple[str, ...] | None, without: tuple[str, ...] = ()) -> None:
+        """Send what has changed; a failure is reported once, until it works again."""
+        assert self._record is not None
+        try:
+            with self._one:
+                self._record.push(names, without=without)
+        except OSError as error:
+            if not self._failed:
+                self._say(f"the record of the run waits in {self._folder}: {error}")
+            self._failed = True
+        else:
+            if self._failed:
+                self._say(f"{url_of(self._folder)} has all of the record again")
+            self._failed = False
+
+
+@contextmanager
+def mirrored(folder: Path, world: World, say: Say) -> Iterator[Mirror]:
+    """Inside, the record of a run on object storage is fetched, and sent once `share` was called. Collective.
+
+    Raises CheckpointError on every rank.
+    """
+    mirror = Mirror(folder, world, say)
+    mirror.fetch()
+    try:
+        yield mirror
+    finally:
+        mirror.close()
+
+
+def send_rest(folder: Path) -> None:
+    """Send what a run's processes on this machine wrote before they were killed; nothing for an ordinary folder.
+
+    Raises StoreError.
+    """
+    if store := store_of(folder, _END_RETRY_S):
+        Record(folder, store).push_ends()
+
+
+def send_file(path: Path, folder: Path) -> None:
+    """Send one file of the run folder; nothing for an ordinary folder. Raises StoreError."""
+    if store := store_of(folder):
+        store.put(path.relative_to(folder).as_posix(), path)

@@ -1,0 +1,92 @@
+"""Runs in a bucket: lost, on a store that fails, and resumed by machines that have staged nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clae_dist import object_store
+from clae_dist.config import Config
+from clae_dist.data.manifest import Manifest
+from clae_dist.runs.goodput import read_lines
+from clae_dist.runs.record import TO_READ, Record
+from clae_dist.staging import copy_folder
+from clae_dist.world import World
+from tests.object_server import BUCKET, ObjectServer, Request
+from tests.ranks import RankPool
+from tests.training.disturbed import assert_bitwise, final, recipe, train_on
+
+URL = f"s3://{BUCKET}/runs/first"
+
+
+def on_store(world: World, config: Config, environment: dict[str, str], *disturbance: int) -> str:
+    """train_on, with the variables of a store. With NODES=yes, each rank stages as if on a node of its own."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    if environment.get("NODES") == "yes":
+        os.environ["CLAE_CACHE"] += f"-{world.rank}"
+        world = replace(world, local_rank=0, local_size=1)
+    object_store._filesystem.cache_clear()
+    try:
+        return train_on(world, config, *disturbance)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def failing(seed: int) -> Callable[[Request], str]:
+    """One request in ten fails."""
+    draws = random.Random(seed)
+    return lambda request: draws.choice(["500", "503", "cut", "lost", "reset"]) if draws.random() < 0.1 else ""
+
+
+def result(config: Config) -> Any:
+    return final(replace(config, run_dir=URL))
+
+
+@pytest.mark.parametrize("nodes", ["", pytest.param("yes", marks=pytest.mark.slow)], ids=["one node", "two nodes"])
+def test_a_run_that_was_lost_resumes_from_the_bucket(
+    nodes: str, bucket: ObjectServer, shards: Manifest, ranks: RankPool, tmp_path: Path
+) -> None:
+    """Its first machines and their disks are gone; the bits are those of a local run that nothing disturbed."""
+    whole = recipe(shards, tmp_path / "whole", knn_every=0)
+    assert ranks.run(2, train_on, whole) == ["finished"] * 2
+    config = replace(whole, run_dir=URL)
+    environment = {**bucket.environment, "CLAE_CACHE": str(tmp_path / "cache"), "NODES": nodes}
+    bucket.faults.choose, bucket.faults.latency_s = failing(1), 0.002
+    assert ranks.run(2, on_store, config, environment, 6) == ["lost"] * 2
+    for cache in tmp_path.glob("cache*"):
+        shutil.rmtree(cache)
+    assert ranks.run(2, on_store, config, environment) == ["finished"] * 2
+    bucket.faults.choose = lambda request: ""
+    assert_bitwise(result(config), final(whole))
+    copy = copy_folder(URL)
+    record = Record.of(copy)
+    assert record is not None
+    record.pull(TO_READ)
+    assert [line["event"] for line in read_lines(copy)].count("start") == 2
+    assert {"config.yaml", "run.json", "metrics.jsonl", "goodput.jsonl"} <= {path.name for path in copy.iterdir()}
+    assert [name for name in bucket.names() if "lease" in name or ".probe" in name] == []
+
+
+@pytest.mark.slow
+def test_another_number_of_nodes_resumes(bucket: ObjectServer, shards: Manifest, ranks: RankPool, tmp_path: Path) -> None:
+    """Three nodes of one rank each begin, two end it: pieces come from the bucket, each tensor to one rank."""
+    whole = recipe(shards, tmp_path / "whole", precision="float64", knn_every=0, diagnose_every=100)
+    assert ranks.run(1, train_on, whole) == ["finished"]
+    config = replace(whole, run_dir=URL)
+    environment = {**bucket.environment, "CLAE_CACHE": str(tmp_path / "cache"), "NODES": "yes"}
+    assert ranks.run(3, on_store, config, environment, 0, 6) == ["stopped"] * 3
+    for cache in tmp_path.glob("cache*"):
+        shutil.rmtree(cache)
+    assert ranks.run(2, on_store, config, environment) == ["finished"] * 2
+    for name, value in final(whole)["model"].items():
+        torch.testing.assert_close(result(config)["model"][name], value, atol=1e-8, rtol=0)  # float64 over 8 steps of Adam
