@@ -7,9 +7,9 @@ bug), a hang, or a signal that kills a rank may not happen again: all ranks are 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
-OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED, STORAGE, HUNG = range(7)
+OK, UNEXPECTED, BAD_CONFIG, BAD_DATA, FAILED, STORAGE, HUNG, MEMORY, NETWORK = range(9)
 STOPPED = 75  # EX_TEMPFAIL: the same command resumes
 INTERRUPTED = 130
 
@@ -21,9 +21,26 @@ EXIT_CODES = {
     FAILED: "a rank failed",
     STORAGE: "storage failed (full, read-only, damaged)",
     HUNG: "a rank hung and the run was not restarted",
+    MEMORY: "a rank ran out of memory, and restarts are used up or would not help",
+    NETWORK: "the network between ranks failed, and restarts are used up",
     STOPPED: "stopped on request with everything saved; the same command resumes",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
+
+Cause = Literal[
+    "finished",
+    "stopped",
+    "preemption",
+    "configuration",
+    "data",
+    "storage",
+    "memory",
+    "network",
+    "host",
+    "no progress",
+    "code",
+]
+CAUSES: tuple[Cause, ...] = get_args(Cause)  # of the end of a start (causes.py)
 
 # `python -m data_prep` has the same codes for success, storage and Ctrl-C, and these for results of its own.
 DIFFERENCES, BAD_INPUT, LEAKAGE = 1, 2, 3
@@ -35,6 +52,7 @@ class ClaeError(Exception):
     """An error that a user can fix. The message states the fact, the value and the way out in one line."""
 
     exit_code: ClassVar[int] = UNEXPECTED
+    cause: ClassVar[Cause] = "code"
     on_all_ranks: ClassVar[bool] = True  # every rank raises it, so that no rank waits for another
 
 
@@ -42,12 +60,14 @@ class ConfigError(ClaeError, ValueError):
     """A setting or an argument cannot be used."""
 
     exit_code = BAD_CONFIG
+    cause = "configuration"
 
 
 class DataError(ClaeError, ValueError):
     """A data set cannot be used."""
 
     exit_code = BAD_DATA
+    cause = "data"
 
 
 class RankError(ClaeError, RuntimeError):
@@ -56,16 +76,24 @@ class RankError(ClaeError, RuntimeError):
     exit_code = FAILED
 
 
+class DivergedError(RankError):
+    """The loss or the gradient is non-finite."""
+
+    cause = "configuration"
+
+
 class CheckpointError(ClaeError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
     exit_code = STORAGE
+    cause = "storage"
 
 
 class DamagedError(ClaeError, ValueError):
     """A file of a checkpoint is damaged."""
 
     exit_code = STORAGE
+    cause = "storage"
     on_all_ranks = False
 
 

@@ -29,6 +29,7 @@ class ReadError(ClaeError, ValueError):
     """A file or a text cannot be used. The message is only the reason; callers add the file and the way out."""
 
     exit_code = BAD_DATA
+    cause = "data"
     on_all_ranks = False
 
 

@@ -27,6 +27,7 @@ class StorageError(ClaeError, OSError):
     """A file cannot be written. The text names the file, the reason and the way out."""
 
     exit_code = STORAGE
+    cause = "storage"
     on_all_ranks = False
 
     def __str__(self) -> str:

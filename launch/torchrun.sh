@@ -25,7 +25,8 @@ same path on all.
 
 SIGTERM, SIGUSR1 or Ctrl-C: all ranks of all hosts save and exit with code 75; the same line resumes from there.
 CLAE_ENV names a Python environment to use instead of the one that launch/env.sh makes.
-exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts, 75.
+exit codes: those of `clae` (see clae --help): 0 done, 2 a setting, 3 data, 4 ranks failed more often than --max-restarts (7:
+out of memory, 8: the network), 1 the same crash twice, 75.
 TEXT
 }
 
@@ -100,7 +101,7 @@ fi
 # Ranks that end for good (done, stopped, a user's mistake) leave their exit code here: torchrun would start them again.
 ending=$(mktemp)
 agent="" asking="" early=""
-trap 'rm -f "$ending"' EXIT
+trap 'rm -f "$ending" "$ending.failed"' EXIT
 # shellcheck disable=SC2329 # called by the traps below
 ask() { # hands the request on to this host's ranks until they end: one that is still starting does not hear yet
   if [ -n "$asking" ]; then
@@ -141,11 +142,11 @@ trap '' USR1 # a scheduler's signal may come again
 if [ "$code" -gt 128 ]; then code=0; wait "$agent" || code=$?; fi # it ended while a trap ran: its own code
 [ -z "$asking" ] || kill "$asking" 2>/dev/null || true
 # A code from before a change of hosts, which stops the ranks, too, is of no account where torchrun failed.
-if [ "$code" -ne 0 ]; then code=4; elif [ -s "$ending" ]; then code=$(cat "$ending"); fi
+if [ "$code" -ne 0 ]; then code=$(cat "$ending.failed" 2>/dev/null || echo 4); elif [ -s "$ending" ]; then code=$(cat "$ending"); fi
 case $code in
   0) say "finished" ;;
   75) say "stopped with everything saved (exit code 75); the same line resumes from there." ;;
-  4) say "ranks failed and were not started again; see the reason above; the same line resumes from the newest checkpoint." >&2 ;;
+  4 | 5 | 7 | 8) say "ranks failed and were not started again (exit code $code); see the reason above; the same line resumes from the newest checkpoint." >&2 ;;
   *) say "ended with exit code $code; see the reason above." >&2 ;;
 esac
 exit "$code"

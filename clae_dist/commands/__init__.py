@@ -20,6 +20,7 @@ NAMES = (
     "report",
     "compare",
     "runs",
+    "status",
     "study",
     "export",
     "embed",

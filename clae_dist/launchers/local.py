@@ -17,14 +17,18 @@ from typing import Any
 
 import torch
 
+from clae_dist.config import Config
 from clae_dist.devices import Request
-from clae_dist.errors import FAILED, HUNG, OK, STOPPED, restarts
+from clae_dist.errors import FAILED, HUNG, MEMORY, NETWORK, OK, STOPPED, Cause, restarts
 from clae_dist.escape import say
 from clae_dist.launchers.loopback import loopback_store, use_loopback
-from clae_dist.launchers.rank import Console, Ending, RankBroke, run_rank
+from clae_dist.launchers.out_of_memory import num_killed as out_of_memory_kills
+from clae_dist.launchers.rank import START, Console, Ending, RankBroke, run_rank, useless_restart
 from clae_dist.launchers.terminal import announce, lines_shown_on_stdout
 from clae_dist.lifetime import begin_forked_process, dedicate_process, fork_server
 from clae_dist.recipe import Recipe
+from clae_dist.runs.ends import Attempt, read_ends
+from clae_dist.runs.heartbeat import read_heartbeat
 from clae_dist.staging import shown_path
 from clae_dist.training import guard
 from clae_dist.training.guard import STOP_SIGNALS
@@ -33,6 +37,7 @@ from clae_dist.world import leave
 _GRACE_S = 10.0  # how long ranks may live after one of them has failed
 _HUNG_GRACE_S = 5.0  # where they have given up together
 _POLL_S = 1.0
+_CAUSES: dict[int, Cause] = {signal.SIGKILL: "host", signal.SIGBUS: "memory"}  # of a signal; a full /dev/shm is SIGBUS
 _ADVICE = "The same command resumes from the newest checkpoint."
 
 
@@ -59,14 +64,32 @@ def launch(recipe: Recipe, *, debug: bool = False, work: Callable[..., Ending] |
     if workers == 1:
         return _ending(work or _train, recipe, debug)
     announce(f"starting {workers} ranks on this machine; {shown_path(config.folder)}/console.log keeps what they say")
+    num_ends = len(read_ends(config.folder))
     for failure in range(1, config.launch.max_failures + 2):
+        begun = time.time()
+        os.environ[START] = repr(begun)
         ending = spawn(workers, work or _train, recipe, debug, advice=_ADVICE, stop_within_s=config.guard.stop_within_s)
+        del os.environ[START]
+        _record_vanished(config, ending, workers, begun)
         if not ending.again or failure > config.launch.max_failures:
             break
+        if useless := useless_restart(config, num_ends):
+            return useless
         reason = ending.message.removesuffix(_ADVICE).strip().removesuffix(".")
         line = f"{reason}. Starting again (failure {failure} of {config.launch.max_failures})."
         say(line, file=Console(config, sys.stderr), flush=True)
     return ending
+
+
+def _record_vanished(config: Config, ending: Ending, workers: int, begun: float) -> None:
+    """Record the end of a rank that could not do it: a signal killed it."""
+    if ending.vanished is None or not ending.cause:
+        return
+    beat = read_heartbeat(config.folder)
+    attempt = Attempt(begun, beat.step if beat is not None and beat.start == begun else 0)
+    reason = ending.message.removesuffix(_ADVICE).strip()
+    digest = "out of memory" if ending.cause == "memory" else ""
+    attempt.end(config.folder, ending.vanished, workers, ending.cause, ending.code, reason, digest)
 
 
 def spawn(
@@ -159,6 +182,7 @@ def _watch(ranks: Sequence[_Rank], request: _Request, advice: str, stop_within_s
     endings: list[Ending] = []
     killed: list[Ending] = []
     deadline = time.monotonic() + limit_s if limit_s else float("inf")
+    out_of_memory = out_of_memory_kills()
     while alive:
         if time.monotonic() > deadline and not request.name:
             return Ending(HUNG, f"rank {', '.join(map(str, sorted(alive.values())))} had no result after {limit_s:g} s")
@@ -173,7 +197,9 @@ def _watch(ranks: Sequence[_Rank], request: _Request, advice: str, stop_within_s
             process, ending = ranks[number].process, ranks[number].ending
             process.join()
             if process.exitcode:
-                killed.append(_how_it_died(number, len(ranks), process.exitcode, request.name if stop_within_s else "", advice))
+                no_memory = process.exitcode == -signal.SIGKILL and out_of_memory_kills() > out_of_memory
+                asked_by = request.name if stop_within_s else ""
+                killed.append(_how_it_died(number, len(ranks), process.exitcode, asked_by, advice, no_memory=no_memory))
             elif ending.poll():
                 endings.append(ending.recv())
     return _sum_up(killed, endings, request.name, advice)
@@ -184,21 +210,31 @@ def _sum_up(killed: list[Ending], endings: list[Ending], asked: str, advice: str
     lost = [ending for ending in killed if ending.code != STOPPED]
     unsaved = [ending for ending in killed if ending.code == STOPPED]
     failed = [ending for ending in endings if ending.code not in (OK, STOPPED)]
+    failed.sort(key=lambda ending: ending.code == NETWORK)  # ranks lose their connection to the one that failed
     for found in (lost, [] if unsaved else failed, [ending for ending in endings if ending.code == STOPPED], unsaved, endings):
         if found:
             return replace(found[0], again=found[0].again and not asked)
     return Ending(STOPPED, f"{asked}: the ranks did not leave in time and were killed. {advice}".rstrip())
 
 
-def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str) -> Ending:
+def _how_it_died(number: int, num_ranks: int, code: int, asked: str, advice: str, *, no_memory: bool = False) -> Ending:
     if code == HUNG:
         return Ending(HUNG, f"rank {number} of {num_ranks} left because the run hung. {advice}".rstrip(), again=restarts(HUNG))
     if code == STOPPED or (asked and -code in STOP_SIGNALS):  # it had not come so far as to listen
         return Ending(
             STOPPED, f"rank {number} of {num_ranks} was asked to stop and left with nothing new saved. {advice}".rstrip()
         )
+    if no_memory:
+        text = (
+            f"rank {number} of {num_ranks} was killed by SIGKILL: the kernel ended it because memory was used up; use fewer "
+            f"loader processes (data.workers), a smaller batch.micro_size, or a machine or container with more memory. {advice}"
+        )
+        return Ending(MEMORY, text.rstrip(), again=restarts(code), cause="memory", vanished=number)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Ending(FAILED, f"rank {number} of {num_ranks} {how}. {advice}".rstrip(), again=restarts(code))
+    text = f"rank {number} of {num_ranks} {how}. {advice}".rstrip()
+    if code > 0:  # it has recorded why
+        return Ending(FAILED, text, again=restarts(code))
+    return Ending(FAILED, text, again=restarts(code), cause=_CAUSES.get(-code, "code"), vanished=number)
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
-from dataclasses import dataclass
-from typing import Any, TextIO
+from dataclasses import dataclass, field
+from typing import Any, Literal, TextIO
 
+from clae_dist.causes import cause_of, digest_of, exit_code_of
 from clae_dist.config import Config
 from clae_dist.data.loader import share_imports
 from clae_dist.data.urls import redact_text
-from clae_dist.errors import OK, STOPPED, STORAGE, UNEXPECTED, ClaeError, ConfigError, restarts
+from clae_dist.errors import OK, STOPPED, UNEXPECTED, Cause, ClaeError, ConfigError, restarts
 from clae_dist.escape import shown_lines
 from clae_dist.launchers.environment import check_interface
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
 from clae_dist.recipe import Recipe
+from clae_dist.runs.ends import Attempt, read_ends, repeated_crash
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.mirror import send_file
 from clae_dist.storage import storage_error
+from clae_dist.training.flight_recorder import dump, switch_on
+from clae_dist.training.guard import is_preemption
 from clae_dist.training.train import train
 from clae_dist.world import World, connect
+
+START = "CLAE_START"  # when the local launcher started these ranks, in seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Ending:
     code: int
     message: str  # one readable line; "" when all is well
     again: bool = False  # a restart may succeed (errors.py)
+    cause: Cause | Literal[""] = field(default="", compare=False)
+    vanished: int | None = field(default=None, compare=False)  # the rank that left without a word
 
 
 class Console:
@@ -86,45 +95,89 @@ class RankBroke(RuntimeError):
         return Ending(self.code, str(self), again=restarts(self.exit_code))
 
 
-def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False) -> Ending:
+def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False, num_ends: int | None = None) -> Ending:
     """Train as the rank that the environment names. What all ranks raise together comes back as an Ending.
+
+    Args:
+        num_ends: the number of ends in the run folder when the launcher began, where ranks that are started again by somebody
+            else (torchrun, Ray) find out by themselves that another start would crash, too.
 
     Raises RankBroke for anything else, so that a launcher that restarts ranks sees it.
     """
     config = recipe.config
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    attempt = Attempt(float(os.environ.get(START, 0)) or time.time())
     try:
         if size > 1:
             check_interface()
         if config.launch.launcher != "ray":  # Ray's workers have threads of its own
             share_imports(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        switch_on(config.folder)
         with connect(config.guard.timeout_s, config.launch.device) as world:
-            return _train(recipe, world, Console(config, also), debug=debug)
+            if num_ends is not None:
+                useless: Ending | None = world.run_on_main(lambda: useless_restart(config, num_ends))
+                if useless:
+                    return useless
+            return _train(recipe, world, Console(config, also), attempt, debug=debug)
     except ConfigError as error:  # of all ranks, before they communicate
         return Ending(error.exit_code, str(error))
     except Exception as error:
-        storage = storage_error(error)  # on the rank that writes, in the middle of anything
-        reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
-        what = f"rank {rank} of {size}: {reason if storage else reason[:220]}"
-        code = STORAGE if storage else UNEXPECTED
-        log = RunFolder(config.folder).error_log(rank)
-        try:
-            log.write_text(shown_lines(redact_text(traceback.format_exc())))
-            send_file(log, config.folder)
-        except OSError:
-            raise RankBroke(what, code) from error
-        raise RankBroke(f"{what} (traceback: {log})", code) from error
+        raise _broke(error, config, rank, size, attempt) from error
 
 
-def _train(recipe: Recipe, world: World, stream: Console, *, debug: bool) -> Ending:
+def _broke(error: Exception, config: Config, rank: int, size: int, attempt: Attempt) -> RankBroke:
+    """Write down an error that this rank alone has seen: its traceback, its cause, and what NCCL has recorded."""
+    storage = storage_error(error)  # on the rank that writes, in the middle of anything
+    cause = cause_of(error)
+    reason = " ".join(redact_text(str(storage or f"{type(error).__name__}: {error}")).split())
+    what = f"rank {rank} of {size}: {reason if storage else reason[:220]}"
+    code = exit_code_of(cause)
+    attempt.end(config.folder, rank, size, cause, code, reason, digest_of(error))
+    if size > 1 and cause in ("network", "host", "code"):
+        dump(config.folder, rank)
+    log = RunFolder(config.folder).error_log(rank)
     try:
-        outcome = train(recipe, world, stream)  # type: ignore[arg-type]
+        log.write_text(shown_lines(redact_text(traceback.format_exc())))
+        send_file(log, config.folder)
+    except OSError:
+        return RankBroke(what, code)
+    return RankBroke(f"{what} (traceback: {log})", code)
+
+
+def useless_restart(config: Config, num_ends: int) -> Ending | None:
+    """The ending of a run whose next start would crash like the last two, of which one came after the first `num_ends`."""
+    ends = read_ends(config.folder)
+    crash = repeated_crash(ends) if len(ends) > num_ends else None
+    if crash is None:
+        return None
+    log = RunFolder(config.folder).error_log(crash.rank)
+    place = f"after the checkpoint of step {crash.checkpoint}" if crash.checkpoint is not None else "before any checkpoint"
+    text = (
+        f"rank {crash.rank} has failed twice in the same way {place}, and is not started a third time: {crash.text[:220]}. "
+        f"Read {log}, run the same command with --debug and launch.workers=1, or repeat a recorded step with `clae replay`; "
+        "the same command resumes from the newest checkpoint."
+    )
+    return Ending(crash.code, text, cause=crash.cause)
+
+
+def _train(recipe: Recipe, world: World, stream: Console, attempt: Attempt, *, debug: bool) -> Ending:
+    try:
+        outcome = train(recipe, world, stream, attempt)  # type: ignore[arg-type]
     except ClaeError as error:
         if not error.on_all_ranks:
             raise
         if debug and world.is_main:
             print(shown_lines(traceback.format_exc()), end="", file=sys.stderr)
-        return Ending(error.exit_code, str(error))
+        # The folder of a refused start may belong to another run, or to another process.
+        if world.is_main and attempt.holds_lease and (attempt.opened or error.cause != "configuration"):
+            attempt.end(recipe.config.folder, 0, world.size, error.cause, error.exit_code, str(error), digest_of(error))
+        return Ending(error.exit_code, str(error), cause=error.cause)
     finally:
         stream.end()
-    return Ending(STOPPED if outcome.status == "stopped" else OK, "")
+    cause: Cause = "finished"
+    if outcome.status == "stopped":
+        cause = "preemption" if is_preemption(outcome.reason) else "stopped"
+    code = OK if cause == "finished" else STOPPED
+    if world.is_main and attempt.trained:
+        attempt.end(recipe.config.folder, 0, world.size, cause, code, outcome.reason)
+    return Ending(code, "", cause=cause)

@@ -16,7 +16,7 @@ from typing import Any
 
 from clae_dist.config import Config
 from clae_dist.cores import usable_cores
-from clae_dist.errors import FAILED, OK, STOPPED, ConfigError
+from clae_dist.errors import FAILED, MEMORY, NETWORK, OK, STOPPED, ConfigError
 from clae_dist.escape import shown
 from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers
@@ -24,6 +24,7 @@ from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
 from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Recipe, Setting, build
+from clae_dist.runs.ends import read_ends
 from clae_dist.runs.folder import RunFolder
 from clae_dist.tracking.console import STARTING
 from clae_dist.wording import count_of
@@ -57,7 +58,7 @@ def _rank_main(settings: dict[str, Any]) -> None:
     """On a worker: the launcher's process group is there already."""
     config = build({key: Setting(value, "launcher") for key, value in settings["config"].items()})
     try:
-        ending = run_rank(Recipe(config, settings["origins"]), None, debug=settings["debug"])
+        ending = run_rank(Recipe(config, settings["origins"]), None, debug=settings["debug"], num_ends=settings.get("num_ends"))
     except RankBroke as error:  # without its cause, which Ray would log with whatever secrets it holds
         raise RankBroke(str(error), error.code) from None
     if os.environ.get("RANK") == "0":
@@ -183,6 +184,7 @@ def _trainer(ray: Any, recipe: Recipe, sizes: list[int], name: str, *, debug: bo
             "origins": dict(recipe.origins),
             "debug": debug,
             "name": name,
+            "num_ends": len(read_ends(folder)),
         },
         "scaling_config": scaling,
         "torch_config": (TorchConfig if cluster else LoopbackTorchConfig)(
@@ -253,7 +255,9 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
     if "error" in result:
         if debug:
             raise result["error"]
-        return Ending(FAILED, f"{root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
+        ends = read_ends(folder)
+        code = ends[-1].code if ends and ends[-1].code in (MEMORY, NETWORK) else FAILED
+        return Ending(code, f"{root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
     ending = Ending(**json.loads(RayStore().take(name)))
     if ending.code in (OK, STOPPED) and not RunFolder(folder).identity_file.exists():
         raise ConfigError(
@@ -326,7 +330,7 @@ class _StopFile:
                 raise KeyboardInterrupt
             return
         self.asked, self.asked_at = True, time.monotonic()
-        self._path.touch()
+        self._path.write_text("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         print(f"{signal.Signals(number).name}: saving after this step, then leaving; once more ends at once.", flush=True)
 
     def __exit__(self, *exception: object) -> None:

@@ -17,6 +17,8 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, autoscaling_coordinator_client
 
+from clae_dist.training.guard import TAKEN_AWAY
+
 _CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
 _PAUSE_S = 0.2
 CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
@@ -61,7 +63,7 @@ class WorkingSizes(ElasticScalingPolicy):
         in_use = {worker.metadata.node_id for worker in running.workers}
         if leaving := in_use & set(_draining_nodes()):
             names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-            return f"{', '.join(sorted(names.get(node, node) for node in leaving))} will be taken away"
+            return f"{', '.join(sorted(names.get(node, node) for node in leaving))} {TAKEN_AWAY}"
         reserved = self._get_reserved_resources()
         possible = self._count_possible_workers(reserved) if reserved is not None else 0
         # Twice: a host that has just come back may not be ready, or be about to go again.

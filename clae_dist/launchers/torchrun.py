@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 from clae_dist.config import Config
-from clae_dist.errors import BAD_CONFIG, ConfigError
+from clae_dist.errors import BAD_CONFIG, FAILED, OK, UNEXPECTED, ConfigError, restarts
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
 from clae_dist.recipe import Recipe
+from clae_dist.runs.ends import read_ends
 from clae_dist.wording import count_of
 
 
@@ -21,11 +25,34 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
         )
     try:
         _check_elastic(recipe.config)
-        return say_once(run_rank(recipe, lines_shown_on_stdout(os.environ["RANK"]), debug=debug))
+        lines, again = lines_shown_on_stdout(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        # Of a start that torchrun has made again, one of the ends so far is its own.
+        num_ends = len(read_ends(recipe.config.folder)) - 1 if again else None
+        return say_once(_for_good(run_rank(recipe, lines, debug=debug, num_ends=num_ends)))
     except ConfigError as error:
         return say_once(Ending(BAD_CONFIG, str(error)))
     except RankBroke as error:  # torchrun sees only the code
+        _leave_code(recipe.config)
         return Ending(error.exit_code, str(error), again=True)
+
+
+def _for_good(ending: Ending) -> Ending:
+    """The ending of all ranks together. A crash that would only be repeated must not look like one to launch/torchrun.sh."""
+    path = os.environ.get("CLAE_ENDING", "")
+    if not path or not restarts(ending.code):
+        return ending
+    with suppress(OSError):
+        Path(path).write_text(f"{ending.code}\n")
+        return replace(ending, code=OK)
+    return ending
+
+
+def _leave_code(config: Config) -> None:
+    """Leave the exit code for launch/torchrun.sh, if it asked for it, in case torchrun does not start the ranks again."""
+    path, ends = os.environ.get("CLAE_ENDING", ""), read_ends(config.folder)
+    if path and ends:
+        with suppress(OSError):
+            Path(f"{path}.failed").write_text(f"{FAILED if ends[-1].code == UNEXPECTED else ends[-1].code}\n")
 
 
 def _check_elastic(config: Config) -> None:

@@ -16,6 +16,7 @@ from clae_dist.evaluation.metrics import Metrics, read_metrics
 from clae_dist.evaluation.protocol import WHEN, Headline, headlines
 from clae_dist.evaluation.stored import read_evaluation
 from clae_dist.reading import ReadError, read_text
+from clae_dist.runs.ends import End, read_ends
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import Goodput, account, read_lines
 
@@ -31,6 +32,7 @@ class RunRecord:
     metrics: Metrics
     evaluation: dict[str, Any] | None
     goodput: Goodput | None = None
+    ends: tuple[End, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -53,6 +55,7 @@ def read_record(run_dir: Path) -> RunRecord:
         metrics=metrics,
         evaluation=evaluation,
         goodput=account(times) if times else None,
+        ends=tuple(read_ends(run_dir, ignored.append)),
         ignored=tuple(text for text in (*ignored, damage) if text),
     )
 
@@ -79,6 +82,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "skipped_steps": int(metrics.last("skipped_steps") or 0),
         "wall_s": metrics.train_s,
         "goodput": record.goodput.as_dict() if record.goodput else None,
+        "last_end": record.ends[-1].describe() if record.ends else None,
         "evaluation_wall_s": evaluation.get("wall_s"),
         "encoder": record.config.model.encoder,
         "epochs": record.config.train.epochs,

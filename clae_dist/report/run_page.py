@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -244,10 +245,18 @@ def _versions(record: RunRecord, summary: dict[str, Any]) -> dict[str, Any]:
         **({"continues": f"{summary['parent']}, after its {identity['parent']['step']} steps"} if summary["parent"] else {}),
         "manifest digest": summary["manifest_digest"] or "–",
         "undecodable images": replaced if bad_samples else "none",
+        **({"last end": _last_end(record)} if record.ends else {}),
         "backend": f"{backend} over {collectives}, {_ranks(identity.get('world_size', '–'))}",
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity["started"])) if "started" in identity else "–",
         "report written with": f"clae-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
+
+
+def _last_end(record: RunRecord) -> str:
+    """The last end, and how often each cause was that of an end."""
+    causes = Counter(end.cause for end in record.ends)
+    text = escape.shown(record.ends[-1].describe())
+    return f"{text}; of {len(record.ends)} starts: " + ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
 
 
 def _settings(config_text: str) -> Iterator[tuple[str, str, str]]:

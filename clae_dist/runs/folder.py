@@ -18,6 +18,8 @@ IDENTITY_FILE = "run.json"
 STOP_FILE = "STOP"
 METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"
+ENDS_FILE = "ends.jsonl"
+HEARTBEAT_FILE = "heartbeat.json"
 CONSOLE_FILE = "console.log"
 EVALUATION_FILE = "evaluation.json"
 SUMMARY_FILE = "summary.json"
@@ -31,7 +33,7 @@ REPORT_PAGE = "report.html"
 FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
-    | {BAD_SAMPLES_FILE, TRAINING_LEASE, EVALUATION_LEASE}
+    | {BAD_SAMPLES_FILE, ENDS_FILE, HEARTBEAT_FILE, TRAINING_LEASE, EVALUATION_LEASE}
 )
 PREFIXES = (".", "error-rank-")  # of temporary files and error logs of ranks
 
@@ -112,6 +114,16 @@ class RunFolder:
     @property
     def goodput_file(self) -> Path:
         return self.path / GOODPUT_FILE
+
+    @property
+    def ends_file(self) -> Path:
+        """How each start ended, and why."""
+        return self.path / ENDS_FILE
+
+    @property
+    def heartbeat_file(self) -> Path:
+        """Replaced every few seconds by rank 0 while it trains."""
+        return self.path / HEARTBEAT_FILE
 
     @property
     def console_file(self) -> Path:

@@ -19,6 +19,7 @@ from clae_dist import core_yaml
 from clae_dist.escape import shown
 from clae_dist.lease import EXPIRY_S, holder_of
 from clae_dist.reading import ReadError, is_number, open_regular, parse_line, read_object, read_text
+from clae_dist.runs.ends import read_ends
 from clae_dist.runs.folder import CHECKPOINTS, CONFIG_FILE, IDENTITY_FILE, RunFolder
 
 State = Literal["running", "finished", "stopped", "dead", "damaged"]
@@ -26,6 +27,7 @@ _TAIL_BYTES = 32 << 10  # of metrics.jsonl: some thirty lines
 _MAX_CONFIG_BYTES = 256 << 10
 _MAX_DEPTH = 8  # of folders below the one that is listed
 _SHOWN = ("loss", "knn_accuracy", "images_per_s")
+_HEADS = ("run", "state", "method", "progress", "loss", "kNN", "images/s", "last sign of life", "last end")
 _FORMS = ("{:.3f}", "{:.1f} %", "{:,.0f}")
 _SETTINGS = {  # of a resolved config.yaml, whose layout recipe.to_yaml determines
     "name": re.compile(r"^name: (.*)$", re.MULTILINE),
@@ -50,6 +52,7 @@ class ListedRun:
     since: float | None = None  # of the last sign of life
     held_by: str = ""  # the process that trains
     problem: str = ""
+    cause: str = ""  # of the last end
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +106,7 @@ def _read_run(path: str) -> ListedRun:
         metrics={key: metrics[key] for key in _SHOWN if key in metrics},
         since=since,
         held_by=held_by,
+        cause=ends[-1].cause if (ends := read_ends(folder.path)) else "",
     )
 
 
@@ -163,15 +167,27 @@ def _state(folder: RunFolder, ended: bool, last_s: float | None) -> tuple[State,
 
 def table_of(runs: list[ListedRun], folder: Path, now: float) -> Iterator[str]:
     """The runs as the lines of a table."""
-    rows: list[tuple[str, ...]] = [("run", "state", "method", "progress", "loss", "kNN", "images/s", "last sign of life")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "state", "method", "progress", "loss", "kNN", "images/s", "last sign of life", "last end")
+    ]
     for run in runs:
         if run.problem:
-            rows.append((os.path.relpath(run.folder, folder), f"damaged: {run.problem}", *[""] * 6))
+            rows.append((os.path.relpath(run.folder, folder), f"damaged: {run.problem}", *[""] * (len(_HEADS) - 2)))
             continue
         values = [run.metrics.get(key) for key in _SHOWN]
         numbers = ["–" if value is None else form.format(value) for value, form in zip(values, _FORMS, strict=True)]
-        rows.append((os.path.relpath(run.folder, folder), run.state, run.method, _progress(run), *numbers, _ago(run, now)))
-    widths = [max(len(shown(row[i])) for row in rows if not row[1].startswith("damaged:")) for i in range(8)]
+        rows.append(
+            (
+                os.path.relpath(run.folder, folder),
+                run.state,
+                run.method,
+                _progress(run),
+                *numbers,
+                _ago(run, now),
+                run.cause or "–",
+            )
+        )
+    widths = [max(len(shown(row[i])) for row in rows if not row[1].startswith("damaged:")) for i in range(len(_HEADS))]
     widths[0] = max(len(shown(row[0])) for row in rows)
     for row in rows:
         yield "  ".join(shown(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -22,6 +22,7 @@ from clae_dist.runs.folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     CONSOLE_FILE,
+    ENDS_FILE,
     EVALUATION,
     EVALUATION_FILE,
     EVALUATION_LEASE,
@@ -45,7 +46,7 @@ from clae_dist.runs.folder import (
     TRAINING_LEASE,
 )
 
-APPENDED = (METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE)
+APPENDED = (METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, ENDS_FILE)
 _ELSEWHERE = {CHECKPOINTS, TRAINING_LEASE, EVALUATION_LEASE, STOP_FILE}  # objects of their own
 _STAY = {EVALUATION, RAY}  # can be made again, or belong to processes
 AT_THE_END = (TENSORBOARD, PROFILE, REPORT, EXPORT)  # large, or complete only then

@@ -88,6 +88,7 @@ def build_trackers(
     resume_images_seen: int,
     stream: IO[str],
     dataset: TrackedSet | None = None,
+    more: Sequence[Tracker] = (),
 ) -> Trackers:
     """The trackers of rank 0; other ranks use a plain Tracker. Building them again resumes the same run.
 
@@ -96,6 +97,7 @@ def build_trackers(
         resume_images_seen: that of the checkpoint, 0 for a new run.
         stream: the console.
         dataset: the training images.
+        more: trackers of the caller.
 
     Raises: ConfigError for tracking that cannot work on this machine.
     """
@@ -107,16 +109,16 @@ def build_trackers(
 
     run_dir.mkdir(parents=True, exist_ok=True)
     file = MetricsFile(RunFolder(run_dir).metrics_file, resume_images_seen, say)
-    others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size)]
+    others: list[Tracker] = [ConsoleTracker(stream, total_steps, config.batch.global_size), *more]
     page = ""
     if config.tracking.uses("tensorboard"):
         from clae_dist.tracking.tensorboard import TensorBoardTracker
 
         others.append(TensorBoardTracker(RunFolder(run_dir).tensorboard, resume_images_seen))
     if config.tracking.uses("mlflow"):
-        more: dict[str, Any] = {"tags": tags, "dataset": dataset}
+        about: dict[str, Any] = {"tags": tags, "dataset": dataset}
         # A killed process may not have sent all lines of the file.
-        tracker, page = _mlflow(config, run_dir, run_key, say, images_seen=resume_images_seen, rows=file.rows(), **more)
+        tracker, page = _mlflow(config, run_dir, run_key, say, images_seen=resume_images_seen, rows=file.rows(), **about)
         others.append(tracker)
     return Trackers(file, others, say, page)
 

@@ -14,6 +14,8 @@ from clae_dist.runs.folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ONE_REQUEST_S = 2.0
+_PREEMPTIONS = ("SIGTERM", "SIGUSR1")  # of a scheduler
+TAKEN_AWAY = "will be taken away"  # how a launcher's request ends that leaves a host
 
 
 def _nothing() -> int:
@@ -22,6 +24,11 @@ def _nothing() -> int:
 
 # The signal that a launcher was sent, where it handed on another one to its ranks (they ignore a terminal's Ctrl-C); 0: none.
 handed_on: Callable[[], int] = _nothing
+
+
+def is_preemption(reason: str) -> bool:
+    """True for the reason of a request that came from a scheduler, not from a user at a terminal."""
+    return reason in _PREEMPTIONS or reason.endswith(TAKEN_AWAY)
 
 
 class StopRequest:

@@ -79,6 +79,24 @@ def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], fol
     )
 
 
+def culprit(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str]) -> tuple[int, str]:
+    """Rank and host at fault; the host is "" where all ranks wait at one place, or it never answered."""
+    silent = [rank for rank in range(num_ranks) if rank not in {report.rank for report in reports}]
+    if silent:
+        return silent[0], host_name(hosts[silent[0]]) if hosts else ""
+    in_data = [report for report in reports if report.doing == "data"]
+    apart = in_data if in_data and len(in_data) < num_ranks else _outliers(reports)
+    if apart:
+        first = min(apart, key=lambda report: report.rank)
+        return first.rank, host_name(first.host)
+    return min(report.rank for report in reports), ""
+
+
+def host_name(host: str) -> str:
+    """Without the process."""
+    return host.partition(" (process")[0]
+
+
 def stacks_by_ranks(reports: Sequence[Report]) -> str:
     """The stacks of the main threads, equal ones once."""
     by_stack = sorted(reports, key=lambda report: (report.stack, report.rank))

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
+from clae_dist.causes import cause_of, digest_of, exit_code_of
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import UNEXPECTED
 from clae_dist.training.session import Session
@@ -40,6 +41,10 @@ def failing_threads_end_the_rank(session: Session) -> Iterator[None]:
         with suppress(OSError):
             log.write_text(redact_text(stack))
             line += f" (traceback: {log})"
+        cause = cause_of(failure.exc_value) if failure.exc_value else "code"
+        attempt, reason = session.attempt, line.partition(": ")[2]
+        digest = digest_of(failure.exc_value) if failure.exc_value else ""
+        attempt.end(folder.path, world.rank, world.size, cause, exit_code_of(cause), reason, digest)
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
         with suppress(OSError), folder.console_file.open("a") as console:

@@ -20,7 +20,7 @@ from clae_dist.contrast.step import NonFinite, StepMetrics
 from clae_dist.data.loader import LoadedBatch
 from clae_dist.data.manifest import Manifest
 from clae_dist.data.shards import ShardReader
-from clae_dist.errors import DataError, RankError
+from clae_dist.errors import DataError, DivergedError
 from clae_dist.files import write_atomically
 from clae_dist.parallel import Backend
 from clae_dist.training.session import Session
@@ -46,7 +46,7 @@ class NonFiniteSteps:
     ) -> StepMetrics | None:
         """Run take_step(). Returns None if the step was skipped. `settings` (the learning rate) are recorded with it.
 
-        Raises RankError on every rank if no more steps may be skipped.
+        Raises DivergedError on every rank if no more steps may be skipped.
         """
         may_skip = self.skipped < self._max_skipped
         if may_skip:
@@ -66,7 +66,7 @@ class NonFiniteSteps:
         self._write_down(batch, step, loss_parts(metrics), {**settings, "problem": problem})
         self._backend.discard()
         if not may_skip:
-            raise RankError(problem)
+            raise DivergedError(problem)
         self.skipped += 1
         self._session.say(f"{problem}: skipped ({self.skipped} of at most {self._max_skipped}, guard.max_skipped)")
         return None

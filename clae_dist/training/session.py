@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clae_dist.config import Config
+from clae_dist.errors import Cause
+from clae_dist.runs.ends import Attempt
 from clae_dist.runs.folder import RunFolder
 from clae_dist.world import World
 
@@ -17,8 +19,13 @@ class Session:
     config: Config
     world: World
     say: Callable[[str], None]
+    attempt: Attempt = field(default_factory=Attempt)
 
     @property
     def folder(self) -> RunFolder:
         """The run folder."""
         return RunFolder(self.config.folder)
+
+    def end(self, cause: Cause, code: int, text: str) -> None:
+        """Record how this start ends, from a thread that will end the process."""
+        self.attempt.end(self.config.folder, self.world.rank, self.world.size, cause, code, text)

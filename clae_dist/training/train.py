@@ -9,22 +9,20 @@ from typing import Any, TextIO
 
 import torch
 
-from clae_dist.config import Config
 from clae_dist.contrast.diagnostics import diagnose
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.cores import threads_per_rank
 from clae_dist.data.loader import LoadedBatch, load
-from clae_dist.data.manifest import Manifest
 from clae_dist.data.transfer import transferred
-from clae_dist.deploy.export import export_encoder
 from clae_dist.devices import kernels, tf32
-from clae_dist.errors import ConfigError, DataError, RankError
+from clae_dist.errors import DataError, RankError
 from clae_dist.escape import shown
 from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.recipe import Recipe
 from clae_dist.runs.checkpoint import shapes_of
 from clae_dist.runs.claim import only_run
+from clae_dist.runs.ends import Attempt
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
@@ -34,6 +32,7 @@ from clae_dist.tracking.console import STARTING
 from clae_dist.training.alarms import Alarms
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.coming import Coming, next_batch
+from clae_dist.training.flight_recorder import make_room
 from clae_dist.training.guard import StopRequest, listen_for_stop
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.training.journal import Journal
@@ -44,9 +43,11 @@ from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.profiling import Profiling
 from clae_dist.training.pseudo_labels import with_pseudo_labels
+from clae_dist.training.pulse import Pulse
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
+from clae_dist.training.tracked import log_encoder
 from clae_dist.training.usage import Usage
 from clae_dist.training.watch import ENDING, Watch
 from clae_dist.wording import count_of
@@ -61,9 +62,10 @@ class LoopResult:
 
     status: Status
     step: int
+    reason: str = ""  # of a stop
 
 
-def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResult:
+def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout, attempt: Attempt | None = None) -> LoopResult:
     """Train to the end of the configuration, from the run folder's newest checkpoint if there is one. Collective.
 
     Every rank calls it; rank 0 writes the run folder and speaks to `stream`. Raises ConfigError, DataError, RankError and
@@ -76,7 +78,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
 
     config = recipe.config
     config.rows_per_rank(world.size)
-    session = Session(config, world, say)
+    session = Session(config, world, say, attempt or Attempt())
     with (
         failing_threads_end_the_rank(session),
         listen_for_stop(config.folder) as stop,
@@ -86,10 +88,14 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout) -> LoopResu
         kernels(deterministic=config.train.deterministic),
         tf32(allowed=config.train.tf32),
     ):
-        return _train(recipe, session, stream, stop, watch, mirror)
+        session.attempt.holds_lease = True
+        with Pulse(session, watch) as pulse:
+            return _train(recipe, session, stream, stop, watch, pulse, mirror)
 
 
-def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch, mirror: Mirror) -> LoopResult:
+def _train(
+    recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, watch: Watch, pulse: Pulse, mirror: Mirror
+) -> LoopResult:
     config, world, say = session.config, session.world, session.say
     ledger = Ledger(config.folder, write=world.is_main)
     watch.meet()
@@ -100,6 +106,8 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     plan = Plan.of(config, sets.train.num_samples(config.data.train_split))
 
     identity: Identity = world.run_on_main(lambda: open_folder(recipe, session, sets.train))
+    session.attempt.opened = True
+    make_room(session.folder, world)
     sets = with_pseudo_labels(session, sets, identity, progress=lambda: watch.doing("starting", 0))
     mirror.share()
     say(f"{STARTING}building {config.model.encoder} and its optimiser")
@@ -123,11 +131,12 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         if world.is_main and config.tracking.uses("mlflow"):
             watch.doing(ENDING, first_step)
             late = continue_tracking(config, config.folder, identity.run_key, **known, images_seen=seen, say=say, trained=True)
-            _log_encoder(config, late, sets.train, say)
+            log_encoder(config, late, sets.train, say)
             late.close("finished")
         return LoopResult("finished", first_step)
 
     ledger.resumed(first_step, say)
+    session.attempt.trained, session.attempt.total = True, plan.total
     tracker = Tracker()
     if world.is_main:
         tracker = build_trackers(
@@ -138,6 +147,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
             total_steps=plan.total,
             resume_images_seen=seen,
             stream=stream,
+            more=[pulse],
         )
     status: Status = "failed"
     try:
@@ -150,7 +160,7 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
         journal.close(outcome.step)
         watch.doing(ENDING, outcome.step)
         if world.is_main and status == "finished" and config.tracking.uses("mlflow"):
-            _log_encoder(config, tracker, sets.train, say)
+            log_encoder(config, tracker, sets.train, say)
     finally:
         if status == "failed":
             ledger.close()
@@ -158,14 +168,6 @@ def _train(recipe: Recipe, session: Session, stream: TextIO, stop: StopRequest, 
     if tracker.page:
         say(f"MLflow's page: {tracker.page}")
     return outcome
-
-
-def _log_encoder(config: Config, tracker: Tracker, manifest: Manifest, say: Say) -> None:
-    """Log the encoder as a model. The run is complete and saved: a failure here is printed and does not undo it."""
-    try:
-        tracker.log_model(export_encoder(config.folder), manifest.digest)
-    except (ConfigError, OSError) as error:
-        say(f"the encoder was not logged ({error}); `clae export {config.folder}` tries again.")
 
 
 @dataclass
@@ -292,7 +294,7 @@ class _Loop:
             f"stopped after step {self.step} ({reason}); saved. The same command resumes from there. "
             f"That took {self.stop.waited_s:.1f} s (guard.stop_within_s {self.config.guard.stop_within_s:g})."
         )
-        return LoopResult("stopped", self.step)
+        return LoopResult("stopped", self.step, reason)
 
     def _evaluate(self) -> None:
         self._doing("evaluation")

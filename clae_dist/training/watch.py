@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from clae_dist.errors import HUNG, STOPPED
+from clae_dist.errors import HUNG, STOPPED, Cause
 from clae_dist.runs.folder import RunFolder
-from clae_dist.training.guard import StopRequest
-from clae_dist.training.hang_report import Phase, Report, read_report, stacks_by_ranks, verdict
+from clae_dist.training.flight_recorder import dump
+from clae_dist.training.guard import StopRequest, is_preemption
+from clae_dist.training.hang_report import Phase, Report, culprit, read_report, stacks_by_ranks, verdict
 from clae_dist.training.session import Session
 from clae_dist.world import abandon
 
@@ -43,6 +44,7 @@ class Watch:
         config = session.config
         self._config, self._world, self._stop = config, session.world, stop
         self._folder = session.folder.hang
+        self._attempt, self._end = session.attempt, session.end
         self._hosts: list[str] = []
         self._now = Phase("starting", 0)
         self._main = threading.get_ident()
@@ -61,11 +63,23 @@ class Watch:
 
     def meet(self) -> None:
         """Exchange the hosts of all ranks, to name ranks that no longer respond. Collective."""
-        self._hosts = self._world.gather_objects(f"{os.uname().nodename} (process {os.getpid()})")
+        mine = (f"{os.uname().nodename} (process {os.getpid()})", self._attempt.start)
+        pairs = self._world.gather_objects(mine)
+        self._hosts, self._attempt.start = [host for host, _ in pairs], pairs[0][1]
 
     def doing(self, what: str, step: int) -> None:
         """Set this rank's activity, in the step after `step` others. That is progress."""
-        self._now = Phase(what, step)
+        self._now, self._attempt.step = Phase(what, step), step
+
+    @property
+    def place(self) -> Phase:
+        """This rank's activity; a new object after each progress."""
+        return self._now
+
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts of all ranks with their processes, once they have met."""
+        return self._hosts
 
     # ---- the thread ----
 
@@ -77,14 +91,14 @@ class Watch:
             awake_s, before = min(now - before, 3 * self._poll_s), now
             quiet_s = quiet_s + awake_s if self._now is seen else 0.0
             seen = self._now
-            limit_s = self._limit_s(seen.doing)
+            limit_s = self.limit_s(seen.doing)
             if limit_s and (quiet_s > limit_s or (quiet_s > limit_s / 2 and self._others_report(limit_s))):
                 self._give_up(seen, quiet_s)
             if self._stop.overdue(self._config.guard.stop_within_s):
                 self._leave_unsaved(seen)
 
-    def _limit_s(self, doing: str) -> float:
-        """0: none."""
+    def limit_s(self, doing: str) -> float:
+        """Seconds without progress after which this start is ended; 0: no limit."""
         limit_s = self._config.guard.limit_s(patient=doing in (*PATIENT, ENDING))
         return max(limit_s, ENDING_S) if limit_s and doing == ENDING else limit_s
 
@@ -110,11 +124,18 @@ class Watch:
         )
         text = _all_threads(frames, self._main)
         others = _within(GRACE_S, lambda: self._exchange(report, text)) or [report]
+        if self._world.size > 1:
+            dump(self._config.folder, self._world.rank)
         if report.rank == min(other.rank for other in others):
             line = verdict(others, self._world.size, self._hosts, self._config.folder)
             _within(GRACE_S, lambda: print(f"clae: {line}", file=sys.stderr, flush=True))
+            _within(GRACE_S, lambda: self._record_hang(others, line))
             _within(GRACE_S, lambda: self._log(f"{stacks_by_ranks(others)}\n{line}\n"))
         abandon(HUNG)
+
+    def _record_hang(self, reports: list[Report], line: str) -> None:
+        rank, host = culprit(reports, self._world.size, self._hosts)
+        self._attempt.end(self._config.folder, rank, self._world.size, "no progress", HUNG, line, host=host)
 
     def _exchange(self, report: Report, text: str) -> list[Report]:
         """Write this rank's report, and read those that others write within the grace period."""
@@ -150,6 +171,8 @@ class Watch:
         )
         _within(GRACE_S, lambda: print(line, end="", file=sys.stderr, flush=True))
         _within(GRACE_S, lambda: self._log(line))
+        cause: Cause = "preemption" if is_preemption(self._stop.reason) else "stopped"
+        _within(GRACE_S, lambda: self._end(cause, STOPPED, line.removeprefix("clae: ")))
         abandon(STOPPED)
 
 

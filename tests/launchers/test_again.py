@@ -17,6 +17,7 @@ from clae_dist.errors import (
     BAD_DATA,
     FAILED,
     HUNG,
+    NETWORK,
     OK,
     STOPPED,
     STORAGE,
@@ -39,7 +40,7 @@ TABLE: list[tuple[Exception, int, bool]] = [
     (RankError("the loss is not finite"), FAILED, False),
     (CheckpointError("the disk of all ranks is full"), STORAGE, False),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), UNEXPECTED, True),
-    (DistBackendError("NCCL error: unhandled system error"), UNEXPECTED, True),
+    (DistBackendError("NCCL error: unhandled system error"), NETWORK, True),
     (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), STORAGE, True),
     (KeyError("a fault of the program"), UNEXPECTED, True),
 ]
