@@ -10,6 +10,8 @@ import os
 import sys
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NoReturn
 
 from clae_dist import __version__
@@ -19,6 +21,7 @@ from clae_dist.escape import say, shown_lines
 from clae_dist.lifetime import dedicate_process, end, end_with_parent, has_forked
 from clae_dist.options import Parser, open_standard_streams
 from clae_dist.redact import redact_text
+from clae_dist.staging import url_of
 from clae_dist.storage import storage_error
 
 _ALL_RANKS_CHECKED_S = 2.5
@@ -60,12 +63,25 @@ def _check_ranks(command: str) -> None:
         check_ranks()
 
 
+def _copies(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """The copies of the runs on object storage that the command reads."""
+    named = [getattr(arguments, name, None) or [] for name in ("run", "runs", "compare", "encoder", "subject")]
+    paths = [Path(path) for value in named for path in (value if isinstance(value, list) else [value])]
+    folders = [path for path in paths if path.is_absolute() and url_of(path)]
+    if not folders:
+        return nullcontext()
+    from clae_dist.runs.copies import copied
+
+    return copied(folders, say)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. A user's mistake is one readable line; --debug adds the traceback."""
     arguments = parse(argv)
     try:
         _check_ranks(arguments.command)
-        code: int = module_of(arguments.command).run(arguments)
+        with _copies(arguments):
+            code: int = module_of(arguments.command).run(arguments)
         return code
     except KeyboardInterrupt:
         print("clae: interrupted by Ctrl-C", file=sys.stderr)

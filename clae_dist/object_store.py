@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,6 +127,12 @@ class Store:
         except NoObjectError:
             return default
 
+    def age_s(self, changed: str) -> float:
+        """Seconds since the time of an Entry, by the store's own clock where it tells it."""
+        bucket = self._root.partition("/")[0]
+        now = self._call("", lambda fs: _now(fs, bucket))
+        return max(0.0, (now - datetime.fromisoformat(changed)).total_seconds()) if changed else 0.0
+
     def size(self, name: str) -> int:
         """Raises NoObjectError."""
         path = self._path(name)
@@ -145,7 +153,7 @@ class Store:
         start = len(self._root) + 1
         return {
             name[start:]: Entry(int(info.get("size") or 0), _text(info.get("LastModified") or info.get("updated")))
-            for name, info in found.items()
+            for name, info in ((path.lstrip("/"), info) for path, info in found.items())
             if name.startswith(f"{self._root}/")
         }
 
@@ -261,6 +269,13 @@ def _put_file(fs: Any, data: Path, path: str, check: Callable[[], None]) -> None
                 raise _StoppedError from None
 
     fs.put_file(str(data), path, chunksize=_BLOCK_BYTES, callback=Check())
+
+
+def _now(fs: Any, bucket: str) -> datetime:
+    if hasattr(fs, "call_s3"):
+        answer = fs.call_s3("head_bucket", Bucket=bucket)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return datetime.now(UTC)
 
 
 def _remove(path: str, fs: Any) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clae_dist.errors import ConfigError
 from clae_dist.redact import redact_text, redact_word
+from clae_dist.staging import copy_folder, is_url
 
 QUOTE = "a shell makes several arguments of unquoted braces and stars: quote those, as in 'x-{000000..000099}.tar'"
 
@@ -20,6 +22,14 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text}: the home folder is not known on this machine; write the full path") from None
+
+
+def run_path(text: str) -> Path:
+    """The folder of a run that an argument names; of one on object storage, the folder with its copies."""
+    try:
+        return copy_folder(text) if is_url(text) else user_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def open_standard_streams() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import logging
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,9 +41,14 @@ class Faults:
     requests: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     free_at: float = 0.0  # when the link has carried what it was given
+    num_carried: int = 0  # bytes of bodies
+    carried: Callable[[int], None] = lambda num_bytes: None  # told their number when there are more
 
     def carry(self, num_bytes: int) -> None:
         """Wait until the link has carried so many bytes more."""
+        with self.lock:
+            self.num_carried += num_bytes
+        self.carried(self.num_carried)
         if self.bytes_per_s:
             with self.lock:
                 self.free_at = max(self.free_at, time.monotonic()) + num_bytes / self.bytes_per_s
@@ -117,8 +123,7 @@ def serve_objects() -> Iterator[ObjectServer]:
 
     methods = {f"do_{name}": _Proxy._forward for name in ("GET", "PUT", "POST", "DELETE", "HEAD")}
     handler = type("Handler", (_Proxy,), {"upstream": direct_port, "state": faults, **methods})
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    proxy.daemon_threads = True
+    proxy = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     server = ObjectServer(proxy.server_port, direct_port, faults)
@@ -130,6 +135,15 @@ def serve_objects() -> Iterator[ObjectServer]:
         thread.join()
         proxy.server_close()
         moto.stop()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed reset their connections."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Proxy(BaseHTTPRequestHandler):

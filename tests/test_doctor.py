@@ -22,6 +22,7 @@ from clae_dist.errors import OK
 from clae_dist.launchers import local
 from clae_dist.launchers.rank import Ending
 from tests.http_faults import serve
+from tests.object_server import BUCKET, ObjectServer
 
 
 def only(findings: Any) -> Finding:
@@ -218,3 +219,11 @@ def test_the_sets_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
     assert (first.level, same.level, missing.level) == ("ok", "ok", "problem")
     assert "0.25 of every batch" in same.found
     assert str(tmp_path / "none") in missing.found
+
+
+def test_a_bucket_is_checked(bucket: ObjectServer) -> None:
+    fine = only(stores.run_bucket(Config(run_dir=f"s3://{BUCKET}/run")))
+    assert (fine.level, fine.found) == ("ok", f"s3://{BUCKET}/run can be written, listed and read")
+    missing = only(stores.run_bucket(Config(run_dir="s3://no-such-bucket/run")))
+    assert (missing.level, missing.advice) == ("problem", "create it, or correct run_dir.")
+    assert list(stores.run_bucket(Config(run_dir="runs/run"))) == []

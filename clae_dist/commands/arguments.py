@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from clae_dist.options import Parser, user_path
+from clae_dist.options import Parser, run_path, user_path
 
 _CONFIG = "a recipe: a YAML file, or the name of one in the package, such as quickstart or cifar10/clae"
 _OVERRIDES = (
@@ -39,7 +39,8 @@ def add_config(parser: Parser, *, optional: bool = False) -> None:
 
 def add_run(parser: Parser) -> None:
     """Add the argument RUN."""
-    parser.add_argument("run", metavar="RUN", type=user_path, help="the folder of a run, such as runs/clae")
+    help_text = "the folder of a run, such as runs/clae or s3://bucket/runs/clae"
+    parser.add_argument("run", metavar="RUN", type=run_path, help=help_text)
 
 
 def add_shards(parser: Parser) -> None:

@@ -7,14 +7,14 @@ import argparse
 from clae_dist.commands.arguments import add_trust
 from clae_dist.commands.settings import permission
 from clae_dist.errors import OK, ConfigError
-from clae_dist.options import Parser, user_path
+from clae_dist.options import Parser, run_path
 
 SUMMARY = "print the results of runs side by side, with the settings in which they differ"
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "runs", metavar="RUN", type=user_path, nargs="+", help="folders of two or more runs of one set of images"
+        "runs", metavar="RUN", type=run_path, nargs="+", help="folders of two or more runs of one set of images"
     )
     add_trust(parser)
 

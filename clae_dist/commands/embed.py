@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from clae_dist.commands.arguments import add_trust
-from clae_dist.options import Parser, user_path
+from clae_dist.options import Parser, run_path, user_path
 
 SUMMARY = "write the features of images, by a run's encoder or an exported one, to a .npy or .parquet file"
 DESCRIPTION = """\
@@ -21,7 +21,7 @@ The files appear complete at the end; an existing FILE is replaced then.
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("encoder", metavar="RUN_OR_EXPORT", type=user_path, help="the folder of a run, or of an export")
+    parser.add_argument("encoder", metavar="RUN_OR_EXPORT", type=run_path, help="the folder of a run, or of an export")
     parser.add_argument("images", metavar="IMAGES_OR_SHARDS", help="a folder of images, or shards as data.shards names them")
     parser.add_argument("--to", type=user_path, required=True, metavar="FILE", help="FILE.npy or FILE.parquet")
     parser.add_argument("--split", default="train", help="the split of a set of shards (default: train)")

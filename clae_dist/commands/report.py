@@ -6,7 +6,7 @@ import argparse
 
 from clae_dist.commands.arguments import add_run, add_shards, add_trust
 from clae_dist.commands.settings import permission
-from clae_dist.options import Parser, user_path
+from clae_dist.options import Parser, run_path
 
 SUMMARY = "write a run's report (HTML, PNGs) and summary.json, and print the table"
 
@@ -16,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
     add_shards(parser)
     parser.add_argument(
         "--compare",
-        type=user_path,
+        type=run_path,
         metavar="RUN",
         action="append",
         default=[],

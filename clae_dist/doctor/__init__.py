@@ -9,7 +9,7 @@ from clae_dist.doctor import collectives
 from clae_dist.doctor.finding import Finding
 from clae_dist.doctor.machine import clock, devices, limits, open_files, shared_memory
 from clae_dist.doctor.software import packages, python
-from clae_dist.doctor.stores import disk, mlflow_store, shards
+from clae_dist.doctor.stores import disk, mlflow_store, run_bucket, shards
 from clae_dist.wording import count_of
 
 Say = Callable[[str], None]
@@ -35,5 +35,5 @@ def _findings(config: Config | None) -> Iterator[Finding]:
         return  # the other checks need it
     for check in (devices, limits, shared_memory, open_files, clock, collectives.check):
         yield from check()
-    for check_run in (disk, mlflow_store, shards):
+    for check_run in (disk, run_bucket, mlflow_store, shards):
         yield from check_run(config)

@@ -14,6 +14,8 @@ from pathlib import Path
 from clae_dist.config import Config, Data
 from clae_dist.doctor.finding import GIB, Finding
 from clae_dist.errors import ConfigError
+from clae_dist.redact import redact_text
+from clae_dist.staging import is_url, url_of
 
 FREE_DISK_BYTES = 5 * GIB  # a ResNet-50 checkpoint with its optimiser is 0.2 GiB; three are kept, and a run has logs
 ROOM_FOR = {
@@ -44,6 +46,20 @@ def disk(config: Config | None) -> Iterator[Finding]:
             yield Finding("problem" if free < GIB // 2 else "warning", what, found, advice)
         else:
             yield Finding("ok", what, found)
+
+
+def run_bucket(config: Config | None) -> Iterator[Finding]:
+    """Check that the bucket of a run on object storage can be written to."""
+    if config is None or not is_url(config.run_dir):
+        return
+    from clae_dist.object_store import StoreError, check_store
+
+    try:
+        check_store(config.folder)
+        yield Finding("ok", "bucket", f"{url_of(config.folder)} can be written, listed and read")
+    except (ConfigError, StoreError) as error:
+        text = redact_text(str(error))
+        yield Finding("problem", "bucket", text.split("; ")[0], text.split("; ", 1)[-1])
 
 
 def _shard_folders(data: Data) -> dict[str, Path]:
@@ -138,7 +154,7 @@ def _unusable(error: Exception) -> Finding:
 def _plain_shards(entries: list[str]) -> Iterator[Finding]:
     """Check that the first plain shard can be read; none is indexed, which would fetch them all."""
     from clae_dist.data.byte_streams import open_stream
-    from clae_dist.data.urls import local_path, redact, redact_text, scheme
+    from clae_dist.data.urls import local_path, redact, scheme
 
     first, what = entries[0], f"{len(entries)} plain shards"
     try:

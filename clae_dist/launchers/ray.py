@@ -26,6 +26,7 @@ from clae_dist.launchers.terminal import Terminal, announce, shown_on
 from clae_dist.recipe import Recipe, Setting, build
 from clae_dist.runs.ends import read_ends
 from clae_dist.runs.folder import RunFolder
+from clae_dist.staging import url_of
 from clae_dist.tracking.console import STARTING
 from clae_dist.wording import count_of
 
@@ -180,7 +181,7 @@ def _trainer(ray: Any, recipe: Recipe, sizes: list[int], name: str, *, debug: bo
     settings: dict[str, Any] = {
         "train_loop_per_worker": _rank_main,
         "train_loop_config": {
-            "config": {**flatten(config), "run_dir": str(folder)},
+            "config": {**flatten(config), "run_dir": url_of(folder) or str(folder)},
             "origins": dict(recipe.origins),
             "debug": debug,
             "name": name,
@@ -259,7 +260,7 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
         code = ends[-1].code if ends and ends[-1].code in (MEMORY, NETWORK) else FAILED
         return Ending(code, f"{root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
     ending = Ending(**json.loads(RayStore().take(name)))
-    if ending.code in (OK, STOPPED) and not RunFolder(folder).identity_file.exists():
+    if ending.code in (OK, STOPPED) and not (url_of(folder) or RunFolder(folder).identity_file.exists()):
         raise ConfigError(
             f"run_dir is {str(folder)!r}, where the ranks have left nothing for this host; "
             "name a folder on storage that all hosts share."

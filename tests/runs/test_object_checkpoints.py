@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
 from clae_dist import object_store
-from clae_dist.errors import CheckpointError
+from clae_dist.errors import CheckpointError, ConfigError
 from clae_dist.runs.checkpoint import Checkpoint, load_checkpoint, remove_leftovers
 from clae_dist.runs.checkpoint.objects import stage_checkpoints
 from clae_dist.runs.folder import RunFolder
@@ -169,3 +171,33 @@ def test_an_outage_is_not_taken_for_damage(bucket: ObjectServer, run_dir: Path, 
         CheckpointError, match=rf"{URL}/checkpoints/step-00000002.attempt0/rank-00000.safetensors cannot be used"
     ):
         load_checkpoint(elsewhere(), pytest.fail)
+
+
+def test_google_storage_takes_the_same_path(bucket: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By fsspec's file system in memory in the place of gcsfs: what differs between clients is below `_filesystem`."""
+    memory = fsspec.filesystem("memory", skip_instance_cache=True)
+    memory.store, memory.pseudo_dirs = {}, [""]
+    schemes = []
+    monkeypatch.setattr(object_store, "_filesystem", lambda scheme, pid: schemes.append(scheme) or memory)
+    url = "gs://bucket-1/runs/first"
+    object_store.check_store(staging_folder(url))
+    for step in (1, 2, 3):
+        write_checkpoint(staging_folder(url), step, tensors(step), size=2, sharded=True, keep=2)
+    damaged = next(path for path in memory.store if "step-00000003" in path and path.endswith("safetensors"))
+    memory.pipe_file(damaged, b"short")
+    said: list[str] = []
+    checkpoint = load_checkpoint(copy_folder(url), said.append)
+    assert checkpoint is not None
+    assert_same(checkpoint, tensors(2))
+    assert f"{url}/checkpoints/step-00000003 is damaged" in said[0]
+    store = object_store.store_of(staging_folder(url))
+    assert store is not None
+    assert [store.create("one", text) for text in (b"a", b"b")] == [True, False]
+    assert set(schemes) == {"gs"}
+    assert not any("00000001" in path for path in memory.store)
+
+
+def test_a_client_that_is_not_installed_is_named(bucket: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match="gs:// URL, which needs a package that is not installed; pip install gcsfs"):
+        object_store.check_store(staging_folder("gs://bucket-1/run"))

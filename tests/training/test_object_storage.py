@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,17 @@ import torch
 from clae_dist import object_store
 from clae_dist.config import Config
 from clae_dist.data.manifest import Manifest
+from clae_dist.errors import STOPPED
+from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import read_lines
-from clae_dist.runs.record import TO_READ, Record
+from clae_dist.runs.record import APPENDED, TO_READ, Record
 from clae_dist.staging import copy_folder
 from clae_dist.world import World
 from tests.object_server import BUCKET, ObjectServer, Request
+from tests.processes import CLAE, environment, finish, read_until, started
 from tests.ranks import RankPool
-from tests.training.disturbed import assert_bitwise, final, recipe, train_on
+from tests.training.disturbed import assert_bitwise, final, train_on
+from tests.training.disturbed import recipe as settings
 
 URL = f"s3://{BUCKET}/runs/first"
 
@@ -57,15 +62,15 @@ def test_a_run_that_was_lost_resumes_from_the_bucket(
     nodes: str, bucket: ObjectServer, shards: Manifest, ranks: RankPool, tmp_path: Path
 ) -> None:
     """Its first machines and their disks are gone; the bits are those of a local run that nothing disturbed."""
-    whole = recipe(shards, tmp_path / "whole", knn_every=0)
+    whole = settings(shards, tmp_path / "whole", knn_every=0)
     assert ranks.run(2, train_on, whole) == ["finished"] * 2
     config = replace(whole, run_dir=URL)
-    environment = {**bucket.environment, "CLAE_CACHE": str(tmp_path / "cache"), "NODES": nodes}
+    variables = {**bucket.environment, "CLAE_CACHE": str(tmp_path / "cache"), "NODES": nodes}
     bucket.faults.choose, bucket.faults.latency_s = failing(1), 0.002
-    assert ranks.run(2, on_store, config, environment, 6) == ["lost"] * 2
+    assert ranks.run(2, on_store, config, variables, 6) == ["lost"] * 2
     for cache in tmp_path.glob("cache*"):
         shutil.rmtree(cache)
-    assert ranks.run(2, on_store, config, environment) == ["finished"] * 2
+    assert ranks.run(2, on_store, config, variables) == ["finished"] * 2
     bucket.faults.choose = lambda request: ""
     assert_bitwise(result(config), final(whole))
     copy = copy_folder(URL)
@@ -80,13 +85,38 @@ def test_a_run_that_was_lost_resumes_from_the_bucket(
 @pytest.mark.slow
 def test_another_number_of_nodes_resumes(bucket: ObjectServer, shards: Manifest, ranks: RankPool, tmp_path: Path) -> None:
     """Three nodes of one rank each begin, two end it: pieces come from the bucket, each tensor to one rank."""
-    whole = recipe(shards, tmp_path / "whole", precision="float64", knn_every=0, diagnose_every=100)
+    whole = settings(shards, tmp_path / "whole", precision="float64", knn_every=0, diagnose_every=100)
     assert ranks.run(1, train_on, whole) == ["finished"]
     config = replace(whole, run_dir=URL)
-    environment = {**bucket.environment, "CLAE_CACHE": str(tmp_path / "cache"), "NODES": "yes"}
-    assert ranks.run(3, on_store, config, environment, 0, 6) == ["stopped"] * 3
+    variables = {**bucket.environment, "CLAE_CACHE": str(tmp_path / "cache"), "NODES": "yes"}
+    assert ranks.run(3, on_store, config, variables, 0, 6) == ["stopped"] * 3
     for cache in tmp_path.glob("cache*"):
         shutil.rmtree(cache)
-    assert ranks.run(2, on_store, config, environment) == ["finished"] * 2
+    assert ranks.run(2, on_store, config, variables) == ["finished"] * 2
     for name, value in final(whole)["model"].items():
         torch.testing.assert_close(result(config)["model"][name], value, atol=1e-8, rtol=0)  # float64 over 8 steps of Adam
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_by_ctrl_c(bucket: ObjectServer, recipe: Path, tmp_path: Path) -> None:
+    """The bucket has all that the ranks and the launcher wrote, and the same command resumes without the staging folder."""
+    env = environment(**bucket.environment, CLAE_CACHE=str(tmp_path / "cache"))
+    command = (*CLAE, "train", recipe, f"run_dir={URL}", "--launcher", "local", "checkpoint.every_steps=0")
+    with started(*command, env=env) as process:
+        read_until(process, "step 2/")
+        process.send_signal(signal.SIGINT)
+        code, output = finish(process)
+    assert code == STOPPED, output
+    folder, copy = RunFolder(tmp_path / "cache/runs/s3" / BUCKET / "runs/first"), RunFolder(copy_folder(URL))
+    record = Record.of(copy.path)
+    assert record is not None
+    record.pull(TO_READ)
+    for name in APPENDED:
+        assert (copy.path / name).read_bytes() == (folder.path / name).read_bytes()
+        assert (copy.path / name).stat().st_size > 0
+    assert "saved. The same command resumes" in copy.console_file.read_text()
+    shutil.rmtree(folder.path)
+    with started(*command, env=env) as process:
+        read_until(process, "resuming after step")
+        process.send_signal(signal.SIGINT)
+        assert finish(process)[0] == STOPPED

@@ -16,6 +16,7 @@ from clae_dist.runs.checkpoint.objects import stage_checkpoints
 from clae_dist.runs.checkpoint.read import Checkpoint
 from clae_dist.runs.checkpoint.safetensors_file import Spec, write_safetensors
 from clae_dist.runs.folder import RunFolder, step_of
+from clae_dist.staging import shown_path
 from clae_dist.storage import writing
 
 NEWEST = -1
@@ -46,7 +47,7 @@ def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Line]:
 
 
 def _line(path: Path, *, verify: bool) -> Line:
-    line = Line(step_of(path), str(path))
+    line = Line(step_of(path), shown_path(path))
     try:
         checkpoint = Checkpoint(path)
         index = checkpoint.index
@@ -109,7 +110,7 @@ def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
     if chosen not in paths:
         there = f"it has {', '.join(map(str, sorted(paths)))}" if paths else "it has none"
         asked = "" if step == NEWEST else f" of step {step}"
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which has no checkpoint{asked}; {there}.")
+        raise ConfigError(f"RUN is {shown_path(run_dir)!r}, which has no checkpoint{asked}; {there}.")
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         checkpoint = Checkpoint(paths[chosen])
@@ -122,7 +123,8 @@ def export_checkpoint(run_dir: Path, step: int, destination: Path) -> Path:
             partial.replace(destination)
     except DamagedError as error:
         raise ConfigError(
-            f"the checkpoint of step {chosen} is damaged: {error}; `clae checkpoints {run_dir} --verify` lists the intact ones."
+            f"the checkpoint of step {chosen} is damaged: {error}; `clae checkpoints {shown_path(run_dir)} --verify` lists the "
+            "intact ones."
         ) from None
     finally:
         with suppress(OSError):

@@ -224,7 +224,8 @@ def load_model(run_dir: Path) -> tuple[Config, PretrainModel, dict[str, Any]]:
     model = build_model(config)
     checkpoint = load_checkpoint(run_dir, say, shapes=shapes_of(model))
     if checkpoint is None:
-        raise ConfigError(f"RUN is {str(run_dir)!r}, which holds no checkpoint yet; start `clae train` with run_dir={run_dir}.")
+        shown = shown_path(run_dir)
+        raise ConfigError(f"RUN is {shown!r}, which holds no checkpoint yet; start `clae train` with run_dir={shown}.")
     state = checkpoint.state()
     weights = dict(state.get("average", state["model"]))
     _refuse_nan(weights, checkpoint)

@@ -1,0 +1,157 @@
+"""Kills at every request of a save and within uploads: no torn checkpoint is taken, none that was committed is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from clae_dist.runs.checkpoint import Writer, load_checkpoint, remove_leftovers
+from clae_dist.staging import copy_folder, staging_folder
+from tests.checkpoints import CPU, assert_same, pieces_of, write_checkpoint
+from tests.object_server import BUCKET, ObjectServer, Request
+from tests.processes import environment, started
+from tests.runs.killed_in_bucket import NEW, OLD
+
+URL = f"s3://{BUCKET}/runs/first"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """The moment of a kill: at the request `number`, before or after it is carried out, or after `num_bytes` of bodies."""
+
+    number: int = -1
+    carried_out: bool = False
+    num_bytes: int = -1
+
+
+class Saver:
+    """A process that forks others, which save."""
+
+    def __init__(self, process: subprocess.Popen[str], bucket: ObjectServer) -> None:
+        self._process, self._bucket = process, bucket
+        self._count = 0
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def _write(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{text}\n")
+        self._process.stdin.flush()
+
+    def save(self, kill: Kill) -> tuple[bool, bool]:
+        """Save in a process that is killed at that moment, if it comes: (killed, committed)."""
+        faults, num_before = self._bucket.faults, len(self._bucket.faults.requests)
+        self._count += 1
+        self._write(str(self._count))
+        pid = int(self._line().removeprefix("pid "))
+
+        def choose(request: Request) -> str:
+            if request.number - num_before == kill.number:
+                os.kill(pid, signal.SIGKILL)
+                return "lost" if kill.carried_out else "reset"
+            return ""
+
+        def carried(num_bytes: int) -> None:
+            if 0 <= kill.num_bytes < num_bytes:
+                os.kill(pid, signal.SIGKILL)
+
+        faults.choose, faults.num_carried, faults.carried = choose, 0, carried
+        self._write("begin")
+        committed, line = False, self._line()
+        if line == "committed":
+            committed, line = True, self._line()
+        faults.choose, faults.carried = (lambda request: ""), (lambda num_bytes: None)
+        assert line in ("ended 0", f"ended {-signal.SIGKILL}"), line
+        return line != "ended 0", committed
+
+
+@pytest.fixture
+def saver(bucket: ObjectServer, tmp_path: Path) -> Iterator[Saver]:
+    pipes = {"stdin": subprocess.PIPE, "stderr": None}
+    command = (sys.executable, "-m", "tests.runs.killed_in_bucket", staging_folder(URL))
+    with started(*command, env=environment(**bucket.environment), **pipes) as process:
+        yield Saver(process, bucket)
+
+
+def check(bucket: ObjectServer, committed: bool) -> int:
+    """The step that the same machine and another one resume from, with the tensors that were written."""
+    remove_leftovers(staging_folder(URL))
+    shutil.rmtree(copy_folder(URL), ignore_errors=True)
+    steps = set()
+    for folder in (staging_folder(URL), copy_folder(URL)):
+        checkpoint = load_checkpoint(folder, pytest.fail)  # not even a damaged one
+        assert checkpoint is not None
+        assert_same(checkpoint, OLD if checkpoint.step == 1 else NEW)
+        steps.add(checkpoint.step)
+    (step,) = steps
+    assert step == 2 or not committed
+    folders = {name.split("/")[3] for name in bucket.names("runs/first/checkpoints/")}
+    assert all(any(name.startswith(f"step-{kept:08d}.") for kept in (1, 2)) for name in folders)
+    return step
+
+
+def moments(bucket: ObjectServer, saver: Saver) -> Iterator[Kill]:
+    """Every request of an undisturbed save, before and after it, and 32 positions in its bodies."""
+    before = len(bucket.faults.requests)
+    assert saver.save(Kill()) == (False, True)
+    num_requests, num_bytes = len(bucket.faults.requests) - before, bucket.faults.num_carried
+    assert num_requests >= 10
+    assert check(bucket, committed=True) == 2
+    for number in range(num_requests):
+        yield from (Kill(number), Kill(number, carried_out=True))
+    for part in range(32):
+        yield Kill(num_bytes=num_bytes * part // 32)
+
+
+@pytest.mark.slow
+def test_kills_of_saves(bucket: ObjectServer, saver: Saver) -> None:
+    run_dir, found, num_kills = staging_folder(URL), [], 0
+    write_checkpoint(run_dir, 1, OLD)
+    for kill in moments(bucket, saver):
+        if found[-1:] != [1]:  # the old one is gone
+            bucket.clear()
+            shutil.rmtree(run_dir, ignore_errors=True)
+            write_checkpoint(run_dir, 1, OLD)
+        killed, committed = saver.save(kill)
+        num_kills += killed
+        found.append(check(bucket, committed))
+    assert num_kills >= 50
+    assert {1, 2} == set(found)
+    print(f"{num_kills} kills: {found.count(1)} resume from the old checkpoint, {found.count(2)} from the new one")
+
+
+@pytest.mark.slow
+def test_a_save_to_a_slow_bucket_stalls_no_longer_than_one_to_a_disk(bucket: ObjectServer, tmp_path: Path) -> None:
+    """Over a link of 100 MB/s; in turns, so that both see the same machine."""
+    bucket.faults.bytes_per_s, bucket.faults.latency_s = 100e6, 0.02
+    pieces = [pieces_of(f"model/{i}", torch.zeros(1_000_000), 0, 1, sharded=False) for i in range(6)]
+    writers = {
+        "disk": Writer(tmp_path / "run", 0, 1, "attempt0", CPU),
+        "bucket": Writer(staging_folder(URL), 0, 1, "attempt0", CPU),
+    }
+    stalls: dict[str, list[float]] = {name: [] for name in writers}
+    for step in range(1, 10):
+        for name, writer in writers.items():
+            start = time.perf_counter()
+            writer.begin(step, pieces)
+            stalls[name].append(time.perf_counter() - start)
+            writer.join()
+            writer.commit(step, "ddp", {"images_seen": step}, 1, 0.0)
+            writer.join()
+            assert not writer.problem, writer.problem
+    ratio = statistics.median(stalls["bucket"][1:]) / statistics.median(stalls["disk"][1:])
+    print(f"stall of a save to a bucket: {ratio:.2f} of one to a disk ({1e3 * statistics.median(stalls['disk']):.1f} ms)")
+    assert ratio <= 1.2
