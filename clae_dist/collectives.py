@@ -1,7 +1,13 @@
-"""torch's collectives on one tensor a rank, under the names that this torch has: newer ones warn of those before 2.14."""
+"""torch's collectives on one tensor a rank, under the names that this torch has: newer ones warn of those before 2.14.
+
+`waiting` marks the places where a rank may wait for another: collectives, and the end of a backward whose gradients are still
+being reduced. A clock that observes them knows a rank's own time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +16,39 @@ import torch.distributed as dist
 
 def all_gather(everyone: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Fill `everyone` (W·B, …) with the contiguous `own` (B, …) of all W ranks, in the order of ranks. Collective."""
-    _all_gather(everyone, own, group=group)
+    with waiting():
+        _all_gather(everyone, own, group=group)
 
 
 def reduce_scatter(own: torch.Tensor, everyone: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Fill `own` (B, …) with this rank's part of the sum over ranks of the contiguous `everyone` (W·B, …). Collective."""
-    _reduce_scatter(own, everyone, group=group)
+    with waiting():
+        _reduce_scatter(own, everyone, group=group)
+
+
+def all_gather_begun(everyone: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`all_gather` that only begins; `everyone` is filled when the work returned has been waited for."""
+    work: dist.Work = _all_gather(everyone, own, group=group, async_op=True)
+    return work
+
+
+_observer: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def waiting() -> AbstractContextManager[None]:
+    """Context in which this rank may wait for others."""
+    return _observer()
+
+
+@contextmanager
+def observed(by: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, every `waiting` is a context that `by` returns."""
+    global _observer
+    before, _observer = _observer, by
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 def _named(new: str, old: str) -> Any:

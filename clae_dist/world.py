@@ -17,6 +17,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from clae_dist.collectives import all_gather_begun, waiting
 from clae_dist.devices import Request, agree, local_device, look
 from clae_dist.errors import ConfigError, RankError, restarts
 
@@ -31,8 +32,24 @@ class Flags:
     def heard(self) -> list[bool]:
         """Wait for the other ranks. Each flag, raised if it is raised on any rank."""
         if self.work is not None:
-            self.work.wait()
+            with waiting():
+                self.work.wait()
         return [value > 0 for value in self.raised.tolist()]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A row of numbers of each rank, on their way to all."""
+
+    rows: torch.Tensor
+    work: dist.Work | None
+
+    def heard(self) -> torch.Tensor:
+        """Wait for the other ranks. (W, N), on the CPU."""
+        if self.work is not None:
+            with waiting():
+                self.work.wait()
+        return self.rows
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,8 @@ class World:
         if self.group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        with waiting():
+            dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -101,7 +119,8 @@ class World:
         if self.group is None:
             return [value]
         box: list[Any] = [None] * self.size
-        dist.all_gather_object(box, value, group=self.group)
+        with waiting():
+            dist.all_gather_object(box, value, group=self.group)
         return box
 
     def gather_on_main(self, value: Any) -> list[Any]:
@@ -117,13 +136,15 @@ class World:
         if self.group is None:
             return values
         total = values.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        with waiting():
+            dist.all_reduce(total, group=self.group)
         return total / self.size
 
     def add_up(self, values: torch.Tensor) -> None:
         """Makes a tensor, in place, the sum of every rank's."""
         if self.group is not None:
-            dist.all_reduce(values, group=self.group)
+            with waiting():
+                dist.all_reduce(values, group=self.group)
 
     def send_from(self, rank: int, values: torch.Tensor) -> None:
         """Makes a contiguous tensor, in place, that of `rank`. Collective."""
@@ -135,8 +156,17 @@ class World:
         if self.group is None:
             return value
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
-        return float(box)
+        with waiting():
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
+            return float(box)
+
+    def own_store(self, timeout_s: float) -> dist.Store | None:
+        """A connection of its own to the store of the process group, for another thread; None in a single process."""
+        if self.group is None:
+            return None
+        store: dist.Store = self.group.get_group_store().clone()
+        store.set_timeout(datetime.timedelta(seconds=timeout_s))
+        return store
 
     def take(self, count: int) -> Iterator[int]:
         """0, 1, … `count` - 1, each on one rank only: the first that asks for it. A collective to start; then none waits."""
@@ -158,6 +188,14 @@ class World:
         if self.group is None:
             return Flags(raised, None)
         return Flags(raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
+
+    def share(self, values: torch.Tensor) -> Shared:
+        """Begin to give a row of numbers to all ranks, over the CPU and beside the device's work. Collective."""
+        own = values.detach().cpu().contiguous()
+        if self.group is None:
+            return Shared(own[None], None)
+        everyone = own.new_empty(self.size * len(own))
+        return Shared(everyone.view(self.size, -1), all_gather_begun(everyone, own, self.group))
 
     def agree(self, ok: bool | torch.Tensor, message: str) -> None:
         """Raises RankError on every rank, naming the ranks, unless `ok` holds on all of them."""

@@ -86,7 +86,7 @@ else
   is_host=0
   [ "$at_head" = no ] || is_host=1
   run+=(--rdzv-backend=c10d --rdzv-endpoint="$(with_port "$host" "$port")" --rdzv-id="$id" --max-restarts="${restarts:-3}"
-    --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s")
+    --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s,last_call_timeout=10")
 fi
 # If ranks share the rendezvous's store, a host that joins later waits forever for messages from before (torch 2.15).
 case $nodes in *:*) variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) ;; esac

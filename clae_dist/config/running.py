@@ -205,6 +205,14 @@ class Guard(Section, prefix="guard"):
         help="If a rank makes no progress for this many seconds, the attempt is aborted and restarted from the newest "
         "checkpoint. Four times as long while ranks start, evaluate or save.",
     )
+    lost_s: float = setting(
+        20.0,
+        ge=0,
+        zero="guard.hang_s alone",
+        no_effect=True,
+        used_by="launch.launcher=torchrun or ray",
+        help="If a host, or the network to it, gives no answer for this many seconds, the attempt is aborted and restarted.",
+    )
     stop_within_s: float = setting(
         60.0,
         gt=0,

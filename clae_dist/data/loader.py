@@ -7,7 +7,9 @@ number of loader processes, and resuming means starting at another step.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import NamedTuple, TypeVar
@@ -39,6 +41,14 @@ _PRELOAD = "clae_dist.data.preload"
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
+@dataclass(frozen=True)
+class LoadTime:
+    """The time that a batch has taken. All are equal: a batch is a function of its step, its time is not."""
+
+    reading_s: float = field(default=0.0, compare=False)  # on its bytes
+    decoding_s: float = field(default=0.0, compare=False)  # on decoding and cropping
+
+
 class LoadedBatch(NamedTuple):
     """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
 
@@ -50,6 +60,7 @@ class LoadedBatch(NamedTuple):
     strength: float = 1.0  # of the augmentation (Augment.weakened)
     metadata: Sequence[dict[str, bytes]] = ()  # B, where data.metadata asks for files: those of each sample, by kind
     local: torch.Tensor | None = None  # uint8 (L, B, 3, s, s): the small crops of views.local_crops; L more rows of draws
+    took: LoadTime = LoadTime()
 
 
 class TrainingViews(Dataset[LoadedBatch]):
@@ -68,6 +79,7 @@ class TrainingViews(Dataset[LoadedBatch]):
         self.__init__(reader, make_order(config, reader), config, rank, world_size)  # type: ignore[misc]
 
     def __getitem__(self, step: int) -> LoadedBatch:
+        start, read_before = time.perf_counter(), self._reader.reading_s
         places = self._order.batch(step, self._rank, self._world_size)
         size, rows = self._config.data.image_size, len(places.ids)
         strength = self._config.augment.strength(step // self._order.steps_per_epoch, self._config.train.epochs)
@@ -94,7 +106,18 @@ class TrainingViews(Dataset[LoadedBatch]):
         labels = torch.tensor([sample.label for sample in read])
         skipped = {name: reason for sample in read for name, reason in sample.bad.items()}
         metadata = [sample.metadata for sample in read] if self._config.data.metadata else []
-        return LoadedBatch(views, augment_draws, torch.from_numpy(places.ids), labels, skipped, strength, metadata, local)
+        reading_s = self._reader.reading_s - read_before
+        return LoadedBatch(
+            views=views,
+            draws=augment_draws,
+            ids=torch.from_numpy(places.ids),
+            labels=labels,
+            bad=skipped,
+            strength=strength,
+            metadata=metadata,
+            local=local,
+            took=LoadTime(reading_s, time.perf_counter() - start - reading_s),
+        )
 
     def _local_crops(
         self, images: Sequence[torch.Tensor], draws: np.ndarray, heights: np.ndarray, widths: np.ndarray

@@ -66,7 +66,8 @@ def _backward(
     ]
     sums_K2C = torch.stack([view.sums for view in views])
     own = torch.stack([view.of_parameters for view in views])
-    dist.all_reduce(sums_K2C, group=ranks)
+    with collectives.waiting():
+        dist.all_reduce(sums_K2C, group=ranks)
     size = dist.get_world_size(ranks)
     grads = [view.finish(sums, size) for view, sums in zip(views, sums_K2C, strict=True)]
     return (grads[0] if len(grads) == 1 else torch.cat(grads)), own

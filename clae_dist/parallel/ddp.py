@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clae_dist.collectives import waiting
 from clae_dist.config.method import Output, Route, Views
 from clae_dist.models.norms import ROUTES, route_parameters
 from clae_dist.parallel.backend import Backend
@@ -32,12 +33,15 @@ class DdpBackend(Backend):
         self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
         self._used: set[str] = set()  # routes and outputs, since the last backward
         self._wrapped: nn.Module = self.model
+        self._rest_of_backward = ExitStack()  # when this rank's own part is done
         if self.world.group is not None:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(
                 self.model, device_ids=devices, process_group=self.world.group, gradient_as_bucket_view=True, **_LEAVE_BUFFERS
             )
             self._wrapped._set_ddp_runtime_logging_sample_rate(1 << 30)  # it waits for the device each time
+            last = next(p for p in self.model.encoder.parameters() if p.requires_grad)  # of which the gradient comes last
+            last.register_post_accumulate_grad_hook(lambda _: self._rest_of_backward.enter_context(waiting()))
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:
@@ -78,7 +82,8 @@ class DdpBackend(Backend):
         for parameter in self._unused_parameters():
             loss = loss + 0 * parameter.sum().to(loss.dtype)
         self._used.clear()
-        loss.backward()
+        with self._rest_of_backward:
+            loss.backward()
 
     def _unused_parameters(self) -> Iterator[nn.Parameter]:
         for route in ROUTES:

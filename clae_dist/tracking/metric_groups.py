@@ -12,7 +12,7 @@ _GROUPS = {
     "alarm": "alarm_collapse alarm_useless_attack alarm_masked_attack",
     "eval": "knn_accuracy knn_accuracy_low knn_accuracy_high linear_accuracy linear_accuracy_low linear_accuracy_high",
     "speed": "images_per_s data_wait_share augmentation_share forward_share attack_share backward_share update_share "
-    "diagnosis_share checkpoint_share mfu peak_memory_gib checkpoint_blocked_s",
+    "diagnosis_share checkpoint_share mfu peak_memory_gib checkpoint_blocked_s slow_rank slow_share",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "
     "goodput_lost_share goodput_idle_share",
 }
@@ -30,7 +30,7 @@ with `…_step` for a single step; other values are of a single step, with `…_
 | `embedding/` | cosines, alignment, uniformity and effective rank of the clean views |
 | `alarm/` | 1 while a collapse or an attack without effect is seen; tags have the cause |
 | `eval/` | kNN during training; every protocol before and after |
-| `speed/` | images/s, waits, shares of a step's phases, MFU (encoder passes against the GPU's peak), peak memory |
+| `speed/` | images/s, waits, shares of a step's phases, MFU (against the GPU's peak), peak memory, a slow rank and its price |
 | `goodput/` | where the wall time went |
 """
 

@@ -56,7 +56,7 @@ def verdict(reports: Sequence[Report], num_ranks: int, hosts: Sequence[str], fol
     in_data = [report for report in reports if report.doing == "data"]
     elsewhere = _outliers(reports)
     if silent:
-        names = _names([(rank, hosts[rank] if hosts else "a host that never answered") for rank in silent])
+        names = name_ranks([(rank, hosts[rank] if hosts else "a host that never answered") for rank in silent])
         cause = f"{names} {_do(silent, 'does', 'do')} not answer: stopped, killed or cut off"
     elif in_data and (len(in_data) < num_ranks or num_ranks == 1):
         cause = f"{_of(in_data)} {_do(in_data, 'waits', 'wait')} for data, which the loader does not give"
@@ -113,10 +113,11 @@ def _outliers(reports: Sequence[Report]) -> list[Report]:
 
 
 def _of(reports: Sequence[Report]) -> str:
-    return _names(sorted((report.rank, report.host) for report in reports))
+    return name_ranks(sorted((report.rank, report.host) for report in reports))
 
 
-def _names(ranks: Sequence[tuple[int, str]]) -> str:
+def name_ranks(ranks: Sequence[tuple[int, str]]) -> str:
+    """Ranks with their hosts, at most four of them one by one."""
     more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
     return ", ".join(f"rank {rank} on {host}" for rank, host in ranks[:_NAMED]) + more
 

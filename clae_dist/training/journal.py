@@ -15,6 +15,7 @@ from clae_dist.tracking import Tracker
 from clae_dist.tracking.console import WAITING
 from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.clock import Clock
+from clae_dist.training.pace import Pace
 from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
 from clae_dist.training.usage import Usage
@@ -70,6 +71,7 @@ class Journal:
         self._bad, self._usage = bad, usage
         self._time = _Time()
         self.clock = Clock(session.world.device)
+        self.pace = Pace(session, self.clock, tracker.tag)
         self._started = time.perf_counter() - train_s
         self._logged = first_step
         self._lines, self._advised = 0, False
@@ -116,8 +118,9 @@ class Journal:
     def speed(self, step: int) -> dict[str, float]:
         """Rates, shares (percent) of the time since the last call, and the largest memory of a rank. Collective."""
         seconds, spent = self.clock.read()
-        waited = self._world.largest(100 * spent.get("data", 0.0) / seconds)  # the others wait for the rank that waits
-        self.ledger.move("training", "data", waited / 100 * seconds - spent.get("data", 0.0))
+        own = spent["data"] = spent.get("data", 0.0) + spent.pop("copy", 0.0)
+        waited = self._world.largest(100 * own / seconds)  # the others wait for the rank that waits
+        self.ledger.move("training", "data", waited / 100 * seconds - own)
         self._advise(waited)
         use = self._time.add(seconds, spent, self._world.largest(self._usage.peak_memory_gib()))
         mfu = self._usage.mfu(self._logged, step, self._plan.steps_per_epoch, seconds)
@@ -134,6 +137,7 @@ class Journal:
             **use,
             **({"mfu": mfu} if mfu is not None else {}),
             "goodput": goodput.shares["training"],
+            **self.pace.metrics(),
             **({"bad_samples": float(len(self._bad.known))} if self._bad.known else {}),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,11 @@ class Session:
     world: World
     say: Callable[[str], None]
     attempt: Attempt = field(default_factory=Attempt)
+
+    @property
+    def host(self) -> str:
+        """This rank's host and process, for messages."""
+        return f"{os.uname().nodename} (process {os.getpid()})"
 
     @property
     def folder(self) -> RunFolder:

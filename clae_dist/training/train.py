@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
+from clae_dist.collectives import observed
 from clae_dist.contrast.diagnostics import diagnose
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.cores import threads_per_rank
@@ -39,6 +40,7 @@ from clae_dist.training.journal import Journal
 from clae_dist.training.knn import knn_while_training
 from clae_dist.training.nonfinite import NonFiniteSteps
 from clae_dist.training.opening import open_folder, resume
+from clae_dist.training.peers import Peers
 from clae_dist.training.plan import Plan, describe
 from clae_dist.training.pretraining import make_pretraining, seed_step
 from clae_dist.training.profiling import Profiling
@@ -83,6 +85,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout, attempt: At
         failing_threads_end_the_rank(session),
         listen_for_stop(config.folder) as stop,
         Watch(session, stop) as watch,
+        Peers(session),
         only_run(config.folder, world, say),
         mirrored(config.folder, world, say) as mirror,
         kernels(deterministic=config.train.deterministic),
@@ -200,7 +203,8 @@ class _Loop:
         Raises DataError on every rank if one rank cannot read its batch.
         """
         try:
-            return self._run()
+            with observed(self.clock.waiting):
+                return self._run()
         except (DataError, RankError):  # raised by all ranks together: the checkpoint in progress is intact
             self._settle()
             raise
@@ -214,7 +218,7 @@ class _Loop:
         run = make_pretraining(self.config, self.world, self.backend, self.clock, labels, beside)
         self.say(f"{STARTING}loader processes, the first batch and the first step")
         batches = load(self.sets.train, self.config, self.world, self.step, plan.total)
-        self.batches = transferred(batches, self.world.device)
+        self.batches = transferred(batches, self.world.device, self.clock.timed)
         if self.step == 0 and plan.knn_every:
             self.say(f"{STARTING}kNN of the untrained encoder")
             self._evaluate()
@@ -232,6 +236,7 @@ class _Loop:
                     measured = diagnose(run, batch)
                 measured |= self.alarms.judge(self.step, measured)
             rate = self._train_on(run, batch)
+            self.journal.pace.step(batch)
             if self.step % every.log_every == 0 or self.step == plan.total or measured:
                 self._log({"learning_rate": rate, **measured})
             if plan.knn_every and (self.step % plan.knn_every == 0 or self.step == plan.total):

@@ -42,6 +42,7 @@ class Watch:
 
     def __init__(self, session: Session, stop: StopRequest) -> None:
         config = session.config
+        self._session = session
         self._config, self._world, self._stop = config, session.world, stop
         self._folder = session.folder.hang
         self._attempt, self._end = session.attempt, session.end
@@ -63,7 +64,7 @@ class Watch:
 
     def meet(self) -> None:
         """Exchange the hosts of all ranks, to name ranks that no longer respond. Collective."""
-        mine = (f"{os.uname().nodename} (process {os.getpid()})", self._attempt.start)
+        mine = (self._session.host, self._attempt.start)
         pairs = self._world.gather_objects(mine)
         self._hosts, self._attempt.start = [host for host, _ in pairs], pairs[0][1]
 
@@ -108,14 +109,14 @@ class Watch:
         def newest() -> float:
             return max((path.stat().st_mtime for path in self._folder.glob("rank-*.json")), default=0.0)
 
-        return time.time() - (_within(GRACE_S, newest) or 0.0) < limit_s / 2
+        return time.time() - (within(GRACE_S, newest) or 0.0) < limit_s / 2
 
     def _give_up(self, place: Phase, quiet_s: float) -> None:
         frames = sys._current_frames()
         main = frames.get(self._main)
         report = Report(
             rank=self._world.rank,
-            host=f"{os.uname().nodename} (process {os.getpid()})",
+            host=self._session.host,
             doing=place.doing,
             step=place.step,
             quiet_s=round(quiet_s, 1),
@@ -123,14 +124,14 @@ class Watch:
             stack="".join(traceback.format_stack(main)),
         )
         text = _all_threads(frames, self._main)
-        others = _within(GRACE_S, lambda: self._exchange(report, text)) or [report]
+        others = within(GRACE_S, lambda: self._exchange(report, text)) or [report]
         if self._world.size > 1:
             dump(self._config.folder, self._world.rank)
         if report.rank == min(other.rank for other in others):
             line = verdict(others, self._world.size, self._hosts, self._config.folder)
-            _within(GRACE_S, lambda: print(f"clae: {line}", file=sys.stderr, flush=True))
-            _within(GRACE_S, lambda: self._record_hang(others, line))
-            _within(GRACE_S, lambda: self._log(f"{stacks_by_ranks(others)}\n{line}\n"))
+            within(GRACE_S, lambda: print(f"clae: {line}", file=sys.stderr, flush=True))
+            within(GRACE_S, lambda: self._record_hang(others, line))
+            within(GRACE_S, lambda: self._log(f"{stacks_by_ranks(others)}\n{line}\n"))
         abandon(HUNG)
 
     def _record_hang(self, reports: list[Report], line: str) -> None:
@@ -159,7 +160,7 @@ class Watch:
             file.write(text)
 
     def _leave_unsaved(self, place: Phase) -> None:
-        newest = "" if place.doing == ENDING else _within(GRACE_S, lambda: _newest(self._config.folder))
+        newest = "" if place.doing == ENDING else within(GRACE_S, lambda: _newest(self._config.folder))
         how = "with everything saved" if place.doing == ENDING else "without saving"
         after = "resumes from there" if newest is None or place.doing == ENDING else f"resumes from {newest}"
         if newest == "" and place.doing != ENDING:
@@ -169,10 +170,10 @@ class Watch:
             f"{self._config.guard.stop_within_s:g} s later (guard.stop_within_s); it leaves {how}, and the same command "
             f"{after}.\n"
         )
-        _within(GRACE_S, lambda: print(line, end="", file=sys.stderr, flush=True))
-        _within(GRACE_S, lambda: self._log(line))
+        within(GRACE_S, lambda: print(line, end="", file=sys.stderr, flush=True))
+        within(GRACE_S, lambda: self._log(line))
         cause: Cause = "preemption" if is_preemption(self._stop.reason) else "stopped"
-        _within(GRACE_S, lambda: self._end(cause, STOPPED, line.removeprefix("clae: ")))
+        within(GRACE_S, lambda: self._end(cause, STOPPED, line.removeprefix("clae: ")))
         abandon(STOPPED)
 
 
@@ -196,7 +197,7 @@ def _all_threads(frames: dict[int, FrameType], main: int) -> str:
     return "\n".join(f"thread {names.get(i, i)}\n{''.join(traceback.format_stack(frame))}" for i, frame in ordered)
 
 
-def _within(seconds: float, action: Callable[[], T]) -> T | None:
+def within(seconds: float, action: Callable[[], T]) -> T | None:
     """The result of `action`; None if it fails or takes longer, since storage may be the cause of the hang."""
     found: list[T] = []
 

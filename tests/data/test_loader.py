@@ -50,7 +50,7 @@ def batches(
 
 
 def together(parts: list[Views]) -> Views:
-    *tensors, bad, strengths, metadata, _ = zip(*parts, strict=True)
+    *tensors, bad, strengths, metadata, _, _ = zip(*parts, strict=True)
     joined = [torch.cat(part, dim=1 if part[0].dim() > 1 else 0) for part in tensors]
     skipped = {sample: reason for part in bad for sample, reason in part.items()}
     return Views(*joined, skipped, strengths[0], [files for part in metadata for files in part])
@@ -58,7 +58,7 @@ def together(parts: list[Views]) -> Views:
 
 def assert_same(found: Views, wanted: Views) -> None:
     for name, a, b in zip(Views._fields, found, wanted, strict=True):
-        assert a == b if name in ("bad", "strength", "metadata", "local") else torch.equal(a, b), name
+        assert a == b if name in ("bad", "strength", "metadata", "local", "took") else torch.equal(a, b), name
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on machines with fewer cores

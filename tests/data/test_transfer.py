@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -16,14 +18,14 @@ def batch(number: int) -> LoadedBatch:
 
 def test_the_cpu_has_nothing_to_do() -> None:
     batches = iter([batch(0)])
-    assert transferred(batches, torch.device("cpu")) is batches
+    assert transferred(batches, torch.device("cpu"), nullcontext) is batches
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_views_are_whole_and_laid_out_as_they_were() -> None:
     device = torch.device("cuda")
     made = [torch.randint(0, 256, (2, 64, 96, 96, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3) for _ in range(6)]
-    side = SideStream(device)
+    side = SideStream(device, nullcontext)
     ahead = side.bring(batch(0)._replace(views=made[0].pin_memory()))
     for number, views in enumerate(made):
         found = ahead

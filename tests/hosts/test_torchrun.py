@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -138,4 +139,28 @@ def test_a_lost_host_shrinks_an_elastic_run_and_its_return_grows_it(hosts: Hosts
     for process in start:
         code, said = finish(process)
         assert code == 0, said
+    assert_steps_once(tmp_path / "run", 48)
+
+
+@pytest.mark.slow
+def test_a_lost_link_is_noticed_and_the_run_goes_on_without_the_host(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    """No process has ended and no connection was closed: the ranks would wait for guard.hang_s, five minutes."""
+    overrides = [f"run_dir={tmp_path}/run", "train.epochs=12", "guard.lost_s=6"]
+    start = [hosts.popen(host, torchrun(hosts, "2:3", recipe, overrides)) for host in range(3)]
+    wait_for(tmp_path / "run", "ranks: 3 on 3 hosts", start)
+    wait_for(tmp_path / "run", "step 12/48", start)
+    begin = time.monotonic()
+    hosts.link_down(2)
+    try:
+        wait_for(tmp_path / "run", "no answer for 6 s from rank", start[:2])
+        wait_for(tmp_path / "run", "ranks: 2 on 2 hosts", start[:2])
+        wait_for(tmp_path / "run", "resuming after step", start[:2])
+        print(f"{time.monotonic() - begin:.1f} s to a new start")
+        for process in start[:2]:
+            code, said = finish(process)
+            assert code == 0, said
+        hosts.kill(2)  # its torchrun would wait for the others
+        assert "from the store of the run, which rank 0" in finish(start[2])[1]
+    finally:
+        hosts.link_up(2)
     assert_steps_once(tmp_path / "run", 48)
