@@ -33,7 +33,6 @@ from clae_dist.models import PretrainModel, build_model, regions
 from clae_dist.models.blocks import encoder_blocks
 from clae_dist.objectives import softmax
 from clae_dist.parallel.ddp import DdpBackend
-from clae_dist.parallel.optim import make_optimizer
 from clae_dist.planner.record import STATISTICS, Recorder
 from clae_dist.planner.work import Live, Work, mixed, weights_of_parabola
 from clae_dist.training.clock import Clock
@@ -282,9 +281,10 @@ class _UnwrappedBackend(DdpBackend):
                 parameter.register_post_accumulate_grad_hook(self._own_gradient)
 
     def _wrap(self) -> None:
-        self.optimizer = make_optimizer(self.config.optim, self.config.learning_rate(), self.model)
-        self._used: set[str] = set()
-        self._wrapped = self.model
+        """As in a single process, which has no wrapper."""
+        world, self.world = self.world, World.single(self.world.device)
+        super()._wrap()
+        self.world = world
 
     def _own_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
