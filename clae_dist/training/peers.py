@@ -76,7 +76,7 @@ class Peers:
                 what = f"no answer for {silent_s:.0f} s from the store of the run, which rank 0 on {host} can reach"
                 self._leave(what, self._world.local_rank == 0)
             elif lost:
-                self._leave(self._give_verdict(lost), self._world.is_main or lost == [0], lost[0])
+                self._leave(self._give_verdict(lost), self._world.rank == int(lost == [0]), lost[0])
             elif verdict != _NOTHING:
                 self._leave(verdict, False)
         within(self._beat_s, beats.end)
