@@ -61,8 +61,8 @@ class ObjectServer:
     """The address through the proxy, and the server itself."""
 
     port: int
-    direct_port: int
     faults: Faults
+    client: Any  # boto3's, past the proxy
 
     @property
     def environment(self) -> dict[str, str]:
@@ -75,32 +75,21 @@ class ObjectServer:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def client(self) -> Any:
-        """boto3's client, past the proxy."""
-        import boto3
-
-        return boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{self.direct_port}",
-            aws_access_key_id=KEY_ID,
-            aws_secret_access_key=SECRET,
-            region_name="us-east-1",
-        )
-
     def names(self, prefix: str = "") -> list[str]:
         """The names of all objects in the bucket."""
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
-        body: bytes = self.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
-        return body
+        with self.client.get_object(Bucket=BUCKET, Key=key)["Body"] as body:
+            data: bytes = body.read()
+        return data
 
     def write(self, key: str, data: bytes) -> None:
-        self.client().put_object(Bucket=BUCKET, Key=key, Body=data)
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=data)
 
     def delete(self, key: str) -> None:
-        self.client().delete_object(Bucket=BUCKET, Key=key)
+        self.client.delete_object(Bucket=BUCKET, Key=key)
 
     def clear(self) -> None:
         """Delete all objects and forget all faults."""
@@ -113,6 +102,7 @@ class ObjectServer:
 @contextmanager
 def serve_objects() -> Iterator[ObjectServer]:
     """A server with one bucket, until the block ends."""
+    import boto3
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -126,11 +116,14 @@ def serve_objects() -> Iterator[ObjectServer]:
     proxy = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    server = ObjectServer(proxy.server_port, direct_port, faults)
-    server.client().create_bucket(Bucket=BUCKET)
+    keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{direct_port}", **keys)
+    server = ObjectServer(proxy.server_port, faults, client)
+    client.create_bucket(Bucket=BUCKET)
     try:
         yield server
     finally:
+        client.close()
         proxy.shutdown()
         thread.join()
         proxy.server_close()
@@ -170,13 +163,12 @@ class _Proxy(BaseHTTPRequestHandler):
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{KEY_ID} planted</Message></Error>".encode()
             self._answer(status, [("Content-Type", "application/xml")], text)
             return
-        connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection", "transfer-encoding")}
-        connection.request(self.command, self.path, body, headers)
-        answer = connection.getresponse()
-        data = answer.read()
-        kept = [(key, value) for key, value in answer.getheaders() if key.lower() not in ("connection", "transfer-encoding")]
-        connection.close()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)) as connection:
+            connection.request(self.command, self.path, body, {**headers, "Connection": "close"})
+            with connection.getresponse() as answer:
+                data, given = answer.read(), answer.getheaders()
+        kept = [(key, value) for key, value in given if key.lower() not in ("connection", "transfer-encoding")]
         if fault == "lost":
             self.close_connection = True
             return

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from clae_dist.errors import ConfigError
 from clae_dist.recipe import Recipe, resolve
-from clae_dist.redact import uri_without_secrets
+from clae_dist.redact import redact_word, uri_without_secrets
+from clae_dist.staging import is_url
 
 if TYPE_CHECKING:
     from clae_dist.runs.trust import Permission
@@ -35,6 +36,11 @@ def extended(arguments: argparse.Namespace) -> Recipe:
     from clae_dist.runs.parent import check_extension
     from clae_dist.runs.trust import open_run
 
+    if is_url(arguments.config):
+        raise ConfigError(
+            f"--extend is given {redact_word(arguments.config)!r}, which is a URL; copy that run to a folder of this machine, "
+            "and name the folder (run_dir may be a URL)."
+        )
     parent = RunFolder(Path(os.path.abspath(arguments.config)))
     before = open_run(parent.path, permission(arguments)).config
     set_option(arguments, "extend", "train.epochs")

@@ -1,4 +1,7 @@
-"""The record of a running run on object storage: fetched before it, sent every few seconds during it, and at its end."""
+"""The record of a running run on object storage: fetched before it, sent every few seconds during it, and at its end.
+
+A STOP object that somebody puts beside the record stops the run, as a STOP file in a run folder does.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ class Mirror:
     def fetch(self) -> None:
         """Fetch the record into the staging folder of every node. Collective."""
         if self._record is not None:
+            self._together(self._world.is_main, lambda record: record.store.delete([STOP_FILE]))  # of an earlier start
             self._together(self._world.local_rank == 0, lambda record: record.pull(TO_RESUME))
 
     def share(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from clae_dist import object_store
 from clae_dist.errors import CheckpointError, ConfigError
 from clae_dist.runs.checkpoint import Checkpoint, load_checkpoint, remove_leftovers
-from clae_dist.runs.checkpoint.objects import stage_checkpoints
+from clae_dist.runs.checkpoint.objects import publish_checkpoints, stage_checkpoints
 from clae_dist.runs.folder import RunFolder
 from clae_dist.staging import copy_folder, staging_folder, url_of
 from tests.checkpoints import assert_same, tensors, write_checkpoint
@@ -143,6 +143,17 @@ def test_a_damaged_checkpoint_that_is_written_again_is_replaced(bucket: ObjectSe
     checkpoint = load_checkpoint(elsewhere(), pytest.fail)
     assert checkpoint is not None
     assert_same(checkpoint, tensors(2))
+
+
+def test_a_checkpoint_that_was_copied_into_the_staging_folder_is_published(bucket: ObjectServer, run_dir: Path) -> None:
+    """As an extended run does with its parent's."""
+    path = write_checkpoint(run_dir.parent / "parent", 3, tensors(3), size=2, sharded=True)
+    bucket.clear()
+    shutil.copytree(path, run_dir / "checkpoints" / path.name, ignore=shutil.ignore_patterns("source"))
+    publish_checkpoints(run_dir)
+    checkpoint = load_checkpoint(elsewhere(), pytest.fail)
+    assert checkpoint is not None
+    assert_same(checkpoint, tensors(3))
 
 
 def test_errors_that_pass_are_retried(bucket: ObjectServer, run_dir: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ from clae_dist import lease, object_store
 from clae_dist.cli import main
 from clae_dist.errors import STORAGE
 from clae_dist.object_store import StoreError, check_store, store_of
-from clae_dist.runs import record
+from clae_dist.runs import mirror, record
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import TO_RESUME, Record
 from clae_dist.staging import copy_folder, staging_folder
+from clae_dist.world import World
 from tests.object_server import BUCKET, KEY_ID, SECRET, ObjectServer
 
 URL = f"s3://{BUCKET}/runs/first"
@@ -116,6 +118,20 @@ def test_a_launcher_sends_only_ends(bucket: ObjectServer, run_dir: Path) -> None
     folder.metrics_file.write_text("stale\n")
     record_of(run_dir).push_ends()
     assert RunFolder(pulled()).metrics_file.read_text() == "one\ntwo\n"
+
+
+def test_an_object_named_stop_stops_the_run(bucket: ObjectServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of an earlier start does not."""
+    monkeypatch.setattr(mirror, "EVERY_S", 0.05)
+    bucket.write("runs/first/STOP", b"old")
+    record_of(run_dir).push()
+    stop = RunFolder(run_dir).stop_file
+    with mirror.mirrored(run_dir, World.single("cpu"), pytest.fail) as running:
+        running.share()
+        assert "runs/first/STOP" not in bucket.names()
+        bucket.write("runs/first/STOP", b"maintenance")
+        while not (stop.exists() and stop.read_text() == "maintenance"):
+            time.sleep(0.02)  # the test's limit ends a thread that never asks
 
 
 # ---- one writer ----
