@@ -31,6 +31,7 @@ _MINUTES = {  # of the default part; tests directly in tests/ are "."
     "null_gpu": 0.3,
     "parallel": 2.0,
     "parity": 0.5,
+    "planner": 0.3,
     "runs": 1.0,
     "studies": 0.4,
     "tracking": 0.5,

@@ -22,7 +22,6 @@ from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
-from clae_dist.bench.wire import CountTraffic, Network, fit
 from clae_dist.config import Objective
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device
@@ -30,6 +29,7 @@ from clae_dist.errors import OK, UNEXPECTED, ClaeError
 from clae_dist.launchers.local import spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.objectives import names
+from clae_dist.wire import CountTraffic, Network, fit
 from clae_dist.world import World, connect
 
 

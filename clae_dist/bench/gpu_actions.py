@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from clae_dist.bench.counts import Counts, counted
 from clae_dist.bench.measure import replaced
 from clae_dist.bench.stand_in import DEVICE, count_as_on_gpu, counting_as_on_gpu, stand_in_ranks
 from clae_dist.bench.steps import Images
@@ -26,6 +25,7 @@ from clae_dist.contrast import distributed
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
+from clae_dist.counts import Counts, counted
 from clae_dist.data.augment import AUGMENT_DRAWS
 from clae_dist.data.augment_views import augment_views
 from clae_dist.data.synthetic import write_synthetic_set

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import adam, optimizer
 from torch.utils import _foreach_utils
 
-from clae_dist.bench.counts import CountOperations, Counts, tensors_in
 from clae_dist.bench.measure import replaced
+from clae_dist.counts import CountOperations, Counts, tensors_in
 from clae_dist.objectives import softmax
 from clae_dist.parallel import ddp
 from clae_dist.world import World, as_one_of

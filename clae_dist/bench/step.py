@@ -17,7 +17,9 @@ from clae_dist.bench.steps import Images, Kind, Variant, check, make_images, pre
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import Pretraining, pretrain_step
 from clae_dist.devices import local_device
-from clae_dist.models.flops import flops_of
+from clae_dist.planner.record import Recorder
+from clae_dist.planner.timing import Sample
+from clae_dist.planner.work import Work
 from clae_dist.training.usage import peak_flops
 
 _NOTES = {
@@ -80,7 +82,8 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
     images, compared = make_images(kind, device), variants(kind)
     prepared = {name: prepare(kind, variant, device) for name, variant in compared.items()}
     steps = {name: one_step(run, images) for name, run in prepared.items()}
-    flops = {name: flops_of(step) for name, step in _eager(kind, compared, steps, images, device)}
+    works = {name: _work_of(step) for name, step in _eager(kind, compared, steps, images, device)}
+    flops = {name: work.flops for name, work in works.items()}
     times = time_in_turns(steps, device, repeats, at_least_s=0.0)
     peaks = {name: added_bytes(step, device) for name, step in steps.items()}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -95,12 +98,21 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
         if device.type == "cpu":
             more["cpu_to_plain"] = min(time.cpu) / min(times["plain"].cpu)
         more |= {"flops": flops[name], "flops_to_plain": flops[name] / flops["plain"]}
+        counted_work = Sample.of(works[name].bins, time.median_s)
+        more |= {"kernel_bytes": counted_work.other_bytes, "kernels": counted_work.kernels}
         more["flops_per_s"] = flops[name] / time.median_s
         if peak:
             more["mfu_percent"] = 100 * more["flops_per_s"] / peak
         floor = {"floor_s": plain * units / 6} if units else {}
         figures[name] = {"added_bytes": peaks[name], "more": more, **floor}
     return make_rows(kind.title(), notes, times, figures)
+
+
+def _work_of(step: Callable[[], Any]) -> Work:
+    """Operations, bytes and kernels of a step, from which `clae plan` predicts others."""
+    with Recorder(without_data=False) as recorder:
+        step()
+    return recorder.finish()
 
 
 def _eager(

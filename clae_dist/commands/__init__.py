@@ -14,6 +14,7 @@ from types import ModuleType
 NAMES = (
     "train",
     "config",
+    "plan",
     "dry-run",
     "evaluate",
     "report",

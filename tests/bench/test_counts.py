@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from clae_dist.bench.counts import Counts, counted
+from clae_dist.counts import Counts, counted
 
 X = torch.ones(4, 5)
 MIB = X.numel() * X.element_size()

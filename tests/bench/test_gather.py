@@ -11,9 +11,9 @@ import torch.distributed as dist
 from clae_dist import cli
 from clae_dist.bench import gather, peers
 from clae_dist.bench.measure import Row, UnequalError
-from clae_dist.bench.wire import Traffic, fit
 from clae_dist.contrast import distributed
 from clae_dist.objectives import names
+from clae_dist.wire import Traffic, fit
 from clae_dist.world import World
 from tests.ranks import RankPool
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from clae_dist.bench import gpu_actions, gpu_counts, stand_in
-from clae_dist.bench.counts import Collective
 from clae_dist.bench.gpu_counts import CountOutcome, CountRow
 from clae_dist.bench.stand_in import count_as_on_gpu, stand_in_ranks
+from clae_dist.counts import Collective
 from clae_dist.models import batch_norm
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clae_dist.bench.counts import Counts, counted
 from clae_dist.config import Augment
+from clae_dist.counts import Counts, counted
 from clae_dist.data import augment_batched as batched
 from clae_dist.data.augment import AUGMENT_DRAWS, BLUR, FLIP, GREY, JITTER, ORDER, augment
 from clae_dist.data.augment_batched import augment_batched

@@ -16,8 +16,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_WITHOUT_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
-_WITHOUT_KERNEL |= {"lift_fresh", "detach", "set_", "resize_", "record_stream", "is_pinned", "_pin_memory"}
+WITHOUT_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
+WITHOUT_KERNEL |= {"lift_fresh", "detach", "set_", "resize_", "record_stream", "is_pinned", "_pin_memory"}
 _WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 _COPIES = {"_to_copy", "copy_"}
 _GATHERING = {"index", "gather", "index_select", "embedding"}  # they read as much as they return
@@ -100,15 +100,15 @@ class CountOperations(TorchDispatchMode):
             self._collectives.append(Collective(name.replace("_", ""), self._within))
             return result
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
-        if name in _WITHOUT_KERNEL or all(tensor.device.type != self._device for tensor in (*inputs, *outputs)):
+        if name in WITHOUT_KERNEL or all(tensor.device.type != self._device for tensor in (*inputs, *outputs)):
             return result
         if name in _COPIES and len({tensor.device.type for tensor in (*inputs, *outputs)}) > 1:
             self._waits += not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         elif name in _WAITING or (name.startswith("index") and any(t.dtype == torch.bool for t in tensors_in(args[1:2]))):
             self._waits += 1
-        elif not _is_view(operation):
+        elif not is_view(operation):
             self._kernels += 1
-            self._bytes += _moved(operation, name, args, kwargs, outputs)
+            self._bytes += moved_bytes(operation, name, args, kwargs, outputs)
             self._operations.append(name)
         return result
 
@@ -124,13 +124,14 @@ class CountOperations(TorchDispatchMode):
             self._within = outside
 
 
-def _is_view(operation: Any) -> bool:
+def is_view(operation: Any) -> bool:
     """An operation whose result shares the memory of an argument that it does not write."""
     results = operation._schema.returns
     return bool(results) and all(one.alias_info is not None and not one.alias_info.is_write for one in results)
 
 
-def _moved(operation: Any, name: str, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> int:
+def moved_bytes(operation: Any, name: str, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> int:
+    """Bytes that an operation reads and writes."""
     written = sum(map(_num_bytes, outputs))
     if name in _GATHERING:
         indices = tensors_in((args[1:], kwargs))

@@ -60,10 +60,24 @@ class Traffic:
         if name in _FREE:
             return
         if name not in _SHARES:
-            raise ValueError(f"collective {name!r} is unknown (bench/wire.py); add how much it sends.")
-        sizes = [size for argument in tensors if (size := _num_bytes(argument))]
-        buffer = min(sizes) if name in _OF_A_PART else max(sizes)
-        self.sent.append((name, _SHARES[name] * buffer * (self.num_ranks - 1) / self.num_ranks))
+            raise ValueError(f"collective {name!r} is unknown (wire.py); add how much it sends.")
+        self.sent.append((name, sent_bytes(name, buffer_bytes(name, tensors), self.num_ranks)))
+
+
+def buffer_bytes(name: str, tensors: Sequence[Any]) -> int:
+    """Bytes of the buffer whose share a rank sends (see the top of this file), of the arguments of one collective."""
+    sizes = [size for argument in tensors if (size := _num_bytes(argument))]
+    return min(sizes) if name in _OF_A_PART else max(sizes)
+
+
+def sent_bytes(name: str, buffer: float, num_ranks: int) -> float:
+    """Bytes that a rank sends in a collective of a buffer."""
+    return _SHARES[name] * buffer * (num_ranks - 1) / num_ranks
+
+
+def carries_data(name: str) -> bool:
+    """False for barriers and waits."""
+    return name not in _FREE
 
 
 def _num_bytes(argument: Any) -> int:

@@ -1,0 +1,1 @@
+"""`clae plan`: what a run will need and cost, before anything is started."""
