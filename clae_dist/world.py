@@ -254,8 +254,8 @@ def connect(timeout_s: float = 600.0, device: Request = "auto", *, group_of_one:
     started_here = not dist.is_initialized()
     if started_here:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
-        # torchrun's agents may share one store among all starts, where the addresses of ranks that have ended are left.
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the addresses of ranks of earlier starts are left there
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         _start_group("gloo", store, rank, size, timeout_s)  # which serves as it is where all take the CPU
     elif (
         "nccl" not in dist.get_backend_config()

@@ -88,8 +88,8 @@ else
   run+=(--rdzv-backend=c10d --rdzv-endpoint="$(with_port "$host" "$port")" --rdzv-id="$id" --max-restarts="${restarts:-3}"
     --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s,last_call_timeout=10")
 fi
-# If ranks share the rendezvous's store, a host that joins later waits forever for messages from before (torch 2.15).
-case $nodes in *:*) variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) ;; esac
+# A store for each start: in the rendezvous's, ranks find the addresses of earlier ones, and a host that joins later waits forever.
+[ -n "$node_rank" ] || variables+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 run+=(--module clae_dist train "$config" --launcher torchrun ${settings[@]+"${settings[@]}"})
 say "$(count "$nodes" host) with $(count "$ranks" rank) each, rendezvous at $(with_port "$host" "$port")"
 show env PYTHONPATH="$PYTHONPATH" "${variables[@]}" "${run[@]}"

@@ -46,7 +46,7 @@ def wrong(name: str, call: ast.Call) -> str:
     if what in UNSAFE_YAML or (what.startswith("yaml.") and last in ("load", "compose", "load_all")):
         loader = given.get("Loader", ast.unparse(call.args[1]) if len(call.args) > 1 else "")
         return "" if "SafeLoader" in loader and what not in UNSAFE_YAML else f"{what} without SafeLoader"
-    if what in RUNNERS:
+    if what in RUNNERS and ast.unparse(call) != "exec('')":  # which runs nothing (clae_dist/lifetime.py)
         return f"{what} runs a text"
     if given.get("shell", "False") != "False" and name not in SHELL:
         return f"{what} with a shell"

@@ -82,7 +82,7 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
     images, compared = make_images(kind, device), variants(kind)
     prepared = {name: prepare(kind, variant, device) for name, variant in compared.items()}
     steps = {name: one_step(run, images) for name, run in prepared.items()}
-    works = {name: _work_of(step) for name, step in _eager(kind, compared, steps, images, device)}
+    works = {name: work_of(step) for name, step in _eager(kind, compared, steps, images, device)}
     flops = {name: work.flops for name, work in works.items()}
     times = time_in_turns(steps, device, repeats, at_least_s=0.0)
     peaks = {name: added_bytes(step, device) for name, step in steps.items()}
@@ -108,7 +108,7 @@ def measure(kind: Kind, repeats: int, device: torch.device, say: Say) -> list[Ro
     return make_rows(kind.title(), notes, times, figures)
 
 
-def _work_of(step: Callable[[], Any]) -> Work:
+def work_of(step: Callable[[], Any]) -> Work:
     """Operations, bytes and kernels of a step, from which `clae plan` predicts others."""
     with Recorder(without_data=False) as recorder:
         step()

@@ -69,7 +69,7 @@ def test_methods_cost_the_units_that_they_predict() -> None:
     images, compared = steps.make_images(kind, CPU), steps.variants(kind)
     assert {"acl", "advcl", "air", "clae-moco", "dynacl", "moco", "rocl"} < set(compared)
     prepared = {name: steps.prepare(kind, variant, CPU) for name, variant in compared.items()}
-    flops = {name: step.flops_of(step.one_step(run, images)) for name, run in prepared.items()}
+    flops = {name: step.work_of(step.one_step(run, images)).flops for name, run in prepared.items()}
     for name, variant in compared.items():
         units = variant.units(shared_norms=prepared[name].shared_norms)
         if units is not None:  # a first layer has an input gradient in attacks only, and not every method has a projector

@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manif
     config = replace(recipe(shards, tmp_path / "run"), model=Model(encoder="small_resnet", norm="local"))
     found = ranks.run(3, outcome, config, "one rank's loss is not finite")
     assert len(set(found)) == 1
-    assert found[0][0] == "RankError"
+    assert found[0][0] == "DivergedError"
     assert "the loss is not finite" in found[0][1]
     assert found[0][1].endswith("(on rank 1 of 3)")  # though every rank's loss is, with its rows among the negatives
 

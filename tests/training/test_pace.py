@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from clae_dist.config import Config
 from clae_dist.data import shards as shards_module
 from clae_dist.data.manifest import Manifest
 from clae_dist.recipe import Recipe
+from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training import clock as clock_module
 from clae_dist.training import pace
 from clae_dist.training import train as training
@@ -110,8 +112,14 @@ def test_waits_are_not_the_own_time_of_a_part() -> None:
         pass
 
 
-def planted(world: World, config: Config, rank: int, part: str, delay_s: float) -> tuple[Slow | None, str]:
-    """Train; `part` takes longer on `rank`. The slow rank when training ended, and the console."""
+def planted(
+    world: World, config: Config, rank: int, part: str, delay_s: float, window_s: float = 0.1, within_s: float = 0.0
+) -> tuple[Slow | None, str]:
+    """Train; `part` takes longer on `rank`. The slow rank when training ended, and the console.
+
+    With `within_s`, training ends when a rank is named, or after that many seconds.
+    """
+    begin = time.monotonic()
     real_timed, real_decode = Clock.timed, shards_module.decode_rgb
     slow: list[Slow | None] = [None]
 
@@ -127,15 +135,21 @@ def planted(world: World, config: Config, rank: int, part: str, delay_s: float) 
             time.sleep(delay_s / 8)
         return real_decode(data)
 
-    real_tell = pace.Pace._tell
+    real_tell, real_hear = pace.Pace._tell, pace.Pace._hear
 
     def tell(self: pace.Pace, now: Slow | None) -> None:
         real_tell(self, now)
         slow[0] = now
 
+    def hear(self: pace.Pace, rows_WN: torch.Tensor) -> None:
+        real_hear(self, rows_WN)
+        if within_s and world.is_main and (slow[0] or time.monotonic() - begin > within_s):
+            (config.folder / STOP_FILE).touch()
+
     said = io.StringIO()
-    short = replaced(pace, _WINDOW_S=0.1, _NUM_WINDOWS=4)
-    with short, replaced(Clock, timed=timed), replaced(pace.Pace, _tell=tell), replaced(shards_module, decode_rgb=decode):
+    windows = replaced(pace, _WINDOW_S=window_s, _NUM_WINDOWS=8 if within_s else 4)
+    watched = replaced(pace.Pace, _tell=tell, _hear=hear)
+    with windows, replaced(Clock, timed=timed), watched, replaced(shards_module, decode_rgb=decode):
         training.train(Recipe(config), world, said)
     return slow[0], said.getvalue()
 
@@ -159,3 +173,24 @@ def test_a_planted_delay_is_named_on_all_ranks(ranks: RankPool, shards: Manifest
     last = [line for line in logged(config) if "loss" in line][-1]
     assert last["slow_rank"] == rank
     assert last["slow_share"] > 20
+
+
+@pytest.mark.long
+def test_nineteen_of_twenty_delays_are_named_within_a_minute(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
+    """20 to 50 % of a step of about half a second, in any part on any rank; and nothing in five minutes without a delay."""
+    draw, parts = random.Random(1), ("decoding", "augmentation", "forward", "attack", "backward", "update")
+
+    def run(name: str, num_ranks: int, within_s: float, rank: int = -1, part: str = "", delay_s: float = 0.0) -> Slow | None:
+        config = recipe(shards, tmp_path / name, epochs=10**5, every_steps=0, knn_every=0, log_every=20)
+        slow: Slow | None = ranks.run(num_ranks, planted, config, rank, part, delay_s, 5.0, within_s)[0][0]
+        return slow
+
+    assert run("undisturbed", 3, 280) is None
+    named = 0
+    for trial in range(20):
+        num_ranks, part, share = draw.choice((2, 3, 4)), draw.choice(parts), draw.uniform(0.2, 0.5)
+        rank = draw.randrange(num_ranks)
+        slow = run(str(trial), num_ranks, 60, rank, part, 0.5 * share)
+        named += slow is not None and (slow.rank, slow.part) == (rank, part)
+        print(f"{part} of rank {rank} of {num_ranks}, {100 * share:.0f} %: {slow}")
+    assert named >= 19
