@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(ranks: RankPool, shards: M
     config = recipe(shards, tmp_path / "run")
     found = ranks.run(2, outcome, config, "one gradient is not finite")
     assert len(set(found)) == 1
-    assert found[0][0] == "RankError"
+    assert found[0][0] == "DivergedError"
     assert "the gradient of step 3 is not finite; this step was not saved" in found[0][1]
     assert RunFolder(config.folder).find_checkpoints() == []
 
