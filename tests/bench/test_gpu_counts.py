@@ -15,6 +15,7 @@ from clae_dist.counts import Collective
 from clae_dist.models import batch_norm
 
 
+@pytest.mark.slow
 def test_rows_of_a_small_network() -> None:
     rows = {row.name: row for row in gpu_counts.rows(quick=True)}
     assert rows["augmentation, eager: kernels"].within_limit

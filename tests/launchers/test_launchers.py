@@ -126,7 +126,9 @@ def test_torchrun_extends_a_finished_run_and_mlflow_knows_its_parent(shards: Man
         assert tags[child.name]["parent_run_key"] == RunFolder(tmp_path / "parent").read_identity().run_key
 
 
-@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("local", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.long)]
+)
 def test_a_killed_rank_is_started_again_by_itself(
     launcher: str, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

@@ -163,7 +163,7 @@ def planted(
 )
 def test_a_planted_delay_is_named_on_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path, rank: int, part: str) -> None:
     config = recipe(shards, tmp_path / "run", epochs=5, every_steps=0, knn_every=0)
-    results = ranks.run(2, planted, config, rank, part, 0.4)
+    results = ranks.run(2, planted, config, rank, part, 0.25)
     for slow, _ in results:
         assert slow is not None
         assert (slow.rank, slow.part) == (rank, part)
