@@ -41,7 +41,8 @@ class DdpBackend(Backend):
             )
             self._wrapped._set_ddp_runtime_logging_sample_rate(1 << 30)  # it waits for the device each time
             last = next(p for p in self.model.encoder.parameters() if p.requires_grad)  # of which the gradient comes last
-            last.register_post_accumulate_grad_hook(lambda _: self._rest_of_backward.enter_context(waiting()))
+            rest = self._rest_of_backward  # not self: a hook of a parameter that leads back to it is never freed
+            last.register_post_accumulate_grad_hook(lambda _: rest.enter_context(waiting()))
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 
 from clae_dist.config import Batch, Config, Data, Model, Optim
@@ -25,6 +28,27 @@ def statistics(world: World, norm: str) -> tuple[list[torch.Tensor], list[torch.
     before = [buffer.clone() for name, buffer in backend.model.named_buffers() if "running" in name]
     backend.average_local_statistics()
     return before, [buffer.clone() for name, buffer in backend.model.named_buffers() if "running" in name]
+
+
+def is_freed(world: World) -> bool:
+    config = Config(
+        data=Data(image_size=16),
+        batch=Batch(global_size=12),
+        model=Model(encoder="small_resnet"),
+        optim=Optim(name="sgd"),
+    )
+    backend = DdpBackend(config, build_model(config, world.group), world)
+    images = torch.rand(4, 3, 16, 16)
+    backend.backward(backend.embed(images, "clean").sum() + backend.embed(images, "adversarial").sum())
+    model, weight = weakref.ref(backend.model), weakref.ref(next(backend.model.parameters()))
+    del backend
+    gc.collect()
+    return model() is None and weight() is None
+
+
+def test_a_backend_that_nobody_uses_is_freed(ranks: RankPool) -> None:
+    """A hook of a parameter that led back to the backend kept every model of a process: ranks grew to gigabytes."""
+    assert ranks.run(2, is_freed) == [True, True]
 
 
 def test_local_statistics_differ_and_become_their_mean(ranks: RankPool) -> None:
