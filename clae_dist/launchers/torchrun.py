@@ -26,8 +26,9 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
     try:
         _check_elastic(recipe.config)
         lines, again = lines_shown_on_stdout(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        # Of a start that torchrun has made again, one of the ends so far is its own.
-        num_ends = len(read_ends(recipe.config.folder)) - 1 if again else None
+        # Of a start that torchrun has made again, one of the ends so far is its own. Rank 0's number counts: a host that
+        # joined later was never started again, and all ranks must ask alike.
+        num_ends = len(read_ends(recipe.config.folder)) - again
         return say_once(_for_good(run_rank(recipe, lines, debug=debug, num_ends=num_ends)))
     except ConfigError as error:
         return say_once(Ending(BAD_CONFIG, str(error)))
