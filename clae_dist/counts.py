@@ -58,7 +58,31 @@ def counted(action: Callable[[], object], device: str = "cpu") -> Counts:
     return counter.counts()
 
 
-class CountOperations(TorchDispatchMode):
+class InsideOperators(TorchDispatchMode):
+    """A dispatch mode that sees what this package's operators in Python consist of, instead of them; `_within` names one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._within = ""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        qualified = operation._schema.name
+        name, kwargs = qualified.split("::")[1], kwargs or {}
+        if qualified not in OPDEFS:
+            return self._see(operation, name, args, kwargs)
+        outside, self._within = self._within, name
+        try:
+            with self:
+                return OPDEFS[qualified]._init_fn(*args, **kwargs)
+        finally:
+            self._within = outside
+
+    def _see(self, operation: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call the operation and return its result."""
+        return operation(*args, **kwargs)
+
+
+class CountOperations(InsideOperators):
     """Context that counts; `counts()` may be called at any time."""
 
     def __init__(self, device: str) -> None:
@@ -67,7 +91,6 @@ class CountOperations(TorchDispatchMode):
         self._kernels = self._bytes = self._waits = 0
         self._collectives: list[Collective] = []
         self._operations: list[str] = []
-        self._within = ""
         self._counting = True
 
     def counts(self) -> Counts:
@@ -87,12 +110,7 @@ class CountOperations(TorchDispatchMode):
         finally:
             self._counting = before
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        qualified = operation._schema.name
-        name = qualified.split("::")[1]
-        if qualified in OPDEFS:  # an operator in Python: count what it consists of
-            return self._inside(name, OPDEFS[qualified]._init_fn, args, kwargs)
+    def _see(self, operation: Any, name: str, args: Any, kwargs: Any) -> Any:
         result = self._call(operation, name, args, kwargs)
         if not self._counting:
             return result
@@ -114,14 +132,6 @@ class CountOperations(TorchDispatchMode):
 
     def _call(self, operation: Any, name: str, args: Any, kwargs: Any) -> Any:
         return operation(*args, **kwargs)
-
-    def _inside(self, name: str, implementation: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        outside, self._within = self._within, name
-        try:
-            with self:
-                return implementation(*args, **kwargs)
-        finally:
-            self._within = outside
 
 
 def is_view(operation: Any) -> bool:

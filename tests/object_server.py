@@ -21,7 +21,7 @@ KEY_ID, SECRET = "AKIACANARYKEYID00000", "canary-secret-access-key"
 
 @dataclass(frozen=True)
 class Request:
-    """What a request asks for; `number` counts them."""
+    """One request to the store; `number` counts them."""
 
     number: int
     method: str
@@ -30,7 +30,7 @@ class Request:
 
 @dataclass
 class Faults:
-    """What the proxy does. `choose` names a fault by the request: "" none, "500", "503" (SlowDown), "cut" (the answer's body is
+    """Faults of the proxy. `choose` names a fault by the request: "" none, "500", "503" (SlowDown), "cut" (the answer's body is
     cut in the middle), "lost" (the request is carried out and its answer is lost), "reset" (it is not carried out), or the code
     of a refusal, such as AccessDenied.
     """

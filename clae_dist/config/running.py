@@ -272,7 +272,7 @@ class Tracking(Section, prefix="tracking"):
         "127.0.0.1",
         no_effect=True,
         used_by="tracking.prometheus",
-        help="Address on which it listens. With that of a network, whoever reaches the port there can read the metrics.",
+        help="Address on which rank 0 listens. Metrics have no password: on a network's address, anybody there can read them.",
     )
 
     def uses(self, name: Literal["mlflow", "tensorboard"]) -> bool:

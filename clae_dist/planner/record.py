@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from clae_dist.counts import WITHOUT_KERNEL, is_view, moved_bytes, tensors_in
+from clae_dist.counts import WITHOUT_KERNEL, InsideOperators, is_view, moved_bytes, tensors_in
 from clae_dist.planner.work import NO_PRODUCT, Amount, Bin, Live, Message, Work
 from clae_dist.wire import buffer_bytes, carries_data
 
 STATISTICS = "statistics"  # part of the collectives within a batch norm
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(InsideOperators):
     """Context that records. `part` names the part of the step in which operations count and storages are made."""
 
     def __init__(self, *, without_data: bool = True) -> None:
@@ -29,7 +27,6 @@ class Recorder(TorchDispatchMode):
         self._without_data = without_data
         self.work = Work()
         self.part = "forward"
-        self._within = ""
         self._owner_of: dict[int, tuple[str, int, Any]] = {}  # storage -> owner, bytes, weak reference
         self._live: dict[str, float] = {}
         self._peaks: dict[tuple[str, bool], tuple[float, Live]] = {}
@@ -86,12 +83,7 @@ class Recorder(TorchDispatchMode):
 
     # ---- operations ----
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        qualified = operation._schema.name
-        name = qualified.split("::")[1]
-        if qualified in OPDEFS:  # an operator in Python: record what it consists of
-            return self._inside(name, OPDEFS[qualified]._init_fn, args, kwargs)
+    def _see(self, operation: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name == "_local_scalar_dense" and self._without_data:  # any number, such as 1 step taken
             return 1.0 if args[0].is_floating_point() else args[0].dtype != torch.bool
         result = operation(*args, **kwargs)
@@ -104,14 +96,6 @@ class Recorder(TorchDispatchMode):
         if name not in WITHOUT_KERNEL and not is_view(operation):
             self._add_kernel(operation, name, args, kwargs, outputs, result)
         return result
-
-    def _inside(self, name: str, implementation: Any, args: Any, kwargs: Any) -> Any:
-        outside, self._within = self._within, name
-        try:
-            with self:
-                return implementation(*args, **kwargs)
-        finally:
-            self._within = outside
 
     def _add_kernel(self, operation: Any, name: str, args: Any, kwargs: Any, outputs: list[torch.Tensor], result: Any) -> None:
         num_bytes = moved_bytes(operation, name, args, kwargs, outputs)

@@ -143,16 +143,8 @@ def _train(
     session.attempt.trained, session.attempt.total = True, plan.total
     tracker = Tracker()
     if world.is_main:
-        tracker = build_trackers(
-            config,
-            config.folder,
-            identity.run_key,
-            **known,
-            total_steps=plan.total,
-            resume_images_seen=seen,
-            stream=stream,
-            more=[pulse],
-        )
+        steps: dict[str, Any] = {"total_steps": plan.total, "resume_images_seen": seen}
+        tracker = build_trackers(config, config.folder, identity.run_key, **known, **steps, stream=stream, more=[pulse])
     status: Status = "failed"
     try:
         bad = BadSamples(config.data.max_bad, plan.num_samples, config.folder, before.bad_samples)

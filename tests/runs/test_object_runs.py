@@ -105,7 +105,7 @@ def test_a_run_that_was_deleted_from_the_bucket_leaves_no_stale_files(bucket: Ob
 
 
 def test_a_launcher_sends_only_ends(bucket: ObjectServer, run_dir: Path) -> None:
-    """What ranks wrote before they were killed; nothing from a folder that another run or node has left behind."""
+    """The lines that ranks wrote before they were killed; nothing from a folder that another run or node has left behind."""
     folder = RunFolder(run_dir)
     folder.identity_file.write_text("{}")
     folder.metrics_file.write_text("one\n")

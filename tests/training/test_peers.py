@@ -25,7 +25,7 @@ LOST_S = 2.0
 
 
 def run(world: World, folder: Path, launcher: Any, broken: int, how: str) -> str:
-    """What this rank leaves with; "" if it does not within three times guard.lost_s."""
+    """The line with which this rank leaves; "" if it does not within three times guard.lost_s."""
     left, lines = threading.Event(), []
 
     def abandon(code: int) -> None:
