@@ -15,7 +15,7 @@ import torch
 
 from clae_dist.bench.measure import replaced
 from clae_dist.collectives import observed, waiting
-from clae_dist.config import Config
+from clae_dist.config import Config, Model
 from clae_dist.data import shards as shards_module
 from clae_dist.data.manifest import Manifest
 from clae_dist.recipe import Recipe
@@ -162,7 +162,9 @@ def planted(
     ],
 )
 def test_a_planted_delay_is_named_on_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path, rank: int, part: str) -> None:
-    config = recipe(shards, tmp_path / "run", epochs=5, every_steps=0, knn_every=0)
+    # With local statistics, the others wait in the reduction of gradients alone.
+    model = {"model": Model(encoder="small_resnet", norm="local" if part == "backward" else "global")}
+    config = recipe(shards, tmp_path / "run", epochs=5, every_steps=0, knn_every=0, sections=model)
     results = ranks.run(2, planted, config, rank, part, 0.25)
     for slow, _ in results:
         assert slow is not None
