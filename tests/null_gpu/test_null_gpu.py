@@ -198,6 +198,7 @@ print(null.cudaEventRecord(event, stream))
 """
 
 
+@pytest.mark.slow
 def test_the_null_gpu_refuses_what_is_on_another_device(null_gpu: NullGpu) -> None:
     done = python(null_gpu, 2, "-c", _WRONG_DEVICES)
     assert done.returncode == 0, done.stderr
@@ -259,6 +260,7 @@ print(*(warning.message for warning in caught if "Triton" in str(warning.message
 """
 
 
+@pytest.mark.slow
 def test_without_triton_the_augmentation_is_batched_and_says_so(null_gpu: NullGpu, tmp_path: Path) -> None:
     nothing_compiled = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": str(tmp_path), "CC": ""}
     done = python(null_gpu, 1, "-c", _WITHOUT_A_COMPILER, **nothing_compiled)
