@@ -1,7 +1,7 @@
 """Runs every command that writes, on a disk that is full or on one that is read-only, in a mount namespace of its own.
 
-`unshare --user --map-root-user --mount python -m tests.failing_disks FOLDER STATE` prints what became of each as JSON. Everything
-is prepared in FOLDER first (`prepare_folder`); it is copied to a small tmpfs, which is filled to the last byte.
+`unshare --user --map-root-user --mount python -m tests.failing_disks FOLDER STATE` prints what became of each as JSON.
+Everything is prepared in FOLDER first (`prepare_folder`); it is copied to a small tmpfs, which is filled to the last byte.
 """
 
 from __future__ import annotations

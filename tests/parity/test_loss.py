@@ -12,7 +12,6 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from clae_dist import testing
 from clae_dist.bench.measure import replaced
 from clae_dist.cli import main
 from clae_dist.errors import ClaeError, ConfigError
@@ -94,7 +93,9 @@ def test_constant_rows_may_be_meant(ranks: RankPool) -> None:
 def test_the_fixture_fails_a_test_with_the_table(
     assert_loss_parity: Callable[..., LossParity], ranks: RankPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(testing, "loss_parity", partial(on_standing_ranks, ranks))  # the command's test starts processes
+    monkeypatch.setattr(
+        "clae_dist.testing.loss_parity", partial(on_standing_ranks, ranks)
+    )  # the command's test starts processes
     assert assert_loss_parity(losses.right_functional, rows=2).rows == 2
     with pytest.raises(AssertionError, match="known mistake: detached"):
         assert_loss_parity(losses.detached)
