@@ -159,6 +159,7 @@ def test_nothing_of_ours_warns_on_gpus(two: Trained) -> None:
     assert [line for line in said.splitlines() if "FutureWarning" in line and "deprecated" in line] == []
 
 
+@pytest.mark.slow
 def test_more_ranks_than_gpus_are_refused_with_host_and_ranks(null_gpu: NullGpu, shards: str, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("batch: {global_size: 8}\nmodel: {encoder: small_resnet}\ntracking: {name: none}\n")
