@@ -74,7 +74,9 @@ def decide(config: Config, places: Sequence[_Place]) -> Exclusion | None:
         return None
     why = " ".join(why_excluded(host, end, config.folder) for host, end in failed.items())
     num_spare = _num_spare(len(hosts))
-    leaving = [] if num_spare <= 0 else [host for host in failed if not hosts[host]][-num_spare:]
+    # An elastic torchrun cannot go without the host of the rendezvous; Slurm's step starts with another.
+    can_leave = [host for host in failed if not (is_elastic() and hosts[host])]
+    leaving = can_leave[-num_spare:] if num_spare > 0 else []
     if leaving:
         return Exclusion(tuple(leaving), f"excluding {', '.join(leaving)}: {why}")
     return Exclusion((), f"{why} It is still used: {_why_not(failed, hosts)}")
@@ -107,7 +109,7 @@ def end_this_host(text: str, local_rank: int) -> None:
 
 
 def is_elastic() -> bool:
-    """True if torchrun goes on without a host that leaves."""
+    """True if torchrun continues without a host that leaves."""
     return ":" in os.environ.get(_NODES, "")
 
 

@@ -56,9 +56,9 @@ def test_as_many_hosts_as_the_run_can_do_without_are_excluded(
 
 
 def test_under_slurm_spare_nodes_are_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail(tmp_path, "node-1", "node-2")
+    fail(tmp_path, "node-1", "head")
     monkeypatch.setenv("CLAE_NODES", "3")
-    for spare, leaving in (("0", ()), ("1", ("node-2",))):
+    for spare, leaving in (("0", ()), ("1", ("head",)), ("2", ("node-1", "head"))):
         monkeypatch.setenv("CLAE_SPARE_NODES", spare)
         found = decide(Config(run_dir=str(tmp_path)), PLACES)
         assert found is not None
