@@ -14,15 +14,22 @@ from typing import Any
 import torch
 
 from clae_dist.bench.measure import no_freed_memory_held, peak_above, resident_bytes, time_in_turns
+from clae_dist.bench.stand_in import stand_in_ranks
 from clae_dist.config import Config
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
 from clae_dist.data.loader import num_views_of
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
+from clae_dist.planner.measured import RealStep
+from clae_dist.planner.memory import memory_of
+from clae_dist.planner.timing import Sample
+from clae_dist.planner.trace import trace
 from clae_dist.training.clock import Clock
 from clae_dist.training.pretraining import make_pretraining
-from clae_dist.world import World, as_one_of
+from clae_dist.world import World
+
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -77,21 +84,18 @@ def peak_bytes(make: Callable[[], Callable[[], Any]], device: torch.device) -> i
         return peak_above(run, before)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Median seconds of a step and their spread (interquartile range over median), and the peak memory of a rank."""
-
-    seconds: float
-    spread: float
-    peak_bytes: int
-
-
-def measure_as_one_of(config: Config, ranks: int, device: torch.device, repeats: int = 5) -> Measurement:
+def measure_as_one_of(config: Config, ranks: int, norm_ranks: int, device: torch.device) -> tuple[RealStep, Sample]:
     """Measure steps of one real rank with the shapes of `ranks`: gathered rows are its own, and no message takes time.
 
-    This process must have no process group.
+    Return the step, and its work with its seconds. This process must have no process group.
+
+    Args:
+        config: under DDP or FSDP2.
+        norm_ranks: ranks that share batch statistics with this one.
     """
-    with as_one_of(ranks, device) if ranks > 1 else nullcontext(World.single(device)) as world:
+    with stand_in_ranks(ranks, device) if ranks > 1 else nullcontext(World.single(device)) as world:
         peak = peak_bytes(lambda: step_of(config, world), device)
-        times = time_in_turns({"step": step_of(config, world)}, device, repeats, at_least_s=0)["step"]
-        return Measurement(times.median_s, times.spread, peak)
+        times = time_in_turns({"step": step_of(config, world)}, device, _REPEATS, at_least_s=0)["step"]
+    traced = trace(config, ranks, gpu=device.type == "cuda", norm_ranks=norm_ranks)
+    step = RealStep(ranks, times.median_s, times.spread, peak, memory_of(traced, config).total)
+    return step, Sample.of(traced.work.bins, times.median_s)
