@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from clae_dist.bench.gather import collective_calls, time_together
 from clae_dist.bench.measure import Row, Say
@@ -55,6 +56,9 @@ FULL = PlanBench()
 QUICK = PlanBench(("small_resnet",), (1, 2), image_size=32, repeats=3)
 
 
+Found = Mapping[str, Any]  # of a case: seconds of each call by name, their spread, and memory
+
+
 @dataclass(frozen=True)
 class Case:
     """A configuration that is predicted and measured."""
@@ -73,23 +77,46 @@ class CaseError(ClaeError, RuntimeError):
     """The ranks of a case failed."""
 
 
-def bench(settings: PlanBench, say: Say) -> Outcome:
-    """A row for each case: median_s is measured, `more` has the prediction and the errors, relative to what was measured."""
+def bench(settings: PlanBench, say: Say) -> Outcome | None:
+    """A row for each case: median_s is measured, `more` has the prediction and the errors, relative to what was measured.
+
+    Under torchrun, cases of its ranks; None on ranks other than the first.
+    """
     rows = []
-    for case in cases(settings):
-        rows.append(_row(case, settings))
+    for case, found in _measured_by_torchrun(settings) if dist.is_torchelastic_launched() else _measured_here(settings):
+        rows.append(_row(case, found, settings))
         more = rows[-1].more
         say(f"plan: {rows[-1].case}: time {more['time_error']:+.0%}, memory {more['memory_error']:+.0%}")
-    return Outcome(rows, torch.device("cpu"), [verdict(rows)])
+    return Outcome(rows, torch.device("cpu"), [verdict(rows)]) if rows else None
 
 
-def cases(settings: PlanBench) -> Iterator[Case]:
+def cases(settings: PlanBench, world_sizes: Sequence[int]) -> Iterator[Case]:
     for encoder in settings.encoders:
-        for ranks in settings.ranks:
+        for ranks in world_sizes:
             yield Case(encoder, ranks, "ddp", 0)
             yield Case(encoder, ranks, "ddp", settings.rows // 2)
             if ranks > 1:
                 yield Case(encoder, ranks, "fsdp2", 0)
+
+
+def _measured_here(settings: PlanBench) -> Iterator[tuple[Case, Found]]:
+    """What local ranks find, those of a case started together."""
+    for case in cases(settings, settings.ranks):
+        ending = spawn(case.ranks, _on_a_rank, case, settings)
+        if ending.code:
+            raise CaseError(f"{case.title(settings)}: {ending.message}")
+        yield case, json.loads(ending.message)
+
+
+def _measured_by_torchrun(settings: PlanBench) -> list[tuple[Case, Found]]:
+    """What the ranks of torchrun find, with a thread each; nothing on ranks other than the first."""
+    torch.set_num_threads(1)
+    with connect(device="cpu") as world:
+        compared = list(cases(settings, (world.size,)))
+        peaks = [_measure_memory(case, settings, world) for case in compared]
+        times = [_measure_times(case, settings, world) for case in compared]
+    found = [{**one, "memory": peak} for one, peak in zip(times, peaks, strict=True)]
+    return list(zip(compared, found, strict=True)) if world.is_main else []
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -103,11 +130,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return f"{len(rows)} cases: error of time, median {median}, worst {worst}; of memory, worst {memory}"
 
 
-def _row(case: Case, settings: PlanBench) -> Row:
-    ending = spawn(case.ranks, _on_a_rank, case, settings)
-    if ending.code:
-        raise CaseError(f"{case.title(settings)}: {ending.message}")
-    found = json.loads(ending.message)
+def _row(case: Case, found: Found, settings: PlanBench) -> Row:
     config = _config(case.encoder, settings, case=case)
     traced = trace(config, case.ranks, gpu=False, norm_ranks=case.ranks)
     predicted = _step_time(traced, config, found, settings)
@@ -115,11 +138,12 @@ def _row(case: Case, settings: PlanBench) -> Row:
     more = {"predicted_s": predicted.total, "time_error": predicted.total / found["step"] - 1}
     more |= {"predicted_bytes": memory, "memory_error": memory / found["memory"] - 1}
     more |= {f"predicted_{name}_s": seconds for name, seconds in predicted.exposed.items()}
+    more |= {"communication_s": found["step"] - found["alone"]} if case.ranks > 1 else {}
     what = "measured: a step of CLAE exact; predicted from steps of other sizes and methods"
     return Row(case.title(settings), what, found["step"], found["spread"], added_bytes=found["memory"], more=more)
 
 
-def _step_time(traced: Traced, config: Config, found: dict[str, Any], settings: PlanBench) -> StepTime:
+def _step_time(traced: Traced, config: Config, found: Found, settings: PlanBench) -> StepTime:
     """The prediction from the times of other steps and of collectives that the ranks found."""
     ranks = traced.ranks
     networks = {(name, ranks): _fitted(name, times, ranks) for name, times in found["network"].items()}
@@ -166,16 +190,21 @@ def _config(
 def _on_a_rank(case: Case, settings: PlanBench) -> Ending:
     with connect(device="cpu") as world:
         torch.set_num_threads(threads_per_rank(case.ranks))
-        config = _config(case.encoder, settings, case=case)
-        memory = peak_bytes(lambda: step_of(config, world), world.device)
-        found = _measure_times(case, settings, world)
-        return Ending(OK, json.dumps({**found, "memory": max(world.gather_objects(memory))}))
+        memory = _measure_memory(case, settings, world)
+        return Ending(OK, json.dumps({**_measure_times(case, settings, world), "memory": memory}))
 
 
-def _measure_times(case: Case, settings: PlanBench, world: World) -> dict[str, Any]:
-    """Median seconds of the case's step, of each step of the calibration and of each collective by its size."""
+def _measure_memory(case: Case, settings: PlanBench, world: World) -> int:
+    """Peak bytes of the rank with the most."""
+    config = _config(case.encoder, settings, case=case)
+    return max(world.gather_objects(peak_bytes(lambda: step_of(config, world), world.device)))
+
+
+def _measure_times(case: Case, settings: PlanBench, world: World) -> Found:
+    """Median seconds of the case's step, of that of a rank alone, of the calibration's steps, of collectives by size."""
     calls: dict[str, Callable[[], Any]] = {"step": step_of(_config(case.encoder, settings, case=case), world)}
     alone = World.single("cpu")
+    calls["alone"] = step_of(_config(case.encoder, settings, case=replace(case, ranks=1, backend="ddp")), alone)
     for number, (method, rows) in enumerate(_CALIBRATION):
         calls[f"calibration {number}"] = step_of(_config(case.encoder, settings, method, rows), alone)
     if world.group is not None:
@@ -186,6 +215,7 @@ def _measure_times(case: Case, settings: PlanBench, world: World) -> dict[str, A
     return {
         "step": times["step"].median_s,
         "spread": times["step"].spread,
+        "alone": times["alone"].median_s,
         "calibration": [times[f"calibration {number}"].median_s for number in range(len(_CALIBRATION))],
         "network": network,
     }

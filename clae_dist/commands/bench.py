@@ -33,7 +33,8 @@ and open_clip's losses.
              same loop written with lightly.
   probe      the linear probe of `clae evaluate` beside scikit-learn's logistic regression, at one penalty and with the search.
   plan       steps and peak memory as `clae plan` predicts them from steps of other sizes, beside real ranks: 1, 2 and 4, three
-             encoders, micro-batches, DDP and FSDP2. Errors are relative to what was measured. The CPU alone.
+             encoders, micro-batches, DDP and FSDP2 (under torchrun: on its ranks). Errors are relative to what was measured.
+             communication_s is the step less that of a rank alone. The CPU alone.
   gpu-counts kernels, collectives, bytes and host waits of a training step on a GPU, counted by dispatch, so that no GPU is
              needed; on one, also the launches that torch's profiler sees. Rows: name, value, unit, limit (the most that it
              should be), how. Exit code 0 also above a limit.

@@ -19,7 +19,7 @@ from clae_dist.reading import ReadError, is_number, read_object
 from clae_dist.wire import Network, fit
 from clae_dist.wording import count_of
 
-_ONE_OF = "the output of `clae bench step|gather|data|checkpoint|plan --json`, or verify.json"
+_ONE_OF = "the output of `clae bench step|gather|data|checkpoint --json`, or verify.json"
 _VERSIONS = ("clae-dist", "torch")
 _SHARES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
