@@ -19,11 +19,19 @@ DESCRIPTION = (
 def add_arguments(parser: Parser) -> None:
     add_run(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--readmit",
+        metavar="HOST",
+        help="use HOST again, which the run excludes because it ended two starts in a row without progress",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from clae_dist.runs.exclusion import readmit
     from clae_dist.runs.status import describe, status_of
 
+    if arguments.readmit:
+        readmit(arguments.run, arguments.readmit)
     status = status_of(arguments.run)
     if arguments.json:
         print(in_json(json.dumps(status.as_dict(), indent=2)))

@@ -16,6 +16,7 @@ from clae_dist.runs.folder import (
     EXPORT,
     IDENTITY_FILE,
     METRICS_FILE,
+    READMITTED_FILE,
     REPORT,
     SUMMARY_FILE,
     TRAINING_LEASE,
@@ -24,7 +25,7 @@ from clae_dist.runs.folder import (
 from clae_dist.runs.record import TO_READ, Record
 from clae_dist.wording import count_of
 
-_WRITTEN = (EVALUATION_FILE, SUMMARY_FILE, BAD_SAMPLES_FILE, REPORT, EXPORT)
+_WRITTEN = (EVALUATION_FILE, SUMMARY_FILE, BAD_SAMPLES_FILE, READMITTED_FILE, REPORT, EXPORT)
 _LISTED = (CONFIG_FILE, IDENTITY_FILE, METRICS_FILE)
 _EXPORTED = "config.json"  # of an export, which is a folder of its own
 Say = Callable[[str], None]

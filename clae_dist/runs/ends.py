@@ -12,11 +12,11 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clae_dist.causes import PEER_LEFT
+from clae_dist.causes import PEER_ADDRESS, PEER_LEFT
 from clae_dist.errors import CAUSES, FAILED, Cause
 from clae_dist.reading import (
     Check,
@@ -37,7 +37,7 @@ MAX_TEXT = 400  # characters
 _MOST_ALIKE = 4  # lines about a lost connection for each start: a thousand ranks lose it at once
 _TAIL_BYTES = 256 << 10
 _DETERMINISTIC: tuple[Cause, ...] = ("code", "memory")
-_OF_A_HOST: tuple[Cause, ...] = ("host", "memory", "network", "no progress")
+_OF_A_HOST: tuple[Cause, ...] = ("host", "memory", "no progress")  # a rank that reports a lost link is not always the cause
 _FINE: tuple[Cause, ...] = ("finished", "stopped", "preemption")
 
 
@@ -56,6 +56,7 @@ class End:
     text: str  # one line
     digest: str = ""  # of the traceback, if any
     checkpoint: int | None = None  # the step of the newest checkpoint
+    peer: str = ""  # the host whose connection was lost, where the error names its address
 
     @property
     def is_failure(self) -> bool:
@@ -76,6 +77,7 @@ _FIELDS: dict[str, Check] = {
     **dict.fromkeys(("host", "text", "digest"), is_text),
     "checkpoint": or_none(is_count),
 }
+_OPTIONAL: dict[str, Check] = {"peer": is_text}
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Attempt:
     holds_lease: bool = False
     opened: bool = False  # the folder is known to be this run's
     trained: bool = False
+    addresses: dict[str, str] = field(default_factory=dict)  # of all hosts, and their names
 
     def end(
         self,
@@ -120,8 +123,15 @@ class Attempt:
                     text=text,
                     digest=digest,
                     checkpoint=newest_step(run_dir),
+                    peer=self._peer(text) if cause == "network" else "",
                 ),
             )
+
+    def _peer(self, text: str) -> str:
+        """The host that an error of gloo or NCCL means: "Read error [10.0.0.2]:4711: Connection reset by peer"."""
+        match = PEER_ADDRESS.search(text)
+        address = (match[1] or match["nccl"]) if match else ""
+        return self.addresses.get(address, address if address in self.addresses.values() else "")
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -175,10 +185,10 @@ def _read(run_dir: Path, say: Callable[[str], None] = _nothing) -> list[End]:
 
 def _end_of(content: dict[str, Any]) -> End | None:
     try:
-        expect(content, _FIELDS)
+        expect(content, _FIELDS, _OPTIONAL)
     except ReadError:
         return None
-    return End(**{key: content[key] for key in _FIELDS})
+    return End(**{key: content[key] for key in (*_FIELDS, *_OPTIONAL) if key in content})
 
 
 def _at_fault(reports: Sequence[End]) -> End:
@@ -186,9 +196,10 @@ def _at_fault(reports: Sequence[End]) -> End:
     others = [end for end in reports if end.cause != "network"]
     if others:
         return min(others, key=lambda end: (end.cause in _FINE, end.time))
-    first = min(reports, key=lambda end: end.time)
+    # A rank reports before it closes its own connections: the first line is of one that lost the rank at fault itself.
+    first = reports[0]
     if PEER_LEFT.search(first.text):  # and it left without a word, or its report would be here
-        return replace(first, cause="host", host="", code=FAILED, text=f"another rank vanished: {first.text}")
+        return replace(first, cause="host", host=first.peer, code=FAILED, text=f"another rank vanished: {first.text}")
     return first
 
 

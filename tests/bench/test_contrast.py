@@ -46,7 +46,7 @@ def test_rows_of_one_shape_with_those_peers_that_are_installed(
 def test_a_missing_peer_is_one_plain_line_and_the_rest_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(contrast, "QUICK", TINY)
+    monkeypatch.setattr(contrast, "QUICK", replace(TINY, growing=()))
     monkeypatch.setattr(peers, "is_installed", lambda module: False)
     assert cli.main(["bench", "contrast", "--quick"]) == 0
     printed = capsys.readouterr()

@@ -51,7 +51,7 @@ def _measure(world: World) -> list[Row]:
     return gather.measure(world, TINY, lambda text: None)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
 def test_what_ours_sends(ranks: RankPool, size: int) -> None:
     found = ranks.run(size, _measure)
     assert all(rows[0].case == found[0][0].case for rows in found)

@@ -71,7 +71,7 @@ def on_ranks(world: World, num_views: int, loss: ViewPairs, gather: str) -> tupl
     return value.item(), [z.grad for z in mine]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_ranks_compute_the_loss_and_gradient_of_a_double_loop(ranks: RankPool, kind: str, world_size: int) -> None:
     num_views, loss = KINDS[kind]

@@ -38,7 +38,7 @@ from tests.networks import small_model
 from tests.ranks import RankPool
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 @pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
 def test_ranks_compute_the_gradient_of_one_process(ranks: RankPool, gather: str, norm: str, world_size: int) -> None:
@@ -60,22 +60,29 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", [pytest.param("group", marks=pytest.mark.slow), "batch"])
+@pytest.mark.parametrize("gather", ["log_sum_exp", pytest.param("reduce_scatter", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_variants_of_the_attack(ranks: RankPool, variant: str, norm: str) -> None:
-    for way in ("log_sum_exp", "reduce_scatter"):
-        config = settings(VARIANTS[variant], gather=way)
-        assert_equal(2, ranks.run(2, run_step, norm, config), expected(norm, config))
+def test_variants_of_the_attack(ranks: RankPool, variant: str, gather: str, norm: str) -> None:
+    config = settings(VARIANTS[variant], gather=gather)
+    assert_equal(2, ranks.run(2, run_step, norm, config), expected(norm, config))
 
 
-@pytest.mark.parametrize("gather", ["log_sum_exp", "reduce_scatter"])
+@pytest.mark.parametrize(
+    ("gather", "world_sizes"),
+    [
+        ("log_sum_exp", (3,)),
+        pytest.param("log_sum_exp", (1, 2, 4), marks=pytest.mark.slow),
+        pytest.param("reduce_scatter", (2,), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("objective", [name for name in names() if name != "nt_xent"])  # that one is in all other tests
-def test_other_objectives(ranks: RankPool, objective: str, gather: str) -> None:
+def test_other_objectives(ranks: RankPool, objective: str, gather: str, world_sizes: tuple[int, ...]) -> None:
     fused = settings(VARIANTS["fused"], objective, gather)
     assert_equal(2, ranks.run(2, run_step, "batch", fused), expected("batch", fused))
     config = settings(FGSM, objective, gather)
     one_process = expected("batch", config)
-    for world_size in (1, 2, 3, 4) if gather == "log_sum_exp" else (2,):
+    for world_size in world_sizes:
         assert_equal(world_size, ranks.run(world_size, run_step, "batch", config), one_process)
 
 

@@ -30,7 +30,7 @@ def test_fused_equals_the_grouped_augmentation_and_moves_few_bytes(arguments: tu
         assert times <= 2, kind
 
 
-@pytest.mark.parametrize("capability", [70, 90])
+@pytest.mark.parametrize("capability", [pytest.param(70, marks=pytest.mark.slow), 90])
 def test_kernels_compile_without_spilled_registers(capability: int) -> None:
     done = processes.run(sys.executable, "-m", "tests.data.compiled_augmentation", str(capability))
     assert done.returncode == 0, done.stderr

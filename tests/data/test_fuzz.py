@@ -16,7 +16,7 @@ def test_what_inspect_accepts_decodes_to_the_same_size(tmp_path: Path) -> None:
 
 
 def test_damage_to_a_prepared_set_is_named(tmp_path: Path) -> None:
-    ends = fuzz("prepared_set", 100, tmp_path)
+    ends = fuzz("prepared_set", 40, tmp_path)
     assert min(ends[".npy refused"], ends[".tar refused"], ends[".json refused"]) > 0
 
 

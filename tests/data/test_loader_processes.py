@@ -55,7 +55,7 @@ def loaders(process: Process) -> list[psutil.Process]:
     return [below for child in psutil.Process(process.pid).children() for below in child.children()]
 
 
-@pytest.mark.parametrize("way", ["kill -9", "as a rank that hangs"])
+@pytest.mark.parametrize("way", ["kill -9", pytest.param("as a rank that hangs", marks=pytest.mark.slow)])
 def test_loader_processes_end_with_their_rank_even_while_one_is_stopped(way: str, tmp_path: Path) -> None:
     """Two kills of ranks left five processes and 2.1 GB for good: loaders watched their server, and the server its loaders."""
     with loading(tmp_path) as (process, mark):

@@ -67,7 +67,7 @@ def arguments(source: Path, folder: Path, workers: int) -> list[object]:
     return ["prepare", source, folder, *named, "--shard-samples", 12, "--workers", workers]
 
 
-@pytest.mark.parametrize("strike_at, workers", [(2, 1), (3, 2)])
+@pytest.mark.parametrize("strike_at, workers", [pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
 def test_killed_in_the_middle_the_same_command_ends_with_the_same_shards(
     tmp_path: Path, source: Path, struck: Path, command: Any, run: Run, content: Any, strike_at: int, workers: int
 ) -> None:
@@ -90,7 +90,9 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_shards(
     assert len(kept) == (1 if strike_at == 3 else 0)
 
 
-@pytest.mark.parametrize("signal_number, workers", [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    "signal_number, workers", [(signal.SIGINT, 2), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
+)
 def test_interrupted_it_leaves_cleanly_and_says_how_to_go_on(
     tmp_path: Path,
     source: Path,

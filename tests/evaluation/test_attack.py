@@ -115,7 +115,7 @@ def test_autoattack_is_that_of_its_authors_image_by_image() -> None:
     assert (ours <= is_right(model, images, labels)).all()
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_autoattack_with_few_classes(classes: int) -> None:
     model, images = Linear(classes).float(), _images(6).float()
     labels = model(images).argmax(1)

@@ -23,7 +23,7 @@ MakeRun = Callable[..., Path]
 ENCODERS = (("small_resnet", 16), ("timm/resnet18", 32), ("timm/vit_tiny_patch16_224", 32), ("torchvision/resnet18", 72))
 
 
-@pytest.mark.parametrize(("name", "size"), ENCODERS)
+@pytest.mark.parametrize(("name", "size"), [*ENCODERS[:-1], pytest.param(*ENCODERS[-1], marks=pytest.mark.slow)])
 def test_features_are_those_of_evaluation(make_run: MakeRun, name: str, size: int) -> None:
     run = make_run(f"model.encoder={name}", f"data.image_size={size}")
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))

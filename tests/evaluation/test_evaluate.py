@@ -140,7 +140,7 @@ def test_runs_in_double_precision_too(make_run: MakeRun) -> None:
 def _quiet(_: str) -> None: ...
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_weights_that_are_no_numbers_are_refused_with_the_reason(make_run: Callable[..., Path], value: float) -> None:
     """They were evaluated as 10.00 %."""
     run = make_run()

@@ -108,7 +108,12 @@ def test_the_digest_of_the_configuration_ignores_where_things_lie(make_run: Make
 
 @pytest.mark.parametrize(
     ("encoder", "size"),
-    [("timm/resnet18", 72), ("timm/vit_tiny_patch16_224", 32), ("timm/convnext_atto", 64), ("torchvision/resnet18", 72)],
+    [
+        pytest.param("timm/resnet18", 72, marks=pytest.mark.slow),
+        ("timm/vit_tiny_patch16_224", 32),
+        ("timm/convnext_atto", 64),
+        ("torchvision/resnet18", 72),
+    ],
 )
 def test_timm_loads_the_export(make_run: MakeRun, tmp_path: Path, encoder: str, size: int) -> None:
     """With timm alone, from its local-dir: scheme. torchvision's ResNets have the same weights under the same names."""

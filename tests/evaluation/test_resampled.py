@@ -31,9 +31,14 @@ def weights_at(encoder: str, image_size: int, path: Path) -> dict[str, torch.Ten
 @pytest.mark.parametrize(
     ("encoder", "words"),
     [
-        ("timm/eva02_tiny_patch14_224", r"1 of them resampled to this image size \(pos_embed: 4x4 there, 2x2 here\)"),
-        ("timm/cait_xxs24_224", r"1 of them resampled to this image size \(pos_embed: 4x4 there, 2x2 here\)"),
-        ("timm/flexivit_small", r"1 of them resampled to this image size \(pos_embed: 4x4 there, 2x2 here\)"),
+        *(
+            pytest.param(
+                f"timm/{name}",
+                r"1 of them resampled to this image size \(pos_embed: 4x4 there, 2x2 here\)",
+                marks=[] if name == "flexivit_small" else pytest.mark.slow,
+            )
+            for name in ("eva02_tiny_patch14_224", "cait_xxs24_224", "flexivit_small")
+        ),
         (
             "timm/swin_tiny_patch4_window7_224",
             r"10 of them resampled .*layers.1.blocks.0.*: 13x13 there, 7x7 here.* and 5 more",

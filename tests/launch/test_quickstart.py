@@ -136,7 +136,9 @@ def test_paths_are_relative_to_where_you_stand_and_may_hold_spaces(quickstart: Q
         assert shown(quickstart("--dry-run", **environment)[1])[0][5:] == expected
 
 
-@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 1), (2, 2), (3, 2), (8, 8), (13, 8)])
+@pytest.mark.parametrize(
+    ("gpus", "workers"), [(0, 2), (1, 1), (3, 2), (13, 8), *(pytest.param(n, n, marks=pytest.mark.slow) for n in (2, 8))]
+)
 def test_one_rank_a_gpu_that_torch_can_use(quickstart: Quickstart, gpus: int, workers: int) -> None:
     code, said = quickstart(GPUS=str(gpus))
     assert code == 0, said
@@ -152,14 +154,13 @@ USED = 50_000 // 128 * 128  # of CIFAR-10's images, in an epoch of whole batches
 @pytest.mark.parametrize(
     ("images", "given", "rate", "epochs", "batch"),
     [
-        (50_000, [], 100, 24_000 / USED, 128),
         (50_000, [], 51_234.5, 51_234.5 * 240 / USED, 128),  # a fast machine learns more
         (50_000, ["--minutes", "0.5"], 100, 3_000 / USED, 128),
         (1_281_167, [], 100, 24_000 / (1_281_167 // 128 * 128), 128),
-        (300, [], 100, 24_000 / 256, 128),
+        pytest.param(300, [], 100, 24_000 / 256, 128, marks=pytest.mark.slow),
         (54, [], 100, 24_000 / 48, 16),
-        (3, [], 100, 24_000 / 2, 2),
-        (50_000, ["batch.global_size=512"], 100, 24_000 / (50_000 // 512 * 512), 512),
+        pytest.param(3, [], 100, 24_000 / 2, 2, marks=pytest.mark.slow),
+        pytest.param(50_000, ["batch.global_size=512"], 100, 24_000 / (50_000 // 512 * 512), 512, marks=pytest.mark.slow),
         (100, ["batch.global_size=512"], 100, 24_000 / 512, 512),  # `clae train` says that this cannot be
         (300, ["train.epochs=1"], 100, 1, 128),
     ],

@@ -40,13 +40,13 @@ def block(language: str) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plug-in and its recipe in mine/, images in shards/ and two ranks' run in run/."""
+    """A folder with the plug-in and its recipe in mine/, images in shards/ and a rank's run in run/."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "mine").mkdir()
     (folder / "mine" / "pushed.py").write_text(block("python"))
     (folder / "mine" / "recipe.yaml").write_text(block("yaml") + SMALL)
     write_synthetic_set(folder / "shards", 16, 16)
-    done = clae(folder, *train(folder))
+    done = clae(folder, *train(folder), "launch.workers=1")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

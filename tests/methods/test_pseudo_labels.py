@@ -154,7 +154,7 @@ def take_step(world: World, parallel: Parallel, norm: str, micro_size: int, epsi
     return Taken(world.mean(metrics.loss), kept, taken[0].attacks[1].found.images)
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("norm", "world_size", "micro_size"), [("batch", 2, 0), ("batch", 3, 0), ("group", 2, 3), ("group", 1, 4)]
 )

@@ -135,7 +135,7 @@ def _left_in(module: nn.Module) -> list[torch.Tensor]:
     return grads + [buffer for buffer in module.buffers() if buffer.is_floating_point()]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_views_of_one_forward_have_their_own_statistics_and_one_collective(

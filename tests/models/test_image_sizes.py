@@ -20,7 +20,12 @@ def config_of(encoder: str, image_size: int) -> Config:
 
 @pytest.mark.parametrize(
     ("encoder", "image_size"),
-    [("swin_tiny_patch4_window7_224", 64), ("eva02_tiny_patch14_224", 56), ("cait_xxs24_224", 64), ("flexivit_small", 48)],
+    [
+        pytest.param("swin_tiny_patch4_window7_224", 64, marks=pytest.mark.slow),
+        ("eva02_tiny_patch14_224", 56),
+        pytest.param("cait_xxs24_224", 64, marks=pytest.mark.slow),
+        pytest.param("flexivit_small", 48, marks=pytest.mark.slow),
+    ],
 )
 def test_an_encoder_of_fixed_size_is_made_for_the_run_s_size(encoder: str, image_size: int) -> None:
     model = build_model(config_of(f"timm/{encoder}", image_size))
@@ -39,16 +44,31 @@ def test_an_encoder_of_fixed_size_is_made_for_the_run_s_size(encoder: str, image
     }
 
 
-@pytest.mark.parametrize("image_size", [32, 64, 96])
+@pytest.mark.parametrize("image_size", [32, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 96))])
 @pytest.mark.parametrize(
     "encoder",
-    ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224", "flexivit_small"],
+    [
+        "swin_tiny_patch4_window7_224",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("beit_base_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224", "flexivit_small")
+        ),
+    ],
 )
 def test_each_family_takes_small_images(encoder: str, image_size: int) -> None:
     check_model(config_of(f"timm/{encoder}", image_size))
 
 
-@pytest.mark.parametrize("encoder", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "mixer_s16_224", "levit_128s"])
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        "levit_128s",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("beit_base_patch16_224", "swinv2_tiny_window8_256", "mixer_s16_224")
+        ),
+    ],
+)
 def test_others_are_checked_without_memory_for_their_weights(encoder: str) -> None:
     check_model(config_of(f"timm/{encoder}", 128))
 
@@ -64,9 +84,11 @@ def test_what_takes_its_own_size_needs_no_argument_and_draws_the_same_weights() 
 @pytest.mark.parametrize(
     ("encoder", "image_size", "way_out"),
     [
-        ("timm/efficientformer_l1", 64, "use data.image_size=224, or an encoder for any size"),
+        pytest.param(
+            "timm/efficientformer_l1", 64, "use data.image_size=224, or an encoder for any size", marks=pytest.mark.slow
+        ),
         ("torchvision/vit_b_16", 100, "use data.image_size=224, or"),
-        ("torchvision/maxvit_t", 128, "use data.image_size=224, or"),
+        pytest.param("torchvision/maxvit_t", 128, "use data.image_size=224, or", marks=pytest.mark.slow),
     ],
 )
 def test_a_size_that_an_encoder_does_not_take(encoder: str, image_size: int, way_out: str) -> None:

@@ -41,7 +41,7 @@ def check(ranks: RankPool, world_size: int, setup: Setup, kinds: list[str]) -> N
 @pytest.mark.parametrize(
     "world_size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)]
 )
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", [pytest.param("group", marks=SLOW), "batch"])
 def test_ranks_train_as_one_process(ranks: RankPool, world_size: int, norm: str) -> None:
     """All kinds of steps one after another: what one leaves behind would show in the next."""
     kinds = [*KINDS, "plain", "exact", *(["shared"] if norm == "group" else [])]
@@ -54,7 +54,7 @@ def test_ranks_train_as_one_process(ranks: RankPool, world_size: int, norm: str)
         (4, Parallel(backend="fsdp2", shard_size=2)),
         pytest.param(4, Parallel(backend="fsdp2", shard_size=1), marks=SLOW),
         pytest.param(4, Parallel(backend="fsdp2", shard_size=2, reshard_after_forward=False), marks=SLOW),
-        (3, Parallel(backend="fsdp2", reshard_after_forward=False)),
+        pytest.param(3, Parallel(backend="fsdp2", reshard_after_forward=False), marks=SLOW),
     ],
     ids=["hybrid", "copies only", "hybrid, kept whole", "kept whole"],
 )
@@ -98,8 +98,16 @@ def run_norms_apart(world: World, setup: Setup, kinds: list[str]) -> list[Seen]:
     return [take_step(backend, kind, number) for number, kind in enumerate(kinds)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed blocks"])
-@pytest.mark.parametrize("reshard", [True, False], ids=["", "kept whole"])
+@pytest.mark.parametrize(
+    ("reshard", "checkpointing"),
+    [
+        pytest.param(True, False, marks=SLOW),
+        (True, True),
+        pytest.param(False, False, marks=SLOW),
+        pytest.param(False, True, marks=SLOW),
+    ],
+    ids=["", "recomputed blocks", "kept whole", "kept whole, recomputed blocks"],
+)
 def test_batch_norms_apart_train_the_same(ranks: RankPool, checkpointing: bool, reshard: bool) -> None:
     setup = Setup(
         train=replace(FLOAT64, activation_checkpointing=checkpointing),

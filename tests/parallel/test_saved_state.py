@@ -83,7 +83,7 @@ def check(pool: RankPool, size: int, way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [way if way in ("ddp", "fsdp2", "zero 1", "zero 3") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+    "way", [way if way in ("ddp", "fsdp2", "zero 3") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 )
 def test_two_ranks_write_and_go_on_to_the_same_bits(pair: RankPool, tmp_path: Path, way: str) -> None:
     check(pair, 2, way, tmp_path)

@@ -65,8 +65,9 @@ def broken(how: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("world_size", "encoder"),
     [
-        (4, "small_resnet"),
-        (2, "timm/vit_tiny_patch16_224"),
+        pytest.param(4, "small_resnet", marks=pytest.mark.slow),
+        (2, "small_resnet"),
+        pytest.param(2, "timm/vit_tiny_patch16_224", marks=pytest.mark.slow),
         pytest.param(4, "timm/vit_tiny_patch16_224", marks=pytest.mark.slow),
     ],
 )

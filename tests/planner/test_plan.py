@@ -25,6 +25,7 @@ from clae_dist.errors import BAD_CONFIG, OK, ConfigError
 from clae_dist.methods.clae import Clae
 from clae_dist.methods.simclr import SimClr
 from clae_dist.models.flops import flops_of
+from clae_dist.planner import plan
 from clae_dist.planner.costs import Images, Prices, best_interval_s, goodput_of
 from clae_dist.planner.measured import Here, Measured, read_measured
 from clae_dist.planner.memory import memory_of
@@ -164,7 +165,17 @@ def test_goodput() -> None:
 # ---- plans ----
 
 
-def test_what_does_not_fit_is_refused_with_a_setting_that_does() -> None:
+def test_what_does_not_fit_is_refused_with_a_setting_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Traced] = {}
+
+    def once(*arguments: Any, **named: Any) -> Traced:
+        """The three plans differ in the chip's memory and the micro-batches: what one has traced, another need not."""
+        key = repr((arguments, named))
+        if key not in kept:
+            kept[key] = trace(*arguments, **named)
+        return kept[key]
+
+    monkeypatch.setattr(plan, "trace", once)
     config = config_of(rows=64, data=Data(image_size=32))
     needed = memory_of(trace(config, 2, gpu=True, norm_ranks=2), config).total
     small = replace(H100, memory_bytes=0.8 * needed / 0.92)

@@ -24,6 +24,7 @@ STEPS = 8  # two epochs of 100 images in batches of 24
 
 
 SETTINGS = {"epochs": 2, "every_steps": 3, "diagnose_every": 3, "knn_every": 1}
+BARE = {"knn_every": 0, "diagnose_every": 100}  # steps, and nothing beside them that takes time
 
 
 def recipe(shards: Manifest, run_dir: Path, **settings: Any) -> Config:
@@ -69,11 +70,11 @@ def _after_writing(saving: Saving) -> tuple[bool, bool, bool]:
     return _FLAGS(saving)
 
 
-def final(config: Config) -> dict[str, Any]:
+def final(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """The tensors of the last checkpoint, and what else it holds."""
     checkpoint = load_checkpoint(config.folder, lambda text: pytest.fail(text))
     assert checkpoint is not None
-    assert checkpoint.step == STEPS
+    assert checkpoint.step == steps
     assert [path for path in (config.folder / "checkpoints").iterdir() if "partial" in path.name] == []
     info = dict(checkpoint.info)
     assert info.pop("train_s") > 0

@@ -24,21 +24,22 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.training.train import train
 from clae_dist.world import World
 from tests.ranks import RankPool
-from tests.small_run import STEPS, assert_same_weights, train_quietly, weights, whole_run
+from tests.small_run import assert_same_weights, train_quietly, weights, whole_run
 from tests.training.disturbed import train_on
 
 CONSTANT = Optim(name="adamw", learning_rate=1e-3, scaling="none", warmup_epochs=0, schedule="constant")
-HALF = STEPS // 2
+HALF, STEPS = 4, 8  # of the parent and of its continuation
 
 
 def pair(shards: Manifest, folder: Path, **sections: Any) -> tuple[Config, Config]:
-    """A run of 3 epochs and its continuation until 6, with an average, a momentum encoder and a queue."""
+    """A run of an epoch and its continuation until 2, with an average, a momentum encoder and a queue."""
     sections = {"optim": CONSTANT, "method": MoCo.Settings(momentum=0.9, queue=48), **sections}
-    parent = whole_run(shards, folder / "parent", sections=sections, epochs=3, ema_decay=0.9, precision="float64")
+    settings = {"every_steps": 2, "epochs": 1, "ema_decay": 0.9, "precision": "float64"}
+    parent = whole_run(shards, folder / "parent", sections=sections, **settings)
     return parent, extension(parent, folder / "child")
 
 
-def extension(parent: Config, run_dir: Path, epochs: float = 6) -> Config:
+def extension(parent: Config, run_dir: Path, epochs: float = 2) -> Config:
     return replace(parent, run_dir=str(run_dir), train=replace(parent.train, epochs=epochs, parent=parent.run_dir))
 
 
@@ -73,20 +74,20 @@ def test_with_a_constant_rate_it_is_the_run_that_was_long_from_the_start(finishe
     before = snapshot(finished.folder)
     child = extension(finished, tmp_path / "child")
     said = say(child)
-    assert f"continuing {finished.run_dir} after its 12 steps, 12 more follow; the learning rate stays 0.001" in said
+    assert f"continuing {finished.run_dir} after its 4 steps, 4 more follow; the learning rate stays 0.001" in said
     assert snapshot(finished.folder) == before, "the parent is never written to"
     long = replace(child, run_dir=str(tmp_path / "long"), train=replace(child.train, parent=""))
     say(long)
-    assert_same_weights(child.folder, long.folder)
+    assert_same_weights(child.folder, long.folder, STEPS)
 
 
 @pytest.mark.parametrize(("num_ranks", "backend"), [(2, "ddp"), pytest.param(2, "fsdp2", marks=pytest.mark.slow)])
 def test_on_other_ranks_and_backends(ranks: RankPool, extended: Config, tmp_path: Path, num_ranks: int, backend: Any) -> None:
     other = replace(extended, run_dir=str(tmp_path / "other"), parallel=Parallel(backend=backend))
     assert ranks.run(num_ranks, train_quietly, other) == ["finished"] * num_ranks
-    expected = weights(extended.folder)
-    for name, value in weights(other.folder).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-8, rtol=0)  # float64 over 12 steps of Adam
+    expected = weights(extended.folder, STEPS)
+    for name, value in weights(other.folder, STEPS).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-8, rtol=0)  # float64 over 4 steps of Adam
 
 
 def test_killed_and_resumed_without_its_parent(ranks: RankPool, finished: Config, extended: Config, tmp_path: Path) -> None:
@@ -95,9 +96,9 @@ def test_killed_and_resumed_without_its_parent(ranks: RankPool, finished: Config
     child = extension(parent, tmp_path / "child")
     assert ranks.run(1, train_on, child, 2) == ["lost"]
     shutil.rmtree(parent.folder)
-    assert ranks.run(1, train_on, child, 7) == ["lost"]
+    assert ranks.run(1, train_on, child, 4) == ["lost"]
     say(child)
-    assert_same_weights(child.folder, extended.folder)
+    assert_same_weights(child.folder, extended.folder, STEPS)
 
 
 def test_killed_before_the_parents_state_was_complete(finished: Config, extended: Config, tmp_path: Path) -> None:
@@ -107,11 +108,11 @@ def test_killed_before_the_parents_state_was_complete(finished: Config, extended
     for new, old in zip(*[(folder.identity_file, folder.config_file) for folder in names], strict=True):
         new.write_text(old.read_text())
     folder = names[0]
-    partial = folder.checkpoints / "step-00000012.partial-parent"
+    partial = folder.checkpoints / "step-00000004.partial-parent"
     partial.mkdir(parents=True)
     (partial / "checkpoint.json").write_text("{")
     say(child)
-    assert_same_weights(child.folder, extended.folder)
+    assert_same_weights(child.folder, extended.folder, STEPS)
     shutil.rmtree(folder.checkpoints)
     identity = json.loads(folder.identity_file.read_text())
     identity["parent"]["checkpoint"] = "0" * 64
@@ -128,7 +129,7 @@ def test_it_names_its_parent(finished: Config, extended: Config) -> None:
     assert identity.tags["parent_run_key"] == parent.run_key != identity.run_key
     assert json.loads((export_encoder(extended.folder) / "config.json").read_text())["parent"] == identity.parent
     write_report(extended.folder, say=lambda text: None)
-    assert f"{finished.run_dir}, after its 12 steps" in RunFolder(extended.folder).report_page.read_text()
+    assert f"{finished.run_dir}, after its 4 steps" in RunFolder(extended.folder).report_page.read_text()
     assert json.loads(RunFolder(extended.folder).summary_file.read_text())["parent"] == finished.run_dir
 
 
@@ -146,11 +147,11 @@ def test_its_initial_weights_are_its_parents(finished: Config, shards: Manifest,
 
 
 def test_a_warm_restart_is_printed(finished: Config, shards: Manifest, tmp_path: Path) -> None:
-    """The cosine of 6 epochs is at half its peak where that of 3 has ended."""
+    """The cosine of 2 epochs is at half its peak where that of one has ended."""
     parent, child = pair(shards, tmp_path, optim=replace(CONSTANT, schedule="cosine"))
     say(parent)
     assert (
-        "the learning rate ended at 1.704e-05 there and is 0.0005 here, by the cosine schedule of 6 epochs: a warm restart"
+        "the learning rate ended at 0.0001464 there and is 0.0005 here, by the cosine schedule of 2 epochs: a warm restart"
         in say(child)
     )
     logged = [json.loads(line) for line in (child.folder / "metrics.jsonl").read_text().splitlines()]
@@ -160,8 +161,8 @@ def test_a_warm_restart_is_printed(finished: Config, shards: Manifest, tmp_path:
 
 
 REFUSED = {
-    "fewer epochs": ({"train": {"epochs": 2}}, "train.epochs is 2, but the run that it extends has 3 epochs already"),
-    "the same": ({"train": {"epochs": 3}}, "train.epochs is 3, but the run that it extends has 3 epochs already"),
+    "fewer epochs": ({"train": {"epochs": 0.75}}, "train.epochs is 0.75, but the run that it extends has 1 epochs already"),
+    "the same": ({"train": {"epochs": 1}}, "train.epochs is 1, but the run that it extends has 1 epochs already"),
     "batch": ({"batch": {"global_size": 48}}, r"batch.global_size was 24 and is 48.*model.init="),
     "no run": ({"train": {"parent": "nowhere"}}, "train.parent is 'nowhere', which holds no run"),
 }
@@ -178,8 +179,8 @@ def test_refused(finished: Config, tmp_path: Path, case: str) -> None:
 
 def test_an_unfinished_parent_and_other_images(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     parent, child = pair(shards, tmp_path)
-    assert ranks.run(1, train_on, parent, 6) == ["lost"]
-    with pytest.raises(ConfigError, match="has not finished: its newest complete checkpoint is of step 4 of 12; finish it"):
+    assert ranks.run(1, train_on, parent, 4) == ["lost"]
+    with pytest.raises(ConfigError, match="has not finished: its newest complete checkpoint is of step 2 of 4; finish it"):
         say(child)
     say(parent)
     path = RunFolder(parent.folder).identity_file
@@ -194,22 +195,22 @@ def test_a_folder_of_something_else(finished: Config, tmp_path: Path) -> None:
     (child.folder / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"which is no run and holds thesis.tex; give another run_dir"):
         say(child)
-    with pytest.raises(ConfigError, match="belongs to another configuration: train.epochs was 3.0 and is 6"):
+    with pytest.raises(ConfigError, match="belongs to another configuration: train.epochs was 1.0 and is 2"):
         say(extension(finished, finished.folder))
 
 
 def test_the_command(finished: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its folder is beside the parent's, and lies where the command line says otherwise."""
     shutil.copytree(finished.folder, tmp_path / "first")
-    command = ["train", str(tmp_path / "first"), "--extend", "epochs=4", "--launcher", "local", "launch.workers=1"]
+    command = ["train", str(tmp_path / "first"), "--extend", "epochs=2", "--launcher", "local", "launch.workers=1"]
     assert main(command) == 0
     assert main(command) == 0  # again: it is finished
     assert "this run is finished already" in capfd.readouterr().out
-    again = RunFolder(tmp_path / "first-epochs4")
+    again = RunFolder(tmp_path / "first-epochs2")
     assert again.read_identity().parent["run"] == str(tmp_path / "first")
-    assert again.read_config().name == "run-epochs4"
-    assert main(["train", str(again.path), "--extend", "epochs=5", "name=longer", "launch.workers=1"]) == 0
-    assert RunFolder(tmp_path / "longer").find_checkpoints()[0].name == "step-00000020"
+    assert again.read_config().name == "run-epochs2"
+    assert main(["train", str(again.path), "--extend", "epochs=3", "name=longer", "launch.workers=1"]) == 0
+    assert RunFolder(tmp_path / "longer").find_checkpoints()[0].name == "step-00000012"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_the_command(finished: Config, tmp_path: Path, capfd: pytest.CaptureFixt
     [
         (["--extend", "steps=9"], "'steps=9' is not epochs=N"),
         (["--extend", "epochs=4", "train.epochs=4"], "--extend and train.epochs= are the same setting"),
-        (["--extend", "epochs=2"], "train.epochs is 2, but the run that it extends has 3 epochs already"),
+        (["--extend", "epochs=0.75"], "train.epochs is 0.75, but the run that it extends has 1 epochs already"),
         (["--extend", "epochs=4", "seed=3"], "seed was 0 and is 3. An extended run may change optim.learning_rate"),
     ],
 )

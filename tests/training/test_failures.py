@@ -25,7 +25,7 @@ from clae_dist.training import train as training
 from clae_dist.world import World
 from tests.parallel.expected_steps import largest_difference
 from tests.ranks import RankPool
-from tests.training.disturbed import assert_bitwise, final, logged, recipe, train_on
+from tests.training.disturbed import BARE, assert_bitwise, final, logged, recipe, train_on
 
 
 def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
@@ -77,14 +77,14 @@ def outcome(world: World, config: Config, action: str = "") -> tuple[str, str]:
 
 
 def test_a_loader_process_that_dies_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
-    found = ranks.run(3, outcome, recipe(shards, tmp_path / "run"), "one rank's loader process dies")
+    found = ranks.run(3, outcome, recipe(shards, tmp_path / "run", **BARE), "one rank's loader process dies")
     assert len(set(found)) == 1
     assert found[0][0] == "DataError"
     assert "rank 1 cannot load its batch: RuntimeError: DataLoader worker (pid 7) is killed" in found[0][1]
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
-    config = replace(recipe(shards, tmp_path / "run"), model=Model(encoder="small_resnet", norm="local"))
+    config = replace(recipe(shards, tmp_path / "run", **BARE), model=Model(encoder="small_resnet", norm="local"))
     found = ranks.run(3, outcome, config, "one rank's loss is not finite")
     assert len(set(found)) == 1
     assert found[0][0] == "DivergedError"
@@ -132,9 +132,9 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_old_checkpoint(
 def test_a_run_folder_of_another_configuration_is_refused(
     ranks: RankPool, shards: Manifest, finished_run: Callable[[int], Config]
 ) -> None:
-    config = finished_run(3)
+    config = finished_run(2)
     other = replace(config, objective=replace(config.objective, temperature=0.1), train=replace(config.train, log_every=7))
-    found = ranks.run(3, outcome, other)
+    found = ranks.run(2, outcome, other)
     assert len(set(found)) == 1
     assert found[0][0] == "ConfigError"
     assert "belongs to another configuration: objective.temperature was 0.5 and is 0.1." in found[0][1]
@@ -144,8 +144,8 @@ def test_other_images_in_the_same_run_are_refused(
     ranks: RankPool, tmp_path: Path, finished_run: Callable[[int], Config]
 ) -> None:
     others = write_synthetic_set(tmp_path / "shards", 96, 16)
-    config = replace(finished_run(3), data=replace(finished_run(3).data, shards=str(others.folder)))
-    assert "the images were" in ranks.run(3, outcome, config)[0][1]
+    config = replace(finished_run(2), data=replace(finished_run(2).data, shards=str(others.folder)))
+    assert "the images were" in ranks.run(2, outcome, config)[0][1]
 
 
 def test_a_changed_shard_ends_all_ranks_with_its_name(ranks: RankPool, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def damaged(tmp_path: Path) -> Manifest:
 def test_an_image_that_one_rank_cannot_read_ends_all_ranks_with_its_name(
     ranks: RankPool, damaged: Manifest, tmp_path: Path
 ) -> None:
-    config = recipe(damaged, tmp_path / "run")
+    config = recipe(damaged, tmp_path / "run", **BARE)
     found = ranks.run(3, outcome, replace(config, data=replace(config.data, verify="size")))
     assert len(set(found)) == 1
     assert found[0][0] == "DataError"

@@ -18,6 +18,7 @@ from clae_dist.collectives import observed, waiting
 from clae_dist.config import Config, Model
 from clae_dist.data import shards as shards_module
 from clae_dist.data.manifest import Manifest
+from clae_dist.methods.simclr import SimClr
 from clae_dist.recipe import Recipe
 from clae_dist.runs.folder import STOP_FILE
 from clae_dist.training import clock as clock_module
@@ -27,7 +28,7 @@ from clae_dist.training.clock import Clock
 from clae_dist.training.pace import PARTS, Slow, find_slow
 from clae_dist.world import World
 from tests.ranks import RankPool
-from tests.training.disturbed import logged, recipe
+from tests.training.disturbed import BARE, logged, recipe
 
 K = 8
 
@@ -163,8 +164,9 @@ def planted(
 )
 def test_a_planted_delay_is_named_on_all_ranks(ranks: RankPool, shards: Manifest, tmp_path: Path, rank: int, part: str) -> None:
     # With local statistics, the others wait in the reduction of gradients alone.
-    model = {"model": Model(encoder="small_resnet", norm="local" if part == "backward" else "global")}
-    config = recipe(shards, tmp_path / "run", epochs=5, every_steps=0, knn_every=0, sections=model)
+    backward = {"model": Model(encoder="small_resnet", norm="local"), "method": SimClr.Settings()}
+    sections = backward if part == "backward" else {}
+    config = recipe(shards, tmp_path / "run", epochs=4, every_steps=0, sections=sections, **BARE)
     results = ranks.run(2, planted, config, rank, part, 0.25)
     for slow, _ in results:
         assert slow is not None

@@ -82,7 +82,14 @@ def test_a_rank_that_is_cut_off_leaves_by_itself(ranks: RankPool, tmp_path: Path
     assert not lines[1]
 
 
-@pytest.mark.parametrize(("broken", "how", "launcher"), [(2, "ended", "torchrun"), (0, "ended", "ray"), (1, "silent", "local")])
+@pytest.mark.parametrize(
+    ("broken", "how", "launcher"),
+    [
+        (0, "ended", "torchrun"),
+        pytest.param(2, "ended", "ray", marks=pytest.mark.slow),
+        pytest.param(1, "silent", "local", marks=pytest.mark.slow),
+    ],
+)
 def test_no_rank_is_missed_that_has_ended_or_that_a_launcher_watches(
     ranks: RankPool, tmp_path: Path, broken: int, how: str, launcher: str
 ) -> None:

@@ -17,7 +17,7 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.training.train import train
 from clae_dist.world import World
 from tests.ranks import RankPool
-from tests.training.disturbed import STEPS, recipe, train_on
+from tests.training.disturbed import BARE, STEPS, recipe, train_on
 
 PHASES = {f"clae: {name}" for name in ("data", "augmentation", "forward", "attack", "backward", "update")}
 
@@ -34,13 +34,13 @@ def names(path: Path) -> list[str]:
 
 
 def test_each_rank_writes_a_trace_with_the_phases(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
-    config = recipe(shards, tmp_path / "run", profile_steps=f"{STEPS - 2}:{STEPS}", knn_every=0, diagnose_every=100)
+    config = recipe(shards, tmp_path / "run", epochs=0.75, profile_steps="1:3", **BARE)
     console = ranks.run(2, said, config)[0]
-    assert f"profiling steps {STEPS - 1} to {STEPS}" in console
+    assert "profiling steps 2 to 3" in console
     assert "traces of 2 ranks" in console
     assert "ui.perfetto.dev" in console
     traces = sorted(RunFolder(config.folder).profile.iterdir())
-    assert [path.name for path in traces] == [f"steps-{STEPS - 1}-{STEPS}.rank-{rank}.json.gz" for rank in range(2)]
+    assert [path.name for path in traces] == [f"steps-2-3.rank-{rank}.json.gz" for rank in range(2)]
     for path in traces:
         found = names(path)
         assert set(found) >= PHASES
@@ -51,7 +51,7 @@ def test_each_rank_writes_a_trace_with_the_phases(ranks: RankPool, shards: Manif
 
 @pytest.mark.slow
 def test_a_start_inside_the_window_traces_the_rest(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
-    config = recipe(shards, tmp_path / "run", profile_steps=f"1:{STEPS}", knn_every=0, diagnose_every=100)
+    config = recipe(shards, tmp_path / "run", profile_steps=f"1:{STEPS}", **BARE)
     assert ranks.run(1, train_on, config, 6) == ["lost"]
     assert not RunFolder(config.folder).profile.exists()
     assert "profiling steps 4 to 8" in ranks.run(1, said, config)[0]  # a checkpoint is of step 3
@@ -60,7 +60,7 @@ def test_a_start_inside_the_window_traces_the_rest(ranks: RankPool, shards: Mani
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
-    config = recipe(shards, tmp_path / "run", profile_steps="1:9", epochs=0.75, knn_every=0, diagnose_every=100)
+    config = recipe(shards, tmp_path / "run", profile_steps="1:9", epochs=0.75, **BARE)
     config.folder.mkdir()
     RunFolder(config.folder).profile.write_text("a file where the folder would be")
     console = ranks.run(1, said, config)[0]
@@ -70,7 +70,7 @@ def test_a_trace_that_cannot_be_written_ends_no_run(ranks: RankPool, shards: Man
 
 
 def test_a_window_after_the_end(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
-    config = recipe(shards, tmp_path / "run", profile_steps="3:5", epochs=0.75, knn_every=0, diagnose_every=100)
+    config = recipe(shards, tmp_path / "run", profile_steps="3:5", epochs=0.75, **BARE)
     assert "train.profile_steps is 3:5, but the run has 3 steps: no trace" in ranks.run(1, said, config)[0]
 
 
