@@ -100,7 +100,7 @@ def cases(settings: PlanBench, world_sizes: Sequence[int]) -> Iterator[Case]:
 
 
 def _measured_here(settings: PlanBench) -> Iterator[tuple[Case, Found]]:
-    """What local ranks find, those of a case started together."""
+    """Start the ranks of a case together, on this machine, case by case."""
     for case in cases(settings, settings.ranks):
         ending = spawn(case.ranks, _on_a_rank, case, settings)
         if ending.code:
@@ -109,7 +109,7 @@ def _measured_here(settings: PlanBench) -> Iterator[tuple[Case, Found]]:
 
 
 def _measured_by_torchrun(settings: PlanBench) -> list[tuple[Case, Found]]:
-    """What the ranks of torchrun find, with a thread each; nothing on ranks other than the first."""
+    """Measure on the ranks of torchrun, with a thread each; nothing is returned on ranks other than the first."""
     torch.set_num_threads(1)
     with connect(device="cpu") as world:
         compared = list(cases(settings, (world.size,)))
