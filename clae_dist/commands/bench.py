@@ -8,7 +8,9 @@ import sys
 from clae_dist.errors import ConfigError
 from clae_dist.options import Parser
 
-SUMMARY = "measure loss, gather, step, data, checkpoints, restarts, start-up, linear probe or GPU launches on this machine"
+SUMMARY = (
+    "measure loss, gather, step, data, checkpoints, restarts, start-up, linear probe, plans or GPU launches on this machine"
+)
 DESCRIPTION = """\
 Measures this machine. All contenders are first checked to compute the same (loss and gradients against float64; steps bit for
 bit), then timed in turns, so that a disturbance of the machine affects all of them. `pip install -e '.[bench]'` adds lightly's
@@ -31,6 +33,9 @@ and open_clip's losses.
   start      time from `clae train` on one CPU rank to its first update, and peak memory of all of its processes, beside the
              same loop written with lightly.
   probe      the linear probe of `clae evaluate` beside scikit-learn's logistic regression, at one penalty and with the search.
+  plan       steps and peak memory as `clae plan` predicts them from steps of other sizes, beside real ranks: 1, 2 and 4, three
+             encoders, micro-batches, DDP and FSDP2 (under torchrun: on its ranks). Errors are relative to what was measured.
+             communication_s is the step less that of a rank alone. The CPU alone.
   gpu-counts kernels, collectives, bytes and host waits of a training step on a GPU, counted by dispatch, so that no GPU is
              needed; on one, also the launches that torch's profiler sees. Rows: name, value, unit, limit (the most that it
              should be), how. Exit code 0 also above a limit.
@@ -45,7 +50,7 @@ repeat, is the least affected by other processes. OMP_NUM_THREADS sets torch's t
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "bench",
-        choices=("contrast", "step", "gather", "data", "checkpoint", "restart", "start", "probe", "gpu-counts"),
+        choices=("contrast", "step", "gather", "data", "checkpoint", "restart", "start", "probe", "plan", "gpu-counts"),
         help="what to measure",
     )
     parser.add_argument(
