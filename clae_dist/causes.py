@@ -38,7 +38,8 @@ _NETWORK_TEXT = re.compile(
 )
 _NETWORK_CLASSES = frozenset(("DistNetworkError", "DistStoreError", "DistBackendError"))
 _MEMORY_CLASSES = frozenset(("OutOfMemoryError", "MemoryError"))
-PEER_LEFT = re.compile(r"(closed|reset) by peer|remote process exited", re.IGNORECASE)
+PEER_LEFT = re.compile(r"(closed|reset) by (remote )?peer|remote process exited", re.IGNORECASE)
+PEER_ADDRESS = re.compile(r"\[([^]\s]+)\]:\d+|by remote peer (?P<nccl>[^<\s]+)<", re.IGNORECASE)
 
 
 def cause_of(error: BaseException) -> Cause:

@@ -12,13 +12,15 @@ Start the same line on every host, in any order; they meet at HOST, one of them.
 same path on all.
 
   --nodes N            hosts; with MIN:MAX the run continues with fewer hosts when some are lost, from the newest checkpoint, and
-                       uses hosts that return. Every number of ranks from MIN to MAX hosts must divide the batch: it is checked
+                       uses hosts that return. Every number of ranks from MIN to MAX hosts must divide the batch: it is checked.
+                       A host that ends two starts in a row without a new checkpoint between is excluded
   --gpus-per-node K    ranks on each host, one per GPU (default: the GPUs that torch sees; 1 without GPUs)
   --ranks-per-node K   the same for hosts without GPUs
   --head HOST[:PORT]   rendezvous (default port 29500); not needed with --nodes 1
   --id NAME            of the rendezvous, if several share a HOST:PORT (default: clae)
   --node-rank R        static rendezvous: this is host R of N (0 is HOST). Hosts are not replaced, ranks not restarted
-  --max-restarts N     restarts of the ranks after a failure (default 3; 0 with --node-rank)
+  --max-restarts N     restarts of the ranks after a failure (default 3, with MIN:MAX one more for each host that may be left
+                       out; 0 with --node-rank)
   --wait-s S           seconds that hosts wait for each other (default 600)
   --interface NAME     network for the ranks (default: by the route to HOST)
   --dry-run            print the command for this host without running it
@@ -77,7 +79,8 @@ if [ -z "$ranks" ]; then
   fi
 fi
 
-variables=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" CLAE_NODES="$nodes")
+spare=$((${nodes##*:} - ${nodes%%:*})) # hosts that the run can do without
+variables=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" CLAE_NODES="$nodes" CLAE_AT_HEAD="$at_head")
 # Not left to torchrun: host names need not resolve, and a host cannot always tell whether HOST is itself.
 run=("$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --local-addr="$address")
 if [ -n "$node_rank" ]; then
@@ -85,7 +88,7 @@ if [ -n "$node_rank" ]; then
 else
   is_host=0
   [ "$at_head" = no ] || is_host=1
-  run+=(--rdzv-backend=c10d --rdzv-endpoint="$(with_port "$host" "$port")" --rdzv-id="$id" --max-restarts="${restarts:-3}"
+  run+=(--rdzv-backend=c10d --rdzv-endpoint="$(with_port "$host" "$port")" --rdzv-id="$id" --max-restarts="${restarts:-$((3 + spare))}"
     --rdzv-conf="is_host=$is_host,timeout=$wait_s,join_timeout=$wait_s,last_call_timeout=10")
 fi
 # A store for each start: in the rendezvous's, ranks find the addresses of earlier ones, and a host that joins later waits forever.
@@ -96,6 +99,12 @@ show env PYTHONPATH="$PYTHONPATH" "${variables[@]}" "${run[@]}"
 if [ -n "$dry" ]; then
   say "dry run: nothing was run. The other hosts run the same, with their own interface and address, and is_host=1 on $host alone."
   exit 0
+fi
+
+if [ "$spare" -gt 0 ] && [ "$at_head" = no ]; then # the head has the rendezvous
+  code=0
+  CLAE_NODES=$nodes "$python" -m clae_dist.launchers.exclusion join "$config" ${settings[@]+"${settings[@]}"} || code=$?
+  [ "$code" -ne 4 ] || exit 4
 fi
 
 # Ranks that end for good (done, stopped, a user's mistake) leave their exit code here: torchrun would start them again.

@@ -8,13 +8,17 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clae_dist.bench.measure import Runs, Say, Times, UnequalError, make_rows, time_in_turns
+from clae_dist.bench.bucket import serve_bucket
+from clae_dist.bench.measure import Row, Runs, Say, Times, UnequalError, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome, amount
 from clae_dist.config import Config, Data, Model, Optim, Train
 from clae_dist.devices import local_device
@@ -23,9 +27,14 @@ from clae_dist.models import build_model
 from clae_dist.parallel import Backend, make_backend
 from clae_dist.runs.checkpoint import Writer, load_checkpoint
 from clae_dist.runs.folder import RunFolder
+from clae_dist.staging import staging_folder
 from clae_dist.world import World
 
 BARS = {"copy": 1.5, "torch_save": 0.1}  # largest ratio of our time to that of each
+BUCKET_BAR = 1.2  # of a save to a bucket, to that of a local folder
+DELAY_S, BYTES_PER_S = 0.02, 100e6  # of the link to the bucket
+_WORK = 40  # products of matrices beside a save
+_TURNS = 3  # times as many repeats for a folder and a bucket, which differ little
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class CheckpointBench:
     encoder: str = "timm/vit_base_patch16_224"
     image_size: int = 224
     repeats: int = 5
+    bucket: bool = False  # a row about a run folder on object storage, too
 
 
 FULL = CheckpointBench()
@@ -44,9 +54,11 @@ QUICK = CheckpointBench("timm/vit_small_patch16_224", 224, 3)  # 0.27 GB
 def bench(settings: CheckpointBench, say: Say) -> Outcome:
     """Rows of one case. Raises UnequalError unless the loaded state is, bit for bit, the saved one."""
     device = local_device()
-    with tempfile.TemporaryDirectory(prefix="clae-checkpoint-") as folder:
-        say(f"making the state of {settings.encoder}, writing to {folder}")
-        contest = _Contest(_trained(settings, device), device, Path(folder))
+    with ExitStack() as stack:
+        url = stack.enter_context(serve_bucket(DELAY_S, BYTES_PER_S)) if settings.bucket else ""
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clae-checkpoint-"))
+        say(f"making the state of {settings.encoder}, writing to {folder}{' and to a bucket' if url else ''}")
+        contest = _Contest(_trained(settings, device), device, Path(folder), url)
         contest.check()
         say("the loaded state is equal; timing")
         return contest.outcome(settings)
@@ -71,9 +83,12 @@ def _trained(settings: CheckpointBench, device: torch.device) -> Backend:
 class _Contest:
     """The ways to save one state."""
 
-    def __init__(self, backend: Backend, device: torch.device, folder: Path) -> None:
+    def __init__(self, backend: Backend, device: torch.device, folder: Path, url: str) -> None:
         self._backend, self._device, self._folder = backend, device, folder
         self._writer = Writer(folder, 0, 1, "bench", device)
+        self._staging = staging_folder(f"{url}/run") if url else None
+        self._to_bucket = Writer(self._staging, 0, 1, "bench", device) if self._staging else None
+        self._writers = [writer for writer in (self._writer, self._to_bucket) if writer is not None]
         self._steps = itertools.count(1)
         self._future: Any = None
         self._num_bytes = sum(piece.tensor.nbytes for piece in backend.pieces())
@@ -88,6 +103,11 @@ class _Contest:
     def ours(self) -> None:
         self._step = next(self._steps)
         self._writer.begin(self._step, self._backend.pieces())
+
+    def bucket(self) -> None:
+        assert self._to_bucket is not None
+        self._step = next(self._steps)
+        self._to_bucket.begin(self._step, self._backend.pieces())
 
     def copy(self) -> None:
         self._target.copy_(self._source)
@@ -107,13 +127,15 @@ class _Contest:
 
     def ready(self) -> None:
         """Wait for background work and remove uncommitted checkpoints."""
-        self._writer.join()
-        assert not self._writer.problem, self._writer.problem
+        for writer in self._writers:
+            writer.join()
+            assert not writer.problem, writer.problem
         if self._future is not None:
             self._future.result()
             self._future = None
-        for partial in RunFolder(self._folder).checkpoints.glob("*.partial-*"):
-            shutil.rmtree(partial)
+        for folder in filter(None, (self._folder, self._staging)):
+            for unfinished in RunFolder(folder).checkpoints.glob("*.partial-*"):
+                shutil.rmtree(unfinished)
         os.sync()
 
     # ---- comparison and times ----
@@ -127,16 +149,36 @@ class _Contest:
             if saved is None or not torch.equal(saved[name], value.cpu()) or not torch.equal(theirs[name], value.cpu()):
                 raise UnequalError(f"{name} is not what was saved, so the times cannot be compared.")
 
-    def committed_s(self) -> float:
+    def committed_s(self, save: Callable[[], None] | None = None, writer: Writer | None = None) -> float:
         """Seconds from the start of a save until the checkpoint is committed."""
+        writer = writer or self._writer
         self.ready()
         start = time.perf_counter()
-        self.ours()
-        self._writer.join()
-        self._writer.commit(self._step, "ddp", {"images_seen": 0}, 1, 0.0)
-        self._writer.join()
-        assert not self._writer.problem, self._writer.problem
+        (save or self.ours)()
+        writer.join()
+        writer.commit(self._step, "ddp", {"images_seen": 0}, 1, 0.0)
+        writer.join()
+        assert not writer.problem, writer.problem
         return time.perf_counter() - start
+
+    def beside(self, repeats: int) -> tuple[dict[str, Times], dict[str, Times]]:
+        """The time that a save blocks, to the folder and to the bucket in turns, and the same with the work after it.
+
+        The rest of a save takes cores from that work.
+        """
+        factor = torch.ones(1024, 1024, device=self._device)
+        blocked: dict[str, Times] = {}
+
+        def work(name: str, save: Callable[[], None]) -> None:
+            start = time.perf_counter()
+            save()
+            blocked.setdefault(name, Times([])).wall.append(time.perf_counter() - start)
+            for _ in range(_WORK):
+                factor @ factor
+
+        runs = {name: partial(work, name, save) for name, save in (("folder", self.ours), ("bucket", self.bucket))}
+        with_work = time_in_turns(runs, self._device, repeats, ready=self.ready, at_least_s=0.0)
+        return {name: Times(times.wall[-repeats:]) for name, times in blocked.items()}, with_work
 
     def outcome(self, settings: CheckpointBench) -> Outcome:
         committed_s = statistics.median(self.committed_s() for _ in range(max(1, settings.repeats // 2)))
@@ -156,7 +198,18 @@ class _Contest:
         figures["ours"]["more"] = {"committed_s": committed_s, "written_bytes": float(saved.index.num_bytes)}
         case = f"{settings.encoder}, weights and AdamW's state: {amount(self._num_bytes)}"
         rows = make_rows(case, {name: note for name, (note, _) in runs.items()}, times, figures)
-        return Outcome(rows, self._device, [_verdict(times)])
+        more, notes = self._bucket_rows(settings, case) if self._to_bucket else ([], [])
+        return Outcome([*rows, *more], self._device, [_verdict(times), *notes])
+
+    def _bucket_rows(self, settings: CheckpointBench, case: str) -> tuple[list[Row], list[str]]:
+        committed_s = {"folder": self.committed_s(), "bucket": self.committed_s(self.bucket, self._to_bucket)}
+        blocked, with_work = self.beside(_TURNS * settings.repeats)
+        link = f"{1000 * DELAY_S:g} ms, {BYTES_PER_S / 1e6:g} MB/s"
+        notes = {"folder": "a local run folder", "bucket": f"a run folder on object storage: loopback, {link}"}
+        figures = {
+            name: {"more": {"with_work_s": with_work[name].median_s, "committed_s": committed_s[name]}} for name in notes
+        }
+        return make_rows(f"{case}, in turns", notes, blocked, figures), [_bucket_verdict(blocked, with_work)]
 
 
 def _verdict(times: dict[str, Times]) -> str:
@@ -165,3 +218,10 @@ def _verdict(times: dict[str, Times]) -> str:
         ratio = times["ours"].median_s / times[name].median_s
         parts.append(f"{ratio:.2f} of {name} (bar {bar:g}: {'met' if ratio <= bar else 'missed'})")
     return f"a save blocks training for {', '.join(parts)}"
+
+
+def _bucket_verdict(blocked: dict[str, Times], with_work: dict[str, Times]) -> str:
+    alone, beside = (found["bucket"].median_s / found["folder"].median_s for found in (blocked, with_work))
+    met = "met" if max(alone, beside) <= BUCKET_BAR else "missed"
+    ratios = f"{alone:.2f} of one to a folder, with the work after it {beside:.2f}"
+    return f"a save to a bucket blocks for {ratios} (bar {BUCKET_BAR:g}: {met})"

@@ -116,7 +116,7 @@ def measure_loss(objective: str, world: World, settings: GatherBench, networks: 
                 result = along_sphere(calls[name](), a, b)
             assert_equal(case, name, result, expected or result, TOLERANCE)
             expected, traffic[name] = expected or result, count.traffic
-        times = _time(world, calls, settings)
+        times = time_together(world, calls, settings.repeats)
     for name in calls:
         sent = round(world.mean(torch.tensor(traffic[name].wire_bytes, dtype=torch.float64, device=world.device)).item())
         used = {kind: traffic[name].names.count(kind) for kind in dict.fromkeys(traffic[name].names)}
@@ -167,13 +167,10 @@ def _views(world: World, settings: GatherBench) -> tuple[torch.Tensor, torch.Ten
 def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Network], list[Row]]:
     """Fit α and β of each collective to messages of growing size by least squares."""
     networks, rows = {}, []
-    for name, collective, share in (
-        ("all_gather", _all_gather, 1),
-        ("reduce_scatter", _reduce_scatter, 1),
-        ("all_reduce", _all_reduce, 2),
-    ):
+    for name, collective in collective_calls().items():
+        share = 2 if name == "all_reduce" else 1
         calls = {str(size): collective(world, size) for size in settings.message_bytes}
-        times = _time(world, calls, settings)
+        times = time_together(world, calls, settings.repeats)
         sent = [share * size * (world.size - 1) / world.size for size in settings.message_bytes]
         networks[name] = network = fit(sent, [times[str(size)].median_s for size in settings.message_bytes])
         largest = times[str(settings.message_bytes[-1])]
@@ -184,6 +181,11 @@ def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Netw
         figures = {"floor_s": network.seconds(sent[-1]), "wire_bytes": round(sent[-1]), "more": more}
         rows += make_rows(case, {name: note}, {name: largest}, {name: figures})
     return networks, rows
+
+
+def collective_calls() -> dict[str, Callable[[World, int], Callable[[], Any]]]:
+    """By name, a function of the world and the bytes of the buffer that makes a call of the collective."""
+    return {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter, "all_reduce": _all_reduce}
 
 
 def _parts(world: World, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,13 +209,13 @@ def _all_reduce(world: World, num_bytes: int) -> Callable[[], Any]:
     return lambda: dist.all_reduce(everyone, group=world.group)
 
 
-def _time(world: World, calls: dict[str, Callable[[], Any]], settings: GatherBench) -> dict[str, Times]:
+def time_together(world: World, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
     """Time the calls after a barrier each; a repeat takes as long as on its slowest rank, for which the others wait."""
 
     def barrier() -> None:
         world.flags_anywhere(False)
 
-    times = time_in_turns(calls, world.device, settings.repeats, ready=barrier, at_least_s=0.0)
+    times = time_in_turns(calls, world.device, repeats, ready=barrier, at_least_s=0.0)
     everyone = world.gather_objects({name: one.wall for name, one in times.items()})
     slowest = {name: [max(repeat) for repeat in zip(*(rank[name] for rank in everyone), strict=True)] for name in times}
     assert all(statistics.median(wall) > 0 for wall in slowest.values())

@@ -18,6 +18,7 @@ import torch
 from clae_dist.errors import ClaeError
 
 Say = Callable[[str], None]
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 class UnequalError(ClaeError, RuntimeError):
@@ -154,9 +155,38 @@ def added_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # reset the highest resident size
     except (AttributeError, OSError):  # another C library, or a container that forbids it
         return None
-    before = _status_bytes("VmRSS")
+    before = resident_bytes()
     run()
     return max(0, _status_bytes("VmHWM") - before)
+
+
+def resident_bytes() -> int:
+    """Memory of this process in use, of Linux; freed memory is returned first."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+@contextmanager
+def no_freed_memory_held() -> Iterator[None]:
+    """Return each freed block of 64 KiB to the system at once, so that resident memory is memory in use. GNU's C library.
+
+    By default it keeps blocks of up to 32 MiB, once one of that size was freed, in a heap that can only shrink at its end:
+    use this before large blocks are freed.
+    """
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+
+
+def peak_above(run: Callable[[], Any], before: int) -> int:
+    """Peak memory of this process during one call, above an earlier `resident_bytes`. Linux."""
+    resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return _status_bytes("VmHWM") - before
 
 
 def _status_bytes(key: str) -> int:

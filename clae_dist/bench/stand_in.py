@@ -28,9 +28,9 @@ _HOST = "_clae_on_host"  # attribute of tensors that would lie on the host
 
 
 @contextmanager
-def stand_in_ranks(num_ranks: int) -> Iterator[World]:
+def stand_in_ranks(num_ranks: int, device: torch.device = DEVICE) -> Iterator[World]:
     """The world of rank 0 of `num_ranks`, of which the others do not exist. This process must have no process group."""
-    with as_one_of(num_ranks, DEVICE) as world, replaced(ddp, DistributedDataParallel=_Ddp), warnings.catch_warnings():
+    with as_one_of(num_ranks, device) as world, replaced(ddp, DistributedDataParallel=_Ddp), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions on a CPU
         yield world
 

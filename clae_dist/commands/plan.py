@@ -20,6 +20,7 @@ from clae_dist.options import Parser, user_path
 if TYPE_CHECKING:
     from clae_dist.config import Config
     from clae_dist.planner.costs import Images
+    from clae_dist.planner.plan import Request
     from clae_dist.planner.table import Chip
 
 SUMMARY = "predict time, memory, cost and failures of a run on any number of GPUs, before anything is started"
@@ -39,18 +40,25 @@ examples:
   clae plan imagenet/clae-vit-s batch.global_size=8192 --ranks 64 --gpu a100 --network efa-400 --json
   clae bench step --json > step.json; clae bench gather --json > gather.json
   clae plan quickstart --ranks 2 --gpu cpu --measured step.json gather.json
+  clae plan imagenet/clae --gpu h100 --network ib-400 --as-if-world 256    on a machine with one such GPU
 """
 
 
 def add_arguments(parser: Parser) -> None:
     parser.epilog = _EPILOG + "\n" + (parser.epilog or "")
     add_config(parser)
-    parser.add_argument("--ranks", type=int, required=True, metavar="W", help="ranks, one a GPU")
+    parser.add_argument("--ranks", type=int, metavar="W", help="ranks, one a GPU (default: those of --as-if-world)")
     parser.add_argument("--gpu", required=True, metavar="CHIP", help="h100, a100, … (an unknown one prints the list), or cpu")
     parser.add_argument("--network", metavar="NAME", help="network between nodes: ib-400, ethernet-100, …")
     parser.add_argument("--per-node", type=int, default=0, metavar="N", help="ranks of a node (default: as usual for the chip)")
     parser.add_argument(
         "--measured", type=user_path, nargs="+", default=[], metavar="FILE", help="outputs of clae bench --json, or verify.json"
+    )
+    parser.add_argument(
+        "--as-if-world",
+        type=int,
+        metavar="N",
+        help="run steps of one real rank here with the shapes of N ranks, without messages, and plan with their time",
     )
     parser.add_argument("--force", action="store_true", help="use measured files of another machine or version")
     parser.add_argument("--price", type=float, default=0.0, metavar="MONEY", help="price of a rank an hour")
@@ -69,11 +77,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("ranks", "price", "mtbf", "images", "per_node"):
+    for name in ("ranks", "as_if_world", "price", "mtbf", "images", "per_node"):
         value = getattr(arguments, name)
-        least = 1 if name == "ranks" else 0
+        least = 1 if name in ("ranks", "as_if_world") else 0
         if value is not None and (not math.isfinite(value) or value < least or (name == "mtbf" and not value)):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; use a number above {least - (name == 'ranks')}.")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; use a number above {max(0, least - 1)}.")
+    ranks = arguments.ranks or arguments.as_if_world
+    if not ranks:
+        raise ConfigError("--ranks is missing: the ranks of the run to plan, such as --ranks 64.")
     recipe = check_trust(arguments, resolved(arguments))
     from clae_dist.bench.outcome import machine, versions
     from clae_dist.devices import local_device
@@ -85,13 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     here = Here(versions(), machine(local_device("cpu")))
     on_cpu = arguments.gpu == "cpu"
-    chip = _this_machine(str(here.machine["cpu"]), arguments.per_node or arguments.ranks) if on_cpu else chip_of(arguments.gpu)
+    chip = _this_machine(str(here.machine["cpu"]), arguments.per_node or ranks) if on_cpu else chip_of(arguments.gpu)
     config = recipe.config
     precision: Any = chip.precision(config.train.precision)
     config = replace(config, train=replace(config.train, precision=precision))
     request = Request(
         config,
-        arguments.ranks,
+        ranks,
         chip,
         network_of(arguments.network) if arguments.network else None,
         arguments.per_node or chip.per_node,
@@ -101,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         cores=int(here.machine["cores"]) if on_cpu else 0,
         say=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True),
     )
+    if arguments.as_if_world:
+        _measure(request, arguments.as_if_world)
     plan = make_plan(request)
     text = in_json(json.dumps(as_object(plan), indent=1))
     if arguments.to:
@@ -113,6 +126,27 @@ def run(arguments: argparse.Namespace) -> int:
     for line in lines(plan):
         say(line)
     return OK
+
+
+def _measure(request: Request, ranks: int) -> None:
+    """Add a real step on this machine to what the plan is made from."""
+    from clae_dist.bench.real_step import measure_as_one_of
+    from clae_dist.devices import local_device
+    from clae_dist.planner.page import line_of
+
+    config, chip = request.config, request.chip
+    device = local_device("auto" if chip.is_gpu else "cpu")
+    if chip.is_gpu and device.type != "cuda":
+        raise ConfigError(f"--as-if-world steps on this machine, which has no GPU, but --gpu is {chip.name}; use --gpu cpu.")
+    if config.parallel.backend == "deepspeed":
+        raise ConfigError(
+            "--as-if-world steps under ddp or fsdp2, and parallel.backend is deepspeed; add parallel.backend=ddp."
+        )
+    request.say(f"steps of one real rank with the shapes of {ranks}")
+    step, sample = measure_as_one_of(config, ranks, request.norm_ranks(ranks), device)
+    request.measured.samples.append(sample)
+    request.measured.real_step = step
+    request.say(line_of(step))
 
 
 def _this_machine(cpu: str, ranks: int) -> Chip:

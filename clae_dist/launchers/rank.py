@@ -13,15 +13,16 @@ from clae_dist.causes import cause_of, digest_of, exit_code_of
 from clae_dist.config import Config
 from clae_dist.data.loader import share_imports
 from clae_dist.data.urls import redact_text
-from clae_dist.errors import OK, STOPPED, UNEXPECTED, Cause, ClaeError, ConfigError, restarts
-from clae_dist.escape import shown_lines
+from clae_dist.errors import FAILED, OK, STOPPED, UNEXPECTED, Cause, ClaeError, ConfigError, restarts
+from clae_dist.escape import say, shown_lines
 from clae_dist.launchers.environment import check_interface
+from clae_dist.launchers.exclusion import Exclusion, decide, end_this_host, is_elastic, meet_hosts
 from clae_dist.launchers.output import Output
 from clae_dist.launchers.terminal import Terminal
 from clae_dist.recipe import Recipe
 from clae_dist.runs.ends import Attempt, read_ends, repeated_crash
 from clae_dist.runs.folder import RunFolder
-from clae_dist.runs.mirror import send_file
+from clae_dist.runs.mirror import fetch_ends, send_file
 from clae_dist.storage import storage_error
 from clae_dist.training.flight_recorder import dump, switch_on
 from clae_dist.training.guard import is_preemption
@@ -115,14 +116,41 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False, num_en
         switch_on(config.folder)
         with connect(config.guard.timeout_s, config.launch.device) as world:
             if num_ends is not None:
-                useless: Ending | None = world.run_on_main(lambda: useless_restart(config, num_ends))
+                useless: Ending | None = world.run_on_main(lambda: _useless(config, num_ends))
                 if useless:
                     return useless
+                if excluded := _exclude_hosts(config, world, Console(config, also), attempt):
+                    return excluded
             return _train(recipe, world, Console(config, also), attempt, debug=debug)
+    except RankBroke:
+        raise
     except ConfigError as error:  # of all ranks, before they communicate
         return Ending(error.exit_code, str(error))
     except Exception as error:
         raise _broke(error, config, rank, size, attempt) from error
+
+
+def _exclude_hosts(config: Config, world: World, console: Console, attempt: Attempt) -> Ending | None:
+    """End this start if a host of it is excluded: for good, or, where torchrun is elastic, for the ranks of that host alone.
+
+    Collective. Raises RankBroke on the other ranks of an elastic torchrun, which start again without the host.
+    """
+    places = meet_hosts(world)
+    attempt.addresses = {place.address: place.host for place in places if place.address}
+    if config.launch.launcher != "torchrun":
+        return None
+    exclusion: Exclusion | None = world.run_on_main(lambda: decide(config, places))
+    if exclusion is None:
+        return None
+    if world.is_main:
+        say(exclusion.text, file=console, flush=True)
+    if not exclusion.hosts:
+        return None
+    if not is_elastic():
+        return Ending(FAILED, f"{exclusion.text} The same command resumes from the newest checkpoint.", cause="host")
+    if places[world.rank].host in exclusion.hosts:
+        end_this_host(exclusion.text, world.local_rank)
+    raise RankBroke("")
 
 
 def _broke(error: Exception, config: Config, rank: int, size: int, attempt: Attempt) -> RankBroke:
@@ -142,6 +170,12 @@ def _broke(error: Exception, config: Config, rank: int, size: int, attempt: Atte
     except OSError:
         return RankBroke(what, code)
     return RankBroke(f"{what} (traceback: {log})", code)
+
+
+def _useless(config: Config, num_ends: int) -> Ending | None:
+    """On rank 0, whose node may be another than that of earlier starts."""
+    fetch_ends(config.folder)
+    return useless_restart(config, num_ends)
 
 
 def useless_restart(config: Config, num_ends: int) -> Ending | None:

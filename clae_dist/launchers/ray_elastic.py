@@ -17,21 +17,34 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, autoscaling_coordinator_client
 
+from clae_dist.escape import shown
+from clae_dist.runs.exclusion import excluded_hosts, why_excluded
+from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import fetch_ends
 from clae_dist.training.guard import TAKEN_AWAY
 
 _CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
 _PAUSE_S = 0.2
+_FETCH_S = 5.0  # between looks at object storage
+_EXCLUDED = "It is excluded."
+_STILL_USED = "There is no room without it, so that it is still used: add a host, and remove this one with `ray drain-node`."
 CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
 
 
 class WorkingSizes(ElasticScalingPolicy):
-    """Takes the largest of `sizes` for which there is room on hosts that stay."""
+    """Takes the largest of `sizes` for which there is room on hosts that stay.
+
+    Hosts that failed twice without progress (runs/exclusion.py) are excluded, unless there is no room for any size then.
+    """
 
     def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], stop_file: Path, check_every_s: float) -> None:
         super().__init__(scaling_config)
         self._sizes, self._stop_file, self._check_every_s = sizes, stop_file, check_every_s
         self._checked = float("-inf")
         self._more_at = 0  # a larger size that was possible at the last check, too
+        self._excluded: list[str] = []  # nodes
+        self._said: set[str] = set()
+        self._fetched = float("-inf")
 
     def after_controller_start(self, train_run_context: Any) -> None:
         # The claim of a controller that was killed stands, for 180 s if Ray has its way: the run that takes its place waits.
@@ -45,10 +58,37 @@ class WorkingSizes(ElasticScalingPolicy):
         return decision
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(_draining_nodes())
-        staying_resources = {node: resources for node, resources in reserved_resources.items() if node in staying}
-        possible = int(super()._count_possible_workers(staying_resources))
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        staying = set(nodes) - set(_draining_nodes())
+        folder = self._stop_file.parent
+        if time.monotonic() - self._fetched > _FETCH_S:
+            self._fetched = time.monotonic()
+            fetch_ends(folder)
+        failed_hosts = excluded_hosts(folder)
+        failed = {node for node in staying if nodes[node]["NodeManagerHostname"] in failed_hosts}
+        good = staying - failed
+        # All of the cluster: Ray knows nothing of hosts that failed, and may have reserved one of them in place of a good one.
+        room = self._size_for({node: nodes[node]["Resources"] for node in good}) if failed else 0
+        self._excluded = sorted(failed) if room else []
+        for host in {nodes[node]["NodeManagerHostname"] for node in failed}:
+            self._say(f"ray: {why_excluded(host, failed_hosts[host], folder)} {_EXCLUDED if room else _STILL_USED}")
+        size = self._size_for({node: reserved_resources.get(node, {}) for node in (good if room else staying)})
+        return size or (self._sizes[0] if room else 0)
+
+    def _size_for(self, resources: dict[str, Any]) -> int:
+        possible = int(super()._count_possible_workers(resources))
         return max((size for size in self._sizes if size <= possible), default=0)
+
+    def _say(self, line: str) -> None:
+        """Append a line to the run's console, once."""
+        if line not in self._said:
+            with RunFolder(self._stop_file.parent).console_file.open("a") as file:
+                file.write(f"{shown(line)}\n")
+        self._said.add(line)
+
+    def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> dict[str, str] | None:
+        """The label that nodes of workers must have."""
+        return {"ray.io/node-id": f"!in({','.join(self._excluded)})"} if self._excluded else None
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:
         self._maybe_send_resource_request()

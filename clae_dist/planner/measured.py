@@ -17,8 +17,9 @@ from clae_dist.planner.table import Chip
 from clae_dist.planner.timing import Rates, Sample, fit_rates
 from clae_dist.reading import ReadError, is_number, read_object
 from clae_dist.wire import Network, fit
+from clae_dist.wording import count_of
 
-_ONE_OF = "the output of `clae bench step|gather|data|checkpoint|plan --json`, or verify.json"
+_ONE_OF = "the output of `clae bench step|gather|data|checkpoint --json`, or verify.json"
 _VERSIONS = ("clae-dist", "torch")
 _SHARES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
@@ -31,9 +32,23 @@ class Here:
     machine: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class RealStep:
+    """A step of one real rank with the shapes of `ranks`, in which no message took time.
+
+    Median seconds, their interquartile range over it, the peak memory of the rank and as it was planned.
+    """
+
+    ranks: int
+    seconds: float
+    spread: float
+    peak_bytes: int
+    planned_bytes: float
+
+
 @dataclass
 class Measured:
-    """The figures of all files. None or empty: not measured."""
+    """The figures of all files, and of a real step if one was measured. None or empty: not measured."""
 
     samples: list[Sample] = field(default_factory=list)
     networks: dict[tuple[str, int], Network] = field(default_factory=dict)
@@ -42,12 +57,14 @@ class Measured:
     written_bytes_per_s: float = 0.0
     blocked_s_per_byte: float = 0.0
     files: list[str] = field(default_factory=list)
+    real_step: RealStep | None = None
 
     def rates(self) -> Rates | None:
         """None if no step was measured."""
         if not self.samples:
             return None
-        return fit_rates(self.samples, f"fitted to {len(self.samples)} steps of {', '.join(self.files)}")
+        sources = [*self.files, *([f"--as-if-world {self.real_step.ranks}"] if self.real_step else [])]
+        return fit_rates(self.samples, f"fitted to {count_of(len(self.samples), 'step')} of {', '.join(sources)}")
 
 
 def read_measured(paths: Sequence[Path], chip: Chip, here: Here, *, force: bool) -> Measured:

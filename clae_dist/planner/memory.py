@@ -24,6 +24,7 @@ PARTS = {  # owner of a storage -> part of the plan
     "attack": "attack",
     "loss": "rows and chunks",
     "update": "update",
+    "scratch": "scratch of convolutions",
 }
 _ZERO_BUCKET = 4 * 50_000_000  # bytes that DeepSpeed reduces at a time (parallel/deepspeed.py)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clae_dist.planner.costs import IMAGES_PER_CORE_S, RESTART_S, WRITTEN_BYTES_PER_S
+from clae_dist.planner.measured import RealStep
 from clae_dist.planner.plan import Option, RunPlan
 from clae_dist.wording import count_of
 
@@ -49,6 +50,14 @@ def lines(plan: RunPlan) -> Iterator[str]:
         yield f"  {number}. {change.what}: saves {change.saves:.0%} of the time"
     if not plan.changes:
         yield "  no change that is known here would save 0.5 % of the time"
+
+
+def line_of(step: RealStep) -> str:
+    """A measured step as text."""
+    return (
+        f"a real step here as one of {count_of(step.ranks, 'rank')}, without messages: {_seconds(step.seconds)} (spread "
+        f"{step.spread:.0%}); peak memory {_bytes(step.peak_bytes)}, planned {_bytes(step.planned_bytes)}"
+    )
 
 
 def _links(plan: RunPlan) -> str:
@@ -103,6 +112,7 @@ def as_object(plan: RunPlan) -> dict[str, Any]:
         "per_node": request.per_node,
         "nodes": request.links.nodes(request.ranks),
         "rates": request.rates.source,
+        "real_step": vars(request.measured.real_step) if request.measured.real_step else None,
         "images": vars(request.images),
         "node_mtbf_h": request.prices.node_mtbf_h,
         "usable_bytes": request.usable_bytes,

@@ -16,15 +16,20 @@ from clae_dist.planner.work import NO_PRODUCT, Amount, Bin, Live, Message, Work
 from clae_dist.wire import buffer_bytes, carries_data
 
 STATISTICS = "statistics"  # part of the collectives within a batch norm
+_CONVOLUTIONS = {"convolution": 1, "convolution_backward": 2}  # index of the weights among the arguments
 
 
 class Recorder(InsideOperators):
     """Context that records. `part` names the part of the step in which operations count and storages are made."""
 
-    def __init__(self, *, without_data: bool = True) -> None:
-        """With fake tensors (`without_data`), numbers that the host reads are made up."""
+    def __init__(self, *, without_data: bool = True, scratch: bool = False) -> None:
+        """With fake tensors (`without_data`), numbers that the host reads are made up.
+
+        Args:
+            scratch: count the memory in which oneDNN reorders a convolution's weights, on a CPU.
+        """
         super().__init__()
-        self._without_data = without_data
+        self._without_data, self._scratch = without_data, scratch
         self.work = Work()
         self.part = "forward"
         self._owner_of: dict[int, tuple[str, int, Any]] = {}  # storage -> owner, bytes, weak reference
@@ -59,13 +64,19 @@ class Recorder(InsideOperators):
         owner, size, _ = self._owner_of.pop(key)
         self._live[owner] -= size
 
-    def _note_peak(self) -> None:
+    def _note_peak(self, scratch: int = 0) -> None:
         """Keep the moment of each part with the most bytes, with and without gradients, which a backend may shard."""
-        total = sum(self._live.values())
+        total = sum(self._live.values()) + scratch
         for with_gradients, size in ((True, total), (False, total - self._live.get("gradients", 0.0))):
             key = self.part, with_gradients
             if size > self._peaks.get(key, (0.0, None))[0]:
-                self._peaks[key] = size, Live(f"{self.part}{'' if with_gradients else ' but for gradients'}", dict(self._live))
+                self._peaks[key] = (
+                    size,
+                    Live(
+                        f"{self.part}{'' if with_gradients else ' but for gradients'}",
+                        {**self._live, "scratch": float(scratch)},
+                    ),
+                )
 
     def finish(self) -> Work:
         """The work so far."""
@@ -93,6 +104,8 @@ class Recorder(InsideOperators):
         outputs = tensors_in(result)
         for tensor in outputs:
             self._register(tensor.untyped_storage(), self.part)
+        if self._scratch and name in _CONVOLUTIONS:
+            self._note_peak(_scratch_bytes(name, args))
         if name not in WITHOUT_KERNEL and not is_view(operation):
             self._add_kernel(operation, name, args, kwargs, outputs, result)
         return result
@@ -114,6 +127,15 @@ class Recorder(InsideOperators):
         groups = [dist.ProcessGroup.unbox(one).size() for one in args if isinstance(one, torch.ScriptObject) and _is_group(one)]
         message = Message(part, kind, buffer_bytes(kind, args), groups[0] if groups else dist.get_world_size())
         self.work.messages[message] = self.work.messages.get(message, 0.0) + 1
+
+
+def _scratch_bytes(name: str, args: Any) -> int:
+    """Memory beside the results: a copy of the weights for the output, and for each gradient of images and weights.
+
+    Seen in torch's allocator with oneDNN 3, for kernels of 1 and 3 pixels, strides 1 and 2, channels last.
+    """
+    weights: torch.Tensor = args[_CONVOLUTIONS[name]]
+    return weights.numel() * weights.element_size() * (1 if name == "convolution" else sum(args[-1][:2]))
 
 
 def _is_group(boxed: torch.ScriptObject) -> bool:

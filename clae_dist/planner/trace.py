@@ -112,7 +112,7 @@ def _trace(config: Config, ranks: int, *, gpu: bool, norm_ranks: int) -> Traced:
         for context in _without_data(gpu=gpu):
             stack.enter_context(context)
         stack.enter_context(fake)
-        recorder = Recorder()
+        recorder = Recorder(scratch=not gpu)
         run, backend = _prepare(config, model, world, recorder, gpu=gpu)
         batch = _batch(config, config.rows_per_rank(ranks), recorder)
         stack.enter_context(recorder)

@@ -12,12 +12,13 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clae_dist.causes import PEER_LEFT
+from clae_dist.causes import PEER_ADDRESS, PEER_LEFT
 from clae_dist.errors import CAUSES, FAILED, Cause
+from clae_dist.object_store import store_of
 from clae_dist.reading import (
     Check,
     MissingError,
@@ -32,12 +33,14 @@ from clae_dist.reading import (
 )
 from clae_dist.redact import redact_text
 from clae_dist.runs.folder import RunFolder, step_of
+from clae_dist.runs.record import Record
 
 MAX_TEXT = 400  # characters
 _MOST_ALIKE = 4  # lines about a lost connection for each start: a thousand ranks lose it at once
+_SEND_S = 10.0  # at most, to object storage
 _TAIL_BYTES = 256 << 10
 _DETERMINISTIC: tuple[Cause, ...] = ("code", "memory")
-_OF_A_HOST: tuple[Cause, ...] = ("host", "memory", "network", "no progress")
+_OF_A_HOST: tuple[Cause, ...] = ("host", "memory", "no progress")  # a rank that reports a lost link is not always the cause
 _FINE: tuple[Cause, ...] = ("finished", "stopped", "preemption")
 
 
@@ -56,6 +59,7 @@ class End:
     text: str  # one line
     digest: str = ""  # of the traceback, if any
     checkpoint: int | None = None  # the step of the newest checkpoint
+    peer: str = ""  # the host whose connection was lost, where the error names its address
 
     @property
     def is_failure(self) -> bool:
@@ -76,6 +80,7 @@ _FIELDS: dict[str, Check] = {
     **dict.fromkeys(("host", "text", "digest"), is_text),
     "checkpoint": or_none(is_count),
 }
+_OPTIONAL: dict[str, Check] = {"peer": is_text}
 
 
 @dataclass
@@ -89,6 +94,7 @@ class Attempt:
     holds_lease: bool = False
     opened: bool = False  # the folder is known to be this run's
     trained: bool = False
+    addresses: dict[str, str] = field(default_factory=dict)  # of all hosts, and their names
 
     def end(
         self,
@@ -105,23 +111,29 @@ class Attempt:
 
         A disk without room is no reason to fail here.
         """
+        end = End(
+            start=self.start or time.time(),
+            time=time.time(),
+            cause=cause,
+            rank=rank,
+            size=size,
+            host=platform.node() if host is None else host,
+            step=self.step,
+            code=code,
+            text=text,
+            digest=digest,
+            checkpoint=newest_step(run_dir),
+            peer=self._peer(text) if cause == "network" else "",
+        )
         with suppress(OSError):
-            record_end(
-                run_dir,
-                End(
-                    start=self.start or time.time(),
-                    time=time.time(),
-                    cause=cause,
-                    rank=rank,
-                    size=size,
-                    host=platform.node() if host is None else host,
-                    step=self.step,
-                    code=code,
-                    text=text,
-                    digest=digest,
-                    checkpoint=newest_step(run_dir),
-                ),
-            )
+            if record_end(run_dir, end) and (store := store_of(run_dir, _SEND_S)):
+                Record(run_dir, store).put_end(_line(end))
+
+    def _peer(self, text: str) -> str:
+        """The host that an error of gloo or NCCL means: "Read error [10.0.0.2]:4711: Connection reset by peer"."""
+        match = PEER_ADDRESS.search(text)
+        address = (match[1] or match["nccl"]) if match else ""
+        return self.addresses.get(address, address if address in self.addresses.values() else "")
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -129,18 +141,23 @@ def newest_step(run_dir: Path) -> int | None:
     return next((step_of(path) for path in RunFolder(run_dir).find_checkpoints()), None)
 
 
-def record_end(run_dir: Path, end: End) -> None:
-    """Append an end, as one write. Raises OSError."""
+def record_end(run_dir: Path, end: End) -> bool:
+    """Append an end, as one write; False if there are enough like it. Raises OSError."""
     if end.cause == "network" and sum(one.start == end.start for one in _read(run_dir)) >= _MOST_ALIKE:
-        return
-    text = " ".join(redact_text(end.text).split())
-    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
-    line = json.dumps(asdict(replace(end, text=text))).encode() + b"\n"
+        return False
+    line = _line(end)
     with RunFolder(run_dir).ends_file.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         torn = size > 0 and file.read(1) != b"\n"  # cut off by a kill
         file.write((b"\n" if torn else b"") + line)
+    return True
+
+
+def _line(end: End) -> bytes:
+    text = " ".join(redact_text(end.text).split())
+    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+    return json.dumps(asdict(replace(end, text=text))).encode() + b"\n"
 
 
 def _nothing(_: str) -> None: ...
@@ -175,10 +192,10 @@ def _read(run_dir: Path, say: Callable[[str], None] = _nothing) -> list[End]:
 
 def _end_of(content: dict[str, Any]) -> End | None:
     try:
-        expect(content, _FIELDS)
+        expect(content, _FIELDS, _OPTIONAL)
     except ReadError:
         return None
-    return End(**{key: content[key] for key in _FIELDS})
+    return End(**{key: content[key] for key in (*_FIELDS, *_OPTIONAL) if key in content})
 
 
 def _at_fault(reports: Sequence[End]) -> End:
@@ -186,9 +203,10 @@ def _at_fault(reports: Sequence[End]) -> End:
     others = [end for end in reports if end.cause != "network"]
     if others:
         return min(others, key=lambda end: (end.cause in _FINE, end.time))
-    first = min(reports, key=lambda end: end.time)
+    # A rank reports before it closes its own connections: the first line is of one that lost the rank at fault itself.
+    first = reports[0]
     if PEER_LEFT.search(first.text):  # and it left without a word, or its report would be here
-        return replace(first, cause="host", host="", code=FAILED, text=f"another rank vanished: {first.text}")
+        return replace(first, cause="host", host=first.peer, code=FAILED, text=f"another rank vanished: {first.text}")
     return first
 
 

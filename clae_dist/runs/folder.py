@@ -18,7 +18,7 @@ IDENTITY_FILE = "run.json"
 STOP_FILE = "STOP"
 METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"
-ENDS_FILE = "ends.jsonl"
+ENDS_FILE, READMITTED_FILE = "ends.jsonl", "readmitted.json"
 HEARTBEAT_FILE = "heartbeat.json"
 CONSOLE_FILE = "console.log"
 EVALUATION_FILE = "evaluation.json"
@@ -33,7 +33,7 @@ REPORT_PAGE = "report.html"
 FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
-    | {BAD_SAMPLES_FILE, ENDS_FILE, HEARTBEAT_FILE, TRAINING_LEASE, EVALUATION_LEASE}
+    | {BAD_SAMPLES_FILE, ENDS_FILE, READMITTED_FILE, HEARTBEAT_FILE, TRAINING_LEASE, EVALUATION_LEASE}
 )
 PREFIXES = (".", "error-rank-")  # of temporary files and error logs of ranks
 
@@ -119,6 +119,11 @@ class RunFolder:
     def ends_file(self) -> Path:
         """How each start ended, and why."""
         return self.path / ENDS_FILE
+
+    @property
+    def readmitted_file(self) -> Path:
+        """Hosts that failed, and may be used again."""
+        return self.path / READMITTED_FILE
 
     @property
     def heartbeat_file(self) -> Path:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from clae_dist.errors import FAILED, HUNG, OK, STOPPED
 from clae_dist.escape import shown
 from clae_dist.lease import Holder, holder_of
-from clae_dist.runs.ends import End, host_at_fault, newest_step, read_ends
+from clae_dist.runs.ends import End, newest_step, read_ends
+from clae_dist.runs.exclusion import excluded_hosts, why_excluded
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.goodput import account, read_lines
 from clae_dist.runs.heartbeat import EVERY_S, Heartbeat, read_heartbeat
@@ -59,8 +60,7 @@ def status_of(run_dir: Path, sleep: Callable[[float], None] = time.sleep) -> Run
     end = ends[-1] if ends else None
     notes = _clock_notes(beat) if beat is not None else []
     off = bool(notes)
-    if host := host_at_fault(ends):
-        notes.append(f"the last two starts failed on {host} without a new checkpoint between: exclude this host")
+    notes += [f"exclude this host: {why_excluded(host, one, run_dir)}" for host, one in excluded_hosts(run_dir).items()]
     ended = end is not None and (beat is None or end.start >= beat.start)
     beats = False
     if beat is not None and not ended:

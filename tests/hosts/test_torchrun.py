@@ -29,7 +29,7 @@ def test_dry_run_prints_what_the_real_thing_runs(hosts: Hosts, recipe: Path, tmp
         words = shlex.split(line[1:])
         assert words[0] == "env"
         assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0", "CLAE_NODES=2:3"} <= set(words)
-        assert {"--nnodes=2:3", "--nproc-per-node=1", "--rdzv-id=mine", "--max-restarts=3"} <= set(words)
+        assert {"--nnodes=2:3", "--nproc-per-node=1", "--rdzv-id=mine", "--max-restarts=4"} <= set(words)
         assert {f"--local-addr={hosts.address(host)}", f"--rdzv-endpoint={hosts.address(0)}:29507"} <= set(words)
         assert f"is_host={is_host}," in next(word for word in words if word.startswith("--rdzv-conf="))
         assert words[words.index("clae_dist") :] == ["clae_dist", "train", str(recipe), "--launcher", "torchrun", *overrides]

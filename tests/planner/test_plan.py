@@ -7,13 +7,16 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from clae_dist.bench.outcome import machine, versions
+from clae_dist.bench.real_step import step_of
 from clae_dist.bench.step import one_step
 from clae_dist.bench.steps import Kind, Variant, make_images, prepare
 from clae_dist.cli import main
@@ -33,6 +36,7 @@ from clae_dist.planner.timing import Rates, Sample, fit_rates
 from clae_dist.planner.trace import Traced, _trace, between, trace
 from clae_dist.planner.work import Amount, Bin, Message
 from clae_dist.wire import Network
+from clae_dist.world import World
 
 H100, IB = chip_of("h100"), network_of("ib-400")
 
@@ -103,6 +107,21 @@ def test_a_number_of_ranks_between_two_traces() -> None:
     assert found.rows == two.rows
     assert found.work.flops == pytest.approx(two.work.flops, rel=1e-6)
     assert found.work.messages == two.work.messages
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+def test_memory_is_what_the_allocator_gives(micro: int) -> None:
+    """With the copies that oneDNN makes of a convolution's weights, of which torch's allocator has the memory."""
+    config = config_of(8, 1, batch=Batch(global_size=8, micro_size=micro), method=Clae.Settings(), data=Data(image_size=32))
+    step = step_of(config, World.single("cpu"))
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    live = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    memory = memory_of(trace(config, 1, gpu=False, norm_ranks=1), config)
+    kept = sum(memory.parts.get(part, 0.0) for part in ("weights", "optimiser", "images"))
+    assert memory.total == pytest.approx(max(accumulate(live)) + kept, rel=0.03)
 
 
 # ---- arithmetic ----
@@ -248,6 +267,23 @@ def test_measured_files(tmp_path: Path) -> None:
         read_measured([measured_file(tmp_path)], H100, here, force=False)
     with pytest.raises(ConfigError, match="has no row"):
         read_measured([measured_file(tmp_path, lambda content: content.update(rows=[]))], cpu, here, force=False)
+
+
+def test_a_real_step_as_one_of_many_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["data.image_size=16", "batch.global_size=64", "method.name=simclr", "name=tiny", "model.norm=local"]
+    network = measured_file(tmp_path, lambda content: content["rows"].pop(0))
+    words = ["plan", "quickstart", *small, "--gpu", "cpu", "--as-if-world", "8", "--measured", str(network), "--json"]
+    assert main(words) == OK
+    plan = json.loads(capsys.readouterr().out)
+    step = plan["real_step"]
+    assert plan["ranks"] == step["ranks"] == 8
+    assert "--as-if-world 8" in plan["rates"]
+    assert step["planned_bytes"] == next(one for one in plan["backends"] if one["backend"] == "ddp")["memory_bytes"]
+    assert step["seconds"] > 0
+    assert step["peak_bytes"] > 0
+    if not torch.cuda.is_available():
+        assert main(["plan", "quickstart", "--gpu", "h100", "--as-if-world", "8"]) == BAD_CONFIG
+        assert "use --gpu cpu" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
