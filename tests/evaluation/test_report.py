@@ -271,7 +271,8 @@ def test_how_starts_ended_is_in_the_report_and_the_summary(make_run: MakeRun, wr
     for number, (cause, text) in enumerate(causes):
         Attempt(float(number + 1), 17).end(run, 1, 2, cause, 1, text, host="node-3")
     Attempt(3.0, 17).end(run, 0, 2, "network", 8, "Connection closed by peer", host="node-0")  # of the same start
-    (run / "ends.jsonl").open("a").write("cut off")
+    ends = run / "ends.jsonl"
+    ends.write_text(ends.read_text() + "cut off")
     text = Page(write_report(run, _quiet)).text
     assert "last end" in text
     assert "code (rank 1 on node-3, after step 17): <b> \\x1b[2J at a line; of 3 starts: memory 2, code 1" in text

@@ -179,6 +179,23 @@ def test_a_planted_delay_is_named_on_all_ranks(ranks: RankPool, shards: Manifest
     assert last["slow_share"] > 20
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [(2, Parallel(backend="fsdp2")), (4, Parallel(backend="deepspeed", zero_stage=3))]
+)
+def test_nobody_is_named_without_a_delay(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, num_ranks: int, parallel: Parallel
+) -> None:
+    """Two minutes where others wait in every unit."""
+    if parallel.backend == "deepspeed":
+        pytest.importorskip("deepspeed")
+    sections = {"parallel": parallel}
+    config = recipe(shards, tmp_path / "run", epochs=10**5, every_steps=0, knn_every=0, log_every=20, sections=sections)
+    slow, said = ranks.run(num_ranks, planted, config, -1, "", 0.0, 5.0, 120.0)[0]
+    assert slow is None
+    assert "is slow" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "part"), [("fsdp2", "attack"), ("fsdp2", "backward"), ("zero3", "backward")])
 def test_a_planted_delay_is_named_where_others_wait_in_every_unit(
