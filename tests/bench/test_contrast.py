@@ -28,6 +28,7 @@ def silent(text: str) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_rows_of_one_shape_with_those_peers_that_are_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
