@@ -17,8 +17,8 @@ REFERENCE and every NEW are files that `clae embed` wrote with the same encoder:
 
 Four tests a window: MMD with permutations; a classifier between window and reference; Kolmogorov-Smirnov along 32 principal
 components; distances to the nearest neighbours. A window is suspect when the p-value of MMD or of the classifier is below
---alpha and its effect is larger than any of windows drawn from the reference itself. Two suspect windows in a row, by the same
-test, are an alarm: exit code 3, otherwise 0. A single window raises none.
+--alpha and its effect is larger than any of windows drawn from the reference itself. Two suspect windows in a row are an
+alarm: exit code 3, otherwise 0. A single window raises none.
 
 Rows must be independent: frames of one video are not, and p-values of them are too small.
 """

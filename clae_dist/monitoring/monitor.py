@@ -1,4 +1,4 @@
-"""Compare windows of new embeddings with a reference, and raise an alarm that two windows in a row agree on.
+"""Compare windows of new embeddings with a reference, and raise an alarm when two in a row differ.
 
 # R rows of the reference, M rows of the window, F width of the features
 """
@@ -126,11 +126,13 @@ def check_windows(monitor: Monitor, windows: Sequence[Window], say: Callable[[st
 
 
 def alarms(verdicts: Sequence[Verdict], alpha: float) -> list[str]:
-    """The deciding tests that find a difference in two windows in a row, with those windows; no alarm if empty."""
-    found = []
-    for earlier, later in pairwise(verdicts):
-        found += [f"{test}: {earlier.name}, {later.name}" for test in later.suspects(alpha) if test in earlier.suspects(alpha)]
-    return found
+    """The pairs of suspect windows in a row, with the tests that found them; no alarm if empty."""
+    told = [(verdict, " and ".join(verdict.suspects(alpha))) for verdict in verdicts]
+    return [
+        f"{earlier.name} (by {before}), {later.name} (by {after})"
+        for (earlier, before), (later, after) in pairwise(told)
+        if before and after
+    ]
 
 
 def line_of(verdict: Verdict, alpha: float) -> str:
