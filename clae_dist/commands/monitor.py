@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("windows", metavar="NEW", type=user_path, nargs="+", help="such files of new images, oldest first")
     parser.add_argument("--alpha", type=float, default=0.01, metavar="P", help="p-value of a difference (default: 0.01)")
     parser.add_argument("--permutations", type=int, default=500, metavar="N", help="of the MMD test (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of permutations and folds (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of permutations and halves (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--to", type=user_path, metavar="FILE.html", help="write a page with the images that moved most")
     parser.add_argument("--images", metavar="IMAGES_OR_SHARDS", help="the images of the last window, for the page")

@@ -35,7 +35,7 @@ _MMD_DRAWS, _CLASSIFIER_DRAWS = 100, 10  # of windows of the reference itself, w
 
 @dataclass(frozen=True)
 class Limits:
-    """`alpha`: the p-value below which a test finds a difference. `seed` draws permutations, folds and subsets."""
+    """`alpha`: the p-value below which a test finds a difference. `seed` draws permutations, halves and subsets."""
 
     alpha: float = 0.01
     permutations: int = 500

@@ -16,7 +16,6 @@ from clae_dist.evaluation.knn import nearest
 from clae_dist.evaluation.logistic import principal_axes, solve
 
 COMPONENTS = 32
-FOLDS = 5
 _PENALTY, _ITERATIONS, _TOLERANCE = 1e-2, 30, 1e-4  # of the classifier
 _NEIGHBOURS = 10
 _BEYOND = 0.99  # quantile of the reference's distances
@@ -82,21 +81,21 @@ def mmd_test(
 
 
 def classifier_test(reference_RF: torch.Tensor, window_MF: torch.Tensor, generator: torch.Generator) -> Finding:
-    """Cross-validated logistic regression on equally many rows of both: a binomial test of its accuracy; the effect is AUROC.
+    """Logistic regression on equally many rows of both: a binomial test of its accuracy on a held-out half, whose AUROC is the
+    effect.
 
+    One split and no cross-validation: classifiers of several folds share rows, and the binomial test would find a difference
+    twice as often as it promises (31 of 300 windows at 5 %).
     Reference: Lopez-Paz and Oquab 2017, Revisiting Classifier Two-Sample Tests.
     """
     size = min(len(reference_RF), len(window_MF))
     rows = [part[torch.randperm(len(part), generator=generator)[:size]] for part in (reference_RF, window_MF)]
     x_NF, y_N = torch.cat(rows).double(), torch.arange(2).repeat_interleave(size)
-    fold_N = torch.arange(size).repeat(2) % FOLDS
-    score_N = torch.empty(2 * size, dtype=torch.float64)
-    for fold in range(min(FOLDS, size)):
-        held_N = fold_N == fold
-        score_N[held_N] = _margins(x_NF[~held_N], y_N[~held_N], x_NF[held_N])
-    right = int(((score_N > 0).long() == y_N).sum())
-    area = stats.mannwhitneyu(score_N[y_N == 1].numpy(), score_N[y_N == 0].numpy()).statistic / size**2
-    return Finding(float(stats.binomtest(right, 2 * size, 0.5, alternative="greater").pvalue), float(area))
+    held_N = torch.arange(size).repeat(2) % 2 == 1
+    score_n, y_n = _margins(x_NF[~held_N], y_N[~held_N], x_NF[held_N]), y_N[held_N]
+    right, half = int(((score_n > 0).long() == y_n).sum()), len(y_n) // 2
+    area = stats.mannwhitneyu(score_n[y_n == 1].numpy(), score_n[y_n == 0].numpy()).statistic / half**2
+    return Finding(float(stats.binomtest(right, 2 * half, 0.5, alternative="greater").pvalue), float(area))
 
 
 def _margins(train_NF: torch.Tensor, labels_N: torch.Tensor, held_nF: torch.Tensor) -> torch.Tensor:
