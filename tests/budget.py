@@ -28,6 +28,7 @@ _MINUTES = {  # of the default part; tests directly in tests/ are "."
     "launchers": 2.5,
     "methods": 0.6,
     "models": 0.4,
+    "monitoring": 0.1,
     "null_gpu": 0.3,
     "parallel": 2.0,
     "parity": 0.5,

@@ -23,6 +23,7 @@ from clae_dist.monitoring.two_sample import (
     median_distance,
     mmd2,
     mmd_test,
+    witness,
 )
 from clae_dist.monitoring.window import Window, check_same_encoder
 
@@ -44,14 +45,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A window's findings by test. `floors`: effects that parts of the reference itself reach. `distance` (M,) of each row to
-    the reference."""
+    """A window's findings by test. `floors`: effects that parts of the reference itself reach. `moved` (M,): how much more
+    a row is like the window than like the reference."""
 
     name: str
     rows: int
     findings: dict[str, Finding]
     floors: dict[str, float]
-    distance: torch.Tensor
+    moved: torch.Tensor
 
     def differs(self, test: str, alpha: float) -> bool:
         finding = self.findings[test]
@@ -93,15 +94,16 @@ class Monitor:
             )
         generator = self._generator()
         features = window.features
-        part = features[torch.randperm(len(features), generator=generator)[:_ROWS]]
-        distance = distances(self._bank, features)
+        chosen = torch.randperm(len(features), generator=generator)[:_ROWS]
+        part = features[chosen]
         findings = {
             "mmd": mmd_test(self._rows, part, self._bandwidth, self.limits.permutations, generator),
             "classifier": classifier_test(self._rows, part, generator),
             "components": components_test(self._bank, self._held, features),
-            "distance": distance_test(self._held_distances, distance),
+            "distance": distance_test(self._held_distances, distances(self._bank, features)),
         }
-        return Verdict(window.name, len(window), findings, self._floors_of(len(part)), distance)
+        moved = witness(features, chosen, self._rows, self._bandwidth)
+        return Verdict(window.name, len(window), findings, self._floors_of(len(part)), moved)
 
     def _floors_of(self, size: int) -> dict[str, float]:
         """The largest effects of draws of as many rows from the reference, at most half of it, against its other rows."""

@@ -43,12 +43,12 @@ def page(
 
     Raises ConfigError or DataError if its images are not there.
     """
-    order = verdicts[-1].distance.argsort(descending=True)[:_SHOWN].tolist()
+    order = verdicts[-1].moved.argsort(descending=True)[:_SHOWN].tolist()
     images = open_dataset(source, split) if source else None
     moved = [
         {
             "id": str(last.ids[row]),
-            "distance": float(verdicts[-1].distance[row]),
+            "moved": float(verdicts[-1].moved[row]),
             "picture": _picture(images, last.ids[row], str(source)) if images else "",
         }
         for row in order

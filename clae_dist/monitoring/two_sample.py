@@ -16,6 +16,7 @@ from clae_dist.evaluation.knn import nearest
 from clae_dist.evaluation.logistic import principal_axes, solve
 
 COMPONENTS = 32
+_ROWS = 8192  # of distances at once
 _PENALTY, _ITERATIONS, _TOLERANCE = 1e-2, 30, 1e-4  # of the classifier
 _NEIGHBOURS = 10
 _BEYOND = 0.99  # quantile of the reference's distances
@@ -75,6 +76,25 @@ def mmd_test(
     found = float(mmd2(gram_NN, (torch.arange(total) < size).double()[:, None]))
     permuted_P = mmd2(gram_NN, draw_members(total, size, permutations, generator))
     return Finding((1 + int((permuted_P >= found).sum())) / (1 + permutations), found)
+
+
+def witness(rows_MF: torch.Tensor, part_M: torch.Tensor, reference_RF: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """How much more a window's rows are like each other than like the reference, (M,): the rows that make MMD² large.
+
+    Args:
+        part_M: the rows of the window that stand for all of it, indices.
+
+    Reference: Gretton et al. 2012, section 2.3.
+    """
+    is_own_M = torch.zeros(len(rows_MF), dtype=torch.float64).index_fill_(0, part_M, 1.0)
+    part_PF, reference_RF = rows_MF[part_M].double(), reference_RF.double()
+    found = []
+    for rows_mF, own_m in zip(rows_MF.double().split(_ROWS), is_own_M.split(_ROWS), strict=True):
+        like_part_m, like_reference_m = (
+            torch.exp(-torch.cdist(rows_mF, others).square() / (2 * bandwidth**2)) for others in (part_PF, reference_RF)
+        )
+        found.append((like_part_m.sum(1) - own_m) / (len(part_PF) - own_m) - like_reference_m.mean(1))
+    return torch.cat(found)
 
 
 # ---- classifier ----

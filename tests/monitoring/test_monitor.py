@@ -25,6 +25,7 @@ from clae_dist.monitoring.two_sample import (
     kernel,
     mmd2,
     mmd_test,
+    witness,
 )
 from clae_dist.monitoring.window import Window
 
@@ -59,6 +60,17 @@ def test_mmd_is_that_of_the_definition() -> None:
     assert float(mmd2(kernel(many, bandwidth), (torch.arange(6000) < 3000).double()[:, None])) == pytest.approx(
         closed, rel=0.05
     )
+
+
+def test_the_rows_that_moved_are_found() -> None:
+    """Also in a part of the window, which a row need not be in."""
+    window = torch.cat([rows(200, 1), 1 + rows(20, 2) / 10])
+    for part in (torch.arange(220), torch.arange(0, 220, 2)):
+        moved = witness(window, part, rows(500, 0), 1.0)
+        assert set(moved.argsort(descending=True)[:20].tolist()) == set(range(200, 220))
+    alone = witness(rows(2, 3), torch.arange(2), rows(3, 4), 1.0)
+    k = torch.exp(-torch.cdist(rows(2, 3).double(), torch.cat([rows(2, 3), rows(3, 4)]).double()).square() / 2)
+    torch.testing.assert_close(alone, torch.stack([k[0, 1], k[1, 0]]) - k[:, 2:].mean(1))
 
 
 TESTS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], Finding]] = {
