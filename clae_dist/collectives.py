@@ -6,6 +6,7 @@ being reduced. A clock that observes them knows a rank's own time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -41,14 +42,34 @@ def waiting() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def observed(by: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside, every `waiting` is a context that `by` returns."""
+def observed(by: Callable[[], AbstractContextManager[None]], *, every_work: bool = False) -> Iterator[None]:
+    """Inside, every `waiting` is a context that `by` returns.
+
+    `every_work`: so is every wait for a collective that other packages have begun, as fully_shard and DeepSpeed do within
+    forward and backward. Where the host itself waits, as on a CPU.
+    """
     global _observer
     before, _observer = _observer, by
+    wait = dist.Work.wait
+    if every_work:
+        dist.Work.wait = _marked(wait)  # type: ignore[method-assign]
     try:
         yield
     finally:
         _observer = before
+        dist.Work.wait = wait  # type: ignore[method-assign]
+
+
+def _marked(wait: Callable[..., bool]) -> Callable[..., bool]:
+    main_thread = threading.get_ident()
+
+    def wait_marked(work: dist.Work, *arguments: Any) -> bool:
+        if threading.get_ident() != main_thread:
+            return wait(work, *arguments)
+        with waiting():
+            return wait(work, *arguments)
+
+    return wait_marked
 
 
 def _named(new: str, old: str) -> Any:

@@ -1,7 +1,7 @@
-"""Runs every command that writes, on a disk that is full and then on one that is read-only, in a mount namespace of its own.
+"""Runs every command that writes, on a disk that is full or on one that is read-only, in a mount namespace of its own.
 
-`unshare --user --map-root-user --mount python -m tests.failing_disks FOLDER` prints what became of each as JSON. Everything is
-prepared in FOLDER first (`prepare_folder`); it is copied to a small tmpfs, which is filled to the last byte.
+`unshare --user --map-root-user --mount python -m tests.failing_disks FOLDER STATE` prints what became of each as JSON.
+Everything is prepared in FOLDER first (`prepare_folder`); it is copied to a small tmpfs, which is filled to the last byte.
 """
 
 from __future__ import annotations
@@ -102,28 +102,27 @@ def files(disk: Path) -> dict[str, bytes]:
     return {str(path.relative_to(disk)): path.read_bytes() for path in found}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, state: str) -> None:
     found = []
-    for state in ("full", "read-only"):
-        disk = folder / f"disk-{state}"
-        disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
-        for name in ("run", "shards"):
-            shutil.copytree(folder / name, disk / name)
-        if state == "full":
-            fill(disk)
-        else:
-            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for name, command in commands(disk, folder):
-            before, started = files(disk), time.monotonic()
-            out, err = io.StringIO(), io.StringIO()
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = command()
-            after = files(disk)
-            changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-            found.append([state, name, code, err.getvalue(), changed, round(time.monotonic() - started, 2)])
+    disk = folder / f"disk-{state}"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
+    for name in ("run", "shards"):
+        shutil.copytree(folder / name, disk / name)
+    if state == "full":
+        fill(disk)
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for name, command in commands(disk, folder):
+        before, started = files(disk), time.monotonic()
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = command()
+        after = files(disk)
+        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        found.append([name, code, err.getvalue(), changed, round(time.monotonic() - started, 2)])
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -60,7 +60,7 @@ def mine(path: Path, say: lease.Say = print) -> AbstractContextManager[None]:
     return hold(path, "clae train", InUse, "wait for it.", wait_s=0.2, say=say)
 
 
-@pytest.mark.parametrize("machine", ["", "another"])
+@pytest.mark.parametrize("machine", [pytest.param("", marks=pytest.mark.slow), "another"])
 def test_the_second_is_refused_with_host_process_and_since_when(machine: str, tmp_path: Path) -> None:
     path = tmp_path / "a.lease"
     with holder(path, machine) as other:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 
 from clae_dist.commands.arguments import add_run
 from clae_dist.escape import in_json
@@ -27,12 +28,19 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from clae_dist.runs.copies import copy_state
     from clae_dist.runs.exclusion import readmit
     from clae_dist.runs.status import describe, status_of
 
     if arguments.readmit:
         readmit(arguments.run, arguments.readmit)
-    status = status_of(arguments.run)
+
+    def wait(seconds: float) -> None:
+        time.sleep(seconds)
+        copy_state(arguments.run)
+
+    copy_state(arguments.run)
+    status = status_of(arguments.run, wait)
     if arguments.json:
         print(in_json(json.dumps(status.as_dict(), indent=2)))
     else:

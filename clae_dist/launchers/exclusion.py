@@ -21,12 +21,10 @@ from clae_dist.config import Config
 from clae_dist.errors import FAILED, OK, ClaeError
 from clae_dist.escape import say
 from clae_dist.launchers.route import route_to
-from clae_dist.object_store import StoreError
 from clae_dist.recipe import resolve
 from clae_dist.runs.ends import End
 from clae_dist.runs.exclusion import excluded_hosts, why_excluded
-from clae_dist.runs.folder import CONFIG_FILE, ENDS_FILE, READMITTED_FILE
-from clae_dist.runs.record import Record
+from clae_dist.runs.mirror import fetch_ends
 from clae_dist.staging import copy_folder, url_of
 from clae_dist.world import World
 
@@ -123,11 +121,9 @@ def main(arguments: Sequence[str]) -> int:
         folder = resolve(recipe, overrides).config.folder
         if url := url_of(folder):
             folder = copy_folder(url)
-            record = Record.of(folder)
-            assert record is not None
-            record.pull((CONFIG_FILE, ENDS_FILE, READMITTED_FILE))
+            fetch_ends(folder)
         excluded = excluded_hosts(folder)
-    except (ClaeError, StoreError, OSError):
+    except (ClaeError, OSError):
         return OK
     if action == "names":
         print(" ".join(excluded))

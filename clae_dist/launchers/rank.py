@@ -22,7 +22,7 @@ from clae_dist.launchers.terminal import Terminal
 from clae_dist.recipe import Recipe
 from clae_dist.runs.ends import Attempt, read_ends, repeated_crash
 from clae_dist.runs.folder import RunFolder
-from clae_dist.runs.mirror import send_file
+from clae_dist.runs.mirror import fetch_ends, send_file
 from clae_dist.storage import storage_error
 from clae_dist.training.flight_recorder import dump, switch_on
 from clae_dist.training.guard import is_preemption
@@ -116,7 +116,7 @@ def run_rank(recipe: Recipe, also: TextIO | None, *, debug: bool = False, num_en
         switch_on(config.folder)
         with connect(config.guard.timeout_s, config.launch.device) as world:
             if num_ends is not None:
-                useless: Ending | None = world.run_on_main(lambda: useless_restart(config, num_ends))
+                useless: Ending | None = world.run_on_main(lambda: _useless(config, num_ends))
                 if useless:
                     return useless
                 if excluded := _exclude_hosts(config, world, Console(config, also), attempt):
@@ -170,6 +170,12 @@ def _broke(error: Exception, config: Config, rank: int, size: int, attempt: Atte
     except OSError:
         return RankBroke(what, code)
     return RankBroke(f"{what} (traceback: {log})", code)
+
+
+def _useless(config: Config, num_ends: int) -> Ending | None:
+    """On rank 0, whose node may be another than that of earlier starts."""
+    fetch_ends(config.folder)
+    return useless_restart(config, num_ends)
 
 
 def useless_restart(config: Config, num_ends: int) -> Ending | None:

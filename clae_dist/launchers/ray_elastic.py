@@ -20,10 +20,12 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from clae_dist.escape import shown
 from clae_dist.runs.exclusion import excluded_hosts, why_excluded
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import fetch_ends
 from clae_dist.training.guard import TAKEN_AWAY
 
 _CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
 _PAUSE_S = 0.2
+_FETCH_S = 5.0  # between looks at object storage
 _EXCLUDED = "It is excluded."
 _STILL_USED = "There is no room without it, so that it is still used: add a host, and remove this one with `ray drain-node`."
 CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
@@ -42,6 +44,7 @@ class WorkingSizes(ElasticScalingPolicy):
         self._more_at = 0  # a larger size that was possible at the last check, too
         self._excluded: list[str] = []  # nodes
         self._said: set[str] = set()
+        self._fetched = float("-inf")
 
     def after_controller_start(self, train_run_context: Any) -> None:
         # The claim of a controller that was killed stands, for 180 s if Ray has its way: the run that takes its place waits.
@@ -58,6 +61,9 @@ class WorkingSizes(ElasticScalingPolicy):
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         staying = set(nodes) - set(_draining_nodes())
         folder = self._stop_file.parent
+        if time.monotonic() - self._fetched > _FETCH_S:
+            self._fetched = time.monotonic()
+            fetch_ends(folder)
         failed_hosts = excluded_hosts(folder)
         failed = {node for node in staying if nodes[node]["NodeManagerHostname"] in failed_hosts}
         good = staying - failed

@@ -13,6 +13,7 @@ from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.terminal import lines_shown_on_stdout
 from clae_dist.recipe import Recipe
 from clae_dist.runs.ends import read_ends
+from clae_dist.runs.mirror import fetch_ends
 from clae_dist.wording import count_of
 
 
@@ -28,6 +29,8 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
         lines, again = lines_shown_on_stdout(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         # Of a start that torchrun has made again, one of the ends so far is its own. Rank 0's number counts: a host that
         # joined later was never started again, and all ranks must ask alike.
+        if os.environ["RANK"] == "0":
+            fetch_ends(recipe.config.folder)
         num_ends = len(read_ends(recipe.config.folder)) - again
         return say_once(_for_good(run_rank(recipe, lines, debug=debug, num_ends=num_ends)))
     except ConfigError as error:

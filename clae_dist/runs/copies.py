@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clae_dist.object_store import Entry, Store, store_of
+from clae_dist.runs.checkpoint.objects import stage_checkpoints
 from clae_dist.runs.folder import (
     BAD_SAMPLES_FILE,
     CONFIG_FILE,
+    ENDS_FILE,
     EVALUATION_FILE,
     EXPORT,
+    GOODPUT_FILE,
+    HEARTBEAT_FILE,
     IDENTITY_FILE,
     METRICS_FILE,
     READMITTED_FILE,
@@ -26,7 +30,8 @@ from clae_dist.runs.record import TO_READ, Record
 from clae_dist.wording import count_of
 
 _WRITTEN = (EVALUATION_FILE, SUMMARY_FILE, BAD_SAMPLES_FILE, READMITTED_FILE, REPORT, EXPORT)
-_LISTED = (CONFIG_FILE, IDENTITY_FILE, METRICS_FILE)
+_LISTED = (CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, ENDS_FILE)
+_OF_STATUS = (CONFIG_FILE, HEARTBEAT_FILE, GOODPUT_FILE, ENDS_FILE)
 _EXPORTED = "config.json"  # of an export, which is a folder of its own
 Say = Callable[[str], None]
 
@@ -71,6 +76,20 @@ def copy_listed(folder: Path) -> None:
         record.pull(_LISTED)
         _copy_lease(record.store, path, entries, f"{run}/{TRAINING_LEASE}" if run else TRAINING_LEASE)
         _date(RunFolder(path).metrics_file, store, entries, f"{run}/" if run else "")
+
+
+def copy_state(folder: Path) -> None:
+    """Fetch what `clae status` reads of a run; nothing for an ordinary folder. Raises StoreError."""
+    record = Record.of(folder)
+    if record is None:
+        return
+    record.pull(_OF_STATUS)
+    entries = record.store.entries()
+    _copy_lease(record.store, folder, entries, TRAINING_LEASE)
+    beat = RunFolder(folder).heartbeat_file
+    if HEARTBEAT_FILE in entries and beat.is_file():
+        _set_age(beat, record.store.age_s(entries[HEARTBEAT_FILE].changed))
+    stage_checkpoints(folder)
 
 
 def _copy_lease(store: Store, path: Path, entries: dict[str, Entry], name: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from clae_dist.causes import PEER_ADDRESS, PEER_LEFT
 from clae_dist.errors import CAUSES, FAILED, Cause
+from clae_dist.object_store import store_of
 from clae_dist.reading import (
     Check,
     MissingError,
@@ -32,9 +33,11 @@ from clae_dist.reading import (
 )
 from clae_dist.redact import redact_text
 from clae_dist.runs.folder import RunFolder, step_of
+from clae_dist.runs.record import Record
 
 MAX_TEXT = 400  # characters
 _MOST_ALIKE = 4  # lines about a lost connection for each start: a thousand ranks lose it at once
+_SEND_S = 10.0  # at most, to object storage
 _TAIL_BYTES = 256 << 10
 _DETERMINISTIC: tuple[Cause, ...] = ("code", "memory")
 _OF_A_HOST: tuple[Cause, ...] = ("host", "memory", "no progress")  # a rank that reports a lost link is not always the cause
@@ -108,24 +111,23 @@ class Attempt:
 
         A disk without room is no reason to fail here.
         """
+        end = End(
+            start=self.start or time.time(),
+            time=time.time(),
+            cause=cause,
+            rank=rank,
+            size=size,
+            host=platform.node() if host is None else host,
+            step=self.step,
+            code=code,
+            text=text,
+            digest=digest,
+            checkpoint=newest_step(run_dir),
+            peer=self._peer(text) if cause == "network" else "",
+        )
         with suppress(OSError):
-            record_end(
-                run_dir,
-                End(
-                    start=self.start or time.time(),
-                    time=time.time(),
-                    cause=cause,
-                    rank=rank,
-                    size=size,
-                    host=platform.node() if host is None else host,
-                    step=self.step,
-                    code=code,
-                    text=text,
-                    digest=digest,
-                    checkpoint=newest_step(run_dir),
-                    peer=self._peer(text) if cause == "network" else "",
-                ),
-            )
+            if record_end(run_dir, end) and (store := store_of(run_dir, _SEND_S)):
+                Record(run_dir, store).put_end(_line(end))
 
     def _peer(self, text: str) -> str:
         """The host that an error of gloo or NCCL means: "Read error [10.0.0.2]:4711: Connection reset by peer"."""
@@ -139,18 +141,23 @@ def newest_step(run_dir: Path) -> int | None:
     return next((step_of(path) for path in RunFolder(run_dir).find_checkpoints()), None)
 
 
-def record_end(run_dir: Path, end: End) -> None:
-    """Append an end, as one write. Raises OSError."""
+def record_end(run_dir: Path, end: End) -> bool:
+    """Append an end, as one write; False if there are enough like it. Raises OSError."""
     if end.cause == "network" and sum(one.start == end.start for one in _read(run_dir)) >= _MOST_ALIKE:
-        return
-    text = " ".join(redact_text(end.text).split())
-    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
-    line = json.dumps(asdict(replace(end, text=text))).encode() + b"\n"
+        return False
+    line = _line(end)
     with RunFolder(run_dir).ends_file.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         torn = size > 0 and file.read(1) != b"\n"  # cut off by a kill
         file.write((b"\n" if torn else b"") + line)
+    return True
+
+
+def _line(end: End) -> bytes:
+    text = " ".join(redact_text(end.text).split())
+    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+    return json.dumps(asdict(replace(end, text=text))).encode() + b"\n"
 
 
 def _nothing(_: str) -> None: ...

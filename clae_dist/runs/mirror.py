@@ -52,7 +52,7 @@ class Mirror:
         """Send the record of rank 0's node to the other nodes, and go on sending it in the background. Collective."""
         if self._record is None:
             return
-        self._together(self._world.is_main, lambda record: record.push())
+        self._together(self._world.is_main, _push_all)
         others = self._world.local_rank == 0 and not self._world.is_main
         self._together(others, lambda record: record.pull(TO_RESUME))
         if self._world.is_main:
@@ -100,6 +100,11 @@ class Mirror:
             self._failed = False
 
 
+def _push_all(record: Record) -> None:
+    record.push()
+    record.delete_merged()
+
+
 @contextmanager
 def mirrored(folder: Path, world: World, say: Say) -> Iterator[Mirror]:
     """Inside, the record of a run on object storage is fetched, and sent once `share` was called. Collective.
@@ -121,6 +126,13 @@ def send_rest(folder: Path) -> None:
     """
     if store := store_of(folder, _END_RETRY_S):
         Record(folder, store).push_ends()
+
+
+def fetch_ends(folder: Path) -> None:
+    """Fetch how starts have ended on all nodes; nothing for an ordinary folder. Without the store, what is here counts."""
+    if record := Record.of(folder):
+        with suppress(OSError):
+            record.pull_ends()
 
 
 def send_file(path: Path, folder: Path) -> None:

@@ -8,15 +8,18 @@ the file was cut or rewritten, or there are many parts. Other files are replaced
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clae_dist.files import write_atomically
 from clae_dist.object_store import Entry, NoObjectError, Store, store_of
+from clae_dist.reading import is_number, parse_line
 from clae_dist.runs.folder import (
     BAD_SAMPLES_FILE,
     CHECKPOINTS,
@@ -49,6 +52,7 @@ from clae_dist.runs.folder import (
 
 APPENDED = (METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, ENDS_FILE)
 _ELSEWHERE = {CHECKPOINTS, TRAINING_LEASE, EVALUATION_LEASE, STOP_FILE}  # objects of their own
+_ENDS = "ends"  # in the bucket alone: ends that ranks of any node report, an object each, until rank 0's node has sent them
 _STAY = {EVALUATION, RAY}  # can be made again, or belong to processes
 AT_THE_END = (TENSORBOARD, PROFILE, REPORT, EXPORT)  # large, or complete only then
 TO_RESUME = (CONFIG_FILE, IDENTITY_FILE, BAD_SAMPLES_FILE, READMITTED_FILE, INITIAL, PSEUDO_LABELS, *APPENDED)
@@ -79,6 +83,7 @@ class Record:
         self.folder, self.store = folder, store
         self._put: dict[str, tuple[int, int]] = {}  # size and time of change of files that are in the bucket
         self._parts: dict[str, _Parts] = {}
+        self._merged: list[str] = []  # objects with ends that are in this folder's file, too
 
     @staticmethod
     def of(folder: Path) -> Record | None:
@@ -102,11 +107,33 @@ class Record:
                 self._pull_file(name, entry)
         for name in set(APPENDED) & set(wanted):
             self._pull_parts(name, entries)
+        if ENDS_FILE in wanted:
+            self._merge_ends(entries)
         for path in self._files(wanted):
             name = self._name(path)
             if name not in entries and name not in APPENDED:
                 path.unlink(missing_ok=True)
         self.note()
+
+    def pull_ends(self) -> None:
+        """Fetch what all nodes have reported about ends, and which hosts were readmitted; nothing of a run that is new."""
+        entries = self.store.entries()
+        if CONFIG_FILE not in entries:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if READMITTED_FILE in entries:
+            self._pull_file(READMITTED_FILE, entries[READMITTED_FILE])
+        self._pull_parts(ENDS_FILE, entries)
+        self._merge_ends(entries)
+
+    def put_end(self, line: bytes) -> None:
+        """Send a line about an end from any node, whose file of ends nobody else sends."""
+        self.store.put(f"{_ENDS}/{uuid.uuid4().hex}.json", line)
+
+    def delete_merged(self) -> None:
+        """Delete the objects whose ends have been sent with the file of ends."""
+        self.store.delete(self._merged)
+        self._merged = []
 
     def push(self, names: Iterable[str] | None = None, *, without: Iterable[str] = ()) -> list[str]:
         """Send the changed files among these files and folders, by default all of the record. Returns their names."""
@@ -197,6 +224,15 @@ class Record:
         if content and not here.startswith(content):
             write_atomically(path, content)
 
+    def _merge_ends(self, entries: Mapping[str, Entry]) -> None:
+        """Add the ends that are objects of their own, in the order of starts."""
+        self._merged = [name for name in entries if name.startswith(f"{_ENDS}/")]
+        path = self.folder / ENDS_FILE
+        here = path.read_bytes().splitlines() if path.is_file() else []
+        lines = [self.store.get_or(name).strip() for name in self._merged]
+        if new := [line for line in dict.fromkeys(lines) if line and line not in here]:
+            write_atomically(path, b"".join(line + b"\n" for line in sorted([*here, *new], key=_moment)))
+
     def _push_parts(self, name: str, path: Path) -> None:
         if name not in self._parts:
             self._parts[name] = join(self.store, name, self.store.entries())[1]
@@ -213,6 +249,13 @@ class Record:
         old, parts.names = (parts.names, [new]) if start == 0 else ([], [*parts.names, new])
         parts.num_bytes, parts.sha256 = len(data), hashlib.sha256(data).hexdigest()
         self.store.delete(old)
+
+
+def _moment(line: bytes) -> tuple[float, float]:
+    """Start and time of a line about an end; a damaged line comes last."""
+    content = parse_line(line + b"\n") or {}
+    moments = [float(content[key]) for key in ("start", "time") if is_number(content.get(key))]
+    return (moments[0], moments[1]) if len(moments) == 2 else (math.inf, math.inf)
 
 
 def _named(name: str, wanted: set[str]) -> bool:

@@ -60,7 +60,9 @@ def status_of(run_dir: Path, sleep: Callable[[float], None] = time.sleep) -> Run
     end = ends[-1] if ends else None
     notes = _clock_notes(beat) if beat is not None else []
     off = bool(notes)
-    notes += [f"exclude this host: {why_excluded(host, one, run_dir)}" for host, one in excluded_hosts(run_dir).items()]
+    for host, one in excluded_hosts(run_dir).items():
+        if beat is None or beat.hosts != [host]:  # of a run on several hosts
+            notes.append(f"exclude this host: {why_excluded(host, one, run_dir)}")
     ended = end is not None and (beat is None or end.start >= beat.start)
     beats = False
     if beat is not None and not ended:

@@ -143,13 +143,14 @@ _GAUGES = {  # metric of the run: name, help, factor
 
 
 def record_missing_end(session: Session) -> None:
-    """Record the end of an earlier start that left only its heartbeat. The training lease says that it is over."""
+    """Record the end of an earlier start that left only its heartbeat. The training lease says that it is over.
+
+    No host is named: all ranks are gone, and their launcher, which a scheduler may have killed.
+    """
     folder = session.config.folder
     beat = read_heartbeat(folder)
     if beat is None or any(end.start == beat.start for end in read_ends(folder)):
         return
     text = "this start left without a word: it was killed, or its host was lost"
-    end = End(
-        beat.start, beat.written, "host", 0, beat.ranks, beat.host, beat.step, FAILED, text, checkpoint=newest_step(folder)
-    )
+    end = End(beat.start, beat.written, "host", 0, beat.ranks, "", beat.step, FAILED, text, checkpoint=newest_step(folder))
     record_end(folder, end)

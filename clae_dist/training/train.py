@@ -196,7 +196,7 @@ class _Loop:
         Raises DataError on every rank if one rank cannot read its batch.
         """
         try:
-            with observed(self.clock.waiting):
+            with observed(self.clock.waiting, every_work=self.world.device.type == "cpu"):
                 return self._run()
         except (DataError, RankError):  # raised by all ranks together: the checkpoint in progress is intact
             self._settle()

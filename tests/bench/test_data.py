@@ -87,7 +87,7 @@ def test_another_augmentation_is_not_timed(manifest: Manifest, monkeypatch: pyte
         data.bench(replace(SETTINGS, shards=str(manifest.folder)), lambda text: None)
 
 
-@pytest.mark.parametrize("where", ["http", "plain"])
+@pytest.mark.parametrize("where", ["http", pytest.param("plain", marks=pytest.mark.slow)])
 def test_sets_from_elsewhere_and_other_splits(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

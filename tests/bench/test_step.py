@@ -63,6 +63,7 @@ def test_a_fused_step_with_another_perturbation_is_refused(monkeypatch: pytest.M
         steps.check(replace(RESNET, precision="float64"), CPU)
 
 
+@pytest.mark.slow
 def test_methods_cost_the_units_that_they_predict() -> None:
     """Every recipe's method and cost has a row. MoCo's attack once embedded an anchor that it did not use: 10 units, not 9."""
     kind = replace(RESNET, image_size=32, every_method=True)  # a patch of half its side has a quarter of every map

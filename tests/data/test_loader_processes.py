@@ -70,6 +70,7 @@ def test_loader_processes_end_with_their_rank_even_while_one_is_stopped(way: str
         processes.wait_until_gone(mark)
 
 
+@pytest.mark.slow
 def test_loader_processes_end_with_their_server(tmp_path: Path) -> None:
     with loading(tmp_path) as (process, mark):
         (server,) = {loader.ppid() for loader in loaders(process)}

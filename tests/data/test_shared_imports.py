@@ -59,7 +59,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("ending", ["is killed", "returns"])
+@pytest.mark.parametrize("ending", ["is killed", pytest.param("returns", marks=pytest.mark.slow)])
 def test_loaders_share_the_imports_of_the_rank_and_end_with_it(tmp_path: Path, ending: str) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)

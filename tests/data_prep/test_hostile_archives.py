@@ -10,7 +10,7 @@ from tests.fuzzing import fuzz
 
 
 def test_archives_are_prepared_whole_or_refused(tmp_path: Path) -> None:
-    ends = fuzz("archive", 200, tmp_path)
+    ends = fuzz("archive", 100, tmp_path)
     assert ends["refused"] > 50
     assert ends["prepared"] > 20
 

@@ -92,7 +92,9 @@ def make_source(tmp_path: Path, make_folder: Any, archive: Any, encoded: Any) ->
 _SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tar.gz", "imagenet", "cifar")]
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "parquet", *_SLOW])
+@pytest.mark.parametrize(
+    "kind", ["zip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("folder", "parquet")), *_SLOW]
+)
 def test_killed_anywhere_it_ends_with_the_same_shards_and_writes_none_twice(
     tmp_path: Path, make_source: Any, command: Any, run: Any, content: Any, kind: str
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_rounded_input_has_no_gradient_and_is_reported() -> None:
     assert not attack(model, images, labels, EPSILON, steps=1)[1].any()
 
 
+@pytest.mark.slow
 def test_autoattack_is_that_of_its_authors_image_by_image() -> None:
     model, images = Linear(margin=1.5).float(), _images(24).float()
     labels = model(images).argmax(1)
@@ -124,6 +125,7 @@ def test_autoattack_with_few_classes(classes: int) -> None:
     assert autoattack(model, images, labels, 1e-5, "linf", classes, seed=0)[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR.is_file(), reason="needs CIFAR-10 in ../shared/data")
 def test_a_standard_network_falls_to_pgd() -> None:
     """The CIFAR-10 network that pyautoattack comes with: right on most images, and on none within 8/255."""

@@ -32,7 +32,7 @@ from tests.processes import CLAE, clae, read_until, started
 from tests.processes import finish as ended
 
 MakeRun = Callable[..., Path]
-ROBUST = ("robust.images=12", "robust.batch=4", "robust.curve=[0.01]", "robust.steps=3", "robust.attacks=[fgsm, pgd]")
+ROBUST = ("robust.images=8", "robust.batch=4", "robust.curve=[0.01]", "robust.steps=3", "robust.attacks=[fgsm, pgd]")
 # AutoAttack costs thousands of passes an image that stands it: at this ε none does.
 AUTOATTACK = ("robust.images=4", "robust.batch=2", "robust.curve=[]", "robust.attacks=[autoattack]", "robust.epsilon=0.5")
 

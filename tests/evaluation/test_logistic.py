@@ -50,7 +50,7 @@ def test_parameters_and_weights_are_inverse() -> None:
     torch.testing.assert_close(again[1], bias)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("penalty", [1.0, 1e-2, pytest.param(1e-4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tolerance", [1e-4, pytest.param(1e-6, marks=pytest.mark.slow)])
 def test_the_loss_is_within_the_tolerance_of_scikit_learns(penalty: float, tolerance: float) -> None:
     """The tolerance is of a quadratic, so that the distance may be a few times as large."""

@@ -39,9 +39,10 @@ def weights_at(encoder: str, image_size: int, path: Path) -> dict[str, torch.Ten
             )
             for name in ("eva02_tiny_patch14_224", "cait_xxs24_224", "flexivit_small")
         ),
-        (
+        pytest.param(
             "timm/swin_tiny_patch4_window7_224",
             r"10 of them resampled .*layers.1.blocks.0.*: 13x13 there, 7x7 here.* and 5 more",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -78,7 +78,7 @@ def listening() -> Iterator[tuple[str, list[bytes]]]:
 WAYS = [
     "pipe:touch {0}",
     *(pytest.param(way, marks=pytest.mark.slow) for way in ("/x.tar::pipe:touch {0}", "/x-{{0..1}}.tar::pi{{p,q}}e:touch {0}")),
-    "mixture",
+    pytest.param("mixture", marks=pytest.mark.slow),
 ]
 
 
@@ -316,6 +316,7 @@ def test_credentials_of_one_server_are_not_sent_to_another_that_a_recipe_names(
         assert "data.shards is ''" in said
 
 
+@pytest.mark.slow
 def test_every_entry_of_a_run_is_known(tmp_path: Path, labelled_shards: Path) -> None:
     """A new file of a run must be among those that are looked at."""
     from clae_dist.launchers import claim, start

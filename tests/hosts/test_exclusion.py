@@ -46,7 +46,7 @@ def test_an_elastic_torchrun_goes_on_without_the_host(hosts: Hosts, recipe: Path
     assert excluded_hosts(run_dir) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_places_no_worker_on_the_host(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     run_dir, env = tmp_path / "run", break_host(tmp_path / "site", "host1", BAD_GPU)

@@ -96,6 +96,33 @@ def test_every_launcher_starts_again_by_the_same_rule(
     assert found == (UNEXPECTED if launcher is under_torchrun and again else code, again)
 
 
+def test_a_ray_worker_refuses_the_third_start_of_the_same_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would start ranks again as often as launch.max_failures says; after a new command, they start once more."""
+    starts: list[int] = []
+
+    def train(*arguments: Any) -> None:
+        starts.append(1)
+        raise KeyError("a fault of the program")
+
+    monkeypatch.setattr(rank, "train", train)
+    written: list[str] = []
+    monkeypatch.setattr(ray, "RayStore", lambda: SimpleNamespace(put=lambda name, text: written.append(text)))
+    monkeypatch.setenv("RANK", "0")
+    config = Config(run_dir=str(tmp_path), batch=Batch(global_size=16), launch=Launch(workers=1, max_failures=9, device="cpu"))
+    settings = {"config": flatten(config), "origins": {}, "debug": False, "name": "run", "num_ends": 0}
+    for _ in range(2):
+        with pytest.raises(RankBroke, match="a fault of the program"):
+            ray._rank_main(settings)
+    ray._rank_main(settings)
+    (ending,) = map(ray.json.loads, written)
+    assert len(starts) == 2
+    assert ending["code"] == UNEXPECTED
+    assert "rank 0 has failed twice in the same way before any checkpoint, and is not started a third time" in ending["message"]
+    with pytest.raises(RankBroke):
+        ray._rank_main({**settings, "num_ends": 2})
+    assert len(starts) == 3
+
+
 @pytest.mark.parametrize(("code", "again"), [(-9, True), (HUNG, True), (STOPPED, False)])
 def test_a_rank_that_leaves_without_a_word_is_started_again_unless_it_was_asked_to(code: int, again: bool) -> None:
     assert local._how_it_died(1, 2, code, "", "").again is again

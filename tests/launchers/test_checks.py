@@ -88,6 +88,7 @@ def test_another_run_s_folder(shards: Manifest, other: Manifest, tmp_path: Path,
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ray_s_user_waits_no_minute(tmp_path: Path) -> None:
     began = time.monotonic()
     done = processes.clae("train", "quickstart", f"data.shards={tmp_path}/nowhere", "launch.launcher=ray")

@@ -123,8 +123,8 @@ def run(work: Any, folder: Path, breaks: int, max_failures: int = 3) -> tuple[En
     ("work", "cause", "code", "text"),
     [
         (cuda_error_work, "code", UNEXPECTED, "illegal memory access"),
-        (nccl_error_work, "network", NETWORK, "unhandled system error"),
-        (out_of_memory_work, "memory", MEMORY, "Tried to allocate"),
+        pytest.param(nccl_error_work, "network", NETWORK, "unhandled system error", marks=pytest.mark.slow),
+        pytest.param(out_of_memory_work, "memory", MEMORY, "Tried to allocate", marks=pytest.mark.slow),
         (killed_work, "host", FAILED, "rank 1 of 2 was killed by SIGKILL."),
     ],
 )

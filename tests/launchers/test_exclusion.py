@@ -13,8 +13,9 @@ from clae_dist.launchers import exclusion
 from clae_dist.launchers.exclusion import _Place, decide
 from clae_dist.runs.ends import Attempt, read_ends, record_end
 from clae_dist.runs.exclusion import excluded_hosts
+from clae_dist.runs.heartbeat import write_heartbeat
 from tests.runs.test_listing import write_run
-from tests.runs.test_status import end
+from tests.runs.test_status import beat, end
 
 HOSTS = ("head", "node-1", "node-2")
 PLACES = [_Place(host, "", host == "head") for host in HOSTS for _ in range(2)]
@@ -82,6 +83,9 @@ def test_a_host_that_failed_twice_does_not_join_until_it_is_readmitted(
     assert capsys.readouterr().out == f"{here}\n"
     main(["status", str(run_dir)])
     assert f"exclude this host: {here} ended two starts" in capsys.readouterr().out
+    write_heartbeat(run_dir, beat(hosts=[here]))
+    main(["status", str(run_dir)])
+    assert "exclude this host" not in capsys.readouterr().out  # it is the only one
     main(["status", str(run_dir), "--readmit", here])
     assert "exclude this host" not in capsys.readouterr().out
     assert join() == 0

@@ -39,7 +39,9 @@ def two_steps(world: World, config: Config) -> dict[str, torch.Tensor]:
     return backend.state()["model"]
 
 
-@pytest.mark.parametrize(("world_size", "norm"), [(1, "global"), (2, "local"), (2, "global")])
+@pytest.mark.parametrize(
+    ("world_size", "norm"), [(1, "global"), pytest.param(2, "local", marks=pytest.mark.slow), (2, "global")]
+)
 def test_recomputed_blocks_train_the_same(ranks: RankPool, world_size: int, norm: str) -> None:
     """A second forward that took the last route, counted its statistics twice, or saved other tensors than the first."""
     config = replace(PLAIN, model=replace(PLAIN.model, norm=norm))

@@ -159,6 +159,7 @@ def test_nothing_of_ours_warns_on_gpus(two: Trained) -> None:
     assert [line for line in said.splitlines() if "FutureWarning" in line and "deprecated" in line] == []
 
 
+@pytest.mark.slow
 def test_more_ranks_than_gpus_are_refused_with_host_and_ranks(null_gpu: NullGpu, shards: str, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("batch: {global_size: 8}\nmodel: {encoder: small_resnet}\ntracking: {name: none}\n")
@@ -198,6 +199,7 @@ print(null.cudaEventRecord(event, stream))
 """
 
 
+@pytest.mark.slow
 def test_the_null_gpu_refuses_what_is_on_another_device(null_gpu: NullGpu) -> None:
     done = python(null_gpu, 2, "-c", _WRONG_DEVICES)
     assert done.returncode == 0, done.stderr
@@ -259,6 +261,7 @@ print(*(warning.message for warning in caught if "Triton" in str(warning.message
 """
 
 
+@pytest.mark.slow
 def test_without_triton_the_augmentation_is_batched_and_says_so(null_gpu: NullGpu, tmp_path: Path) -> None:
     nothing_compiled = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": str(tmp_path), "CC": ""}
     done = python(null_gpu, 1, "-c", _WITHOUT_A_COMPILER, **nothing_compiled)

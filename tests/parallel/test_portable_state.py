@@ -35,7 +35,7 @@ def go_on(world: World, setup: Setup, kinds: list[str], start: int, state: Any) 
     ("first", "second", "optim", "norm"),
     [
         ((FSDP2, 4), (DDP, 2), ADAMW, "batch"),
-        ((DDP, 4), (FSDP2, 2), ADAMW, "batch"),
+        pytest.param((DDP, 4), (FSDP2, 2), ADAMW, "batch", marks=pytest.mark.slow),
         pytest.param((HYBRID, 4), (FSDP2, 3), ADAMW, "group", marks=pytest.mark.slow),
         ((FSDP2, 3), (DDP, 1), SGD, "group"),
         pytest.param((FSDP2, 1), (HYBRID, 4), SGD, "batch", marks=pytest.mark.slow),

@@ -82,9 +82,7 @@ def check(pool: RankPool, size: int, way: str, tmp_path: Path) -> None:
     assert_same(go_on(World.single("cpu"), "ddp", tmp_path, HALF, [], False), half)  # one rank, another backend
 
 
-@pytest.mark.parametrize(
-    "way", [way if way in ("ddp", "fsdp2", "zero 3") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
-)
+@pytest.mark.parametrize("way", [way if way in ("ddp", "fsdp2") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_two_ranks_write_and_go_on_to_the_same_bits(pair: RankPool, tmp_path: Path, way: str) -> None:
     check(pair, 2, way, tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,14 @@ def on_ranks(world: World, case: LossCase) -> tuple[str, list[Measured]]:
 
 
 def parity(ranks: RankPool, loss: Callable[..., Any], world_size: int = 2, **settings: Any) -> LossParity:
-    """`loss_parity`, on ranks that stand already."""
-    case = LossCase(f"{losses.__name__}:{loss.__name__}", world_size=world_size, rows=2, **settings)
+    return on_standing_ranks(ranks, LossCase(f"{losses.__name__}:{loss.__name__}", world_size=world_size, rows=2, **settings))
+
+
+def on_standing_ranks(ranks: RankPool, case: LossCase) -> LossParity:
+    """`loss_parity`, without processes of its own."""
     dtype, (one,) = ranks.run(1, on_ranks, case)[0]
-    return judge(case.loss, dtype, one, ranks.run(world_size, on_ranks, case)[0][1], stop_gradient=case.stop_gradient)
+    many = ranks.run(case.world_size, on_ranks, case)[0][1]
+    return judge(case.loss, dtype, one, many, stop_gradient=case.stop_gradient)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,12 @@ def test_constant_rows_may_be_meant(ranks: RankPool) -> None:
     assert not parity(ranks, losses.own_rows_only, stop_gradient=True).passed
 
 
-def test_the_fixture_fails_a_test_with_the_table(assert_loss_parity: Callable[..., LossParity]) -> None:
+def test_the_fixture_fails_a_test_with_the_table(
+    assert_loss_parity: Callable[..., LossParity], ranks: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "clae_dist.testing.loss_parity", partial(on_standing_ranks, ranks)
+    )  # the command's test starts processes
     assert assert_loss_parity(losses.right_functional, rows=2).rows == 2
     with pytest.raises(AssertionError, match="known mistake: detached"):
         assert_loss_parity(losses.detached)
@@ -98,6 +108,13 @@ def test_the_command_takes_a_file_of_the_current_folder(
         "from tests.parity.losses import all_anchors\n\ndef mine(a, b, factor): return factor * all_anchors(a, b)\n"
     )
     monkeypatch.chdir(tmp_path)
+    found: list[LossParity] = []
+
+    def once(case: LossCase) -> LossParity:
+        found.extend([] if found else [loss_parity(case)])
+        return found[0]
+
+    monkeypatch.setattr(loss_module, "loss_parity", once)
     assert main(["parity", "--loss", "beside_me:mine", "--loss-args", "factor=2"]) == 1
     lines = capsys.readouterr().out
     assert "scale 0.5000, cosine 1.000000" in lines

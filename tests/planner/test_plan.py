@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does(monkeypatch: pyte
     kept: dict[str, Traced] = {}
 
     def once(*arguments: Any, **named: Any) -> Traced:
-        """The three plans differ in the chip's memory and the micro-batches: what one has traced, another need not."""
+        """The three plans differ in the chip's memory and the micro-batches: what one has traced, others need not."""
         key = repr((arguments, named))
         if key not in kept:
             kept[key] = trace(*arguments, **named)

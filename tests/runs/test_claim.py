@@ -38,7 +38,7 @@ def recipe(shards: Manifest, run_dir: Path) -> Config:
     return small_run(shards.folder, run_dir, train=settings, checkpoint=Checkpointing(), launch=Launch(workers=1))
 
 
-@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_second_training_is_refused_before_it_has_done_anything(launcher: str, shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run")
     config.folder.mkdir()

@@ -80,13 +80,14 @@ def flip(bucket: ObjectServer, key: str) -> None:
     ("file", "damage", "words"),
     [
         ("rank-00001.safetensors", flip, "has sha256"),
-        (
+        pytest.param(
             "rank-00000.safetensors",
             lambda bucket, key: bucket.write(key, bucket.read(key)[:-1]),
             "bytes in the bucket, expected",
+            marks=pytest.mark.slow,
         ),
         ("rank-00001.safetensors", lambda bucket, key: bucket.delete(key), "is not in the bucket"),
-        ("checkpoint.json", flip, "checkpoint.json: it is no checkpoint of ours"),
+        pytest.param("checkpoint.json", flip, "checkpoint.json: it is no checkpoint of ours", marks=pytest.mark.slow),
         ("checkpoint.json", lambda bucket, key: bucket.delete(key), ""),
     ],
     ids=["wrong byte", "short", "missing", "wrong index", "no index"],

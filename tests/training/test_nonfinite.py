@@ -159,7 +159,7 @@ def test_more_than_allowed_end_the_run_also_after_a_restart(ranks: RankPool, sha
     assert "skipped (2 of at most 2" in ranks.run(2, train, more, "gradient", (0,))[0]
 
 
-@pytest.mark.parametrize("norm", ["global", "local"])
+@pytest.mark.parametrize("norm", ["global", pytest.param("local", marks=pytest.mark.slow)])
 def test_what_was_written_down_is_taken_again(ranks: RankPool, shards: Manifest, tmp_path: Path, norm: str) -> None:
     config = recipe(shards, tmp_path / "run", norm=norm, allowed=0)
     assert ranks.run(2, train, config, "weight")[0].startswith("RankError: the loss is not finite")

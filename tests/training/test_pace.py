@@ -15,7 +15,7 @@ import torch
 
 from clae_dist.bench.measure import replaced
 from clae_dist.collectives import observed, waiting
-from clae_dist.config import Config, Model
+from clae_dist.config import Config, Model, Parallel
 from clae_dist.data import shards as shards_module
 from clae_dist.data.manifest import Manifest
 from clae_dist.methods.simclr import SimClr
@@ -177,6 +177,41 @@ def test_a_planted_delay_is_named_on_all_ranks(ranks: RankPool, shards: Manifest
     last = [line for line in logged(config) if "loss" in line][-1]
     assert last["slow_rank"] == rank
     assert last["slow_share"] > 20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [(2, Parallel(backend="fsdp2")), (4, Parallel(backend="deepspeed", zero_stage=3))]
+)
+def test_nobody_is_named_without_a_delay(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, num_ranks: int, parallel: Parallel
+) -> None:
+    """Two minutes where others wait in every unit."""
+    if parallel.backend == "deepspeed":
+        pytest.importorskip("deepspeed")
+    sections = {"parallel": parallel}
+    config = recipe(shards, tmp_path / "run", epochs=10**5, every_steps=0, knn_every=0, log_every=20, sections=sections)
+    slow, said = ranks.run(num_ranks, planted, config, -1, "", 0.0, 5.0, 120.0)[0]
+    assert slow is None
+    assert "is slow" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "part"), [("fsdp2", "attack"), ("fsdp2", "backward"), ("zero3", "backward")])
+def test_a_planted_delay_is_named_where_others_wait_in_every_unit(
+    ranks: RankPool, shards: Manifest, tmp_path: Path, backend: str, part: str
+) -> None:
+    """Their collectives are within forward and backward, which take equally long on all ranks."""
+    num_ranks, parallel = 2, Parallel(backend="fsdp2")
+    if backend == "zero3":
+        pytest.importorskip("deepspeed")
+        num_ranks, parallel = 4, Parallel(backend="deepspeed", zero_stage=3)  # all ranks of the pool
+    sections: dict[str, Any] = {"parallel": parallel, "model": Model(encoder="small_resnet", norm="local")}
+    config = recipe(shards, tmp_path / "run", epochs=4, every_steps=0, sections=sections, **BARE)
+    for slow, _ in ranks.run(num_ranks, planted, config, 1, part, 0.2 * num_ranks):
+        assert slow is not None
+        assert (slow.rank, slow.part) == (1, part)
+        assert slow.price > 0.07
 
 
 @pytest.mark.long

@@ -66,7 +66,7 @@ def finished(world: World, config: Config) -> str:
     ("where", "number", "step"),
     [
         pytest.param("open_sets", signal.SIGTERM, 0, marks=pytest.mark.slow),
-        ("knn_while_training", signal.SIGINT, 0),  # before the first step
+        pytest.param("knn_while_training", signal.SIGINT, 0, marks=pytest.mark.slow),  # before the first step
         ("pretrain_step", signal.SIGUSR1, 1),
         ("save", signal.SIGTERM, 2),
         pytest.param("describe", signal.SIGINT, 0, marks=pytest.mark.slow),
