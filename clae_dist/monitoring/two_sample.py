@@ -34,7 +34,7 @@ class Finding:
 
 
 def kernel(rows_NF: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """exp(-d² / 2σ²) between all rows, float64 (N, N), with zeros on the diagonal, which the unbiased estimate leaves out."""
+    """exp(-d² / 2σ²) between all rows, float64 (N, N), with zeros on the diagonal, which an unbiased estimate omits."""
     gram_NN = torch.exp(-torch.cdist(rows_NF, rows_NF).square() / (2 * bandwidth**2))
     return gram_NN.fill_diagonal_(0)
 
