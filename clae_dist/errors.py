@@ -17,7 +17,7 @@ EXIT_CODES = {
     OK: "success",
     UNEXPECTED: "unexpected error; parity, replay, verify, doctor and checkpoints: a difference or a problem was found",
     BAD_CONFIG: "a setting or an argument cannot be used",
-    BAD_DATA: "the data cannot be used",
+    BAD_DATA: "the data cannot be used; monitor: an alarm",
     FAILED: "a rank failed",
     STORAGE: "storage failed (full, read-only, damaged)",
     HUNG: "a rank hung and the run was not restarted",

@@ -28,6 +28,7 @@ _MINUTES = {  # of the default part; tests directly in tests/ are "."
     "launchers": 0.6,
     "methods": 0.5,
     "models": 0.2,
+    "monitoring": 0.1,
     "null_gpu": 0.1,
     "parallel": 1.0,
     "parity": 0.4,

@@ -24,6 +24,7 @@ NAMES = (
     "study",
     "export",
     "embed",
+    "monitor",
     "checkpoints",
     "replay",
     "parity",

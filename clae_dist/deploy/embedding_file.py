@@ -112,7 +112,13 @@ def write_embeddings(
     check_target(target)
     paths = [target, target.with_suffix(".ids.json")] if target.suffix == ".npy" else [target]
     ids_are = "paths" if any(isinstance(one, str) for one in images.ids[:1]) else "positions"
-    facts = {"format": FORMAT, "encoder": encoder.source, "num_features": encoder.num_features, "ids_are": ids_are}
+    facts = {
+        "format": FORMAT,
+        "encoder": encoder.source,
+        "weights": encoder.weights_digest(),
+        "num_features": encoder.num_features,
+        "ids_are": ids_are,
+    }
     progress = Progress(len(images), label="embedding: ", say=say)
     bad: dict[int, str] = {}
     num_rows = 0

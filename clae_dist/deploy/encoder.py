@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,15 @@ class Encoder(nn.Module):
         """Features (B, F) of RGB images (B, 3, S, S) with pixels in [0, 1], such as a stack of `transform`'s."""
         features: torch.Tensor = self.network((images_B3SS - self.mean) / self.std).flatten(1)
         return features
+
+    def weights_digest(self) -> str:
+        """The sha256 of the network's parameters and statistics, in hex: equal for a run's encoder and its export."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            if value.is_floating_point():
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def transform(self, image: Image.Image) -> torch.Tensor:
         """The image as evaluation sees it, resized and cut to its centre: RGB float32 (3, S, S) in [0, 1].

@@ -23,6 +23,7 @@ from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import extract
+from clae_dist.monitoring.window import read_window
 from clae_dist.runs.checkpoint import load_model
 from tests.processes import CLAE, finish, started
 
@@ -106,7 +107,10 @@ def test_the_command(
     expected = embed(labelled_shards, load_encoder(run), split="test", batch_size=7)
     features, ids, labels, facts = read(target)
     assert np.array_equal(features, expected)
-    assert ids == list(range(30))
+    window = read_window(target)
+    assert np.array_equal(window.features.numpy(), expected)
+    assert window.ids == ids == list(range(30))
+    assert window.facts["weights"] == load_encoder(export_encoder(run)).weights_digest()
     assert labels == ["blue", "green", "red"] * 10
     assert (facts["format"], facts["encoder"]["step"], facts["ids_are"]) == ("clae-dist embeddings 1", 7, "positions")
     assert {path.suffix for path in target.parent.iterdir()} == ({".npy", ".json"} if suffix == "npy" else {".parquet"})

@@ -1,0 +1,1 @@
+"""`clae monitor`: are the embeddings of new images still distributed as those of a reference?"""

@@ -1,0 +1,74 @@
+"""The result of `clae monitor` as an object for programs, and as a page with the images that moved most."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from clae_dist.data.images import Images, open_dataset
+from clae_dist.errors import ConfigError, DataError
+from clae_dist.monitoring.monitor import Monitor, Verdict
+from clae_dist.monitoring.window import Window
+from clae_dist.page import data_uri, render
+
+FORMAT = "clae-dist drift 1"
+_SHOWN, _SIDE = 24, 160  # pictures, and pixels of a side
+
+
+def as_object(monitor: Monitor, verdicts: Sequence[Verdict], raised: Sequence[str]) -> dict[str, Any]:
+    """All findings. The effects are MMD², AUROC, a distance of distribution functions, and a share of rows."""
+    return {
+        "format": FORMAT,
+        "reference": {"file": monitor.reference.name, "rows": len(monitor.reference)},
+        "limits": vars(monitor.limits),
+        "windows": [
+            {
+                "file": verdict.name,
+                "rows": verdict.rows,
+                "tests": {name: vars(finding) for name, finding in verdict.findings.items()},
+                "floors": verdict.floors,
+                "suspect_by": verdict.suspects(monitor.limits.alpha),
+            }
+            for verdict in verdicts
+        ],
+        "alarm": list(raised),
+    }
+
+
+def page(
+    monitor: Monitor, verdicts: Sequence[Verdict], last: Window, raised: Sequence[str], source: str | None, split: str
+) -> str:
+    """HTML. `source`: where the last window's images are; without it, the page has their ids alone.
+
+    Raises ConfigError or DataError if its images are not there.
+    """
+    order = verdicts[-1].moved.argsort(descending=True)[:_SHOWN].tolist()
+    images = open_dataset(source, split) if source else None
+    moved = [
+        {
+            "id": str(last.ids[row]),
+            "moved": float(verdicts[-1].moved[row]),
+            "picture": _picture(images, last.ids[row], str(source)) if images else "",
+        }
+        for row in order
+    ]
+    return render(
+        "clae_dist", "monitor.html", title="Drift of embeddings", result=as_object(monitor, verdicts, raised), moved=moved
+    )
+
+
+def _picture(images: Images, identifier: Any, source: str) -> str:
+    """The image of this id as a JPEG in a data URI."""
+    if identifier not in images.ids:
+        raise ConfigError(
+            f"--images {source!r} has no image {identifier!r} of the last window; give the images it was made of."
+        )
+    try:
+        image = images[images.ids.index(identifier)][0].convert("RGB")
+    except DataError:
+        return ""  # it was decoded when it was embedded, and has changed since
+    image.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return data_uri(stream.getvalue(), "jpeg")
