@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import scipy  # noqa: F401
     except ImportError:
-        raise ConfigError("clae monitor needs scipy; pip install 'scipy>=1.11'.") from None
+        raise ConfigError("clae monitor needs scipy, which comes with scikit-learn; pip install 'scikit-learn>=1.4'.") from None
     from clae_dist.escape import in_json, say
     from clae_dist.files import write_atomically
     from clae_dist.monitoring.monitor import Limits, Monitor, alarms, check_windows
