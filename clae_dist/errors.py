@@ -15,7 +15,8 @@ INTERRUPTED = 130
 
 EXIT_CODES = {
     OK: "success",
-    UNEXPECTED: "unexpected error; parity, replay, verify, doctor and checkpoints: a difference or a problem was found",
+    UNEXPECTED: "unexpected error; parity, replay, verify, doctor and checkpoints: a difference or a problem was found; "
+    "promote: a rule of the gate is broken",
     BAD_CONFIG: "a setting or an argument cannot be used",
     BAD_DATA: "the data cannot be used; monitor: an alarm",
     FAILED: "a rank failed",

@@ -25,6 +25,8 @@ NAMES = (
     "export",
     "embed",
     "monitor",
+    "promote",
+    "rollback",
     "checkpoints",
     "replay",
     "parity",

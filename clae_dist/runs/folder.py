@@ -19,6 +19,7 @@ STOP_FILE = "STOP"
 METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"
 ENDS_FILE, READMITTED_FILE = "ends.jsonl", "readmitted.json"
+REGISTRY_FILE = "registry.jsonl"
 HEARTBEAT_FILE = "heartbeat.json"
 CONSOLE_FILE = "console.log"
 EVALUATION_FILE = "evaluation.json"
@@ -33,7 +34,7 @@ REPORT_PAGE = "report.html"
 FOLDERS = frozenset((CHECKPOINTS, EVALUATION, EXPORT, HANG, INITIAL, NONFINITE, PROFILE, PSEUDO_LABELS, RAY, REPORT))
 FILES = frozenset(
     {CONFIG_FILE, IDENTITY_FILE, STOP_FILE, METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, EVALUATION_FILE, SUMMARY_FILE}
-    | {BAD_SAMPLES_FILE, ENDS_FILE, READMITTED_FILE, HEARTBEAT_FILE, TRAINING_LEASE, EVALUATION_LEASE}
+    | {BAD_SAMPLES_FILE, ENDS_FILE, READMITTED_FILE, REGISTRY_FILE, HEARTBEAT_FILE, TRAINING_LEASE, EVALUATION_LEASE}
 )
 PREFIXES = (".", "error-rank-")  # of temporary files and error logs of ranks
 
@@ -134,6 +135,11 @@ class RunFolder:
     def console_file(self) -> Path:
         """Console output of all ranks, over all starts."""
         return self.path / CONSOLE_FILE
+
+    @property
+    def registry_file(self) -> Path:
+        """A line for each promotion of this run's export."""
+        return self.path / REGISTRY_FILE
 
     @property
     def evaluation_file(self) -> Path:

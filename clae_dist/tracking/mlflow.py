@@ -1,4 +1,4 @@
-"""MLflow as a store. Only this file and mlflow_model.py import mlflow (the vendor's package: imports here are absolute)."""
+"""MLflow as a store. Only the files mlflow*.py import mlflow (the vendor's package: imports here are absolute)."""
 
 from __future__ import annotations
 
