@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+from typing import TYPE_CHECKING
 
 from clae_dist.errors import BAD_DATA, OK, ConfigError
 from clae_dist.options import Parser, user_path
+
+if TYPE_CHECKING:
+    from clae_dist.tracking.mlflow_registry import Registry
 
 ALARM = BAD_DATA  # 3, for schedulers: the data is not what it was
 
@@ -18,7 +24,7 @@ REFERENCE and every NEW are files that `clae embed` wrote with the same encoder:
 Four tests a window: MMD with permutations; a classifier between window and reference; Kolmogorov-Smirnov along 32 principal
 components; distances to the nearest neighbours. A window is suspect when the p-value of MMD or of the classifier is below
 --alpha and its effect is larger than any of windows drawn from the reference itself. Two suspect windows in a row are an
-alarm: exit code 3, otherwise 0. A single window raises none.
+alarm: exit code 3, otherwise 0. A single window raises none. --roll-back-on-alarm also moves the alias `champion` back.
 
 Rows must be independent: frames of one video are not, and p-values of them are too small.
 """
@@ -38,6 +44,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of permutations and halves (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--to", type=user_path, metavar="FILE.html", help="write a page with the images that moved most")
+    parser.add_argument(
+        "--roll-back-on-alarm",
+        metavar="MODEL",
+        help="on an alarm, do as `clae rollback MODEL --uri URI`",
+    )
+    parser.add_argument("--uri", metavar="URI", help="MLflow, of --roll-back-on-alarm (default: $MLFLOW_TRACKING_URI)")
     parser.add_argument("--images", metavar="IMAGES_OR_SHARDS", help="the images of the last window, for the page")
     parser.add_argument("--split", default="train", help="the split of --images, if they are shards (default: train)")
 
@@ -56,12 +68,15 @@ def run(arguments: argparse.Namespace) -> int:
         import scipy  # noqa: F401
     except ImportError:
         raise ConfigError("clae monitor needs scipy, which comes with scikit-learn; pip install 'scikit-learn>=1.4'.") from None
+    from clae_dist.deploy.promotion import roll_back
     from clae_dist.escape import in_json, say
     from clae_dist.files import write_atomically
     from clae_dist.monitoring.monitor import Limits, Monitor, alarms, check_windows
     from clae_dist.monitoring.page import as_object, page
     from clae_dist.monitoring.window import read_window
+    from clae_dist.tracking.mlflow_registry import RegistryError
 
+    registry = _registry(arguments) if arguments.roll_back_on_alarm else None  # before hours of work
     limits = Limits(arguments.alpha, arguments.permutations, arguments.seed)
     monitor = Monitor(read_window(arguments.reference), limits)
     windows = [read_window(path) for path in arguments.windows]
@@ -74,4 +89,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(in_json(json.dumps(as_object(monitor, verdicts, raised), indent=1)))
     else:
         say(f"alarm: {'; '.join(raised)}" if raised else "no alarm")
+    if raised and registry is not None:
+        try:
+            roll_back(registry, f"drift: {raised[-1]}", lambda text: print(text, file=sys.stderr))
+        except RegistryError as error:
+            say(f"clae: {error}", file=sys.stderr)  # the exit code is the alarm's
     return ALARM if raised else OK
+
+
+def _registry(arguments: argparse.Namespace) -> Registry:
+    from clae_dist.tracking.mlflow_registry import Registry
+
+    uri = arguments.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise ConfigError("--roll-back-on-alarm needs --uri, the address of MLflow, such as http://host:5000.")
+    return Registry(uri, arguments.roll_back_on_alarm)

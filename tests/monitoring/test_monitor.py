@@ -14,6 +14,7 @@ import torch
 
 from clae_dist.cli import main
 from clae_dist.commands.monitor import ALARM
+from clae_dist.deploy import promotion
 from clae_dist.errors import BAD_CONFIG, OK
 from clae_dist.monitoring.monitor import Limits, Monitor, Verdict, alarms
 from clae_dist.monitoring.two_sample import (
@@ -28,6 +29,7 @@ from clae_dist.monitoring.two_sample import (
     witness,
 )
 from clae_dist.monitoring.window import Window
+from clae_dist.tracking.mlflow_registry import Registry, RegistryError
 
 FACTS = {"num_features": 4, "encoder": {"encoder": "small_resnet", "step": 3}, "weights": "aa"}
 
@@ -148,6 +150,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [window["suspect_by"] for window in result["windows"]] == [[], ["mmd", "classifier"], ["mmd", "classifier"]]
     assert len(result["alarm"]) == 1
     assert "Alarm" in page.read_text()
+
+
+def test_an_alarm_rolls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And stays an alarm when the registry fails; without an alarm nothing is asked of it."""
+    reference = write(tmp_path / "reference.npy", rows(600, 0))
+    files = [str(write(tmp_path / f"{n}.npy", rows(100, n, shift))) for n, shift in ((1, 0.0), (2, 1.0), (3, 1.0))]
+    asked: list[str] = []
+
+    def roll_back(registry: Registry, reason: str, say: object) -> None:
+        asked.append(f"{registry.name}: {reason}")
+        if len(asked) > 1:
+            raise RegistryError("the registry is away")
+
+    monkeypatch.setattr(promotion, "roll_back", roll_back)
+    words = ["--permutations", "200", "--roll-back-on-alarm", "plants", "--uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    assert main(["monitor", str(reference), *files[:2], *words]) == OK
+    assert asked == []
+    for _ in range(2):
+        assert main(["monitor", str(reference), *files, *words]) == ALARM
+    assert len(asked) == 2
+    assert asked[0].startswith("plants: drift: ")
+    assert "the registry is away" in capsys.readouterr().err
+    assert main(["monitor", str(reference), *files, "--roll-back-on-alarm", "plants"]) == BAD_CONFIG
 
 
 @pytest.mark.parametrize(
