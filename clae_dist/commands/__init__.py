@@ -24,6 +24,7 @@ NAMES = (
     "study",
     "export",
     "embed",
+    "search",
     "monitor",
     "promote",
     "rollback",

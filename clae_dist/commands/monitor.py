@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError:
         raise ConfigError("clae monitor needs scipy, which comes with scikit-learn; pip install 'scikit-learn>=1.4'.") from None
     from clae_dist.deploy.promotion import roll_back
+    from clae_dist.deploy.window import read_window
     from clae_dist.escape import in_json, say
     from clae_dist.files import write_atomically
     from clae_dist.monitoring.monitor import Limits, Monitor, alarms, check_windows
     from clae_dist.monitoring.page import as_object, page
-    from clae_dist.monitoring.window import read_window
     from clae_dist.tracking.mlflow_registry import RegistryError
 
     registry = _registry(arguments) if arguments.roll_back_on_alarm else None  # before hours of work

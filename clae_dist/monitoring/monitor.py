@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 
+from clae_dist.deploy.window import Window, check_same_encoder
 from clae_dist.errors import ConfigError
 from clae_dist.monitoring.two_sample import (
     Finding,
@@ -25,7 +26,6 @@ from clae_dist.monitoring.two_sample import (
     mmd_test,
     witness,
 )
-from clae_dist.monitoring.window import Window, check_same_encoder
 
 DECIDING = ("mmd", "classifier")  # the tests that can raise the alarm
 LEAST_REFERENCE, LEAST_WINDOW = 500, 50

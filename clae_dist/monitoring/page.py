@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-from clae_dist.data.images import Images, open_dataset
-from clae_dist.errors import ConfigError, DataError
+from clae_dist.deploy.thumbnails import open_images, thumbnail
+from clae_dist.deploy.window import Window
 from clae_dist.monitoring.monitor import Monitor, Verdict
-from clae_dist.monitoring.window import Window
-from clae_dist.page import data_uri, render
+from clae_dist.page import render
 
 FORMAT = "clae-dist drift 1"
-_SHOWN, _SIDE = 24, 160  # pictures, and pixels of a side
+_SHOWN = 24  # pictures
 
 
 def as_object(monitor: Monitor, verdicts: Sequence[Verdict], raised: Sequence[str]) -> dict[str, Any]:
@@ -44,31 +42,15 @@ def page(
     Raises ConfigError or DataError if its images are not there.
     """
     order = verdicts[-1].moved.argsort(descending=True)[:_SHOWN].tolist()
-    images = open_dataset(source, split) if source else None
+    images = open_images(source, split, last) if source else None
     moved = [
         {
             "id": str(last.ids[row]),
             "moved": float(verdicts[-1].moved[row]),
-            "picture": _picture(images, last.ids[row], str(source)) if images else "",
+            "picture": thumbnail(images, last.ids[row]) if images else "",
         }
         for row in order
     ]
     return render(
         "clae_dist", "monitor.html", title="Drift of embeddings", result=as_object(monitor, verdicts, raised), moved=moved
     )
-
-
-def _picture(images: Images, identifier: Any, source: str) -> str:
-    """The image of this id as a JPEG in a data URI."""
-    if identifier not in images.ids:
-        raise ConfigError(
-            f"--images {source!r} has no image {identifier!r} of the last window; give the images it was made of."
-        )
-    try:
-        image = images[images.ids.index(identifier)][0].convert("RGB")
-    except DataError:
-        return ""  # it was decoded when it was embedded, and has changed since
-    image.thumbnail((_SIDE, _SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    return data_uri(stream.getvalue(), "jpeg")

@@ -21,9 +21,9 @@ from clae_dist.data.manifest import load_manifest
 from clae_dist.deploy.embedding import embed
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
+from clae_dist.deploy.window import read_window
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import extract
-from clae_dist.monitoring.window import read_window
 from clae_dist.runs.checkpoint import load_model
 from tests.processes import CLAE, finish, started
 

@@ -15,6 +15,7 @@ import torch
 from clae_dist.cli import main
 from clae_dist.commands.monitor import ALARM
 from clae_dist.deploy import promotion
+from clae_dist.deploy.window import Window
 from clae_dist.errors import BAD_CONFIG, OK
 from clae_dist.monitoring.monitor import Limits, Monitor, Verdict, alarms
 from clae_dist.monitoring.two_sample import (
@@ -28,7 +29,6 @@ from clae_dist.monitoring.two_sample import (
     mmd_test,
     witness,
 )
-from clae_dist.monitoring.window import Window
 from clae_dist.tracking.mlflow_registry import Registry, RegistryError
 
 FACTS = {"num_features": 4, "encoder": {"encoder": "small_resnet", "step": 3}, "weights": "aa"}
