@@ -71,9 +71,9 @@ def test_variants_of_the_attack(ranks: RankPool, variant: str, gather: str, norm
 @pytest.mark.parametrize(
     ("gather", "world_sizes"),
     [
-        ("log_sum_exp", (3,)),
-        pytest.param("log_sum_exp", (1, 2, 4), marks=pytest.mark.slow),
-        pytest.param("reduce_scatter", (2,), marks=pytest.mark.slow),
+        pytest.param("log_sum_exp", (3,), id="log_sum_exp, 3 ranks"),
+        pytest.param("log_sum_exp", (1, 2, 4), id="log_sum_exp, other ranks", marks=pytest.mark.slow),
+        pytest.param("reduce_scatter", (2,), id="reduce_scatter", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("objective", [name for name in names() if name != "nt_xent"])  # that one is in all other tests
