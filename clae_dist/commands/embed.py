@@ -13,8 +13,8 @@ DESCRIPTION = """\
 Writes one row per image that can be decoded, in the order of the images: positions in the split of a set of shards, paths in a
 folder of images. Rows have the features that evaluation uses, before the projector.
 
-  FILE.npy       float32 (images, features), and FILE.ids.json: {"ids": […], "labels": […], "encoder": …}
-  FILE.parquet   columns id, label (a class name or null) and embedding; takes pyarrow
+  FILE.npy       float32 (images, features), and FILE.ids.json: {"ids": […], "labels": […], "encoder": …, "brightness": […], …}
+  FILE.parquet   columns id, label (a class name or null), embedding, brightness, contrast and sharpness; takes pyarrow
 
 The files appear complete at the end; an existing FILE is replaced then.
 """

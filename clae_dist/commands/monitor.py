@@ -21,10 +21,11 @@ DESCRIPTION = """\
 REFERENCE and every NEW are files that `clae embed` wrote with the same encoder: a reference of at least 500 rows (better
 2,000), and windows in the order of time, of at least 50 rows each (better 300).
 
-Four tests a window: MMD with permutations; a classifier between window and reference; Kolmogorov-Smirnov along 32 principal
-components; distances to the nearest neighbours. A window is suspect when the p-value of MMD or of the classifier is below
---alpha and its effect is larger than any of windows drawn from the reference itself. Two suspect windows in a row are an
-alarm: exit code 3, otherwise 0. A single window raises none. --roll-back-on-alarm also moves the alias `champion` back.
+Tests of a window: MMD with permutations; a classifier between window and reference; Kolmogorov-Smirnov along 32 principal
+components; distances to the nearest neighbours; brightness, contrast and sharpness. A window is suspect when the p-value of MMD
+or of the classifier is below --alpha and its effect is larger than any of windows drawn from the reference itself. Two suspect
+windows in a row are an alarm: exit code 3, otherwise 0. A single window raises none. --roll-back-on-alarm also moves the alias
+`champion` back.
 
 Rows must be independent: frames of one video are not, and p-values of them are too small.
 """

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from clae_dist.cores import loader_processes
 from clae_dist.data.evaluation_set import read_batches
@@ -18,6 +19,7 @@ from clae_dist.deploy.encoder import Encoder
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import frozen
 
+LOOKS = ("brightness", "contrast", "sharpness")
 _MANY = 512  # images, above which loader processes gain more time than their start takes
 
 
@@ -25,6 +27,7 @@ class EmbeddedBatch(NamedTuple):
     """The features of a batch with the other fields of `Views`."""
 
     features: np.ndarray  # float32 (b, F)
+    looks: dict[str, np.ndarray]  # of the decoded images, float32 (b,) each; see `looks_of`
     positions: np.ndarray
     labels: np.ndarray
     bad: dict[int, str]
@@ -44,7 +47,19 @@ def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_worker
         pixels = batch.views.to(encoder.mean.device).to(encoder.mean.dtype) / 255
         with frozen(encoder):
             features = encoder(pixels) if len(pixels) else pixels.new_empty(0, encoder.num_features)
-        yield EmbeddedBatch(features.float().cpu().numpy(), batch.positions.numpy(), batch.labels.numpy(), batch.bad)
+        found = looks_of(pixels) if len(pixels) else dict.fromkeys(LOOKS, pixels.new_empty(0))
+        looks = {name: values.float().cpu().numpy() for name, values in found.items()}
+        yield EmbeddedBatch(features.float().cpu().numpy(), looks, batch.positions.numpy(), batch.labels.numpy(), batch.bad)
+
+
+def looks_of(images_b3SS: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Brightness (mean grey level), contrast (its deviation) and sharpness (mean absolute Laplacian) of images in [0, 1]."""
+    grey_bSS = images_b3SS.mean(1)
+    inner = grey_bSS[:, 1:-1, 1:-1]
+    around = grey_bSS[:, :-2, 1:-1] + grey_bSS[:, 2:, 1:-1] + grey_bSS[:, 1:-1, :-2] + grey_bSS[:, 1:-1, 2:]
+    flat_bP = grey_bSS.flatten(1)
+    values = flat_bP.mean(1), flat_bP.std(1, correction=0), (around - 4 * inner).abs().flatten(1).mean(1)
+    return dict(zip(LOOKS, values, strict=True))
 
 
 def _choose_workers(images: Images, image_size: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from clae_dist import escape
 from clae_dist.data.images import Images
-from clae_dist.deploy.embedding import EmbeddedBatch, embedded
+from clae_dist.deploy.embedding import LOOKS, EmbeddedBatch, embedded
 from clae_dist.deploy.encoder import Encoder
 from clae_dist.errors import ConfigError
 from clae_dist.files import check_writable, replacing
@@ -33,6 +33,7 @@ class _Npy:
         self._streams, self._num_features, self._facts = streams, num_features, facts
         self._ids: list[Any] = []
         self._labels: list[str | None] = []
+        self._looks: dict[str, list[float]] = {name: [] for name in LOOKS}
         self._header()
 
     def _header(self) -> None:
@@ -41,19 +42,23 @@ class _Npy:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._streams[0], header)
 
-    def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None:
-        self._streams[0].write(np.ascontiguousarray(features_bF, dtype="<f4").tobytes())
+    def add(self, batch: EmbeddedBatch, ids: list[Any], labels: list[str | None]) -> None:
+        self._streams[0].write(np.ascontiguousarray(batch.features, dtype="<f4").tobytes())
         self._ids += ids
         self._labels += labels
+        for name, values in batch.looks.items():
+            self._looks[name] += [round(value, 5) for value in values.tolist()]
 
     def close(self) -> None:
         self._streams[0].seek(0)
         self._header()
-        self._streams[1].write((json.dumps({**self._facts, "ids": self._ids, "labels": self._labels}) + "\n").encode())
+        self._streams[1].write(
+            (json.dumps({**self._facts, "ids": self._ids, "labels": self._labels, **self._looks}) + "\n").encode()
+        )
 
 
 class _Parquet:
-    """A row an image: id, label, embedding (a list of F float32); the facts as JSON in the metadata of the schema."""
+    """A row an image: id, label, embedding (a list of F float32), looks; the facts as JSON in the metadata of the schema."""
 
     def __init__(self, streams: Sequence[IO[bytes]], num_features: int, facts: dict[str, Any]) -> None:
         import pyarrow as pa
@@ -62,14 +67,16 @@ class _Parquet:
         self._num_features = num_features
         id_type = pa.string() if facts["ids_are"] == "paths" else pa.int64()
         columns = [("id", id_type), ("label", pa.string()), ("embedding", pa.list_(pa.float32(), num_features))]
+        columns += [(name, pa.float32()) for name in LOOKS]
         self._schema = pa.schema(columns, metadata={"clae-dist": json.dumps(facts)})
         self._writer = pq.ParquetWriter(streams[0], self._schema)
 
-    def add(self, features_bF: np.ndarray, ids: list[Any], labels: list[str | None]) -> None:
+    def add(self, batch: EmbeddedBatch, ids: list[Any], labels: list[str | None]) -> None:
         import pyarrow as pa
 
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(features_bF.reshape(-1)), self._num_features)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(batch.features.reshape(-1)), self._num_features)
         columns = [pa.array(ids, self._schema.field("id").type), pa.array(labels, pa.string()), vectors]
+        columns += [pa.array(batch.looks[name], pa.float32()) for name in LOOKS]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
     def close(self) -> None:
@@ -127,7 +134,7 @@ def write_embeddings(
             file = _KINDS[target.suffix](streams, encoder.num_features, facts)
         for batch in embedded(images, encoder, batch_size, num_workers):
             with writing(target):
-                file.add(batch.features, [images.ids[i] for i in batch.positions.tolist()], _label_names(images, batch))
+                file.add(batch, [images.ids[i] for i in batch.positions.tolist()], _label_names(images, batch))
             num_rows += len(batch.positions)
             bad |= batch.bad
             progress.add(len(batch.positions) + len(batch.bad))

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from clae_dist.deploy.embedding import LOOKS
 from clae_dist.errors import ConfigError
 from clae_dist.reading import ReadError, read_object
 
 
 @dataclass(frozen=True)
 class Window:
-    """float32 features (N, F), the id of each row, and what the file says of its encoder."""
+    """float32 features (N, F), the id of each row, and what the file says of its encoder. `looks`: (N,) by name (looks_of)."""
 
     name: str
     features: torch.Tensor
     ids: list[Any]
     facts: Mapping[str, Any]
+    looks: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -62,7 +64,10 @@ def _read_npy(path: Path) -> Window:
     facts = read_object(path.with_suffix(".ids.json"))
     if features.ndim != 2 or len(facts["ids"]) != len(features):
         raise ValueError(f"{features.shape} features with {len(facts['ids'])} ids")
-    return Window(str(path), torch.from_numpy(features.astype(np.float32)), list(facts["ids"]), facts)
+    looks = {
+        name: torch.tensor(facts[name], dtype=torch.float32) for name in LOOKS if len(facts.get(name, ())) == len(features)
+    }
+    return Window(str(path), torch.from_numpy(features.astype(np.float32)), list(facts["ids"]), facts, looks)
 
 
 def _read_parquet(path: Path) -> Window:
@@ -78,4 +83,5 @@ def _read_parquet(path: Path) -> Window:
     facts = json.loads((table.schema.metadata or {})[b"clae-dist"])
     rows = table.column("embedding").combine_chunks()
     features = np.array(rows.flatten(), dtype=np.float32).reshape(len(rows), -1)
-    return Window(str(path), torch.from_numpy(features), table.column("id").to_pylist(), facts)
+    looks = {name: torch.tensor(table.column(name).to_numpy()) for name in LOOKS if name in table.column_names}
+    return Window(str(path), torch.from_numpy(features), table.column("id").to_pylist(), facts, looks)

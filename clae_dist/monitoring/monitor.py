@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 
+from clae_dist.deploy.embedding import LOOKS
 from clae_dist.deploy.window import Window, check_same_encoder
 from clae_dist.errors import ConfigError
 from clae_dist.monitoring.two_sample import (
@@ -21,6 +22,7 @@ from clae_dist.monitoring.two_sample import (
     distances,
     draw_members,
     kernel,
+    look_test,
     median_distance,
     mmd2,
     mmd_test,
@@ -102,6 +104,11 @@ class Monitor:
             "components": components_test(self._bank, self._held, features),
             "distance": distance_test(self._held_distances, distances(self._bank, features)),
         }
+        findings |= {
+            name: look_test(self.reference.looks[name], values)
+            for name, values in window.looks.items()
+            if name in self.reference.looks
+        }
         moved = witness(features, chosen, self._rows, self._bandwidth)
         return Verdict(window.name, len(window), findings, self._floors_of(len(part)), moved)
 
@@ -139,11 +146,12 @@ def alarms(verdicts: Sequence[Verdict], alpha: float) -> list[str]:
 
 def line_of(verdict: Verdict, alpha: float) -> str:
     """A verdict as text."""
+    looks = [f"{name} p {verdict.findings[name].p:.2g}" for name in LOOKS if name in verdict.findings]
     mmd, area, components, distance = (verdict.findings[name] for name in ("mmd", "classifier", "components", "distance"))
     suspects = verdict.suspects(alpha)
     said = f"differs by {' and '.join(suspects)}" if suspects else "no difference that counts"
     return (
         f"{verdict.name}: {verdict.rows:,} rows: {said} (MMD² {mmd.effect:.2g}, p {mmd.p:.2g}; classifier AUROC "
         f"{area.effect:.3f}, p {area.p:.2g}; components p {components.p:.2g}; {distance.effect:.1%} beyond the reference's "
-        f"99 % distance, p {distance.p:.2g})"
+        f"99 % distance, p {distance.p:.2g}{''.join(f'; {text}' for text in looks)})"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from clae_dist.deploy.embedding import LOOKS
 from clae_dist.deploy.thumbnails import open_images, thumbnail
 from clae_dist.deploy.window import Window
 from clae_dist.monitoring.monitor import Monitor, Verdict
@@ -52,5 +53,10 @@ def page(
         for row in order
     ]
     return render(
-        "clae_dist", "monitor.html", title="Drift of embeddings", result=as_object(monitor, verdicts, raised), moved=moved
+        "clae_dist",
+        "monitor.html",
+        title="Drift of embeddings",
+        result=as_object(monitor, verdicts, raised),
+        looks=LOOKS,
+        moved=moved,
     )

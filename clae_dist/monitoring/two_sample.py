@@ -128,6 +128,12 @@ def _margins(train_NF: torch.Tensor, labels_N: torch.Tensor, held_nF: torch.Tens
     return logits_n2[:, 1] - logits_n2[:, 0]
 
 
+def look_test(reference_R: torch.Tensor, window_M: torch.Tensor) -> Finding:
+    """Kolmogorov-Smirnov of one number an image; the effect is the distance of the distribution functions."""
+    found = stats.ks_2samp(reference_R.numpy(), window_M.numpy())
+    return Finding(float(found.pvalue), float(found.statistic))
+
+
 # ---- components and neighbours, whose directions and bank are of other rows than those compared ----
 
 

@@ -18,7 +18,7 @@ from clae_dist.cli import main
 from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.images import open_dataset
 from clae_dist.data.manifest import load_manifest
-from clae_dist.deploy.embedding import embed
+from clae_dist.deploy.embedding import embed, looks_of
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
 from clae_dist.deploy.window import read_window
@@ -108,6 +108,10 @@ def test_the_command(
     features, ids, labels, facts = read(target)
     assert np.array_equal(features, expected)
     window = read_window(target)
+    pixels = torch.stack([image for image, _, _ in open_dataset(labelled_shards, "test", load_encoder(run).transform)])
+    assert set(window.looks) == {"brightness", "contrast", "sharpness"}
+    for name, values in looks_of(pixels).items():
+        torch.testing.assert_close(window.looks[name], values, rtol=0, atol=2e-5)
     assert np.array_equal(window.features.numpy(), expected)
     assert window.ids == ids == list(range(30))
     assert window.facts["weights"] == load_encoder(export_encoder(run)).weights_digest()

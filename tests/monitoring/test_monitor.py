@@ -15,6 +15,7 @@ import torch
 from clae_dist.cli import main
 from clae_dist.commands.monitor import ALARM
 from clae_dist.deploy import promotion
+from clae_dist.deploy.embedding import looks_of
 from clae_dist.deploy.window import Window
 from clae_dist.errors import BAD_CONFIG, OK
 from clae_dist.monitoring.monitor import Limits, Monitor, Verdict, alarms
@@ -113,6 +114,26 @@ def test_two_windows_in_a_row_must_differ() -> None:
     assert alarms([small, small], 0.01) == []
     assert alarms([calm, by_mmd, by_classifier], 0.01) == ["m (by mmd), c (by classifier)"]
     assert alarms([by_mmd, by_mmd], 0.0005) == []
+
+
+def test_darker_images_are_said_and_raise_no_alarm() -> None:
+    """Of images whose embeddings are as before."""
+    darker = {"brightness": rows(100, 5, -1.0)[:, 0], "contrast": rows(100, 6)[:, 0]}
+    monitor = Monitor(Window("r", rows(600, 0), [], FACTS, {"brightness": rows(600, 7)[:, 0]}), Limits(permutations=100))
+    verdict = monitor.check(Window("w", rows(100, 1), [], FACTS, darker))
+    assert verdict.findings["brightness"].p < 1e-6
+    assert "contrast" not in verdict.findings
+    assert verdict.suspects(0.01) == []
+
+
+def test_looks() -> None:
+    """Of a grey image, of stripes of one pixel, and of a brighter grey one."""
+    images = torch.full((3, 3, 6, 6), 0.5)
+    images[1, :, :, ::2], images[1, :, :, 1::2], images[2] = 0.0, 1.0, 0.8
+    found = looks_of(images)
+    torch.testing.assert_close(found["brightness"], torch.tensor([0.5, 0.5, 0.8]))
+    torch.testing.assert_close(found["contrast"], torch.tensor([0.0, 0.5, 0.0]))
+    torch.testing.assert_close(found["sharpness"], torch.tensor([0.0, 2.0, 0.0]))
 
 
 def test_a_window_is_judged_alike_wherever_it_stands() -> None:
