@@ -60,6 +60,9 @@ def observed(by: Callable[[], AbstractContextManager[None]], *, every_work: bool
         dist.Work.wait = wait  # type: ignore[method-assign]
 
 
+MARK = "wait_marked"  # name of the function around every wait, which says nothing of where a rank waits
+
+
 def _marked(wait: Callable[..., bool]) -> Callable[..., bool]:
     main_thread = threading.get_ident()
 
@@ -69,6 +72,7 @@ def _marked(wait: Callable[..., bool]) -> Callable[..., bool]:
         with waiting():
             return wait(work, *arguments)
 
+    assert wait_marked.__name__ == MARK
     return wait_marked
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from clae_dist.collectives import MARK
 from clae_dist.errors import HUNG, STOPPED, Cause
 from clae_dist.runs.folder import RunFolder
 from clae_dist.training.flight_recorder import dump
@@ -183,8 +184,8 @@ def _newest(run_dir: Path) -> str:
 
 
 def _own_place(frame: FrameType | None) -> str:
-    """The innermost function of this package, as "flags_anywhere (world.py:132)"."""
-    while frame is not None and _HERE not in frame.f_code.co_filename:
+    """The innermost function of this package that waits or works, as "flags_anywhere (world.py:132)"."""
+    while frame is not None and (_HERE not in frame.f_code.co_filename or frame.f_code.co_name == MARK):
         frame = frame.f_back
     if frame is None:
         return "?"
