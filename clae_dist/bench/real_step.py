@@ -8,13 +8,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from clae_dist.bench.measure import no_freed_memory_held, peak_above, resident_bytes, time_in_turns
 from clae_dist.bench.stand_in import stand_in_ranks
+from clae_dist.bench.steps import Images
 from clae_dist.config import Config
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import pretrain_step
@@ -32,23 +33,13 @@ from clae_dist.world import World
 _REPEATS = 5
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A rank's rows: views (B, 3, S, S), ids and labels (B,)."""
-
-    views: tuple[torch.Tensor, ...]
-    ids: torch.Tensor
-    labels: torch.Tensor
-    strength: float = 1.0
-
-
 def step_of(config: Config, world: World) -> Callable[[], Any]:
     """Build the recipe's model, backend and method; a call is one training step on the same images. Collective."""
     backend = make_backend(config, build_model(config, world.group).to(world.device), world)
     run = make_pretraining(config, world, backend, Clock(world.device))
     rows = config.rows_per_rank(world.size)
     ids = torch.arange(rows, device=world.device)
-    batch = Batch(_views(config, rows, world.device), ids, ids % 2)
+    batch = Images(_views(config, rows, world.device), ids, ids % 2)
     run = replace(run, augment=lambda batch: batch.views, noise=lambda batch, number: torch.rand_like(batch.views[number]))
     moment = Moment(0, 1, config.train.epochs)
     return lambda: pretrain_step(run, batch, moment)

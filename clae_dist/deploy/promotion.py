@@ -12,10 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from clae_dist.config import Config
+from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import CONFIG, WEIGHTS
 from clae_dist.deploy.gate import LATENCY, Facts, Gate, facts_of, failures, latency_ms
 from clae_dist.errors import ConfigError
-from clae_dist.files import file_sha256
 from clae_dist.reading import ReadError, read_object
 from clae_dist.runs.folder import RunFolder
 from clae_dist.storage import writing
@@ -34,12 +34,14 @@ def promote(run_dir: Path, config: Config, gate: Gate, registry: Registry, say: 
     candidate = facts_of(run_dir, export, _images_seen(export, run_dir))
     if LATENCY in gate:
         candidate = replace(candidate, metrics={**candidate.metrics, LATENCY: latency_ms(export)})
-    champion = registry.version_of(CHAMPION)
-    broken = failures(gate, candidate, Facts.of(champion.facts) if champion else None)
+    # Not of the file, whose header another export of the same weights may write in another order.
+    champion, weights = registry.version_of(CHAMPION), load_encoder(export).weights_digest()
+    # A champion is not compared with itself: after an evaluation with other settings, its facts are to be replaced.
+    other = champion if champion and champion.weights != weights else None
+    broken = failures(gate, candidate, Facts.of(other.facts) if other else None)
     if broken:
         return broken
     run_key = RunFolder(run_dir).read_identity().run_key
-    weights = file_sha256(export / WEIGHTS)
     version = registry.register(export, weights, config.tracking.experiment, run_key, asdict(candidate))
     if champion is not None and champion.number == version.number:
         say(f"version {version.number} of {registry.name} is the champion already")

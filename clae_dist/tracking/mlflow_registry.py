@@ -15,7 +15,7 @@ from clae_dist.tracking.mlflow import RUN_KEY_TAG, connect, find_experiment, ref
 from clae_dist.tracking.tracker import Refused, brief
 
 CHAMPION, PREVIOUS = "champion", "previous"
-_WEIGHTS, _FACTS = "clae.weights_sha256", "clae.facts"
+_WEIGHTS, _FACTS = "clae.weights", "clae.facts"
 
 
 class RegistryError(ClaeError, RuntimeError):

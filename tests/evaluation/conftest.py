@@ -182,3 +182,11 @@ def metrics() -> list[dict[str, float]]:
     first = [_line(n, time_s=n / 32, **dict.fromkeys(keys, 9.0)) for n in (32, 64, 96, 128)]
     second = [_line(n, time_s=n / 32 + 0.25, **dict.fromkeys(keys, float(n) / 32)) for n in (96, 128, 160, 192, 224)]
     return [_line(0, time_s=0.5, knn_accuracy=40.0), *first, *second, _line(224, time_s=7.75, knn_accuracy=55.0)]
+
+
+@pytest.fixture
+def write_metrics(metrics: list[dict[str, float]]) -> Callable[[Path], None]:
+    def write(run: Path) -> None:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+
+    return write

@@ -11,10 +11,10 @@ import pytest
 
 from clae_dist.cli import main
 from clae_dist.deploy import promotion
+from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
 from clae_dist.deploy.gate import Facts, failures, read_gate
 from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED, ConfigError
-from clae_dist.files import file_sha256
 from clae_dist.tracking.mlflow_registry import CHAMPION, PREVIOUS, Registry, RegistryError
 from tests.mlflow_server import binaries, team_server
 
@@ -222,6 +222,19 @@ def test_rules() -> None:
         failures(strict, better, Facts(champion.metrics, {"knn": "images b"}))
 
 
+def test_a_champion_is_promoted_again_after_another_evaluation(make: Callable[..., Path], registry: Registry) -> None:
+    """The way out of "of other images or settings"."""
+    rules = {"knn/accuracy": {"falls_by_at_most": 0.0}}
+    run, better = evaluated(make(0), 60.0), evaluated(make(1), 70.0, key="other")
+    config = promotion.RunFolder(run).read_config()
+    assert promotion.promote(run, config, rules, registry, print) == []
+    with pytest.raises(ConfigError, match="of other images or settings"):
+        promotion.promote(better, config, rules, registry, print)
+    assert promotion.promote(evaluated(run, 50.0, key="other"), config, rules, registry, print) == []
+    assert promotion.promote(better, config, rules, registry, print) == []
+    assert aliases(registry) == ("2", "1")
+
+
 def test_an_evaluation_of_another_checkpoint_is_refused(make: Callable[..., Path], registry: Registry) -> None:
     run = evaluated(make(), 60.0, images_seen=1)
     with pytest.raises(ConfigError, match="of 224 images seen and evaluation.json of 1"):
@@ -252,4 +265,4 @@ def test_on_a_team_server(make: Callable[..., Path], tmp_path: Path, capsys: pyt
         assert aliases(registry) == ("1", "1")
         found = registry._client.get_model_version("plants", "2")
         folder = registry._client.download_artifacts(found.run_id, found.source.partition("/artifacts/")[2], str(tmp_path))
-        assert file_sha256(Path(folder) / "encoder.safetensors") == registry.versions()["2"].weights
+        assert load_encoder(folder).weights_digest() == registry.versions()["2"].weights

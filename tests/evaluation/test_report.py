@@ -14,7 +14,7 @@ from PIL import Image
 
 from clae_dist.cli import main
 from clae_dist.config import Attack
-from clae_dist.errors import Cause, ConfigError
+from clae_dist.errors import ConfigError
 from clae_dist.evaluation import metrics as metrics_of_runs
 from clae_dist.evaluation.evaluate import evaluate_run
 from clae_dist.models import build_model
@@ -24,7 +24,6 @@ from clae_dist.report.attacked import amplification, attack_images
 from clae_dist.report.curves import CHARTS
 from clae_dist.report.record import read_record, summarise, summary_table
 from clae_dist.report.run_page import write_report
-from clae_dist.runs.ends import Attempt
 from clae_dist.training.finish import report
 
 MakeRun = Callable[..., Path]
@@ -63,14 +62,6 @@ class Page(HTMLParser):
         for image in found:
             image.load()
         return found
-
-
-@pytest.fixture
-def write_metrics(metrics: Metrics) -> Callable[[Path], None]:
-    def write(run: Path) -> None:
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-
-    return write
 
 
 def test_the_whole_report(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
@@ -260,23 +251,6 @@ def test_the_pictured_attack_keeps_to_epsilon_and_raises_the_loss(overrides: lis
     assert not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_how_starts_ended_is_in_the_report_and_the_summary(make_run: MakeRun, write_metrics: Callable[[Path], None]) -> None:
-    run = make_run()
-    write_metrics(run)
-    assert summarise(read_record(run))["last_end"] is None
-    assert "last end" not in Page(write_report(run, _quiet)).text
-    causes: list[tuple[Cause, str]] = [("memory", "CUDA out of memory"), ("memory", "again"), ("code", "<b> \x1b[2J at a line")]
-    for number, (cause, text) in enumerate(causes):
-        Attempt(float(number + 1), 17).end(run, 1, 2, cause, 1, text, host="node-3")
-    Attempt(3.0, 17).end(run, 0, 2, "network", 8, "Connection closed by peer", host="node-0")  # of the same start
-    ends = run / "ends.jsonl"
-    ends.write_text(ends.read_text() + "cut off")
-    text = Page(write_report(run, _quiet)).text
-    assert "last end" in text
-    assert "code (rank 1 on node-3, after step 17): <b> \\x1b[2J at a line; of 3 starts: memory 2, code 1" in text
-    assert json.loads((run / "summary.json").read_text())["last_end"].startswith("code (rank 1 on node-3, after step 17): <b> ")
 
 
 def test_the_table_puts_two_runs_side_by_side() -> None:
