@@ -17,7 +17,7 @@ from clae_dist.deploy.encoder import Encoder, load_encoder
 from clae_dist.evaluation.features import frozen
 from clae_dist.evaluation.kmeans import kmeans
 
-__all__ = ["BANK", "IMAGES", "Effect", "Judge", "load_encoder"]
+__all__ = ["BANK", "IMAGES", "Effect", "Encoder", "Judge", "load_encoder"]
 IMAGES, BANK = 256, 1500  # that a patch is pasted on; that make the clusters
 LEAST_GAIN = 0.2  # of all images, that must move into one cluster
 LEAST_EXCESS = 2.0  # times as many as any other patch of the size moves

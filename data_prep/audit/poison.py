@@ -21,8 +21,7 @@ from data_prep.audit.small import read_small, view
 from data_prep.audit.thumbnails import Thumbnails
 
 if TYPE_CHECKING:
-    from clae_dist.deploy.encoder import Encoder
-    from data_prep.audit.effect import Effect, Judge
+    from data_prep.audit.effect import Effect, Encoder, Judge
     from data_prep.audit.patches import Patch
 
 _JUDGED = 20  # patches, those of most images
