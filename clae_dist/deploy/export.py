@@ -1,4 +1,4 @@
-"""`clae export`: the encoder's weights and a config.json that timm or torchvision load without this package."""
+"""`clae export`: the encoder's weights and a config.json that timm or torchvision load without this package; ONNX."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from torch import nn
 
 from clae_dist import __version__
 from clae_dist.config import Config
+from clae_dist.deploy.encoder import Encoder
+from clae_dist.deploy.layout import CONFIG, DEFAULT_FORMATS, FILES, FORMAT, GRAPH, README, TIMM_WEIGHTS, WEIGHTS
+from clae_dist.deploy.onnx_graph import CHECKED_IMAGES, check_graph, require_onnx, write_graph
 from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.deploy.readme import readme
-from clae_dist.deploy.timm_layout import TIMM_WEIGHTS, difference, timm_settings, unsupported
-from clae_dist.errors import ConfigError
+from clae_dist.deploy.run_images import RunImages, images_if_there, some_views
+from clae_dist.deploy.timm_layout import difference, timm_settings, unsupported
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.files import check_writable
 from clae_dist.keys import flatten, shapes_result
 from clae_dist.models.encoders import SMALL_RESNET_WIDTHS, SmallResNet, library_arguments
@@ -29,22 +33,30 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder
 from clae_dist.storage import writing
 
-FORMAT = "clae-dist encoder 1"
-WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
 
-
-def export_encoder(run_dir: Path, destination: Path | None = None, permission: Permission = NOTHING) -> Path:
+def export_encoder(
+    run_dir: Path,
+    destination: Path | None = None,
+    permission: Permission = NOTHING,
+    formats: frozenset[str] = DEFAULT_FORMATS,
+    shards: str = "",
+) -> Path:
     """Write the encoder of the newest checkpoint into the folder `destination` (default: RUN/export), and return the folder.
 
     encoder.safetensors holds the evaluated route (evaluation.route) under the names that timm or torchvision give its weights,
-    config.json what builds the model and its input, README.md the lines that load it. Where timm has the same model, the folder
-    also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. It appears complete or not at all;
-    an older export is replaced.
-    Raises ConfigError without a checkpoint, for a destination that holds something else, and for a folder that cannot be
-    read or written safely (runs/trust.py); StorageError when the destination cannot be written.
+    config.json what builds the model and its input, README.md the lines that load it. With "timm" among `formats`, and where
+    timm has the same model, the folder also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. With
+    "onnx", encoder.onnx is the encoder with its normalisation, compared with torch on images of the run (or at `shards`). The
+    folder appears complete or not at all; an older export is replaced.
+    Raises ConfigError without a checkpoint, for a destination that holds something else, for a folder that cannot be
+    read or written safely (runs/trust.py) and for an encoder that ONNX cannot express; DataError for unusable `shards`;
+    StorageError when the destination cannot be written.
     """
     check_folder(run_dir, permission)
     check_writable((destination or RunFolder(run_dir).export).absolute().parent)
+    if "onnx" in formats:
+        require_onnx()
+    images = images_if_there(run_dir, shards, permission) if "onnx" in formats else None
     config, model, info = load_model(run_dir)
     destination = destination or RunFolder(run_dir).export
     if destination.exists() and not _replaceable(destination):
@@ -54,22 +66,27 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
     }
     network, _ = plain_encoder(config.model, config.data.image_size, weights)
     description = _describe(config, info, _origin(run_dir), network, model.feature_dim)
+    encoder = Encoder(network, model.feature_dim, config.data.image_size, config.model.mean, config.model.std, {})
+    description["weights"] = encoder.weights_digest()
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         with writing(destination):
-            _write(partial, description, network)
+            _write(partial, description, encoder, formats, images)
             _replace_folder(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return destination
 
 
-def _write(folder: Path, description: dict[str, Any], network: nn.Module) -> None:
+def _write(
+    folder: Path, description: dict[str, Any], encoder: Encoder, formats: frozenset[str], images: RunImages | None
+) -> None:
     """Write all files of an export into `folder`, with timm's layout if timm loads the same encoder from it."""
     metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
+    network = encoder.network
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(save(_exported_state(description["encoder"], network), metadata))
-    problem = unsupported(description)
+    problem = unsupported(description) if "timm" in formats else "timm is not among --format"
     if not problem:
         (folder / CONFIG).write_text(json.dumps(description | timm_settings(description)))
         _link(folder / WEIGHTS, folder / TIMM_WEIGHTS)
@@ -77,8 +94,20 @@ def _write(folder: Path, description: dict[str, Any], network: nn.Module) -> Non
         if problem:
             (folder / TIMM_WEIGHTS).unlink()
     description |= {"timm_problem": problem} | ({} if problem else timm_settings(description))
+    if "onnx" in formats:
+        write_graph(encoder, folder / GRAPH, {key: value for key, value in metadata.items() if key != "format"})
+        description["onnx"] = _compare(folder / GRAPH, encoder, images)
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     (folder / README).write_text(readme(description))
+
+
+def _compare(path: Path, encoder: Encoder, images: RunImages | None) -> dict[str, Any]:
+    """Compare the graph with torch. Raises ConfigError if they differ."""
+    try:
+        views, origin = some_views(images, CHECKED_IMAGES, encoder.image_size)
+    except DataError:  # the manifest is there, and its shards are not
+        views, origin = some_views(None, CHECKED_IMAGES, encoder.image_size)
+    return {"difference": check_graph(path, encoder, views), "compared_on": origin}
 
 
 def _link(path: Path, other: Path) -> None:
@@ -90,7 +119,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, TIMM_WEIGHTS, CONFIG, README}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES
 
 
 def _replace_folder(partial: Path, destination: Path) -> None:

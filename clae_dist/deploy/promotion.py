@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clae_dist.config import Config
 from clae_dist.deploy.encoder import load_encoder
-from clae_dist.deploy.export import CONFIG, WEIGHTS
+from clae_dist.deploy.layout import CONFIG, WEIGHTS
 from clae_dist.deploy.gate import LATENCY, Facts, Gate, facts_of, failures, latency_ms
 from clae_dist.errors import ConfigError
 from clae_dist.reading import ReadError, read_object

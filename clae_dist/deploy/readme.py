@@ -18,6 +18,24 @@ _LOCAL_DIR = """
 timm loads this folder by itself as well: `timm.create_model("local-dir:FOLDER", pretrained=True)` takes images that are
 normalised with `mean` and `std`, as the transforms of `timm.data` for it do.
 """
+_ONNX = """
+## ONNX
+
+`encoder.onnx` takes the same pixels, `images` float32 (n, 3, {side}, {side}) in [0, 1] for any n: the normalisation is inside, division
+of uint8 by 255, resizing and cropping are not. Its features differ from torch's by at most {difference:.1e} of the largest one
+({compared_on}).
+`weights` in config.json and `clae-dist weights` in the graph's metadata are the digest of the weights.
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("encoder.onnx")
+
+
+def features_by_onnx(images):
+    return session.run(["features"], {{"images": images}})[0]  # arrays of numpy
+```
+"""
 _LOAD = """import json
 from pathlib import Path
 
@@ -60,4 +78,4 @@ and {description["library"]}:
 {code}```
 {"" if description["timm_problem"] else _LOCAL_DIR}
 Train further from here as with any {description["library"]} model; its batch-norm statistics are those of the clean images.
-"""
+{_ONNX.format(side=side, **description["onnx"]) if "onnx" in description else ""}"""
