@@ -74,7 +74,16 @@ def write_graph(encoder: Encoder, path: Path, facts: Mapping[str, str]) -> None:
 def _forget_sources(model: Any) -> None:
     """Remove the exporter's notes on nodes, which are lines of this machine's files."""
     graph = model.graph
-    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, *model.functions):
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+        *model.functions,
+    ):
         del part.metadata_props[:]
     for function in model.functions:
         for node in function.node:

@@ -16,15 +16,15 @@ import torch
 from clae_dist.cli import main
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
-from clae_dist.deploy.layout import GRAPH, parse_formats
+from clae_dist.deploy.layout import GRAPH, Contents
 from clae_dist.deploy.onnx_graph import Graph, check_graph, difference, write_graph
 from clae_dist.deploy.run_images import open_images
-from clae_dist.errors import BAD_CONFIG, OK, ConfigError
+from clae_dist.errors import BAD_CONFIG, OK, ConfigError, DataError
 from clae_dist.evaluation.knn import nearest
 from clae_dist.runs.checkpoint import load_model
 
 MakeRun = Callable[..., Path]
-WITH_ONNX = parse_formats("safetensors,onnx")
+WITH_ONNX = Contents.parse("safetensors,onnx")
 
 
 def test_the_command(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +37,10 @@ def test_the_command(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFi
     images = open_images(run).views("test", 64)
     assert len(images) == 30
     description = json.loads((export / "config.json").read_text())
-    assert description["onnx"] == {"difference": pytest.approx(difference(graph, encoder, images)), "compared_on": "30 images of test"}
+    assert description["onnx"] == {
+        "difference": pytest.approx(difference(graph, encoder, images)),
+        "compared_on": "30 images of test",
+    }
     assert description["onnx"]["difference"] <= 1e-5
     expected = load_model(run)[1].features(images.float() / 255, route="adversarial").detach()
     other = load_model(run)[1].features(images.float() / 255, route="clean").detach()
@@ -103,7 +106,7 @@ def test_an_encoder_that_cannot_be_exported_is_refused_and_leaves_nothing(
     monkeypatch.setattr(module, "Encoder", untraceable)
     monkeypatch.setattr(module, "_exported_state", lambda encoder, network: {})
     with pytest.raises(ConfigError, match=r"torch cannot export this encoder to ONNX \(.*omit onnx from --format"):
-        export_encoder(run, formats=WITH_ONNX)
+        export_encoder(run, contents=WITH_ONNX)
     assert not (run / "export").exists()
 
 
@@ -115,21 +118,23 @@ def test_an_encoder_that_cannot_be_exported_is_refused_and_leaves_nothing(
 def test_encoders_of_the_libraries(make_run: MakeRun, encoder: str, size: int, tmp_path: Path) -> None:
     """The same neighbours as well, and the same bytes a second time."""
     run = make_run(f"model.encoder={encoder}", f"data.image_size={size}")
-    export = export_encoder(run, formats=WITH_ONNX)
+    export = export_encoder(run, contents=WITH_ONNX)
     graph, loaded = Graph(export / GRAPH), load_encoder(export)
     bank, queries = (open_images(run).views(split, 64) for split in ("train", "test"))
     assert difference(graph, loaded, queries) <= 1e-4
     with torch.no_grad():
         ours = nearest(loaded(queries.float() / 255), loaded(bank.float() / 255), 1).rows
     assert torch.equal(ours, nearest(graph.features(queries), graph.features(bank), 1).rows)
-    write_graph(loaded, tmp_path / "again.onnx", {key: value for key, value in graph.facts.items() if key != "clae-dist weights"})
+    write_graph(
+        loaded, tmp_path / "again.onnx", {key: value for key, value in graph.facts.items() if key != "clae-dist weights"}
+    )
     assert (tmp_path / "again.onnx").read_bytes() == (export / GRAPH).read_bytes()
 
 
 def test_noise_stands_in_for_images_that_are_gone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And the README's lines compute the same as the graph."""
     run = make_run(data=tmp_path / "gone")
-    export = export_encoder(run, formats=WITH_ONNX)
+    export = export_encoder(run, contents=WITH_ONNX)
     assert json.loads((export / "config.json").read_text())["onnx"]["compared_on"].startswith("64 images of noise, because")
     monkeypatch.chdir(export)
     readme = (export / "README.md").read_text()
@@ -137,5 +142,5 @@ def test_noise_stands_in_for_images_that_are_gone(make_run: MakeRun, monkeypatch
     exec(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(torch.from_numpy(names["features_by_onnx"](images.numpy())), Graph(export / GRAPH).features(images))
-    with pytest.raises(ConfigError, match="gone"):
-        export_encoder(run, formats=WITH_ONNX, shards=str(tmp_path / "elsewhere"))
+    with pytest.raises(DataError, match="elsewhere is not a folder"):
+        export_encoder(run, contents=WITH_ONNX, shards=str(tmp_path / "elsewhere"))
