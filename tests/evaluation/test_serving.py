@@ -202,7 +202,6 @@ def test_a_server_of_the_champion(make_run: MakeRun, tmp_path: Path) -> None:
         records = {"dataframe_records": [{"path": "one.jpg"}]}
         torch.testing.assert_close(torch.tensor(features(records)[0]["embedding"]), torch.from_numpy(expected[0]))
         encoded = [base64.b64encode(one).decode() for one in data]
-        assert features({"inputs": {"image": encoded}}) == found
         refused = {
             "wrong type": ({"dataframe_records": [{"image": 3}]}, ""),
             "no base64": ({"dataframe_records": [{"image": "§§§"}]}, ""),
@@ -213,6 +212,7 @@ def test_a_server_of_the_champion(make_run: MakeRun, tmp_path: Path) -> None:
             "huge": (images(png(np.zeros((8000, 8000), np.uint8))), "8000x8000 pixels, more than 50,000,000"),
             "large file": (images(bytes(33 << 20)), "bytes, more than"),
             "path outside": ({"dataframe_records": [{"path": "../run/config.yaml"}]}, "is no readable file"),
+            "tensors": ({"inputs": {"image": encoded}}, "not an image"),  # MLflow decodes base64 in tables alone
             "another column": ({"dataframe_records": [{"picture": encoded[0]}]}, ""),
             "a list": ([1, 2], ""),
             "no JSON": (b"{", ""),
