@@ -100,7 +100,7 @@ def _of_source(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_set(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the task asks of the training set and the command line does not name: classes, images, images a class."""
+    """Classes, images and images a class of the training set, where the task asks for them and the command line names none."""
     from clae_dist.commands.settings import resolved
     from clae_dist.downstream.source import as_overrides
     from clae_dist.training.sets import as_training_set, training_set

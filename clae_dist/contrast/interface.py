@@ -194,7 +194,8 @@ class Step(Attacks, ABC):
         return self.run.contrast.of_views(pairs, views)
 
     def decided(self, decide: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What rank 0 decides, on every rank, on the CPU: for libraries whose last bits differ between machines. Collective."""
+        """The result of `decide` on rank 0, on every rank, on the CPU: for libraries whose last bits differ between machines.
+        Collective."""
         return self.run.world.run_on_main(decide)
 
     def everyones(self, values: torch.Tensor) -> torch.Tensor:

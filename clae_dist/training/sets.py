@@ -101,7 +101,7 @@ def _check_split(config: Config, train: Manifest, main: Manifest) -> None:
 
 
 def as_training_set(config: Config, train: Manifest) -> TrainingSet:
-    """What a method's settings may depend on."""
+    """The part of a set that a method's settings may depend on."""
     split = config.data.train_split
     return TrainingSet(train.where, train.num_samples(split), train.classes, tuple(train.class_counts.get(split, ())))
 

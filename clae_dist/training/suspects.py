@@ -1,4 +1,4 @@
-"""The labels that a run did not believe at its end, for whoever mends the set (method.name=noisy)."""
+"""The labels that a run did not believe at its end, for whoever corrects the set (method.name=noisy)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: the encoder as a model of its tracker, and what its method has found out about the images."""
+"""Results that a run leaves at its end: the encoder as a model of its tracker, and doubted labels."""
 
 from __future__ import annotations
 
