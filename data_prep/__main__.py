@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from clae_dist.errors import BAD_INPUT, DIFFERENCES, INTERRUPTED, LEAKAGE, OK, STORAGE, DataError
+from clae_dist.errors import BAD_INPUT, DIFFERENCES, INTERRUPTED, LEAKAGE, OK, STORAGE, ConfigError, DataError
 from clae_dist.escape import in_json, say
 from clae_dist.lifetime import end
 from clae_dist.options import open_standard_streams
@@ -93,10 +93,18 @@ def _audit(args: argparse.Namespace) -> int:
     if args.report:
         check_target(args.report, args.sets)
         check_writable(args.report)
+    if args.encoder and not args.poison:
+        raise DataError(f"--encoder is {args.encoder}, which only the search for poison uses; add --poison.")
     found = audit(args.sets, near_bits=args.near_bits, limit_pictures=args.limit_pictures, num_workers=args.workers)
     _say_lines(describe(found))
+    suspects = None
+    if args.poison:
+        from data_prep.audit.poison import find_suspects, suspect_lines
+
+        suspects = find_suspects(found, args.encoder, num_workers=args.workers)
+        _say_lines(suspect_lines(found, suspects))
     if args.report:
-        _say(f"Pictures: {write_report(found, args.report)}")
+        _say(f"Pictures: {write_report(found, args.report, suspects)}")
     return LEAKAGE if args.fail_on and found.leaked(args.fail_on) else OK
 
 
@@ -140,11 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
         way_out = "the sets are untouched" if args.command in _READING else "the same command resumes"
         print(f"data_prep: interrupted; {way_out}.", file=sys.stderr)
         return INTERRUPTED
-    except (DataError, OSError) as error:
+    except (DataError, ConfigError, OSError) as error:
         if args.debug:
             raise
         storage = storage_error(error)
-        way_out = "" if isinstance(error, DataError) else "; fix that, then the same command resumes."
+        way_out = "" if isinstance(error, (DataError, ConfigError)) else "; fix that, then the same command resumes."
         say(redact_text(f"data_prep: {storage or f'{error}{way_out}'}"), file=sys.stderr)
         return STORAGE if storage else BAD_INPUT
     finally:

@@ -70,6 +70,11 @@ of those cut by 5 %; larger cuts are mostly missed. Unlike images that look alik
 within 6 bits: --report shows the pairs. It writes audit.html (one file, pictures inside), audit.json (the figures) and
 images.jsonl (a line for every image with a copy, a conflict or broken bytes, with its shard and row).
 
+With --poison, also patches that recur in more than 20 images of different pictures: a logo, or the trigger of a poisoning.
+With an encoder that was trained on such images, a patch is called poison when it moves a fifth of 256 other images into one
+cluster, and twice as many as other patches of its size; otherwise it is only recurring. patches.jsonl lists the images.
+Patches below 6 pixels of 32 to 64, faint ones and those that are stretched or turned in each image are missed.
+
 Nothing is written into the SETs. Memory: about 0.4 kB an image. For a million images the search takes about 20 s of one core
 after decoding them.
 """
@@ -193,6 +198,13 @@ def _parser() -> Parser:
         "--fail-on",
         choices=("pixels", "near"),
         help="exit 3 when an image of one split or set is in another: same pixels, near",
+    )
+    audit.add_argument("--poison", action="store_true", help="search for patches that recur in images of different pictures")
+    audit.add_argument(
+        "--encoder",
+        type=user_path,
+        metavar="RUN",
+        help="a run or an export; with --poison: paste each patch on other images, and see where this encoder then puts them",
     )
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
     demo.add_argument("destination", metavar="DST", type=user_path, help="folder for the shards")

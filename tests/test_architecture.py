@@ -17,6 +17,8 @@ VENDORS = {
     "mlflow": ["clae_dist/tracking/mlflow"],
     "tensorboard": ["clae_dist/tracking/tensorboard.py"],
     "deepspeed": ["clae_dist/parallel/deepspeed.py"],
+    "onnx": ["clae_dist/deploy/onnx"],
+    "onnxruntime": ["clae_dist/deploy/onnx"],
     "webdataset": ["clae_dist/data/", "clae_dist/bench/data_peers.py", "data_prep/"],
 }
 ENVIRONMENT = ["clae_dist/world.py", "clae_dist/launchers/", "clae_dist/cli.py", "clae_dist/commands/", "data_prep/__main__.py"]

@@ -15,7 +15,7 @@ from clae_dist.staging import is_url
 SUMMARY = "evaluate an encoder: kNN, linear probe, robust accuracy and more, before and after pretraining"
 
 PROTOCOLS = (  # evaluation/suite.py, which takes seconds to import
-    "knn linear robust linear_sgd semi finetune corruptions calibration ood transfer retrieval learnability geometry"
+    "knn linear robust linear_sgd semi finetune corruptions adapt calibration ood transfer retrieval learnability geometry"
 )
 _EPILOG = f"""protocols: {PROTOCOLS.replace(" ", ", ")}
 `clae config --explain PROTOCOL` lists the settings of one; clae_dist/evaluation/README.md says how to read the results

@@ -14,13 +14,16 @@ SUMMARY = "make a run's export the champion of a model in MLflow's registry, if 
 DESCRIPTION = """\
 Compares RUN/evaluation.json with the rules of the gate and with the champion. If all hold, RUN/export becomes a version of
 MODEL, which gets the alias `champion`; the old champion gets `previous`. A kill at any point leaves a champion, and the same
-command continues. Services find the files by the alias.
+command continues. Services find the files by the alias: `mlflow models serve --model-uri models:/MODEL@champion`. ONNX graphs
+in the export must be of its encoder.
 
-gate.yaml, with metrics as PROTOCOL/METRIC of evaluation.json, and latency_ms, of one image on one thread here:
+gate.yaml, with metrics as PROTOCOL/METRIC of evaluation.json; latency_ms, of one image on one thread here; onnx_difference, of
+encoder.onnx from torch; and int8/knn_agreement, int8/knn, int8/linear, int8/cosine of onnx-int8.json:
   metrics:
     linear/accuracy: {at_least: 60, falls_by_at_most: 0.5}
     calibration/ece: {at_most: 5, rises_by_at_most: 1}
     latency_ms: {at_most: 20}
+    onnx_difference: {at_most: 1e-4}
 falls_by_at_most and rises_by_at_most are beside the champion, on the same images with the same settings; without a champion,
 they hold. When a rule is broken, nothing is changed and the exit code is 1.
 """

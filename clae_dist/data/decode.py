@@ -82,6 +82,12 @@ def upright_rgb(data: bytes, max_pixels: float = 100e6) -> Image.Image:
         return pixels if turn is None else pixels.transpose(turn)
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image, by its header alone: no pixel is decoded. Raises DecodeError."""
+    with warnings.catch_warnings(action="ignore"):
+        return _open(data).size
+
+
 def _inspect(data: bytes, max_pixels: float) -> Inspection:
     image = _open(data)
     _check_pixels(image, max_pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class ShardImages(Images):
     def __init__(self, reader: ShardReader, transform: Callable[[Image.Image], Any] | None = None) -> None:
         super().__init__(transform)
         self._reader = reader
+        self.manifest, self.split = reader.manifest, reader.split
         self.ids = range(sum(reader.sizes))
         self.classes = reader.manifest.classes
 
@@ -80,6 +82,13 @@ class FileImages(Images):
         super().__init__(transform)
         self._images, self._folder = list(images), folder or Path()
         self.ids = [i if isinstance(image, Image.Image) else os.fspath(image) for i, image in enumerate(self._images)]
+
+    def stats(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Path and status of each image that is a file and is there."""
+        for image in self._images:
+            if not isinstance(image, Image.Image):
+                with suppress(FileNotFoundError):
+                    yield os.fspath(image), os.stat(self._folder / image)
 
     @property
     def in_memory(self) -> bool:

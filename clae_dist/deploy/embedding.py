@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,23 +33,32 @@ class EmbeddedBatch(NamedTuple):
     bad: dict[int, str]
 
 
-def embedded(images: Images, encoder: Encoder, batch_size: int = 256, num_workers: int = -1) -> Iterator[EmbeddedBatch]:
-    """The features of all images in their order, computed on the device of the encoder, in evaluation mode without gradients.
+def embedded(
+    images: Images, encoder: Encoder, batch_size: int = 256, num_workers: int = -1, positions: Sequence[int] | None = None
+) -> Iterator[EmbeddedBatch]:
+    """The features of the images at `positions`, by default of all, computed on the device of the encoder, in evaluation mode
+    without gradients.
 
     `num_workers` processes decode ahead; 0 decodes in this process, -1 chooses. Raises ConfigError for a batch size below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; use at least 1.")
+    check_batch_size(batch_size)
+    positions = range(len(images)) if positions is None else positions
     workers = _choose_workers(images, encoder.image_size) if num_workers < 0 else num_workers
     images = copy.copy(images)
     images.transform = None  # not used here; it may hold an encoder, which would be sent to the loader processes
-    for batch in read_batches(images, range(len(images)), encoder.image_size, batch_size, num_workers=workers):
+    for batch in read_batches(images, positions, encoder.image_size, batch_size, num_workers=workers):
         pixels = batch.views.to(encoder.mean.device).to(encoder.mean.dtype) / 255
         with frozen(encoder):
             features = encoder(pixels) if len(pixels) else pixels.new_empty(0, encoder.num_features)
         found = looks_of(pixels) if len(pixels) else dict.fromkeys(LOOKS, pixels.new_empty(0))
         looks = {name: values.float().cpu().numpy() for name, values in found.items()}
         yield EmbeddedBatch(features.float().cpu().numpy(), looks, batch.positions.numpy(), batch.labels.numpy(), batch.bad)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ConfigError for a batch size below 1."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; use at least 1.")
 
 
 def looks_of(images_b3SS: torch.Tensor) -> dict[str, torch.Tensor]:

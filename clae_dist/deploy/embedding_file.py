@@ -14,12 +14,14 @@ import numpy as np
 
 from clae_dist import escape
 from clae_dist.data.images import Images
-from clae_dist.deploy.embedding import LOOKS, EmbeddedBatch, embedded
+from clae_dist.deploy.embedding import LOOKS, EmbeddedBatch, check_batch_size
+from clae_dist.deploy.embedding_parts import batches_of, embed_in_parts
 from clae_dist.deploy.encoder import Encoder
 from clae_dist.errors import ConfigError
+from clae_dist.evaluation.journal import Journal
 from clae_dist.files import check_writable, replacing
-from clae_dist.progress import Progress
 from clae_dist.storage import writing
+from clae_dist.world import World
 
 FORMAT = "clae-dist embeddings 1"
 _SHOWN = 3  # undecodable images named in the message
@@ -109,15 +111,18 @@ def write_embeddings(
     batch_size: int,
     num_workers: int = -1,
     say: Callable[[str], None] | None = None,
+    world: World | None = None,
 ) -> int:
-    """Write the features of all images that can be decoded to `target`, and return how many those are.
+    """Write the features of all images that can be decoded to `target`, and return how many those are. Collective.
 
-    Files appear complete, and together, at the end. `say` prints progress (default: on stderr) and undecodable images
-    (default: on stdout).
+    The ranks of `world` (default: this process alone) share the batches, which are kept beside `target` until all are there:
+    after a kill, the same call continues. Files appear complete, and together, at the end, with the same bytes for any number
+    of ranks and interruptions. `say` prints progress (default: on stderr) and undecodable images (default: on stdout).
     Raises ConfigError, DataError and StorageError.
     """
-    check_target(target)
-    paths = [target, target.with_suffix(".ids.json")] if target.suffix == ".npy" else [target]
+    world = world or World.single("cpu")
+    world.run_on_main(lambda: check_target(target))
+    check_batch_size(batch_size)
     ids_are = "paths" if any(isinstance(one, str) for one in images.ids[:1]) else "positions"
     facts = {
         "format": FORMAT,
@@ -126,24 +131,32 @@ def write_embeddings(
         "num_features": encoder.num_features,
         "ids_are": ids_are,
     }
-    progress = Progress(len(images), label="embedding: ", say=say)
+    journal = embed_in_parts(images, encoder, target, facts, batch_size, num_workers, world, say)
+    num_rows, bad = world.run_on_main(lambda: _join(journal, images, target, encoder.num_features, facts))
+    if bad and world.is_main:
+        (say or escape.say)(_skipped(bad, len(images)))
+    return int(num_rows)
+
+
+def _join(
+    journal: Journal, images: Images, target: Path, num_features: int, facts: dict[str, Any]
+) -> tuple[int, dict[int, str]]:
+    """Write the file from its parts and delete these. Returns the number of rows, and undecodable images by position."""
+    paths = [target, target.with_suffix(".ids.json")] if target.suffix == ".npy" else [target]
     bad: dict[int, str] = {}
     num_rows = 0
     with replacing(*paths) as streams:
         with writing(target):
-            file = _KINDS[target.suffix](streams, encoder.num_features, facts)
-        for batch in embedded(images, encoder, batch_size, num_workers):
+            file = _KINDS[target.suffix](streams, num_features, facts)
+        for batch in batches_of(journal):
             with writing(target):
                 file.add(batch, [images.ids[i] for i in batch.positions.tolist()], _label_names(images, batch))
             num_rows += len(batch.positions)
             bad |= batch.bad
-            progress.add(len(batch.positions) + len(batch.bad))
         with writing(target):
             file.close()
-    progress.close()
-    if bad:
-        (say or escape.say)(_skipped(bad, len(images)))
-    return num_rows
+    journal.remove()
+    return num_rows, bad
 
 
 def _skipped(bad: dict[int, str], num_images: int) -> str:

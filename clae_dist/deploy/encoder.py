@@ -20,7 +20,7 @@ from clae_dist.config import Model
 from clae_dist.config.method import Route
 from clae_dist.data.decode import pixels_of
 from clae_dist.data.views import centre_view
-from clae_dist.deploy.export import CONFIG, FORMAT, WEIGHTS
+from clae_dist.deploy.layout import CONFIG, FORMAT, WEIGHTS
 from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.errors import ConfigError
 from clae_dist.models.norms import has_route, single_route_state

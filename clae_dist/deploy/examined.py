@@ -11,8 +11,8 @@ from torch import nn
 
 from clae_dist.config import Config, Data, Model
 from clae_dist.deploy.encoder import load_encoder
-from clae_dist.deploy.export import CONFIG
 from clae_dist.deploy.initial import resolve
+from clae_dist.deploy.layout import CONFIG
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.examined import Examined, examined_run
 from clae_dist.home import expand_home

@@ -1,4 +1,4 @@
-"""`clae export`: the encoder's weights and a config.json that timm or torchvision load without this package."""
+"""`clae export`: the encoder's weights and a config.json that timm or torchvision load without this package; ONNX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,16 @@ from torch import nn
 
 from clae_dist import __version__
 from clae_dist.config import Config
+from clae_dist.deploy.card import card
+from clae_dist.deploy.encoder import Encoder
+from clae_dist.deploy.head import fit, write_head
+from clae_dist.deploy.layout import CONFIG, FILES, FORMAT, HEAD, INT8_REPORT, README, TIMM_WEIGHTS, WEIGHTS, Contents
+from clae_dist.deploy.onnx_export import add_graphs
+from clae_dist.deploy.onnx_graph import require_onnx
 from clae_dist.deploy.plain import exported_names, plain_encoder
 from clae_dist.deploy.readme import readme
-from clae_dist.deploy.timm_layout import TIMM_WEIGHTS, difference, timm_settings, unsupported
+from clae_dist.deploy.run_images import RunImages, images_if_there, open_images
+from clae_dist.deploy.timm_layout import difference, timm_settings, unsupported
 from clae_dist.errors import ConfigError
 from clae_dist.files import check_writable
 from clae_dist.keys import flatten, shapes_result
@@ -29,22 +36,31 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.trust import NOTHING, Permission, check_folder
 from clae_dist.storage import writing
 
-FORMAT = "clae-dist encoder 1"
-WEIGHTS, CONFIG, README = "encoder.safetensors", "config.json", "README.md"
+Say = Callable[[str], None]
 
 
-def export_encoder(run_dir: Path, destination: Path | None = None, permission: Permission = NOTHING) -> Path:
+def export_encoder(
+    run_dir: Path,
+    destination: Path | None = None,
+    permission: Permission = NOTHING,
+    contents: Contents = Contents(),  # noqa: B008 - frozen
+    shards: str = "",
+    say: Say = lambda _: None,
+) -> Path:
     """Write the encoder of the newest checkpoint into the folder `destination` (default: RUN/export), and return the folder.
 
     encoder.safetensors holds the evaluated route (evaluation.route) under the names that timm or torchvision give its weights,
     config.json what builds the model and its input, README.md the lines that load it. Where timm has the same model, the folder
-    also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. It appears complete or not at all;
+    also has timm's own layout; elsewhere `timm_problem` in config.json is the reason. `contents` may have ONNX graphs and a
+    linear classifier, for which the run's images are used, or those at `shards`. The folder appears complete or not at all;
     an older export is replaced.
-    Raises ConfigError without a checkpoint, for a destination that holds something else, and for a folder that cannot be
-    read or written safely (runs/trust.py); StorageError when the destination cannot be written.
+    Raises ConfigError without a checkpoint, for a destination that holds something else, for a folder that cannot be
+    read or written safely (runs/trust.py) and for an encoder that ONNX cannot express; DataError for unusable images;
+    StorageError when the destination cannot be written.
     """
     check_folder(run_dir, permission)
     check_writable((destination or RunFolder(run_dir).export).absolute().parent)
+    images = _images(run_dir, permission, contents, shards)
     config, model, info = load_model(run_dir)
     destination = destination or RunFolder(run_dir).export
     if destination.exists() and not _replaceable(destination):
@@ -54,22 +70,39 @@ def export_encoder(run_dir: Path, destination: Path | None = None, permission: P
     }
     network, _ = plain_encoder(config.model, config.data.image_size, weights)
     description = _describe(config, info, _origin(run_dir), network, model.feature_dim)
+    encoder = Encoder(network, model.feature_dim, config.data.image_size, config.model.mean, config.model.std, {})
+    description["weights"] = encoder.weights_digest()
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         with writing(destination):
-            _write(partial, description, network)
+            _write(partial, description, encoder, contents, images, say)
+            int8 = partial / INT8_REPORT
+            report = json.loads(int8.read_text()) if int8.exists() else None
+            (partial / README).write_text(readme(description, report, card(config, run_dir, description)))
             _replace_folder(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return destination
 
 
-def _write(folder: Path, description: dict[str, Any], network: nn.Module) -> None:
-    """Write all files of an export into `folder`, with timm's layout if timm loads the same encoder from it."""
-    metadata = {**{key: _text(value) for key, value in description.items()}, "format": "pt"}
+def _images(run_dir: Path, permission: Permission, contents: Contents, shards: str) -> RunImages | None:
+    """The images that these contents need; None if they need none, or could do with noise."""
+    if "onnx" in contents.formats:
+        require_onnx()
+    if contents.head or "onnx-int8" in contents.formats:
+        return open_images(run_dir, shards, permission)
+    return images_if_there(run_dir, shards, permission) if "onnx" in contents.formats else None
+
+
+def _write(
+    folder: Path, description: dict[str, Any], encoder: Encoder, contents: Contents, images: RunImages | None, say: Say
+) -> None:
+    """Write the files of an export, except README.md, with timm's layout if timm loads the same encoder from it."""
+    facts = {key: _text(value) for key, value in description.items()}
+    network = encoder.network
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(save(_exported_state(description["encoder"], network), metadata))
-    problem = unsupported(description)
+    (folder / WEIGHTS).write_bytes(save(_exported_state(description["encoder"], network), {**facts, "format": "pt"}))
+    problem = unsupported(description) if "timm" in contents.formats else "timm is not among --format"
     if not problem:
         (folder / CONFIG).write_text(json.dumps(description | timm_settings(description)))
         _link(folder / WEIGHTS, folder / TIMM_WEIGHTS)
@@ -77,8 +110,13 @@ def _write(folder: Path, description: dict[str, Any], network: nn.Module) -> Non
         if problem:
             (folder / TIMM_WEIGHTS).unlink()
     description |= {"timm_problem": problem} | ({} if problem else timm_settings(description))
+    description |= add_graphs(folder, encoder, facts, contents, images, say)
+    if contents.head:
+        assert images is not None
+        head = fit(encoder, images, say)
+        write_head(folder / HEAD, head, description["weights"])
+        description["classes"] = head.classes
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-    (folder / README).write_text(readme(description))
 
 
 def _link(path: Path, other: Path) -> None:
@@ -90,7 +128,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, TIMM_WEIGHTS, CONFIG, README}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES
 
 
 def _replace_folder(partial: Path, destination: Path) -> None:

@@ -4,10 +4,13 @@ metrics:
   linear/accuracy: {at_least: 60, falls_by_at_most: 0.5}
   calibration/ece: {at_most: 5, rises_by_at_most: 1}
   latency_ms: {at_most: 20}
+  onnx_difference: {at_most: 1e-4}
+  int8/knn_agreement: {at_least: 97}
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -20,15 +23,44 @@ import torch
 import yaml
 
 from clae_dist import core_yaml
-from clae_dist.deploy.encoder import load_encoder
+from clae_dist.deploy.encoder import Encoder, load_encoder
+from clae_dist.deploy.layout import GRAPH, INT8_GRAPH, INT8_REPORT
+from clae_dist.deploy.onnx_graph import CHECKED_IMAGES, Graph, check_weights, difference
+from clae_dist.deploy.run_images import images_if_there, some_views
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.stored import read_evaluation
-from clae_dist.reading import ReadError, read_text
+from clae_dist.reading import Check, ReadError, expect, is_number, is_text, read_object, read_text
 from clae_dist.runs.folder import RunFolder
 
 LATENCY = "latency_ms"  # of one image on one thread of the CPU, here
+ONNX = "onnx_difference"  # of encoder.onnx from torch, on images of the run, as a share of the largest feature (or of 1)
+_MEASURED = (LATENCY, ONNX)  # by `promote`, of the candidate alone
 _RULES = ("at_least", "at_most", "falls_by_at_most", "rises_by_at_most")
 _REPEATS = 30
+
+
+def _has_numbers(*path: str) -> Check:
+    """True for nested objects with a number at `path`."""
+
+    def check(value: Any) -> bool:
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return is_number(value)
+
+    return check
+
+
+_INT8: dict[str, Check] = {
+    "weights": is_text,
+    "manifest_digest": is_text,
+    "images": lambda value: isinstance(value, dict),
+    "cosine": _has_numbers("mean"),
+}
+_INT8_ACCURACIES: dict[str, Check] = {
+    "knn": _has_numbers("int8", "percent"),
+    "knn_agreement": _has_numbers("percent"),
+    "linear": _has_numbers("old_head", "percent"),
+}
 _MAX_BYTES = 1 << 16
 
 
@@ -66,8 +98,8 @@ def read_gate(path: Path) -> Gate:
         for rule, limit in rules.items():
             if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not math.isfinite(limit):
                 raise ConfigError(f"--gate {str(path)!r}: {name}: {rule} is {limit!r}; use a number.")
-        if name == LATENCY and set(rules) != {"at_most"}:
-            raise ConfigError(f"--gate {str(path)!r}: {LATENCY} is measured on this machine; give at_most alone.")
+        if name in _MEASURED and set(rules) != {"at_most"}:
+            raise ConfigError(f"--gate {str(path)!r}: {name} is measured on this machine; give at_most alone.")
     return metrics
 
 
@@ -128,6 +160,44 @@ def _of_champion(name: str, candidate: Facts, champion: Facts) -> float:
             f"{name!r} of the champion is of other images or settings; evaluate both alike, and promote it again."
         )
     return champion.metrics[name]
+
+
+def measured(gate: Gate, run_dir: Path, export: Path, encoder: Encoder) -> Facts:
+    """The facts of the candidate that are not in evaluation.json, as far as the gate names them, or the export has them.
+
+    Raises ConfigError for graphs of another encoder, and where the gate names a graph that the export does not have.
+    """
+    metrics: dict[str, float] = {LATENCY: latency_ms(export)} if LATENCY in gate else {}
+    graphs = {path: Graph(path) for name in (GRAPH, INT8_GRAPH) if (path := export / name).exists()}
+    for path, graph in graphs.items():
+        check_weights(path, graph, encoder)
+    if ONNX in gate:
+        if export / GRAPH not in graphs:
+            raise ConfigError(f"the gate names {ONNX}, and {export} has no {GRAPH}; `clae export {run_dir} --format onnx`.")
+        views, _ = some_views(images_if_there(run_dir), CHECKED_IMAGES, encoder.image_size)
+        distance = difference(graphs[export / GRAPH], encoder, views)
+        metrics[ONNX] = distance if math.isfinite(distance) else math.inf
+    return _with_int8(metrics, export / INT8_REPORT, encoder) if (export / INT8_REPORT).exists() else Facts(metrics, {})
+
+
+def _with_int8(metrics: Mapping[str, float], path: Path, encoder: Encoder) -> Facts:
+    """The metrics, and those of onnx-int8.json as int8/….  Raises ConfigError for a report of another encoder."""
+    try:
+        report = read_object(path)
+        expect(report, _INT8 | (_INT8_ACCURACIES if "knn" in report else {}))
+    except ReadError as error:
+        raise ConfigError(f"{path} cannot be used ({error}); export again with --format onnx-int8.") from None
+    if report["weights"] != encoder.weights_digest():
+        raise ConfigError(f"{path} is of another encoder; export again with --format onnx-int8.")
+    found = {"int8/cosine": report["cosine"]["mean"]}
+    if "knn" in report:
+        shares = {
+            "knn_agreement": report["knn_agreement"],
+            "knn": report["knn"]["int8"],
+            "linear": report["linear"]["old_head"],
+        }
+        found |= {f"int8/{name}": share["percent"] for name, share in shares.items()}
+    return Facts({**metrics, **found}, {"int8": f"{report['manifest_digest']} {json.dumps(report['images'], sort_keys=True)}"})
 
 
 def latency_ms(export: Path) -> float:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from clae_dist.config import Config
 from clae_dist.deploy.encoder import load_encoder
-from clae_dist.deploy.export import CONFIG, WEIGHTS
-from clae_dist.deploy.gate import LATENCY, Facts, Gate, facts_of, failures, latency_ms
+from clae_dist.deploy.gate import Facts, Gate, facts_of, failures, measured
+from clae_dist.deploy.layout import CONFIG, WEIGHTS
 from clae_dist.errors import ConfigError
 from clae_dist.reading import ReadError, read_object
 from clae_dist.runs.folder import RunFolder
@@ -32,10 +32,11 @@ def promote(run_dir: Path, config: Config, gate: Gate, registry: Registry, say: 
     """
     export = RunFolder(run_dir).export
     candidate = facts_of(run_dir, export, _images_seen(export, run_dir))
-    if LATENCY in gate:
-        candidate = replace(candidate, metrics={**candidate.metrics, LATENCY: latency_ms(export)})
+    encoder = load_encoder(export)
+    found = measured(gate, run_dir, export, encoder)
+    candidate = Facts({**candidate.metrics, **found.metrics}, {**candidate.settings, **found.settings})
     # Not of the file, whose header another export of the same weights may write in another order.
-    champion, weights = registry.version_of(CHAMPION), load_encoder(export).weights_digest()
+    champion, weights = registry.version_of(CHAMPION), encoder.weights_digest()
     # A champion is not compared with itself: after an evaluation with other settings, its facts are to be replaced.
     other = champion if champion and champion.weights != weights else None
     broken = failures(gate, candidate, Facts.of(other.facts) if other else None)

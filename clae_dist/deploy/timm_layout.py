@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-TIMM_WEIGHTS = "model.safetensors"
 # Of features: the same operations on the same weights, in an order that may differ between torchvision's and timm's modules.
 _TOLERANCE = 1e-6
 

@@ -35,6 +35,7 @@ from clae_dist.evaluation.image_operations import (
 
 Constants = Literal["cifar", "imagenet"]
 SEVERITIES = (1, 2, 3, 4, 5)
+LARGEST_CIFAR = 64  # pixels a side, up to which CIFAR-10-C's constants are right
 
 
 # ---- noise ----

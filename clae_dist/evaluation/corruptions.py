@@ -10,12 +10,10 @@ import torch
 
 from clae_dist.config.rules import Section, setting
 from clae_dist.data.evaluation_set import Views
-from clae_dist.evaluation.corruption_kinds import KINDS, SEVERITIES, Constants, corrupt
+from clae_dist.evaluation.corruption_kinds import KINDS, LARGEST_CIFAR, SEVERITIES, Constants, corrupt
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.passes import embed, over_batches
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
-
-_LARGEST_CIFAR = 64  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Corruptions(EvaluationProtocol):
     def _constants(self, subject: Subject) -> Constants:
         _, place = subject.parts()
         if self.own.constants == "auto":
-            return "cifar" if place.config.data.image_size <= _LARGEST_CIFAR else "imagenet"
+            return "cifar" if place.config.data.image_size <= LARGEST_CIFAR else "imagenet"
         constants: Constants = self.own.constants
         return constants
 

@@ -37,7 +37,7 @@ class Journal:
     """The finished units in `folder`, of this and of earlier processes."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._file: IO[bytes] | None = None
         self._found = self._scan()
 
@@ -61,10 +61,10 @@ class Journal:
     def add(self, unit: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Append a unit and force it to storage. Raises StorageError if that is full or broken."""
         payload = save({name: value.contiguous().cpu() for name, value in tensors.items()})
-        with writing(self._folder):
+        with writing(self.folder):
             if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._file = (self._folder / f"{uuid4().hex}.part").open("xb")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = (self.folder / f"{uuid4().hex}.part").open("xb")
             self._file.write(_HEADER.pack(_MAGIC, unit, len(payload), zlib.crc32(payload)) + payload)
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -77,11 +77,11 @@ class Journal:
     def remove(self) -> None:
         """Delete all records."""
         self.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _scan(self) -> dict[int, _Where]:
         found: dict[int, _Where] = {}
-        for path in sorted(self._folder.glob("*.part")):
+        for path in sorted(self.folder.glob("*.part")):
             for unit, where in _records(path):
                 found.setdefault(unit, where)
         return found

@@ -16,6 +16,7 @@ import yaml
 from clae_dist import core_yaml
 from clae_dist.config.conversion import convert
 from clae_dist.errors import ConfigError
+from clae_dist.evaluation.adapt import Adapt
 from clae_dist.evaluation.calibration import Calibration
 from clae_dist.evaluation.corruptions import Corruptions
 from clae_dist.evaluation.finetune import Finetune
@@ -40,6 +41,7 @@ _ALL: tuple[type[EvaluationProtocol], ...] = (
     Semi,
     Finetune,
     Corruptions,
+    Adapt,
     Calibration,
     Ood,
     Transfer,

@@ -22,7 +22,7 @@ from clae_dist.keys import flatten
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.tracking.dataset import TrackedSet
 from clae_dist.tracking.metric_groups import DESCRIPTION, grouped
-from clae_dist.tracking.mlflow_model import describe_input
+from clae_dist.tracking.mlflow_model import write_model
 from clae_dist.tracking.tracker import MetricsRow, Refused, Say, Status, brief
 
 Item = TypeVar("Item")
@@ -175,28 +175,31 @@ class MlflowStore:
                 self._client.log_artifact(self.run_id, str(path), name)
 
     def log_model(self, export_folder: Path, digest: str, images_seen: int) -> None:
-        """A logged model made of the exported files and an MLmodel without flavors: weights and a config, no pickled code.
+        """A logged model made of the exported files and the code that serves them: weights and a config, nothing pickled.
 
-        One is enough: nothing happens when the run has the encoder after that many images already.
+        One is enough: nothing happens when the run has the same files after that many images already.
         """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-        from mlflow.models import Model
 
-        facts = {"manifest_digest": digest, "images_seen": str(images_seen)}
+        files = " ".join(sorted(path.name for path in export_folder.iterdir()))
+        facts = {"manifest_digest": digest, "images_seen": str(images_seen), "files": files}
         with refusals(), tempfile.TemporaryDirectory() as scratch:
-            outputs = self._client.get_run(self.run_id).outputs
-            if outputs is not None and any(output.step == images_seen for output in outputs.model_outputs):
+            if self._has_model(images_seen, files):
                 return
             model = self._client.create_logged_model(
                 self._experiment_id, name="encoder", source_run_id=self.run_id, tags=facts, params=facts, model_type="encoder"
             )
-            description = Path(scratch, "MLmodel")
             identity = {"artifact_path": model.artifact_location, "run_id": self.run_id, "model_uuid": model.model_id}
-            Model(**identity, metadata=facts, **describe_input(export_folder, Path(scratch))).save(str(description))
+            write_model(export_folder, Path(scratch), **identity, metadata=facts)
             self._client.log_model_artifacts(model.model_id, str(export_folder))
             self._client.log_model_artifacts(model.model_id, scratch)
             self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, images_seen)])
+
+    def _has_model(self, images_seen: int, files: str) -> bool:
+        outputs = self._client.get_run(self.run_id).outputs
+        there = [one.model_id for one in (outputs.model_outputs if outputs else ()) if one.step == images_seen]
+        return any(self._client.get_logged_model(one).params.get("files", files) == files for one in there)
 
     def close(self, status: Status) -> None:
         if self._monitor is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from clae_dist.data.urls import uri_without_secrets
 from clae_dist.errors import BAD_CONFIG, ClaeError
 from clae_dist.tracking.mlflow import RUN_KEY_TAG, connect, find_experiment, refusals, require_mlflow, store_problem
+from clae_dist.tracking.mlflow_model import write_model
 from clae_dist.tracking.tracker import Refused, brief
 
 CHAMPION, PREVIOUS = "champion", "previous"
@@ -99,7 +101,10 @@ class Registry:
                 self._client.create_registered_model(self.name)
             run = self._run(experiment, run_key)
             folder = f"promoted/{weights[:16]}"
-            self._client.log_artifacts(run.info.run_id, str(export), folder)
+            with tempfile.TemporaryDirectory() as scratch:
+                write_model(export, Path(scratch), run_id=run.info.run_id, artifact_path=folder)
+                self._client.log_artifacts(run.info.run_id, str(export), folder)
+                self._client.log_artifacts(run.info.run_id, scratch, folder)
             source = f"{run.info.artifact_uri}/{folder}"
             made = self._client.create_model_version(self.name, source, run.info.run_id, tags={_WEIGHTS: weights})
         self._store_facts(str(made.version), facts)

@@ -11,7 +11,9 @@ from typing import Any
 
 from clae_dist import escape
 from clae_dist.deploy.examined import examined
-from clae_dist.deploy.export import CONFIG, export_encoder
+from clae_dist.deploy.export import export_encoder
+from clae_dist.deploy.int8_table import int8_summary
+from clae_dist.deploy.layout import CONFIG, GRAPH, INT8_GRAPH, INT8_REPORT, Contents
 from clae_dist.devices import Request as Device
 from clae_dist.evaluation.evaluate import evaluate as evaluate_all
 from clae_dist.evaluation.protocol import flat_metrics
@@ -83,9 +85,16 @@ def report(
     return summary
 
 
-def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say, permission: Permission = NOTHING) -> Path:
-    """Export the encoder, and log it to MLflow as a model."""
-    folder = export_encoder(run_dir, destination, permission)
+def export(
+    run_dir: Path,
+    destination: Path | None = None,
+    say: Say = escape.say,
+    permission: Permission = NOTHING,
+    contents: Contents = Contents(),  # noqa: B008 - frozen
+    shards: str = "",
+) -> Path:
+    """Export the encoder, and log it to MLflow as a model; arguments as in `export_encoder`."""
+    folder = export_encoder(run_dir, destination, permission, contents, shards, say)
     identity, description = RunFolder(run_dir).read_identity(), json.loads((folder / CONFIG).read_text())
     with _tracker(run_dir, description["images_seen"], say, permission) as tracker:
         tracker.log_model(folder, identity.manifest_digest)
@@ -93,6 +102,10 @@ def export(run_dir: Path, destination: Path | None = None, say: Say = escape.say
     problem = description["timm_problem"]
     loads = f'timm.create_model("local-dir:{folder}", pretrained=True) loads it'
     say(f"not in timm's own layout: {problem}" if problem else loads)
+    if onnx := description.get("onnx"):
+        say(f"{GRAPH}: features differ from torch's by at most {onnx['difference']:.1e} ({onnx['compared_on']})")
+    if "onnx-int8" in contents.formats:
+        say(f"{INT8_GRAPH}: {int8_summary(json.loads((folder / INT8_REPORT).read_text()))}")
     return folder
 
 

@@ -14,11 +14,12 @@ from clae_dist.files import make_folders, write_atomically
 from clae_dist.page import data_uri, render
 from data_prep.audit.find import Audit
 from data_prep.audit.overlap import SamplePair
+from data_prep.audit.poison import Suspect, as_facts, picture_uri, said, suspect_lines, write_patch_list
 from data_prep.audit.profile import oddities
 from data_prep.audit.summary import as_json, overlap_lines, profile_lines, write_list
 from data_prep.audit.thumbnails import Thumbnails
 
-PAGE, DATA, LIST = "audit.html", "audit.json", "images.jsonl"
+PAGE, DATA, LIST, PATCHES = "audit.html", "audit.json", "images.jsonl", "patches.jsonl"
 _KINDS = {"file": "the same file", "pixels": "the same pixels", "near": "near"}
 
 
@@ -31,23 +32,32 @@ def check_target(folder: Path, sets: Sequence[Path]) -> None:
             raise DataError(f"--report {folder} lies inside the set {one}; name a folder elsewhere.")
 
 
-def write_report(audit: Audit, folder: Path) -> Path:
-    """Write audit.html, audit.json and images.jsonl into `folder`, each atomically; return the path of the page."""
+def write_report(audit: Audit, folder: Path, suspects: Sequence[Suspect] | None = None) -> Path:
+    """Write audit.html, audit.json and images.jsonl into `folder`, each atomically; return the path of the page.
+
+    `suspects`: the patches that were found, if they were searched; their images are listed in patches.jsonl.
+    """
     make_folders(folder)
     images = Thumbnails(audit)
     listed = write_list(folder / LIST, audit, images)
-    write_atomically(folder / DATA, (json.dumps(as_json(audit, images), indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(folder / PAGE, _page(audit, images, listed).encode())
+    facts = as_json(audit, images)
+    if suspects is not None:
+        write_patch_list(folder / PATCHES, suspects, images)
+        facts["patches"] = as_facts(suspects)
+    write_atomically(folder / DATA, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(folder / PAGE, _page(audit, images, listed, suspects).encode())
     return folder / PAGE
 
 
-def _page(audit: Audit, images: Thumbnails, num_listed: int) -> str:
+def _page(audit: Audit, images: Thumbnails, num_listed: int, suspects: Sequence[Suspect] | None) -> str:
     names = " and ".join(dict.fromkeys(part.set_name for part in audit.parts))
     return render(
         "data_prep",
         "audit.html",
         title=f"Audit of {names}",
-        findings=[_finding(line) for line in overlap_lines(audit) or ["No copies were found."]],
+        findings=[_finding(line) for line in _lines(audit, suspects)],
+        patches=[_patch(audit, suspect, images) for suspect in suspects or ()],
+        patch_file=PATCHES,
         near_bits=audit.near_bits,
         num_listed=num_listed,
         list_file=LIST,
@@ -61,10 +71,27 @@ def _page(audit: Audit, images: Thumbnails, num_listed: int) -> str:
     )
 
 
+def _lines(audit: Audit, suspects: Sequence[Suspect] | None) -> list[str]:
+    patches = [] if suspects is None else suspect_lines(audit, suspects)
+    return [*(overlap_lines(audit) or ["No copies were found."]), *patches]
+
+
+def _patch(audit: Audit, suspect: Suspect, images: Thumbnails) -> dict[str, Any]:
+    """A patch, and some of its images."""
+    patch = suspect.patch
+    some = patch.images[np.linspace(0, len(patch.images) - 1, min(audit.limit_pictures, len(patch.images))).astype(int)]
+    return {
+        "alarm": suspect.verdict == "poison",
+        "text": said(audit, suspect),
+        "source": picture_uri(patch),
+        "images": [_image(at, images) for at in some.tolist()],
+    }
+
+
 def _finding(line: str) -> dict[str, Any]:
     word, _, rest = line.partition("  ")
     text = f"{word.capitalize()}: {rest.strip()}" if rest else line
-    return {"text": text, "alarm": line.startswith(("LEAKAGE", "LABELS"))}
+    return {"text": text, "alarm": line.startswith(("LEAKAGE", "LABELS", "POISON"))}
 
 
 def _pairs(audit: Audit, images: Thumbnails) -> dict[str, list[dict[str, Any]]]:

@@ -19,13 +19,18 @@ from clae_dist.data.evaluation_set import EvaluationSet
 from clae_dist.data.images import open_dataset
 from clae_dist.data.manifest import load_manifest
 from clae_dist.deploy.embedding import embed, looks_of
+from clae_dist.deploy.embedding_file import write_embeddings
+from clae_dist.deploy.embedding_parts import embed_in_parts
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
 from clae_dist.deploy.window import read_window
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import extract
 from clae_dist.runs.checkpoint import load_model
-from tests.processes import CLAE, finish, started
+from clae_dist.world import World
+from tests.processes import CLAE, TORCHRUN, clae, finish, started
+from tests.processes import run as run_to_its_end
+from tests.ranks import RankPool
 
 MakeRun = Callable[..., Path]
 
@@ -180,24 +185,102 @@ def test_what_the_command_cannot_use(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ctrl_c_leaves_the_old_file(make_run: MakeRun, tmp_path: Path) -> None:
-    """An interrupt in the middle of a long set: the file of an earlier run of the command, and nothing else."""
-    run = make_run()
-    images = tmp_path / "images"
-    write_images(images, 1)
-    for number in range(3000):
-        os.link(images / "0" / "0.png", images / f"link-{number}.png")
+def links(folder: Path, count: int) -> Path:
+    """A folder of five images under `count` further names."""
+    paths = write_images(folder)
+    for number in range(count):
+        os.link(paths[number % len(paths)], folder / f"link-{number:05d}.png")
+    return folder
+
+
+def parts(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(f".{target.name}.parts-*/*.part"))
+
+
+def stop_early(*command: object, target: Path, number: int, num_parts: int = 1, least: int = 4096) -> tuple[int, str]:
+    """Start the command, and send its process a signal when it has written so many files of parts and bytes in them."""
+    with started(*command) as process:
+        deadline = time.monotonic() + 120
+        while len(found := parts(target)) < num_parts or sum(path.stat().st_size for path in found) < least:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        return finish(process, 60)
+
+
+def _embed_on(world: World, run: str, images: str, target: str) -> int:
+    torch.set_num_threads(1)
+    return write_embeddings(open_dataset(images), load_encoder(run), Path(target), 2, 0, lambda _: None, world)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_three_ranks_write_the_bytes_of_one(make_run: MakeRun, ranks: RankPool, tmp_path: Path, suffix: str) -> None:
+    """Seven batches, the last one short, with an undecodable image among them."""
+    run, images = make_run(), links(tmp_path / "images", 8)
+    (images / "link-00003.png").unlink()
+    (images / "link-00003.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    written = {}
+    for size in (1, 3):
+        target = tmp_path / str(size) / f"features.{suffix}"
+        assert ranks.run(size, _embed_on, str(run), str(images), str(target)) == [12] * size
+        written[size] = {path.name: path.read_bytes() for path in target.parent.iterdir()}
+    assert written[1] == written[3]
+    assert len(written[1]) == (2 if suffix == "npy" else 1)
+
+
+def test_parts_of_other_images_are_not_continued(make_run: MakeRun, tmp_path: Path) -> None:
+    """Of a changed image the path is the same; an encoder of other weights and another batch size are others, too."""
+    encoder, images = load_encoder(make_run()), links(tmp_path / "images", 2)
+    target = tmp_path / "features.npy"
+
+    def folder(batch_size: int = 2) -> str:
+        journal = embed_in_parts(open_dataset(images), encoder, target, {}, batch_size, 0, World.single("cpu"), lambda _: None)
+        return str(journal.folder)
+
+    first = folder()
+    assert folder() == first
+    assert folder(3) != first
+    os.utime(images / "0" / "0.png", ns=(1, 1))
+    assert folder() != first
+
+
+@pytest.mark.slow
+def test_killed_ranks_of_torchrun_continue_with_the_same_bytes(make_run: MakeRun, tmp_path: Path) -> None:
+    run, images = make_run(), links(tmp_path / "images", 800)
+    alone, shared = tmp_path / "alone" / "features.npy", tmp_path / "shared" / "features.npy"
+    shared.parent.mkdir()
+    words = ["embed", run, images, "--batch-size", 2, "--workers", 0, "--to"]
+    clae(*words, alone).check_returncode()
+    three = [word.replace("nproc-per-node=2", "nproc-per-node=3") for word in TORCHRUN]
+    code, _ = stop_early(*three, *words, shared, target=shared, number=signal.SIGKILL, num_parts=3, least=20_000)
+    assert code == -signal.SIGKILL
+    assert parts(shared)
+    assert not shared.exists()
+    done = run_to_its_end(*three, *words, shared)
+    assert done.returncode == 0, done.stderr
+    assert "were embedded before an interruption" in done.stdout
+    assert {path.name: path.read_bytes() for path in shared.parent.iterdir()} == {
+        path.name: path.read_bytes() for path in alone.parent.iterdir()
+    }
+
+
+def test_ctrl_c_leaves_the_old_file_and_the_same_command_continues(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, images = make_run(), links(tmp_path / "images", 600)
     target = tmp_path / "to" / "features.npy"
     target.parent.mkdir()
     target.write_bytes(b"old")
-    with started(*CLAE, "embed", run, images, "--to", target, "--batch-size", 1, "--workers", 0) as process:
-        deadline = time.monotonic() + 60
-        while len(list(target.parent.iterdir())) < 3 and time.monotonic() < deadline:  # its temporary files
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        code, output = finish(process, 60)
+    words = ["embed", str(run), str(images), "--to", str(target), "--batch-size", "2", "--workers", "0"]
+    code, output = stop_early(*CLAE, *words, target=target, number=signal.SIGINT)
     assert (code, "Ctrl-C" in output) == (130, True), output
-    assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {"features.npy": b"old"}
+    assert target.read_bytes() == b"old"
+    assert main(words) == 0
+    assert "images were embedded before an interruption, and are kept" in capsys.readouterr().out
+    assert sorted(path.name for path in target.parent.iterdir()) == ["features.ids.json", "features.npy"]
+    assert main([*words[:4], str(target.with_name("again.npy")), *words[5:]]) == 0
+    assert target.with_name("again.npy").read_bytes() == target.read_bytes()
 
 
 def test_a_data_set_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:

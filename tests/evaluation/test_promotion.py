@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from clae_dist.cli import main
@@ -14,6 +15,8 @@ from clae_dist.deploy import promotion
 from clae_dist.deploy.encoder import load_encoder
 from clae_dist.deploy.export import export_encoder
 from clae_dist.deploy.gate import Facts, failures, read_gate
+from clae_dist.deploy.layout import Contents
+from clae_dist.deploy.onnx_graph import Graph
 from clae_dist.errors import BAD_CONFIG, OK, UNEXPECTED, ConfigError
 from clae_dist.tracking.mlflow_registry import CHAMPION, PREVIOUS, Registry, RegistryError
 from tests.mlflow_server import binaries, team_server
@@ -91,9 +94,8 @@ def test_promote_twice_and_roll_back(
     weights = {number: version.weights for number, version in registry.versions().items()}
     assert weights["1"] != weights["2"]
     found = registry._client.get_model_version(registry.name, "2")
-    assert sorted(path.name for path in Path(found.source.removeprefix("file://")).iterdir()) == sorted(
-        path.name for path in (second / "export").iterdir()
-    )
+    files = {path.name for path in Path(found.source.removeprefix("file://")).iterdir()}
+    assert files == {path.name for path in (second / "export").iterdir()} | {"MLmodel", "serve.py", "input_example.json"}
     for _ in range(2):
         assert main(["rollback", registry.name, "--uri", uri, "--reason", "drift"]) == OK
         assert aliases(registry) == ("1", "1")
@@ -200,6 +202,7 @@ def test_a_server_that_is_away_is_said_and_nothing_changed(
         ("metrics: {knn/accuracy: {least: 3}}", "use one or more of at_least"),
         ("metrics: {knn/accuracy: {at_least: high}}", "use a number"),
         ("metrics: {latency_ms: {rises_by_at_most: 1}}", "give at_most alone"),
+        ("metrics: {onnx_difference: {at_least: 1}}", "give at_most alone"),
         ("metrics: [", "cannot be read"),
     ],
 )
@@ -242,6 +245,47 @@ def test_an_evaluation_of_another_checkpoint_is_refused(make: Callable[..., Path
     (run / "evaluation.json").unlink()
     with pytest.raises(ConfigError, match="has no evaluation.json"):
         promotion.promote(run, promotion.RunFolder(run).read_config(), {}, registry, print)
+
+
+def test_the_gate_measures_graphs_and_refuses_those_of_another_encoder(
+    make: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    runs = [evaluated(make(seed), 60.0) for seed in range(2)]
+    config, rule = promotion.RunFolder(runs[0]).read_config(), {"onnx_difference": {"at_most": 1e-4}}
+    with pytest.raises(ConfigError, match=r"has no encoder.onnx; `clae export .* --format onnx`"):
+        promotion.promote(runs[0], config, rule, registry, print)
+    graphs = [export_encoder(run, contents=Contents.parse("onnx")) / "encoder.onnx" for run in runs]
+    own = graphs[0].read_bytes()
+    graphs[0].write_bytes(graphs[1].read_bytes())
+    with pytest.raises(ConfigError, match=r"encoder.onnx cannot be used \(it is of another encoder, whose weights are"):
+        promotion.promote(runs[0], config, {}, registry, print)
+    model, other = onnx.load(graphs[1]), Graph(graphs[1]).facts
+    onnx.helper.set_model_props(model, {**other, "clae-dist weights": load_encoder(runs[0]).weights_digest()})
+    onnx.save(model, graphs[0])
+    (broken,) = promotion.promote(runs[0], config, rule, registry, print)
+    assert broken.startswith("onnx_difference is ")
+    assert registry.versions() == {}
+    graphs[0].write_bytes(own)
+    report = {
+        "weights": load_encoder(runs[0]).weights_digest(),
+        "manifest_digest": "d",
+        "images": {"test": 30},
+        "cosine": {"mean": 0.99},
+        "knn": {"int8": {"percent": 90.0}},
+        "knn_agreement": {"percent": 96.0},
+        "linear": {"old_head": {"percent": 91.0}},
+    }
+    path = runs[0] / "export" / "onnx-int8.json"
+    path.write_text(json.dumps(report))
+    assert promotion.promote(runs[0], config, {"int8/knn_agreement": {"at_least": 97}}, registry, print) != []
+    path.write_text(json.dumps(report | {"weights": "other"}))
+    with pytest.raises(ConfigError, match="onnx-int8.json is of another encoder"):
+        promotion.promote(runs[0], config, rule, registry, print)
+    path.write_text(json.dumps(report | {"knn_agreement": {"percent": 98.0}}))
+    both = {**rule, "int8/knn_agreement": {"at_least": 97}}
+    assert promotion.promote(runs[0], config, both, registry, print) == []
+    assert aliases(registry) == ("1", "")
+    assert registry.versions()["1"].facts["metrics"]["int8/linear"] == 91.0
 
 
 @pytest.mark.slow

@@ -23,10 +23,13 @@ from clae_dist.report.record import read_record, summarise, summary_table
 from clae_dist.world import World
 from tests.ranks import RankPool
 
-MINE = "corruptions,calibration,ood,transfer,retrieval,learnability,geometry"
+MINE = "corruptions,adapt,calibration,ood,transfer,retrieval,learnability,geometry"
 FEW = [
     "corruptions.images=12",
     "corruptions.kinds=[shot_noise,elastic,jpeg]",
+    "adapt.images=12",
+    "adapt.batch=5",
+    "adapt.kinds=[contrast]",
     "ood.knn_k=5",
     "geometry.images=40",
     "learnability.splits=2",

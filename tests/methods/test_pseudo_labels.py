@@ -19,7 +19,8 @@ from clae_dist.config import Attack, Batch, Config, Data, Model, Optim, Parallel
 from clae_dist.contrast.interface import Moment
 from clae_dist.contrast.step import TrainingStep, pretrain_step
 from clae_dist.data.manifest import Manifest
-from clae_dist.deploy.export import WEIGHTS, export_encoder
+from clae_dist.deploy.export import export_encoder
+from clae_dist.deploy.layout import WEIGHTS
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.kmeans import kmeans
 from clae_dist.methods.advcl import AdvClSettings, cross_entropy

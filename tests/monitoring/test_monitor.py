@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clae_dist.cli import main
 from clae_dist.commands.monitor import ALARM
 from clae_dist.deploy import promotion
 from clae_dist.deploy.embedding import looks_of
+from clae_dist.deploy.encoder import Encoder
 from clae_dist.deploy.window import Window
 from clae_dist.errors import BAD_CONFIG, OK
+from clae_dist.evaluation.corruption_kinds import corrupt
+from clae_dist.models.encoders import SmallResNet
 from clae_dist.monitoring.monitor import Limits, Monitor, Verdict, alarms
 from clae_dist.monitoring.two_sample import (
     Finding,
@@ -31,7 +37,9 @@ from clae_dist.monitoring.two_sample import (
     witness,
 )
 from clae_dist.tracking.mlflow_registry import Registry, RegistryError
+from tests.monitoring.power import Pool, Reference, features, power
 
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 FACTS = {"num_features": 4, "encoder": {"encoder": "small_resnet", "step": 3}, "weights": "aa"}
 
 
@@ -231,3 +239,27 @@ def test_bad_files(change: Callable[[Path], Any], words: str, tmp_path: Path, ca
 def test_bad_arguments(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "reference.npy", "new.npy", *words]) == BAD_CONFIG
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "cifar10-test.tar.gz").is_file(), reason="needs shared/data/cifar10-test.tar.gz")
+def test_power_grows_with_what_has_changed() -> None:
+    """On real images, through an encoder that takes another size: without a change the tests find nothing, which they would if
+    changed images skipped a part of the preprocessing."""
+    with tarfile.open(SHARED / "cifar10-test.tar.gz") as tar:
+        files = [member for member in tar if member.name.endswith(".jpg")][::4]
+        pictures = [Image.open(io.BytesIO(tar.extractfile(member).read())) for member in files]  # type: ignore[union-attr]
+    images = torch.stack([torch.from_numpy(np.array(one.convert("RGB"))).permute(2, 0, 1) for one in pictures])
+    torch.manual_seed(0)
+    encoder = Encoder(SmallResNet(), 256, 16, (0.5,) * 3, (0.25,) * 3, {})
+    order = np.random.default_rng(0).permutation(len(images))
+    embedded = features(images[order], encoder)
+    reference, rows = Reference(embedded[:1200]), order[1200:]
+    pool = Pool(images[rows], np.zeros(len(rows)), embedded[1200:], embedded[:0])
+    assert max(power(reference, pool.windows(4)).values()) <= 0.25
+    for kind in ("brightness", "contrast"):
+        found = [
+            power(reference, pool.windows(4, features=features(corrupt(pool.images, kind, severity, rows), encoder)))["mmd"]
+            for severity in (1, 5)
+        ]
+        assert found[0] <= found[1] == 1

@@ -193,8 +193,8 @@ def test_the_page_of_a_run_and_of_its_study(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     folder = mlflow.artifacts.download_artifacts(f"models:/{output.model_id}", dst_path=str(tmp_path / "model"))
     model = Model.load(folder)
-    assert model.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
-    assert model.load_input_example(folder).shape == (1, 3, 16, 16)
+    assert model.signature.inputs.input_names() == ["image", "path"]
+    assert len(model.load_input_example(folder)) == 1
 
     for name in (name for name in names if not name.startswith("system/")):
         history = sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
