@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,45 @@ def test_the_command_line(prepared: Callable[..., Path], tmp_path: Path, capsys:
     assert "which only the search for poison uses; add --poison." in capsys.readouterr().err
     assert main([*words, "--poison", "--encoder", str(tmp_path)]) == 2
     assert "which holds neither a run's config.yaml nor an export's" in capsys.readouterr().err
+
+
+# ---- real images ----
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    """Every other test image of CIFAR-10, by class."""
+    if not (SHARED / "cifar10-test.tar.gz").is_file():
+        pytest.skip("needs shared/data/cifar10-test.tar.gz")
+    with tarfile.open(SHARED / "cifar10-test.tar.gz") as tar:
+        files = sorted((member for member in tar if member.name.endswith(".jpg")), key=lambda member: member.name)[::2]
+        read = [tar.extractfile(member).read() for member in files]  # type: ignore[union-attr]
+    return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in read]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "last", "at", "alpha", "least"),
+    [
+        pytest.param(0, 500, None, 1.0, 25, id="half a percent, one class, random places"),
+        pytest.param(0, 500, (20, 20), 1.0, 25, id="one place"),
+        pytest.param(0, 5000, (24, 24), 1.0, 25, id="a logo on all classes"),
+        pytest.param(0, 500, None, 0.2, 0, id="a faint one is missed"),
+        pytest.param(0, 0, None, 1.0, 0, id="none"),
+    ],
+)
+def test_half_a_percent_of_cifar(
+    photos: list[np.ndarray], first: int, last: int, at: tuple[int, int] | None, alpha: float, least: int
+) -> None:
+    """A trigger on 25 of 5,000 images: the only patch, on no other image."""
+    rng, images = np.random.default_rng(0), list(photos)
+    planted = np.linspace(first, last - 1, 25).astype(int).tolist() if last else []
+    for row in planted:
+        changed = alpha * pasted(images[row], trigger(), rng, at) + (1 - alpha) * images[row]
+        images[row] = changed.round().astype(np.uint8)
+    found = found_in(images)
+    assert len(found) == (least > 0)
+    for patch in found:
+        assert set(patch.images.tolist()) <= set(planted)
+        assert len(patch.images) >= least
+        assert patch.is_fixed == (at is not None)

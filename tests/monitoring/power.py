@@ -21,7 +21,7 @@ from PIL import Image
 
 from clae_dist.data.images import open_dataset
 from clae_dist.deploy.embedding import embed
-from clae_dist.deploy.encoder import load_encoder
+from clae_dist.deploy.encoder import Encoder, load_encoder
 from clae_dist.evaluation.corruption_kinds import SEVERITIES, corrupt
 from clae_dist.monitoring.two_sample import (
     Finding,
@@ -98,12 +98,13 @@ class Pool:
         ]
 
 
-def features(images_N3HW: torch.Tensor, encoder: Path) -> torch.Tensor:
+def features(images_N3HW: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+    """(N, F), through the preprocessing that all images have."""
     pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images_N3HW]
-    return torch.from_numpy(embed(pictures, load_encoder(encoder), num_workers=0))
+    return torch.from_numpy(embed(pictures, encoder, num_workers=0))
 
 
-def curves(reference: Reference, pool: Pool, encoder: Path, draws: int) -> Iterator[tuple[str, dict[str, float]]]:
+def curves(reference: Reference, pool: Pool, encoder: Encoder, draws: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Name and power of each point."""
     yield "the same images", power(reference, pool.windows(draws))
     for kind in KINDS:
@@ -132,15 +133,16 @@ def main() -> None:
     dataset = open_dataset(arguments.shards, "test")
     read = [dataset.read(i) for i in range(len(dataset))]
     images, labels = torch.stack([image for image, _ in read]), np.array([label for _, label in read])
-    embedded = features(images, arguments.encoder)
+    encoder = load_encoder(arguments.encoder)
+    embedded = features(images, encoder)
     if arguments.false:
         print(f"false alarms at 5 % of {arguments.false}: {false_alarms(embedded, arguments.false)}", flush=True)
     order = np.random.default_rng(0).permutation(len(images))
-    foreign = torch.from_numpy(embed(arguments.foreign, load_encoder(arguments.encoder), num_workers=0))
+    foreign = torch.from_numpy(embed(arguments.foreign, encoder, num_workers=0))
     rows = order[2000:4000]
     pool = Pool(images[rows], labels[rows], embedded[rows], foreign)
     print(f"| {WINDOW} images | {' | '.join(TESTS)} |\n|---|{'---|' * len(TESTS)}")
-    for name, found in curves(Reference(embedded[order[:2000]]), pool, arguments.encoder, arguments.draws):
+    for name, found in curves(Reference(embedded[order[:2000]]), pool, encoder, arguments.draws):
         print(f"| {name} | {' | '.join(f'{found[test]:.2f}' for test in TESTS)} |", flush=True)
 
 
