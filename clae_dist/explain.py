@@ -12,7 +12,7 @@ from typing import Any, Literal
 from clae_dist.config.rules import Rule
 from clae_dist.errors import ConfigError
 from clae_dist.keys import FIELDS, Fields, fields_with
-from clae_dist.methods import METHODS
+from clae_dist.methods import KNOWN
 from clae_dist.recipe import dumped
 from clae_dist.redact import redact_word
 
@@ -87,14 +87,14 @@ def explanations() -> dict[str, Explanation]:
     """Key → explanation of every setting of every built-in method, in the order of `clae config`."""
     fields = dict(FIELDS)
     methods: dict[str, list[str]] = {}
-    for method in METHODS:
+    for method in KNOWN:
         for key, typed_field in fields_with(method).items():
             fields.setdefault(key, typed_field)
             methods.setdefault(key, []).append(method)
     order = {section: place for place, section in enumerate(dict.fromkeys(map(_section, FIELDS)))}
     known = {}
     for key in sorted(fields, key=lambda key: order[_section(key)]):
-        several = "" if len(methods[key]) == len(METHODS) else f"method.name={' or '.join(methods[key])}"
+        several = "" if len(methods[key]) == len(KNOWN) else f"method.name={' or '.join(methods[key])}"
         known[key] = _explanation(key, *fields[key], several)
     return known
 

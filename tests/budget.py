@@ -21,6 +21,7 @@ _MINUTES = {  # of the default part; tests directly in tests/ are "."
     "contrast": 0.4,
     "data": 0.9,
     "data_prep": 0.7,
+    "downstream": 0.4,
     "evaluation": 1.2,
     "golden": 0.1,
     "hosts": 0.1,

@@ -105,7 +105,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyp
         ("clae train --launcher r", {"ray"}),
         ("clae train cifar10/si", {"cifar10/simclr"}),
         ("clae train mi", {"mine.yaml"}),
-        ("clae train quickstart optim.l", {"optim.learning_rate="}),
+        ("clae train quickstart optim.le", {"optim.learning_rate="}),
         ("clae train quickstart optim.name = ", {"adamw", "sgd", "lars"}),
         ("clae train quickstart optim.name =", {"adamw", "sgd", "lars"}),
         ("clae train quickstart optim.name = la", {"lars"}),

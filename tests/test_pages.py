@@ -19,7 +19,7 @@ from clae_dist.data import manifest
 from clae_dist.errors import EXIT_CODES
 from clae_dist.evaluation import protocol
 from clae_dist.keys import flatten
-from clae_dist.methods import METHODS, method_class
+from clae_dist.methods import KNOWN, method_class
 from clae_dist.recipe import find_recipe, resolve
 from clae_dist.runs.checkpoint import index
 from data_prep import arguments
@@ -135,7 +135,7 @@ def test_files_that_pages_name_exist(page: str) -> None:
 
 def test_settings_that_pages_name_exist() -> None:
     known = {*flatten(Config())}
-    known |= {f"method.{field.name}" for name in METHODS for field in fields(method_class(name).Settings)}
+    known |= {f"method.{field.name}" for name in KNOWN for field in fields(method_class(name).Settings)}
     sections = {key.partition(".")[0] for key in known if "." in key}
     named = {
         (page, key)

@@ -13,6 +13,7 @@ from types import ModuleType
 # In the order of `clae --help`.
 NAMES = (
     "train",
+    "finetune",
     "config",
     "plan",
     "dry-run",

@@ -121,13 +121,13 @@ def _words() -> dict[str, str]:
     """Keys, values and recipes as they are written into the script."""
     from clae_dist.explain import explanations
     from clae_dist.home import PATHS
-    from clae_dist.methods import METHODS
+    from clae_dist.methods import KNOWN
     from clae_dist.objectives import names
     from clae_dist.recipe import recipe_names
 
     known = explanations()
     choices = {key: " ".join(one.choices) for key, one in known.items() if one.choices}
-    choices["method.name"] = " ".join(METHODS)
+    choices["method.name"] = " ".join(KNOWN)
     choices["objective.name"] = " ".join(names())
     choices["model.encoder"] = "small_resnet torchvision/resnet18 torchvision/resnet50 timm/"
     return {

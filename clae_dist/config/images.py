@@ -105,6 +105,11 @@ class Data(Section, prefix="data"):
 class Augment(Section, prefix="augment"):
     """SimCLR's augmentation (Chen et al. 2020, appendix A). Probabilities are per view."""
 
+    crop: Literal["resized", "shifted"] = setting(
+        "resized",
+        help="Crops of views. resized: a part of the image, resized; shifted: the whole image, moved by up to an eighth of its "
+        "side, with black where it ends (the usual crop of CIFAR with labels).",
+    )
     crop_scale: tuple[float, float] = setting(
         (0.2, 1.0), gt=0, le=1, help="Range of the crop's area as a share of the image's area."
     )

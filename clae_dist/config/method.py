@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from clae_dist.config.rules import Section, setting
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from clae_dist.config import Config
 
 
@@ -16,8 +18,18 @@ ThirdView = Literal["none", "weak", "bare"]
 # The norm layers that a forward takes (models/norms.py).
 Route = Literal["clean", "adversarial", "classified"]
 Views = tuple[tuple[Route, int], ...]  # of a forward of several views at once: the route of each, and its number of rows
-# Of a model: embeddings of unit length, the encoder's features, or the logits of the linear classifiers on the features.
+# Of a model: embeddings of unit length, the encoder's features, or the logits of the classifiers on the features.
 Output = Literal["projections", "features", "logits"]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The part of a training set that a method's settings may depend on."""
+
+    where: str
+    images: int
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]  # images of each class; (): not recorded
 
 
 def name_of(method: str) -> Any:
@@ -34,11 +46,14 @@ class MethodSettings(Section, prefix="method"):
 
     title: ClassVar[str] = ""  # as reports and exports print it
     uses_attack: ClassVar[bool] = False  # the method embeds adversarial images
-    # The rows of Step.embed: projections of unit length, or the encoder's features as they are, without a projector.
-    embeds: ClassVar[Literal["projections", "features"]] = "projections"
+    # The rows of Step.embed: projections of unit length, or the encoder's features as they are, without a projector. "logits":
+    # the loss has the logits of the classifiers alone (Step.classify), and nothing is embedded.
+    embeds: ClassVar[Output] = "projections"
+    one_view: ClassVar[bool] = False  # of every image; the second view that `losses` gets is the first
     third_view: ClassVar[ThirdView] = "none"  # of every image, besides its two augmented ones
     weak_second_view: ClassVar[bool] = False  # crops and flips alone for y
     needs_labels: ClassVar[bool] = False  # of the training images
+    pairs_sets: ClassVar[bool] = False  # every second row is of the one further set of data.mixture
     takes_local_crops: ClassVar[bool] = False  # the loss has a term for views.local_crops
     evaluated_route: ClassVar[Literal["clean", "adversarial"]] = "clean"  # of evaluation.route=auto
 
@@ -58,6 +73,22 @@ class MethodSettings(Section, prefix="method"):
     def cluster_counts(self) -> tuple[int, ...]:
         """Numbers of clusters of the training images, each with a linear classifier on the features; (): there are none."""
         return ()
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the training images that a head of the method tells apart; 0: it has none."""
+        return 0
+
+    @property
+    def trained_blocks(self) -> int:
+        """Blocks of the encoder that are trained, counted from its end; -1: the whole encoder; 0: nothing of it."""
+        return -1
+
+    def make_classifiers(self, width: int) -> nn.Module | None:
+        """The classifiers on the features (B, width), with the logits of all of them side by side; None: there are none."""
+        from torch import nn
+
+        return nn.Linear(width, sum(self.cluster_counts)) if self.cluster_counts else None
 
     @property
     def clusters_from(self) -> str:
@@ -96,6 +127,9 @@ class MethodSettings(Section, prefix="method"):
 
     def check_run(self, config: Config) -> None:
         """Raise ConfigError if the method cannot work with the settings of the run."""
+
+    def check_set(self, of_set: TrainingSet) -> None:
+        """Raise ConfigError if the settings do not suit the training set."""
 
     def describe(self, attack: Attack) -> str:
         """One line for the console at the start of a run."""

@@ -117,6 +117,13 @@ class Optim(Section, prefix="optim"):
         help="Parameters that are decayed. weights: all but biases, norm layers, and a transformer's tokens and position "
         "embeddings, which LARS then does not adapt either.",
     )
+    layer_decay: float = setting(
+        1.0,
+        gt=0,
+        le=1,
+        help="Factor of the learning rate from each block of the encoder to the one before it; 1: all blocks learn alike. "
+        "For fine-tuning, 0.65 to 0.9 is usual with a transformer.",
+    )
     schedule: Literal["cosine", "constant", "steps"] = setting("cosine", help="Learning-rate schedule after warmup.")
     factors: dict[str, float] = setting(
         {},

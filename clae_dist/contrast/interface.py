@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -119,8 +119,8 @@ class Step(Attacks, ABC):
 
     @abstractmethod
     def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        """Logits (B, Σ cluster_counts) of this rank's images by the classifiers on the features, trained. Collective with
-        sharded parameters. An `embed` comes before it."""
+        """Logits (B, classes) of this rank's images by the classifiers on the features, trained. Collective with sharded
+        parameters. An `embed` comes before it, unless MethodSettings.embeds is "logits"."""
 
     def embed_constant(self, images: torch.Tensor, route: Route = "clean", *, momentum: bool = False) -> Rows:
         """Rows of `images` without gradients; running statistics are not updated. Collective.
@@ -133,6 +133,16 @@ class Step(Attacks, ABC):
             return self.run.contrast.rows(self.run.encoding.keys(images, route))
         with self.run.encoding.backend.untouched():
             return self.run.contrast.rows(self.run.encoding.constant(images, route))
+
+    def classify_constant(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
+        """The logits of `classify` without gradients; running statistics are not updated. Collective with sharded
+        parameters."""
+        with self.run.encoding.backend.untouched():
+            return self.run.encoding.constant(images, route, "logits")
+
+    def reverse_gradients(self, weight: float) -> None:
+        """From now on, gradients of the domain's logit reach the features times -`weight` (models/domain_head.py). A step that
+        trains nothing takes no gradients."""
 
     def features(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
         """The encoder's features (B, F) of this rank's images, without gradients; running statistics are not updated.
@@ -182,6 +192,11 @@ class Step(Attacks, ABC):
         It has the temperature of the run's objective, and no other of its settings.
         """
         return self.run.contrast.of_views(pairs, views)
+
+    def decided(self, decide: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The result of `decide` on rank 0, on every rank, on the CPU: for libraries whose last bits differ between machines.
+        Collective."""
+        return self.run.world.run_on_main(decide)
 
     def everyones(self, values: torch.Tensor) -> torch.Tensor:
         """(B, …) of this rank to (N, …) of all, with gradient: for a loss of the whole batch that every rank computes alike.
@@ -248,6 +263,11 @@ class Step(Attacks, ABC):
     def reduction_held(self) -> AbstractContextManager[Any]:
         """Inside, an early backward (`image_gradient`) reduces no gradients over ranks: the step's last one does, once."""
         return nullcontext()
+
+
+def two_views(views: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The views of a batch, of which the second is the first again for a method of one view."""
+    return views if len(views) > 1 else (views[0], views[0])
 
 
 def evenly_spaced(count: int, num_rows: int, device: torch.device | None = None) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from clae_dist.config.method import Route
 from clae_dist.contrast.attacks import Attacked, Attacking
-from clae_dist.contrast.interface import Moment, Step
+from clae_dist.contrast.interface import Moment, Step, two_views
 from clae_dist.objectives.form import Rows
 
 
@@ -91,12 +91,13 @@ class Look(Step):
             return attacked.loss_at(moved)
 
 
-def look(run: Attacking, batch: Any, x: torch.Tensor, y: torch.Tensor, *more: torch.Tensor) -> Look:
-    """Run the method's losses on two views (and a third) as they are from the first step on, and train nothing. Collective.
+def look(run: Attacking, batch: Any, *views: torch.Tensor) -> Look:
+    """Run the method's losses on the views as they are from the first step on, and train nothing. Collective.
 
     The caller protects running statistics.
     """
     seen = Look(run, batch)
+    x, y, *more = two_views(views)
     seen.more_views += more
     run.method.from_the_start().losses(seen, x, y)
     return seen

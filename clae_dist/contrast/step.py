@@ -17,7 +17,7 @@ import torch
 from clae_dist.config.method import Route
 from clae_dist.contrast.attacks import Attacking, GradientOf, PairLoss
 from clae_dist.contrast.encoding import Embedding, TrainingEncoding
-from clae_dist.contrast.interface import Moment, Step
+from clae_dist.contrast.interface import Moment, Step, two_views
 from clae_dist.contrast.method import Terms
 from clae_dist.errors import RankError
 from clae_dist.objectives.form import Rows
@@ -62,7 +62,7 @@ def pretrain_step(
     """
     s = (make_step or TrainingStep)(run, batch, moment)
     with run.timed("augmentation"):
-        x, y, *s.more_views = run.augment(batch)
+        x, y, *s.more_views = two_views(run.augment(batch))
     with run.timed("forward"):
         terms = run.method.losses(s, x, y)
         loss = s.total(terms)
@@ -110,8 +110,9 @@ class TrainingStep(Step):
         return [self.run.contrast.rows(embedding.z) for embedding in together]
 
     def classify(self, images: torch.Tensor, route: Route = "clean") -> torch.Tensor:
-        assert self.embeddings, "the first forward of a step is that of an `embed`, with which gradients are reduced"
-        embedding = self.run.encoding.embed(images, route, "logits", beside=self.embeddings[0])
+        first = self.embeddings[0] if self.embeddings else None
+        assert first or self.run.method.settings.embeds == "logits", "the first forward of a step reduces the projector: embed"
+        embedding = self.run.encoding.embed(images, route, "logits", beside=first)
         self.embeddings.append(embedding)
         return embedding.z
 
@@ -128,6 +129,9 @@ class TrainingStep(Step):
             and not run.encoding.micro_size
             and run.encoding.backend.shares_forward()
         )
+
+    def reverse_gradients(self, weight: float) -> None:
+        self.run.encoding.backend.reverse_gradients(weight)
 
     def reduction_held(self) -> AbstractContextManager[Any]:
         return self.run.encoding.backend.reduction_held()

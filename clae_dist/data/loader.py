@@ -1,4 +1,4 @@
-"""Batches of two views, or of three: a map from a step to this rank's share of the global batch.
+"""Batches of one to three views: a map from a step to this rank's share of the global batch.
 
 Because the order is a function, a loader process receives a step and returns its batch: the batches are the same with any
 number of loader processes, and resuming means starting at another step.
@@ -52,7 +52,7 @@ class LoadTime:
 class LoadedBatch(NamedTuple):
     """This rank's B rows of a global batch, on the CPU. S is the side of a view."""
 
-    views: torch.Tensor  # uint8 (V, B, 3, S, S), each interleaved in memory: cropped, not yet augmented; V = 2 or 3
+    views: torch.Tensor  # uint8 (V, B, 3, S, S), each interleaved in memory: cropped, not yet augmented; V = 1 to 3
     draws: torch.Tensor  # float32 (V, B, AUGMENT_DRAWS) in [0, 1), for the augmentation on the device
     ids: torch.Tensor  # int64 (B,): index of the sample in its split
     labels: torch.Tensor  # int64 (B,): -1 without label
@@ -93,7 +93,11 @@ class TrainingViews(Dataset[LoadedBatch]):
         images = [sample.image for sample in read]
         heights, widths = np.array([image.shape[1:] for image in images]).T
         views = torch.empty((num_views, rows, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-        for view in (0, 1):
+        for view in range(min(2, num_views)):
+            if augment.crop == "shifted":
+                for row, image in enumerate(images):
+                    views[view, row] = shifted_view(image, draws[view, row, :2], size)
+                continue
             boxes = crop_boxes(draws[view, :, :CROP_DRAWS], heights, widths, augment.crop_scale, augment.crop_ratio)
             for row, image in enumerate(images):
                 views[view, row] = resized_crop(image, boxes[row], size)
@@ -133,6 +137,8 @@ class TrainingViews(Dataset[LoadedBatch]):
 
 def num_views_of(config: Config) -> int:
     """V, the views of an image that a step loads."""
+    if config.method.one_view:
+        return 1
     return 2 if config.method.third_view == "none" else 3
 
 

@@ -20,8 +20,9 @@ from clae_dist.runs.folder import RunFolder
 
 _MOST = 300  # letters of a cell
 _SETTINGS = re.compile(
-    r"method\.|objective\.|attack\.|augment\.|batch\.global_size|train\.(epochs|precision|ema_decay)|model\.(init|stem|norm)"
-    r"|optim\.(name|learning_rate|weight_decay)|data\.image_size|evaluation\.route|seed"
+    r"method\.|objective\.(name|temperature)|attack\.(name|norm|epsilon|unit|steps)|augment\.(crop_scale|jitter)"
+    r"|batch\.global_size|train\.(epochs|precision|ema_decay)|model\.(init|stem|norm)$|evaluation\.route|seed"
+    r"|optim\.(name|learning_rate|weight_decay)|data\.image_size"
 )
 
 

@@ -65,10 +65,12 @@ def compare(encoder: Encoder, float32: Path, int8: Path, images: RunImages, say:
     labels = query.queries.labels_N
     classes = {name: classify(pair.bank, pair.queries.features_NF, k, settings.knn_temperature) for name, pair in pairs.items()}
     say("int8: linear classifiers of both")
-    heads = {
-        name: fit_head(pair.bank, pair.num_classes, settings.linear_iterations, settings.linear_penalty, images.config.seed)
-        for name, pair in pairs.items()
-    }
+    heads: dict[str, LinearHead] = {}
+    penalty = settings.linear_penalty
+    for name in ("float32", "int8"):  # with the same penalty: another choice would be a difference of its own
+        pair = pairs[name]
+        heads[name] = fit_head(pair.bank, pair.num_classes, settings.linear_iterations, penalty, images.config.seed)
+        penalty = heads[name].penalty
     logits = {
         "float32": heads["float32"].logits(bank.queries.features_NF),
         "old_head": heads["float32"].logits(query.queries.features_NF),

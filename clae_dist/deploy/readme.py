@@ -78,10 +78,9 @@ def readme(description: Mapping[str, Any], int8: Mapping[str, Any] | None, card:
     code = _LOAD.format(library=description["library"], build=lines, num_features=description["num_features"], side=side)
     return f"""# {description["encoder"]}, pretrained with {description["method"]}
 
-The encoder after {description["images_seen"]:,} images, without projector or classifier (clae-dist
-{description["package_version"]}). `encoder.safetensors` holds the weights, `config.json` the architecture, the pixel statistics
-and where the encoder comes from (digests of the set of images and of the configuration). Loading it takes torch, safetensors
-and {description["library"]}:
+The encoder after {description["images_seen"]:,} images, without projector (clae-dist {description["package_version"]}).
+`encoder.safetensors` holds the weights, `config.json` the architecture, the pixel statistics and where the encoder comes from
+(digests of the set of images and of the configuration). Loading it takes torch, safetensors and {description["library"]}:
 
 ```python
 {code}```

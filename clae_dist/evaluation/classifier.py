@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from clae_dist.config.method import Route
+from clae_dist.errors import ConfigError
 from clae_dist.evaluation.linear import LinearHead, fit_head
 from clae_dist.evaluation.protocol import Subject
 from clae_dist.evaluation.scored import scored
 from clae_dist.models import PretrainModel
+from clae_dist.models.domain_head import DomainHead
 from clae_dist.models.norms import RoutedNorm
 from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 
@@ -31,6 +33,21 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model.features(images, self.route) @ self.weight + self.bias
+
+
+def own_classifier(subject: Subject) -> Classifier:
+    """The classifier that the run itself has trained (clae finetune). Raises ConfigError without one, and for other classes."""
+    model, _ = subject.parts()
+    head = model.classifiers
+    layer = head.classes if isinstance(head, DomainHead) else head
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError("robust.heads has 'own', but the run has trained no classifier; use slf, or a run of clae finetune.")
+    if len(layer.bias) != subject.num_classes:
+        raise ConfigError(
+            f"robust.heads has 'own', but the head of the run has {len(layer.bias)} classes, and the images have "
+            f"{subject.num_classes}; evaluate it on the set that it was trained for."
+        )
+    return Classifier(model, LinearHead(layer.weight.detach().T, layer.bias.detach()), model.evaluated_route)
 
 
 def has_routes(model: PretrainModel) -> bool:

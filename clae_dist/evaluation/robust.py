@@ -15,7 +15,7 @@ from clae_dist.config.method import Route
 from clae_dist.config.rules import Section, setting
 from clae_dist.errors import ConfigError
 from clae_dist.evaluation.attack import Norm, attack, autoattack, import_autoattack, is_right
-from clae_dist.evaluation.classifier import Classifier, along, has_routes
+from clae_dist.evaluation.classifier import Classifier, along, has_routes, own_classifier
 from clae_dist.evaluation.interval import accuracy_metrics
 from clae_dist.evaluation.place import evenly
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
@@ -33,7 +33,7 @@ class RobustSettings(Section, prefix="robust"):
     heads: tuple[str, ...] = setting(
         ("slf",),
         help="Attacked classifiers: slf (linear, trained on clean images), alf (linear, trained on attacked images), aff (all "
-        "weights, by TRADES).",
+        "weights, by TRADES), own (that of a run of clae finetune).",
     )
     attacks: tuple[str, ...] = setting(
         ATTACKS, help="fgsm, pgd and autoattack (the standard version; per image that stands it 7,000 passes)."
@@ -154,6 +154,8 @@ class Robust(EvaluationProtocol):
     def _classifier(self, head: Head, subject: Subject) -> Classifier:
         model, _ = subject.parts()
         assert subject.head is not None
+        if head == "own":
+            return own_classifier(subject)
         classifier = Classifier(model, subject.head, model.evaluated_route)
         return classifier if head == "slf" else tuned(head, classifier, subject, self.own.epochs, self.own.learning_rate)
 

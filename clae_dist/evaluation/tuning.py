@@ -33,8 +33,8 @@ from clae_dist.models.norms import evaluation_mode, use_global_statistics
 from clae_dist.progress import Progress
 from clae_dist.runs.checkpoint.safetensors_file import weights_digest
 
-Head = Literal["slf", "alf", "aff"]
-HEADS: tuple[Head, ...] = ("slf", "alf", "aff")
+Head = Literal["slf", "alf", "aff", "own"]
+HEADS: tuple[Head, ...] = ("slf", "alf", "aff", "own")
 Loss = Callable[[Classifier, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _SAVE_EVERY_S = 60.0
 _STEP, _EPSILON, _STEPS = 2 / 255, 8 / 255, 10  # of the attacks in training (ACL, DynACL, AIR)

@@ -27,15 +27,23 @@ METHODS = {
     "supcon": "clae_dist.methods.supcon:SupCon",
 }
 
+TASKS = {
+    "adversarial": "clae_dist.downstream.adversarial:Adversarial",
+    "classify": "clae_dist.downstream.classify:Classify",
+    "domain": "clae_dist.downstream.domain:Domain",
+    "noisy": "clae_dist.downstream.noisy:Noisy",
+}  # methods as well: what a pretrained encoder is trained for next
+KNOWN = METHODS | TASKS
+
 
 @cache
 def method_class(name: str) -> type[Method]:
-    """The class behind `method.name`: a name of METHODS or package.module:Class. Raises ConfigError."""
-    module, colon, attribute = METHODS.get(name, name).partition(":")
+    """The class behind `method.name`: a name of METHODS or TASKS, or package.module:Class. Raises ConfigError."""
+    module, colon, attribute = KNOWN.get(name, name).partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, METHODS, n=1)
+        close = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(f"method.name is {name!r}; expected one of {', '.join(METHODS)}, or package.module:Class{hint}.")
+        raise ConfigError(f"method.name is {name!r}; expected one of {', '.join(KNOWN)}, or package.module:Class{hint}.")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

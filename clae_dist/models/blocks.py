@@ -28,6 +28,36 @@ def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
     return found
 
 
+def depths(encoder: nn.Module) -> dict[nn.Parameter, int]:
+    """The depth of every parameter: 0 before the first block, n in block n, and one more for what comes after the last.
+
+    The order is that in which the encoder registers its parameters.
+    """
+    numbers = {parameter: n for n, block in enumerate(encoder_blocks(encoder), 1) for parameter in block.parameters()}
+    found: dict[nn.Parameter, int] = {}
+    reached = 0
+    for parameter in encoder.parameters():
+        within = numbers.get(parameter)
+        reached = max(reached, within or 0)
+        found[parameter] = within or (len(encoder_blocks(encoder)) + 1 if reached else 0)
+    return found
+
+
+def freeze_first(encoder: nn.Module, trained_blocks: int) -> list[nn.Module]:
+    """Stop the training of all but the last blocks, and of what comes after them. Returns the modules that are not trained.
+
+    Args:
+        trained_blocks: -1: all is trained; 0: nothing.
+    """
+    if trained_blocks < 0:
+        return []
+    first = len(encoder_blocks(encoder)) - trained_blocks + 1
+    for parameter, depth in depths(encoder).items():
+        parameter.requires_grad_(trained_blocks > 0 and depth >= first)
+    asked = [encoder, *encoder_blocks(encoder), *(module for module in encoder.modules() if not list(module.children()))]
+    return [one for one in asked if any(True for _ in one.parameters()) and not any(p.requires_grad for p in one.parameters())]
+
+
 def compile_blocks(encoder: nn.Module) -> None:
     """Compile every block, or the encoder if it has none, with torch.compile. Names of parameters do not change.
 

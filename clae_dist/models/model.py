@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clae_dist.config import Config, Model
 from clae_dist.config.method import Output, Route, Views
 from clae_dist.errors import ConfigError
+from clae_dist.models.blocks import freeze_first
 from clae_dist.models.encoders import build_encoder
 from clae_dist.models.norms import add_routes, set_route, use_global_statistics
 from clae_dist.models.regions import feature_map, region_features
@@ -22,14 +24,14 @@ from clae_dist.objectives.softmax import at_least_float32
 class PretrainModel(nn.Module):
     """Normalisation of pixels, encoder, projector. # B rows, F feature width, D embedding width.
 
-    With an empty projector, embeddings are the features themselves, of any length. `classifiers` are linear classifiers on the
-    features, as one layer with the logits of all of them side by side; None: there are none.
+    With an empty projector, embeddings are the features themselves, of any length. `classifiers` are the method's on the
+    features, as one module with the logits of all of them side by side; None: there are none.
 
     `evaluated_route` is the route of norm layers whose features stand for the model in evaluation.
     """
 
     evaluated_route: Route = "clean"
-    fixed_statistics = False  # batch norms of the encoder stay in evaluation mode (model.norm=fixed)
+    fixed: Sequence[nn.Module] = ()  # modules that stay in evaluation mode: of model.norm=fixed, and those that are not trained
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -42,7 +44,7 @@ class PretrainModel(nn.Module):
         dim: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        classifiers: nn.Linear | None = None,
+        classifiers: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.feature_dim, self.embedding_dim = feature_dim, dim
@@ -54,10 +56,8 @@ class PretrainModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.fixed_statistics:
-            for module in self.encoder.modules():
-                if isinstance(module, _BatchNorm):
-                    module.train(False)
+        for module in self.fixed:
+            module.train(False)
         return self
 
     def features(self, images_B3HW: torch.Tensor, route: Route | Views | None = None) -> torch.Tensor:
@@ -85,7 +85,7 @@ class PretrainModel(nn.Module):
             return F.normalize(at_least_float32(self.projector(z)), dim=1)
         if output == "logits":
             assert self.classifiers is not None
-            z = self.classifiers(z.to(self.classifiers.weight.dtype))
+            z = self.classifiers(z.to(next(self.classifiers.parameters()).dtype))
         return at_least_float32(z)
 
 
@@ -128,17 +128,18 @@ def build_model(config: Config, group: dist.ProcessGroup | None = None) -> Pretr
         projects = config.method.embeds == "projections"
         projector = make_projector(config.model, feature_dim) if projects else nn.Sequential()
         dim = config.model.projector_dim if projects else feature_dim
-        width = sum(config.method.cluster_counts)
-        classifiers = nn.Linear(feature_dim, width) if width else None
+        classifiers = config.method.make_classifiers(feature_dim)
         model = PretrainModel(encoder, feature_dim, projector, dim, config.model.mean, config.model.std, classifiers)
     model.evaluated_route = config.evaluated_route
-    model.fixed_statistics = config.model.norm == "fixed"
     if config.method.two_routes:
         add_routes(model.encoder, config.model.adversarial_norm_momentum, config.method.routes)
         if config.model.projector == "mlp3_bn":
             add_routes(model.projector, config.model.adversarial_norm_momentum)
     if config.model.norm == "global":
         use_global_statistics(model, group)
+    model.fixed = freeze_first(model.encoder, config.method.trained_blocks)
+    if config.model.norm == "fixed":
+        model.fixed += [module for module in model.encoder.modules() if isinstance(module, _BatchNorm)]
     model.train()
     return model.double() if config.train.precision == "float64" else model
 

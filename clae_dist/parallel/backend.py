@@ -21,6 +21,7 @@ from clae_dist.contrast.encoding import Update
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel, build_model
 from clae_dist.models.blocks import checkpoint_blocks, compile_blocks
+from clae_dist.models.domain_head import DomainHead
 from clae_dist.models.norms import (
     evaluation_mode,
     has_global_statistics,
@@ -173,6 +174,12 @@ class Backend(ABC):
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 
+    def reverse_gradients(self, weight: float) -> None:
+        """Gradients of the domain's logit reach the features times -`weight`. Local."""
+        head = self.model.classifiers
+        assert isinstance(head, DomainHead), "the method has no domain head"
+        head.reversal.fill_(weight)
+
     def untouched(self) -> AbstractContextManager[None]:
         """Context in which forwards do not change the running statistics."""
         return untouched_statistics(self.model)
@@ -232,7 +239,7 @@ class Backend(ABC):
 
     def set_learning_rate(self, value: float) -> None:
         for group in self._optimizer().param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["lr_scale"]
 
     def pieces(self) -> Iterator[Piece]:
         """This rank's pieces of a checkpoint: the same names in the same order on every rank."""

@@ -40,7 +40,7 @@ class DdpBackend(Backend):
                 self.model, device_ids=devices, process_group=self.world.group, gradient_as_bucket_view=True, **_LEAVE_BUFFERS
             )
             self._wrapped._set_ddp_runtime_logging_sample_rate(1 << 30)  # it waits for the device each time
-            last = next(p for p in self.model.encoder.parameters() if p.requires_grad)  # of which the gradient comes last
+            last = next(p for p in self.model.parameters() if p.requires_grad)  # of which the gradient comes last
             rest = self._rest_of_backward  # not self: a hook of a parameter that leads back to it is never freed
             last.register_post_accumulate_grad_hook(lambda _: rest.enter_context(waiting()))
             self._settle_buckets()
@@ -57,9 +57,10 @@ class DdpBackend(Backend):
         blank = torch.zeros(shape, device=self.world.device, dtype=next(self.model.parameters()).dtype)
         with self.untouched():
             for _ in range(2):  # the second forward rebuilds the buckets
+                own: Output = "logits" if self.config.method.embeds == "logits" else "projections"
                 outputs: dict[Route, Output] = {"classified": "logits"}
                 routes = ("clean", *self.config.method.routes)
-                rows = [self.embed(blank, route, outputs.get(route, "projections")) for route in routes]
+                rows = [self.embed(blank, route, outputs.get(route, own)) for route in routes]
                 self.backward(sum((one.sum() for one in rows), blank.new_zeros(())))
         # To None, as after every step: DDP rounds differently when it averages a gradient that is already in its bucket.
         self.optimizer.zero_grad()

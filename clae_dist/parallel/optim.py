@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from clae_dist.config import Optim
+from clae_dist.models.blocks import depths
 
 
 def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> torch.optim.Optimizer:
     """Make AdamW, SGD or LARS (You et al. 2017) over the parameters of `model`.
 
     With optim.decay "weights", biases and norm layers (parameters of one dimension), and a transformer's tokens and position
-    embeddings, are neither decayed nor, under LARS, adapted, as in SimCLR.
+    embeddings, are neither decayed nor, under LARS, adapted, as in SimCLR. Every group has `lr_scale`, its share of the
+    learning rate (optim.layer_decay).
     """
-    tokens = _tokens(model)
-    plain = [p for n, p in model.named_parameters() if settings.decay == "weights" and (p.dim() <= 1 or n in tokens)]
-    excluded = {id(p) for p in plain}
-    weights = [p for p in model.parameters() if id(p) not in excluded]
-    groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    tokens, shares = _tokens(model), _rate_shares(model, settings.layer_decay)
+    groups: list[dict[str, Any]] = []
+    for decayed in (True, False):
+        for share in sorted(set(shares.values())):
+            chosen = [
+                p
+                for n, p in model.named_parameters()
+                if p.requires_grad
+                and shares[p] == share
+                and decayed == (settings.decay == "all" or not (p.dim() <= 1 or n in tokens))
+            ]
+            if chosen:
+                decay = settings.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "weight_decay": decay, "lr_scale": share, "decayed": decayed})
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate)
     if settings.name == "sgd":
@@ -30,8 +41,21 @@ def make_optimizer(settings: Optim, learning_rate: float, model: nn.Module) -> t
     from timm.optim import Lars
 
     for group in groups:  # a group without weight decay would otherwise not be adapted
-        group["always_adapt"] = group["params"] is weights
+        group["always_adapt"] = group["decayed"]
     return Lars(groups, lr=learning_rate, momentum=settings.momentum)
+
+
+def _rate_shares(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """The share of the learning rate of every parameter: layer_decay to the power of the blocks between it and the head.
+
+    Reference: Clark et al. 2020 (ELECTRA), appendix B.
+    """
+    shares = dict.fromkeys(model.parameters(), 1.0)
+    if layer_decay < 1:
+        of_encoder = depths(model.encoder)  # type: ignore[arg-type]
+        top = max(of_encoder.values()) + 1
+        shares |= {parameter: layer_decay ** (top - depth) for parameter, depth in of_encoder.items()}
+    return shares
 
 
 def _tokens(model: nn.Module) -> set[str]:

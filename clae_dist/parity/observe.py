@@ -166,7 +166,8 @@ class SyntheticRun:
         draws = [_seeded(number + 1000 * view) for view in range(len(views))]
         # Drawn in float32, whatever the precision: torch draws other numbers in float64.
         noises = [self._own(torch.rand((size, 3, side, side), generator=draw).to(dtype)) for draw in draws]
-        labels = self._own(torch.arange(size) % (1 + size // 3) - 1)  # about three images a class, and three without a label
+        classes = min(size // 3, config.method.num_classes or size)
+        labels = self._own(torch.arange(size) % (1 + classes) - 1)  # about three images a class, and three without a label
         return _Batch(views, noises, labels, self._own(torch.arange(size)))
 
     def _of_all(self, step: _Watched, part: Callable[[Attacked], torch.Tensor]) -> torch.Tensor:

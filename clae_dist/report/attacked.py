@@ -17,6 +17,7 @@ from clae_dist.contrast.attacks import Attacking
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.contrast.encoding import Encoding
 from clae_dist.contrast.look import look
+from clae_dist.downstream.adversarial import AdversarialSettings
 from clae_dist.methods import make_method
 from clae_dist.models import PretrainModel
 from clae_dist.models.norms import evaluation_mode, untouched_statistics
@@ -38,9 +39,10 @@ class AttackedImages:
 
 @dataclass(frozen=True)
 class _Images:
-    """A batch of images of which only the order is known."""
+    """A batch of images of which only the order is known, and labels as the model sees them."""
 
     ids: torch.Tensor
+    labels: torch.Tensor
 
 
 class _BareModel:
@@ -72,10 +74,13 @@ class _BareModel:
 def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tensor) -> AttackedImages:
     """The run's attack on uint8 images, as in training: batch statistics, all n images as negatives, no trace in the model.
 
-    A run whose method has no attack borrows the default method's. The other view is the mirrored image.
+    A run whose method has no attack borrows the default method's; one with a head is attacked by the cross-entropy of its own
+    predictions. The other view is the mirrored image.
     """
     borrowed = not config.method.uses_attack
-    method = make_method(Config().method if borrowed else config.method)
+    classes = config.method.num_classes
+    lent = AdversarialSettings(classes=classes, form="at") if classes else Config().method
+    method = make_method(lent if borrowed else config.method)
     device, dtype = model.mean.device, model.mean.dtype
     world = World.single(device)
     clean = images_n3SS.to(device, dtype) / 255
@@ -94,7 +99,11 @@ def attack_images(config: Config, model: PretrainModel, images_n3SS: torch.Tenso
         state=method.state(model.embedding_dim, config.seed),
         pseudo_labels=torch.full((len(clean), max(1, len(config.method.cluster_counts))), -1),
     )
-    batch = _Images(torch.arange(len(clean)))
+    labels = torch.full((len(clean),), -1)
+    if classes:
+        with torch.no_grad(), evaluation_mode(model):
+            labels = model(clean, config.evaluated_route, output="logits")[:, :classes].argmax(1)
+    batch = _Images(torch.arange(len(clean)), labels)
     training = model.training
     model.train()
     with untouched_statistics(model):

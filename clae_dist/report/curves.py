@@ -54,6 +54,7 @@ CHARTS = (
         "Accuracy while training, %",
         "While training: a part of the train split as bank, a part of the test split as queries.",
         (ChartLine("knn_accuracy", "kNN", GREEN, "o-"), ChartLine("linear_accuracy", "linear probe", PINK, "o--")),
+        otherwise=(ChartLine("accuracy", "head", GREEN, "o-"), ChartLine("target_accuracy", "target", PINK, "o--")),
     ),
     Chart(
         "learning_rate",

@@ -160,6 +160,11 @@ class RunFolder:
         return self.path / BAD_SAMPLES_FILE
 
     @property
+    def suspects_file(self) -> Path:
+        """Labels that the run did not believe (method.name=noisy)."""
+        return self.path / "suspects.jsonl"
+
+    @property
     def training_lease(self) -> Path:
         return self.path / TRAINING_LEASE
 

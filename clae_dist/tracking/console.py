@@ -88,11 +88,24 @@ class ConsoleTracker(Tracker):
         return parts
 
 
+_ACCURACIES = {
+    "knn_accuracy": "kNN accuracy",
+    "linear_accuracy": "linear probe accuracy",
+    "accuracy": "accuracy",
+    "accuracy_many": "of classes with many images",
+    "accuracy_medium": "medium",
+    "accuracy_few": "few",
+    "target_accuracy": "target accuracy",
+}
+
+
 def _evaluation(metrics: Mapping[str, float]) -> list[str]:
     parts = []
-    for key, title in (("knn_accuracy", "kNN"), ("linear_accuracy", "linear probe")):
+    for key, title in _ACCURACIES.items():
         if key in metrics:
             ends = [metrics[end] for end in (f"{key}_low", f"{key}_high") if end in metrics]
             interval = f" (95 % interval {ends[0]:.1f} – {ends[1]:.1f})" if len(ends) == 2 else ""
-            parts.append(f"{title} accuracy {metrics[key]:.2f} %{interval}")
+            parts.append(f"{title} {metrics[key]:.2f} %{interval}")
+    if "domain_distance" in metrics:
+        parts.append(f"distance of the domains {metrics['domain_distance']:.2f}")
     return parts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clae_dist.config import Config
+from clae_dist.config.method import TrainingSet
 from clae_dist.data import transport
 from clae_dist.data.loader import shared_memory_bytes
 from clae_dist.data.long_tail import long_tail
@@ -18,7 +19,8 @@ from clae_dist.data.prefetch import advice
 from clae_dist.data.shard_set import entries_of, open_shards
 from clae_dist.data.together import together
 from clae_dist.data.urls import is_tar, local_path, scheme
-from clae_dist.errors import DataError
+from clae_dist.errors import ConfigError, DataError
+from clae_dist.redact import redact_text
 from clae_dist.training.plan import Plan
 from clae_dist.training.session import Session
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sets:
-    """`main` is the set of data.shards, which is evaluated on; `train` is `main`, its long-tailed part, or a mixture.
+    """`main` is the set of data.shards, which is evaluated on; `train` is `main`, its long-tailed part, or a mixture, whose
+    further sets are `others`.
 
     `pseudo_labels` are those of the images of `train`, for a method that has any (training/pseudo_labels.py).
     """
@@ -36,6 +39,7 @@ class Sets:
     train: Manifest
     main: Manifest
     pseudo_labels: torch.Tensor | None = None
+    others: tuple[Manifest, ...] = ()
 
 
 def check_sets(config: Config) -> Manifest | None:
@@ -43,8 +47,23 @@ def check_sets(config: Config) -> Manifest | None:
 
     None for plain shards, whose samples are unknown before they are indexed. Raises DataError or ConfigError, like open_sets.
     """
-    names = [config.data.shards, *config.data.mixture]
+    found = _known_sets(config)
+    if found is None:
+        return None
+    _check_split(config, *found)
+    return found[0]
+
+
+def training_set(config: Config) -> Manifest | None:
+    """`check_sets`, but whatever the number of its classes and images."""
+    found = _known_sets(config)
+    return found and found[0]
+
+
+def _known_sets(config: Config) -> tuple[Manifest, Manifest] | None:
+    """The training set and that of data.shards, as far as manifests alone tell."""
     manifests = []
+    names = [config.data.shards, *config.data.mixture]
     for name in names:
         entries = entries_of(name)
         if is_tar(entries[0]):
@@ -57,21 +76,34 @@ def check_sets(config: Config) -> Manifest | None:
         return None
     if config.data.long_tail and manifests[0].files:  # whose index is fetched when the ranks start
         return None
-    train = _mixed(config, manifests)
-    _check_split(config, train)
-    return train
+    return _mixed(config, manifests), manifests[0]
 
 
-def _check_split(config: Config, train: Manifest) -> None:
-    """Raise DataError if the training split has too few images, or no labels for a method that needs them."""
-    split = config.data.train_split
+def _check_split(config: Config, train: Manifest, main: Manifest) -> None:
+    """Raise DataError if the training split has too few images, or no labels for a method that needs them; ConfigError if the
+    method's settings do not suit the set."""
+    split, method = config.data.train_split, config.method
     Plan.of(config, train.num_samples(split))
-    counts = train.class_counts.get(split, ())
-    if config.method.needs_labels and not (any(counts) if counts else train.classes):
+    if method.pairs_sets and list(config.data.mixture.values()) != [0.5]:
+        shares = redact_text(str(config.data.mixture))
+        raise ConfigError(
+            f"data.mixture is {shares}, but method.name={method.name} takes half of every batch from a source and half from a "
+            "target; name one target with the share 0.5: data.mixture={TARGET: 0.5}, or clae finetune … --target TARGET."
+        )
+    labelled = train if len(main.classes) == len(train.classes) else main  # of a mixture, the source is what needs labels
+    counts = labelled.class_counts.get(split, ())
+    if method.needs_labels and not (any(counts) if counts else labelled.classes):
         raise DataError(
-            f"method.name={config.method.name} needs labels, but no image of split {split!r} of {train.where} has one (label "
+            f"method.name={method.name} needs labels, but no image of split {split!r} of {labelled.where} has one (label "
             "-1 in its index); prepare the images from one folder a class, or use method.name=simclr."
         )
+    method.check_set(as_training_set(config, train))
+
+
+def as_training_set(config: Config, train: Manifest) -> TrainingSet:
+    """The part of a set that a method's settings may depend on."""
+    split = config.data.train_split
+    return TrainingSet(train.where, train.num_samples(split), train.classes, tuple(train.class_counts.get(split, ())))
 
 
 def _mixed(config: Config, sets: list[Manifest]) -> Manifest:
@@ -96,7 +128,7 @@ def open_sets(session: Session, progress: Callable[[], None] = lambda: None) -> 
     main = open_shards(data, world, say, progress)
     others = [open_shards(replace(data, shards=name), world, say, progress) for name in data.mixture]
     train: Manifest = world.run_on_main(lambda: _mixed(config, [main, *others]))
-    _check_split(config, train)
+    _check_split(config, train, main)
     for manifest in (main, *others):
         _check(manifest, session, progress)
     if config.data.long_tail:
@@ -109,7 +141,7 @@ def open_sets(session: Session, progress: Callable[[], None] = lambda: None) -> 
     hosts = world.gather_objects(list(transport.advice(shared_memory_bytes(config, world))))
     for line in dict.fromkeys(line for lines in hosts for line in lines):
         say(line)
-    return Sets(train, main)
+    return Sets(train, main, others=tuple(others))
 
 
 def _check_different(sets: Sequence[Manifest]) -> None:

@@ -35,6 +35,7 @@ from clae_dist.training.bad_samples import BadSamples
 from clae_dist.training.coming import Coming, next_batch
 from clae_dist.training.flight_recorder import make_room
 from clae_dist.training.guard import StopRequest, listen_for_stop
+from clae_dist.training.head_accuracy import head_accuracy
 from clae_dist.training.helper_threads import failing_threads_end_the_rank
 from clae_dist.training.journal import Journal
 from clae_dist.training.knn import knn_while_training
@@ -49,7 +50,7 @@ from clae_dist.training.pulse import Pulse
 from clae_dist.training.saving import Saving
 from clae_dist.training.session import Session
 from clae_dist.training.sets import Sets, open_sets
-from clae_dist.training.tracked import log_encoder
+from clae_dist.training.tracked import leave_results, log_encoder
 from clae_dist.training.usage import Usage
 from clae_dist.training.watch import ENDING, Watch
 from clae_dist.wording import count_of
@@ -155,8 +156,8 @@ def _train(
         status = outcome.status
         journal.close(outcome.step)
         watch.doing(ENDING, outcome.step)
-        if world.is_main and status == "finished" and config.tracking.uses("mlflow"):
-            log_encoder(config, tracker, sets.train, say)
+        if status == "finished":
+            leave_results(session, backend, sets.train, tracker)
     finally:
         if status == "failed":
             ledger.close()
@@ -213,7 +214,7 @@ class _Loop:
         batches = load(self.sets.train, self.config, self.world, self.step, plan.total)
         self.batches = transferred(batches, self.world.device, self.clock.timed)
         if self.step == 0 and plan.knn_every:
-            self.say(f"{STARTING}kNN of the untrained encoder")
+            self.say(f"{STARTING}accuracy of the untrained model")
             self._evaluate()
             self.say(f"{STARTING}the first batch and the first step")
         self.backend.model.train()
@@ -297,7 +298,12 @@ class _Loop:
     def _evaluate(self) -> None:
         self._doing("evaluation")
         with self.clock.stopped():
-            self.journal.log(self.step, knn_while_training(self.session, self.backend, self.sets.main))
+            if self.config.method.num_classes:
+                limit = 0 if self.step == self.plan.total else self.config.evaluation.knn_queries
+                found = head_accuracy(self.session, self.backend, self.sets, limit=limit)
+            else:
+                found = knn_while_training(self.session, self.backend, self.sets.main)
+            self.journal.log(self.step, found)
 
     def _checkpoint(self, *, last: bool = False) -> None:
         """Begin to save; training waits only for a copy to memory."""

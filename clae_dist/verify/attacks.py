@@ -12,7 +12,7 @@ import torch
 from clae_dist.config import Config
 from clae_dist.contrast.attacks import Attacked
 from clae_dist.contrast.look import Look
-from clae_dist.methods import METHODS
+from clae_dist.methods import KNOWN
 from clae_dist.parity.observe import SyntheticRun
 from clae_dist.parity.run import tiny
 from clae_dist.recipe import recipe_names, resolve
@@ -50,7 +50,7 @@ def check(subject: Subject, world: World) -> Verdict:
 def _cases(subject: Subject, world_size: int) -> Iterator[tuple[str, Config]]:
     yield "the recipe", subject.tiny(world_size, "float32")
     recipes = recipe_names()
-    for method in METHODS:
+    for method in KNOWN:
         own = f"cifar10/{method}" in recipes
         yield method, _small(world_size, *([f"cifar10/{method}"] if own else ["cifar10/clae", f"method.name={method}"]))
     kinds = itertools.product(("fgsm", "pgd"), ("linf", "l2"), ("false", "true"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clae_dist.config import Config
-from clae_dist.methods import METHODS
+from clae_dist.methods import KNOWN
 from clae_dist.models import build_model
 from clae_dist.parallel import make_backend
 from clae_dist.parity.compare import Parity, compare_steps
@@ -22,7 +22,7 @@ from clae_dist.world import World
 from tests.ranks import RankPool
 
 SMALL = ["model.encoder=small_resnet", "data.image_size=16", "model.projector_dim=16", "train.threads=1"]
-CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")} | {
+CASES = {name: [name] for name in recipe_names() if name.startswith(("cifar10/", "finetune/"))} | {
     "clae_fused": ["cifar10/clae", "method.name=clae_fused"],
     "simclr, small crops": ["cifar10/simclr", "views.local_crops=2"],
     "clae, small crops": ["cifar10/clae", "views.local_crops=2"],
@@ -30,8 +30,12 @@ CASES = {name: [name] for name in recipe_names() if name.startswith("cifar10/")}
     "acl, mixed": ["cifar10/acl", "method.form=mixed"],
     "acl, adversarial": ["cifar10/acl", "method.form=adversarial"],
     "advcl, pseudo-labels": ["cifar10/advcl", "method.pseudo_labels=somewhere"],
+    "adversarial, two norms": ["finetune/adversarial", "method.norms=two"],
+    "adversarial, at": ["finetune/adversarial", "method.form=at"],
+    "domain, cdan_e": ["finetune/domain", "method.form=cdan_e", "method.norms=separate"],
+    "classify, last block": ["finetune/classify", "method.blocks=1", "optim.layer_decay=0.7"],
 }
-FIRST = tuple(name for name in CASES if name.removeprefix("cifar10/") in METHODS)  # one for each method
+FIRST = tuple(name for name in CASES if name.rpartition("/")[2] in KNOWN and "/" in name)  # one for each method
 STATEFUL = [
     f"cifar10/{name}" for name in ("moco", "dynacl", "clusterns", "dscl")
 ]  # one for each kind of state; every second is quick
@@ -101,7 +105,7 @@ def test_a_step_waits_for_the_copy_before_it_writes(ranks: RankPool, case: str, 
 
 
 def test_every_method_has_a_recipe() -> None:
-    assert {resolve(*_parts(case)).config.method.name for case in FIRST} == set(METHODS)
+    assert {resolve(*_parts(case)).config.method.name for case in FIRST} == set(KNOWN)
 
 
 def _parts(case: str) -> tuple[str, list[str]]:

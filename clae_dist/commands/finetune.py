@@ -1,0 +1,129 @@
+"""`clae finetune`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clae_dist.commands.arguments import add_launcher, add_shards, add_trust
+from clae_dist.commands.train import add_quiet
+from clae_dist.errors import ConfigError, DataError
+from clae_dist.options import Parser, user_path
+from clae_dist.reading import ReadError, read_object
+
+if TYPE_CHECKING:
+    from clae_dist.recipe import Recipe
+
+SUMMARY = "train a pretrained encoder for a task with labels: classify, adversarial, domain"
+DESCRIPTION = (
+    "Train a pretrained encoder for a task. The run is one like those of `clae train`: the same loop, launchers, checkpoints "
+    "and resuming; its folder is runs/SOURCE-TASK unless name= or run_dir= says otherwise. What TASK does not set about the "
+    "encoder and the images is SOURCE's."
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a run, an exported encoder, or timm/NAME for the published weights of that encoder"
+    )
+    parser.add_argument(
+        "config",
+        metavar="TASK",
+        type=lambda text: str(user_path(text)),
+        help="a recipe whose method.name is a task: a YAML file, or finetune/classify, finetune/adversarial, finetune/domain",
+    )
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings that take precedence over TASK's and SOURCE's"
+    )
+    add_shards(parser)
+    parser.add_argument(
+        "--target",
+        default="",
+        metavar="SHARDS",
+        help="for the task domain: the images of the target, whose labels are not used",
+    )
+    add_launcher(parser, "ray", "torchrun", "local")
+    add_quiet(parser)
+    add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from clae_dist.commands.settings import set_option
+    from clae_dist.commands.train import exit_at_signals, train
+    from clae_dist.launchers.output import lasting_output
+
+    with lasting_output(), exit_at_signals() as exit_if_asked:
+        set_option(arguments, "launcher", "launch.launcher")
+        return train(settings_of(arguments), arguments, exit_if_asked)
+
+
+def settings_of(arguments: argparse.Namespace) -> Recipe:
+    """The settings of SOURCE, over them those of TASK and of the command line. Raises ConfigError, DataError."""
+    from clae_dist.commands.settings import resolved, set_option
+    from clae_dist.downstream.source import as_overrides
+    from clae_dist.recipe import find_recipe, read_recipe
+
+    task = find_recipe(arguments.config)
+    own = read_recipe(task)
+    arguments.shards = arguments.shards or None
+    set_option(arguments, "shards", "data.shards")
+    if arguments.target:
+        arguments.overrides.append("data.mixture=" + json.dumps({arguments.target: 0.5}))
+    settings = {key: value for key, value in _of_source(arguments).items() if key not in own or key == "name"}
+    settings["name"] += task.stem
+    return resolved(arguments, as_overrides(settings | _of_set(arguments, settings)))
+
+
+def _of_source(arguments: argparse.Namespace) -> dict[str, Any]:
+    from clae_dist.commands.settings import permission
+    from clae_dist.downstream import source
+    from clae_dist.keys import flatten
+    from clae_dist.runs.folder import RunFolder
+    from clae_dist.runs.trust import open_run
+
+    text = arguments.source
+    path = Path(os.path.abspath(user_path(text)))
+    if text.startswith("timm/") and not path.exists():
+        return source.of_timm(text)
+    if os.path.lexists(RunFolder(path).config_file):
+        config = open_run(path, permission(arguments)).config
+        return source.of_run(config, flatten(config), path)
+    try:
+        return source.of_export(read_object(path / "config.json"), path)
+    except (ReadError, OSError) as error:
+        raise ConfigError(
+            f"SOURCE is {text!r}, which is no run, no exported encoder and no timm/NAME ({error}); name one of them."
+        ) from None
+
+
+def _of_set(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Classes, images and images a class of the training set, where the task asks for them and the command line names none."""
+    from clae_dist.commands.settings import resolved
+    from clae_dist.downstream.source import as_overrides
+    from clae_dist.training.sets import as_training_set, training_set
+
+    recipe = resolved(arguments, as_overrides(settings))
+    method = recipe.config.method
+    if not method.num_classes:
+        raise ConfigError(
+            f"method.name is {method.name!r}, which trains no head; name a task, such as finetune/classify, or use clae train."
+        )
+    asked = [key for key in ("classes", "images", "class_counts") if recipe.origins.get(f"method.{key}") == "default"]
+    if not getattr(method, "balanced", False) and "class_counts" in asked:
+        asked.remove("class_counts")
+    if not asked:
+        return {}
+    train = training_set(recipe.config)
+    if train is None:
+        names = " and ".join(f"method.{key}" for key in asked)
+        raise ConfigError(f"{names} cannot be taken from plain or remote shards before they are indexed; name the value.")
+    known = as_training_set(recipe.config, train)
+    if len(known.classes) < 2:
+        raise DataError(
+            f"{known.where} has {len(known.classes)} classes; a head needs two or more: prepare one folder a class."
+        )
+    found = {"classes": len(known.classes), "images": known.images, "class_counts": list(known.class_counts)}
+    return {f"method.{key}": found[key] for key in asked}

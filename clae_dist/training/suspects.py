@@ -1,0 +1,41 @@
+"""The labels that a run did not believe at its end, for whoever corrects the set (method.name=noisy)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from clae_dist.config import Config
+from clae_dist.data.manifest import Manifest
+from clae_dist.data.shards import ShardReader
+from clae_dist.files import write_atomically
+from clae_dist.runs.folder import RunFolder
+from clae_dist.storage import writing
+
+_BELIEVED = 0.5
+
+
+def write_suspects(config: Config, state: Mapping[str, torch.Tensor], train: Manifest) -> str:
+    """Write RUN/suspects.jsonl, the least believed first: sample, label, guess and the probability that the label is right.
+
+    Returns a line for the console. On one rank.
+    """
+    folder, split = RunFolder(config.folder), config.data.train_split
+    belief, guess = state["belief"].cpu(), state["guess"].cpu()
+    labels = np.concatenate([train.index(shard)[:, 2] for shard in train.shards(split)])
+    doubted = [int(n) for n in belief.argsort(stable=True) if belief[n] < _BELIEVED and labels[n] >= 0 and guess[n] >= 0]
+    reader, lines = ShardReader(train, split), []
+    for sample in doubted:
+        record = {
+            "sample": reader.name_of(sample),
+            "label": train.classes[int(labels[sample])],
+            "guess": train.classes[int(guess[sample])],
+            "believed": round(float(belief[sample]), 4),
+        }
+        lines.append(json.dumps(record) + "\n")
+    with writing(folder.suspects_file):
+        write_atomically(folder.suspects_file, "".join(lines).encode())
+    return f"{len(doubted):,} of {len(labels):,} labels are doubted: {folder.suspects_file}"
