@@ -10,7 +10,9 @@ _GROUPS = {
     "cos_negative_mean_adversarial cos_negative_hardest_adversarial",
     "embedding": "cos_positive cos_negative_mean cos_negative_hardest alignment uniformity rank_me",
     "alarm": "alarm_collapse alarm_useless_attack alarm_masked_attack",
-    "eval": "knn_accuracy knn_accuracy_low knn_accuracy_high linear_accuracy linear_accuracy_low linear_accuracy_high",
+    "eval": "knn_accuracy knn_accuracy_low knn_accuracy_high linear_accuracy linear_accuracy_low linear_accuracy_high "
+    "accuracy accuracy_low accuracy_high accuracy_many accuracy_medium accuracy_few "
+    "target_accuracy target_accuracy_low target_accuracy_high domain_distance",
     "speed": "images_per_s data_wait_share augmentation_share forward_share attack_share backward_share update_share "
     "diagnosis_share checkpoint_share mfu peak_memory_gib checkpoint_blocked_s slow_rank slow_share",
     "goodput": "goodput goodput_starting_share goodput_data_share goodput_checkpoint_share goodput_evaluation_share "

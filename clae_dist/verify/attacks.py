@@ -51,8 +51,8 @@ def _cases(subject: Subject, world_size: int) -> Iterator[tuple[str, Config]]:
     yield "the recipe", subject.tiny(world_size, "float32")
     recipes = recipe_names()
     for method in KNOWN:
-        own = f"cifar10/{method}" in recipes
-        yield method, _small(world_size, *([f"cifar10/{method}"] if own else ["cifar10/clae", f"method.name={method}"]))
+        own = next((name for name in (f"cifar10/{method}", f"finetune/{method}") if name in recipes), "")
+        yield method, _small(world_size, *([own] if own else ["cifar10/clae", f"method.name={method}"]))
     kinds = itertools.product(("fgsm", "pgd"), ("linf", "l2"), ("false", "true"))
     for name, norm, random_start in kinds:
         epsilon = "8/255" if norm == "linf" else "0.5"
@@ -75,6 +75,8 @@ def _small(world_size: int, recipe: str, *settings: str) -> Config:
 def _examine(config: Config, world: World) -> dict[str, Any]:
     """Attacks at the initial weights, then a step."""
     run = SyntheticRun(config, world)
+    if config.method.num_classes:
+        run.step(1)  # a head that starts at zero gives images no gradient
     seen = run.look(0)
     problems: list[str] = []
     raised: float | None = None

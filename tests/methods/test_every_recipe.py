@@ -35,7 +35,7 @@ CASES = {name: [name] for name in recipe_names() if name.startswith(("cifar10/",
     "domain, cdan_e": ["finetune/domain", "method.form=cdan_e", "method.norms=separate"],
     "classify, last block": ["finetune/classify", "method.blocks=1", "optim.layer_decay=0.7"],
 }
-FIRST = tuple(name for name in CASES if name.rpartition("/")[2] in KNOWN and "/" in name)  # one for each method
+FIRST = tuple(name for name in CASES if name.rpartition("/")[2] in KNOWN)  # one for each method
 STATEFUL = [
     f"cifar10/{name}" for name in ("moco", "dynacl", "clusterns", "dscl")
 ]  # one for each kind of state; every second is quick
