@@ -67,7 +67,7 @@ def write_graph(encoder: Encoder, path: Path, facts: Mapping[str, str]) -> None:
     assert program is not None
     model = program.model_proto
     _forget_sources(model)
-    onnx.helper.set_model_props(model, {**facts, _WEIGHTS: encoder.weights_digest()})
+    onnx.helper.set_model_props(model, dict(sorted({**facts, _WEIGHTS: encoder.weights_digest()}.items())))
     onnx.save_model(model, path)
 
 
