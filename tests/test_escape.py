@@ -113,7 +113,8 @@ def test_class_names_in_pictures_are_no_formulas() -> None:
 def test_pages_escape_markup_and_control_characters() -> None:
     values = {"findings": [], "near_bits": 3, "num_listed": 0, "list_file": "", "profiles": [], "pairs": {}, "unreadable": []}
     images = [{"source": '"><b>', "words": [EVIL, "b"]}]
-    page = render("data_prep", "audit.html", title=EVIL, odd={'"': images}, **values)
+    patches = [{"alarm": True, "text": EVIL, "source": '"><b>', "images": images}]
+    page = render("data_prep", "audit.html", title=EVIL, odd={'"': images}, patches=patches, patch_file=EVIL, **values)
     assert f"<h1>{SAFE.replace('<b>', '&lt;b&gt;')}</h1>" in page
     assert '<img alt="" src="&#34;&gt;&lt;b&gt;">' in page
     assert "&lt;b&gt;<br>b</figcaption>" in page
