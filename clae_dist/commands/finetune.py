@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from clae_dist.commands.arguments import add_launcher, add_shards, add_trust
 from clae_dist.commands.train import add_quiet
 from clae_dist.errors import ConfigError, DataError
+from clae_dist.escape import say
 from clae_dist.options import Parser, user_path
 from clae_dist.reading import ReadError, read_object
 
 if TYPE_CHECKING:
     from clae_dist.recipe import Recipe
 
-SUMMARY = "train a pretrained encoder for a task with labels: classify, adversarial, domain"
+SUMMARY = "train a pretrained encoder for a task: classify, adversarial, domain, noisy, retrieve"
 DESCRIPTION = (
     "Train a pretrained encoder for a task. The run is one like those of `clae train`: the same loop, launchers, checkpoints "
     "and resuming; its folder is runs/SOURCE-TASK unless name= or run_dir= says otherwise. What TASK does not set about the "
@@ -33,7 +34,8 @@ def add_arguments(parser: Parser) -> None:
         "config",
         metavar="TASK",
         type=lambda text: str(user_path(text)),
-        help="a recipe whose method.name is a task: a YAML file, or finetune/classify, finetune/adversarial, finetune/domain",
+        help="a recipe whose method.name is a task: a YAML file, or one of finetune/classify, adversarial, domain, longtail, "
+        "noisy and retrieve",
     )
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="settings that take precedence over TASK's and SOURCE's"
@@ -44,6 +46,12 @@ def add_arguments(parser: Parser) -> None:
         default="",
         metavar="SHARDS",
         help="for the task domain: the images of the target, whose labels are not used",
+    )
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        type=user_path,
+        help="write the settings as a recipe and train nothing: launch/torchrun.sh, the Slurm and the Ray scripts take it",
     )
     add_launcher(parser, "ray", "torchrun", "local")
     add_quiet(parser)
@@ -57,7 +65,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     with lasting_output(), exit_at_signals() as exit_if_asked:
         set_option(arguments, "launcher", "launch.launcher")
-        return train(settings_of(arguments), arguments, exit_if_asked)
+        recipe = settings_of(arguments)
+        if arguments.write:
+            return write(recipe, arguments.write)
+        return train(recipe, arguments, exit_if_asked)
+
+
+def write(recipe: Recipe, path: Path) -> int:
+    """Write the settings as a recipe, with the origin of each. Raises StorageError."""
+    from clae_dist.config.sharing import shareable
+    from clae_dist.files import write_atomically
+    from clae_dist.recipe import to_yaml
+    from clae_dist.storage import writing
+
+    with writing(path):
+        write_atomically(path, to_yaml(shareable(recipe.config), recipe.origins).encode())
+    say(f"wrote {path}; start it with clae train {path}, or a script of launch/")
+    return 0
 
 
 def settings_of(arguments: argparse.Namespace) -> Recipe:
@@ -72,12 +96,15 @@ def settings_of(arguments: argparse.Namespace) -> Recipe:
     set_option(arguments, "shards", "data.shards")
     if arguments.target:
         arguments.overrides.append("data.mixture=" + json.dumps({arguments.target: 0.5}))
-    settings = {key: value for key, value in _of_source(arguments).items() if key not in own or key == "name"}
+    shards_named = "data.shards" in own or any(text.startswith("data.shards=") for text in arguments.overrides)
+    of_source = _of_source(arguments, shards_named=shards_named)
+    settings = {key: value for key, value in of_source.items() if key not in own or key == "name"}
     settings["name"] += task.stem
     return resolved(arguments, as_overrides(settings | _of_set(arguments, settings)))
 
 
-def _of_source(arguments: argparse.Namespace) -> dict[str, Any]:
+def _of_source(arguments: argparse.Namespace, *, shards_named: bool) -> dict[str, Any]:
+    """The settings that SOURCE decides. Raises ConfigError, also if images of an untrusted run would run a command."""
     from clae_dist.commands.settings import permission
     from clae_dist.downstream import source
     from clae_dist.keys import flatten
@@ -89,7 +116,7 @@ def _of_source(arguments: argparse.Namespace) -> dict[str, Any]:
     if text.startswith("timm/") and not path.exists():
         return source.of_timm(text)
     if os.path.lexists(RunFolder(path).config_file):
-        config = open_run(path, permission(arguments)).config
+        config = open_run(path, permission(arguments)).to_read_images("named" if shards_named else "")
         return source.of_run(config, flatten(config), path)
     try:
         return source.of_export(read_object(path / "config.json"), path)
@@ -103,13 +130,14 @@ def _of_set(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str
     """Classes, images and images a class of the training set, where the task asks for them and the command line names none."""
     from clae_dist.commands.settings import resolved
     from clae_dist.downstream.source import as_overrides
+    from clae_dist.methods import TASKS
     from clae_dist.training.sets import as_training_set, training_set
 
     recipe = resolved(arguments, as_overrides(settings))
     method = recipe.config.method
-    if not method.num_classes:
+    if method.name not in TASKS and not method.num_classes:
         raise ConfigError(
-            f"method.name is {method.name!r}, which trains no head; name a task, such as finetune/classify, or use clae train."
+            f"method.name is {method.name!r}, which is no task; name one, such as finetune/classify, or use clae train."
         )
     asked = [key for key in ("classes", "images", "class_counts") if recipe.origins.get(f"method.{key}") == "default"]
     if not getattr(method, "balanced", False) and "class_counts" in asked:
@@ -121,7 +149,7 @@ def _of_set(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str
         names = " and ".join(f"method.{key}" for key in asked)
         raise ConfigError(f"{names} cannot be taken from plain or remote shards before they are indexed; name the value.")
     known = as_training_set(recipe.config, train)
-    if len(known.classes) < 2:
+    if "classes" in asked and len(known.classes) < 2:
         raise DataError(
             f"{known.where} has {len(known.classes)} classes; a head needs two or more: prepare one folder a class."
         )

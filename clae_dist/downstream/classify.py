@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from clae_dist.config.method import name_of
 from clae_dist.config.rules import setting
-from clae_dist.contrast.method import Method, Terms
+from clae_dist.contrast.method import Method, State, Terms
 from clae_dist.downstream.task import TaskSettings, cross_entropy_each
 from clae_dist.errors import ConfigError
 
@@ -68,8 +68,15 @@ class Classify(Method):
     Settings = ClassifySettings
     settings: ClassifySettings
 
+    def state(self, embedding_dim: int, seed: int) -> State:
+        """Weights of an image of each class, and 0 of one without a label, which is the last."""
+        import torch
+
+        balanced = self.settings.balanced and self.settings.class_counts
+        return {"weights": torch.tensor([*self.settings.weights(), 0.0])} if balanced else {}
+
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         each_B = cross_entropy_each(s.classify(x), s.labels, self.settings.smoothing)
-        if self.settings.balanced and self.settings.class_counts:
-            each_B = each_B * each_B.new_tensor([*self.settings.weights(), 0.0])[s.labels]
+        if "weights" in s.state:
+            each_B = each_B * s.state["weights"][s.labels]
         return {"clean": (1.0, each_B.mean())}

@@ -42,7 +42,7 @@ def of_export(description: dict[str, Any], path: Path) -> dict[str, Any]:
             "model.std": [float(value) for value in description["std"]],
             "data.image_size": int(description["input_size"][1]),
             "model.init": str(path),
-            "name": f"{path.name}-",
+            "name": f"{path.parent.name if path.name == 'export' else path.name}-",  # RUN/export is its run's
         }
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"SOURCE is {str(path)!r}, whose config.json lacks {error}; export the encoder again.") from None

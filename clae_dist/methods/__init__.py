@@ -32,6 +32,7 @@ TASKS = {
     "classify": "clae_dist.downstream.classify:Classify",
     "domain": "clae_dist.downstream.domain:Domain",
     "noisy": "clae_dist.downstream.noisy:Noisy",
+    "retrieve": "clae_dist.downstream.retrieve:Retrieve",
 }  # methods as well: what a pretrained encoder is trained for next
 KNOWN = METHODS | TASKS
 

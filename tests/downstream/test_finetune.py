@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -15,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from clae_dist.cli import parse
+from clae_dist.cli import main, parse
 from clae_dist.commands.finetune import settings_of
 from clae_dist.config import Config
 from clae_dist.errors import ConfigError, DataError
-from clae_dist.recipe import Recipe
+from clae_dist.recipe import Recipe, resolve
 from clae_dist.runs.checkpoint import SharedCheckpoint, load_checkpoint
 from clae_dist.training.sets import check_sets
 from clae_dist.world import World
@@ -132,6 +133,22 @@ def test_what_the_task_says_wins_over_the_source(undisturbed: Undisturbed, colou
     assert config.name == f"{undisturbed(1).name}-mine"
 
 
+def test_the_settings_as_a_recipe_are_the_same_run(undisturbed: Undisturbed, colours: Path, tmp_path: Path) -> None:
+    words = [undisturbed(1), "finetune/classify", f"data.shards={colours}", "--write", tmp_path / "task.yaml"]
+    assert main(["finetune", *map(str, words)]) == 0
+    assert resolve(tmp_path / "task.yaml").config == settings(*words).config
+
+
+def test_a_command_for_images_in_anothers_run_is_not_run(undisturbed: Undisturbed, colours: Path, tmp_path: Path) -> None:
+    run = tmp_path / "theirs"
+    shutil.copytree(undisturbed(1), run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"  shards: .*", "  shards: 'pipe:cat images.tar'", text))
+    with pytest.raises(ConfigError, match="may run a command or contact a server"):
+        settings(run, "finetune/classify")
+    assert settings(run, "finetune/classify", "--shards", colours).config.data.shards == str(colours)
+
+
 def test_a_long_tail_weighs_its_classes(undisturbed: Undisturbed, colours: Path) -> None:
     config = settings(undisturbed(1), "finetune/longtail", f"data.shards={colours}", "data.long_tail=8").config
     assert config.method.class_counts == (48, 6)  # type: ignore[attr-defined]
@@ -142,7 +159,7 @@ def test_a_long_tail_weighs_its_classes(undisturbed: Undisturbed, colours: Path)
     ("words", "message"),
     [
         (("nowhere", "finetune/classify"), "SOURCE is 'nowhere', which is no run, no exported encoder and no timm/NAME"),
-        (("RUN", "cifar10/simclr"), "method.name is 'simclr', which trains no head; name a task"),
+        (("RUN", "cifar10/simclr"), "method.name is 'simclr', which is no task; name one"),
         (("RUN", "finetune/classify", "method.classes=1"), "method.classes is 1; use at least 2"),
         (("RUN", "finetune/domain"), r"data.mixture is {}, but method.name=domain takes half of every batch from a source"),
         (("RUN", "finetune/classify", "method.classes=5"), r"method.classes is 5, but .* has 2 classes \(left, right\)"),
