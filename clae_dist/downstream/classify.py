@@ -73,7 +73,7 @@ class Classify(Method):
         import torch
 
         balanced = self.settings.balanced and self.settings.class_counts
-        return {"weights": torch.tensor([*self.settings.weights(), 0.0])} if balanced else {}
+        return {"weights": torch.tensor([*self.settings.weights(), 0.0], dtype=torch.float64)} if balanced else {}
 
     def losses(self, s: Step, x: torch.Tensor, y: torch.Tensor) -> Terms:
         each_B = cross_entropy_each(s.classify(x), s.labels, self.settings.smoothing)
