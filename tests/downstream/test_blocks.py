@@ -85,3 +85,12 @@ def test_one_rate_without_layer_decay_leaves_the_groups_as_they_were() -> None:
 def test_zero_refuses_a_frozen_part() -> None:
     with pytest.raises(ConfigError, match=r"method\.blocks is 0.*use parallel\.backend=ddp or fsdp2"):
         settings(ClassifySettings(classes=C, blocks=0), parallel=_backend("deepspeed"))
+
+
+def test_a_step_takes_the_rate_of_each_depth() -> None:
+    optim = Optim(name="sgd", scaling="none", warmup_epochs=0, layer_decay=0.5)
+    backend = SyntheticRun(settings(ClassifySettings(classes=C), optim=optim), World.single("cpu")).backend
+    backend.set_learning_rate(2.0)
+    rates = {group["lr"] for group in backend._optimizer().param_groups}
+    assert max(rates) == 2.0
+    assert {rate / 2 for rate in rates} >= {0.5, 0.25}
