@@ -112,7 +112,10 @@ def test_the_tracking_server_of_the_environment(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("recipe", ["cifar10/clae-original.yaml", "quickstart.yaml"])
-def test_dry_run_takes_a_recipe_and_leaves_nothing(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+def test_dry_run_takes_a_recipe_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no quickstart has left a run of other settings
     path = Path(__file__).parents[1] / "configs" / recipe
     small = ["launch.workers=1", "train.threads=1", "data.workers=0"]
     assert main(["dry-run", str(path), *small, "--launcher", "local"]) == 0
