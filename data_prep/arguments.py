@@ -182,6 +182,22 @@ def _parser() -> Parser:
     about.add_argument("destination", metavar="DST", type=user_path, help="folder that prepare or demo wrote")
     about.add_argument("--json", action="store_true", help="as JSON, for scripts")
     audit = command("audit", "copies within and between sets, odd images, labels", _AUDIT)
+    _add_audit(audit)
+    demo = command("demo", "the images of the quickstart → shards", _DEMO)
+    demo.add_argument("destination", metavar="DST", type=user_path, help="folder for the shards")
+    demo.add_argument("--data", metavar="PATH", type=user_path, default=None, help="your own images")
+    for preparing in (prepare, index, demo):
+        preparing.add_argument(
+            "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
+        )
+    for parallel in (prepare, index, demo, audit):
+        parallel.add_argument(
+            "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
+        )
+    return parser
+
+
+def _add_audit(audit: argparse.ArgumentParser) -> None:
     audit.add_argument("sets", metavar="SET", type=user_path, nargs="+", help="folder that prepare, index or demo wrote")
     audit.add_argument("--near-bits", type=int, default=6, metavar="N", help="distance of near copies, 0 to 12 (default 6)")
     audit.add_argument(
@@ -206,18 +222,6 @@ def _parser() -> Parser:
         metavar="RUN",
         help="a run or an export; with --poison: paste each patch on other images, and see where this encoder then puts them",
     )
-    demo = command("demo", "the images of the quickstart → shards", _DEMO)
-    demo.add_argument("destination", metavar="DST", type=user_path, help="folder for the shards")
-    demo.add_argument("--data", metavar="PATH", type=user_path, default=None, help="your own images")
-    for preparing in (prepare, index, demo):
-        preparing.add_argument(
-            "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
-        )
-    for parallel in (prepare, index, demo, audit):
-        parallel.add_argument(
-            "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
-        )
-    return parser
 
 
 def _add_origin(preparing: argparse.ArgumentParser, default: str) -> None:

@@ -68,7 +68,7 @@ def _data(config: Config, description: Mapping[str, Any]) -> str:
         ("digest of the manifest", manifest.digest),
     ]
     mixed = [("mixed with", f"{len(config.data.mixture)} further sets (data.mixture)")] if config.data.mixture else []
-    return f"{_table(('', ''), [*rows, *mixed])}\n\nThe licence of the weights is for whoever publishes them to state."
+    return f"{_table(('', ''), [*rows, *mixed])}\n\nWho publishes the weights states their licence."
 
 
 def _local_manifest(config: Config) -> Manifest | None:

@@ -45,7 +45,7 @@ class Service:
     def answer(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """A record for each row {"image": bytes} or {"path": text}: `embedding`, and with a head `class` and `probability`.
 
-        Raises DataError with a message that may be shown to whoever asked.
+        Raises DataError with a message that is safe to send back to the client.
         """
         if not 0 < len(rows) <= MAX_IMAGES:
             raise DataError(f"the request has {len(rows)} images; send 1 to {MAX_IMAGES}.")

@@ -1,4 +1,4 @@
-"""The labels that a run did not believe at its end, for whoever corrects the set (method.name=noisy)."""
+"""A list of the labels that a run doubted at its end (method.name=noisy), with which a set can be corrected."""
 
 from __future__ import annotations
 
