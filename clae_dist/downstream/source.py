@@ -35,9 +35,10 @@ def of_run(config: Config, values: dict[str, Any], path: Path) -> dict[str, Any]
 def of_export(description: dict[str, Any], path: Path) -> dict[str, Any]:
     """Settings from the config.json of an exported encoder. Raises ConfigError."""
     try:
+        own_stem = description["encoder"] == "small_resnet"  # which is made with it
         return {
             "model.encoder": str(description["encoder"]),
-            "model.stem": "cifar" if description["stem"] else "imagenet",
+            "model.stem": "auto" if own_stem else "cifar" if description["stem"] else "imagenet",
             "model.mean": [float(value) for value in description["mean"]],
             "model.std": [float(value) for value in description["std"]],
             "data.image_size": int(description["input_size"][1]),

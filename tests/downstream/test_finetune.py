@@ -19,6 +19,7 @@ from PIL import Image
 from clae_dist.cli import main, parse
 from clae_dist.commands.finetune import settings_of
 from clae_dist.config import Config
+from clae_dist.deploy.export import export_encoder
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.recipe import Recipe, resolve
 from clae_dist.runs.checkpoint import SharedCheckpoint, load_checkpoint
@@ -147,6 +148,16 @@ def test_a_command_for_images_in_anothers_run_is_not_run(undisturbed: Undisturbe
     with pytest.raises(ConfigError, match="may run a command or contact a server"):
         settings(run, "finetune/classify")
     assert settings(run, "finetune/classify", "--shards", colours).config.data.shards == str(colours)
+
+
+def test_an_export_is_a_source(ranks: RankPool, undisturbed: Undisturbed, colours: Path, tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    shutil.copytree(undisturbed(1), run)
+    export_encoder(run)
+    short = [*SHORT[1:], "train.epochs=1", f"data.shards={colours}", f"run_dir={tmp_path / 'run'}"]
+    config = settings(run / "export", "finetune/classify", *short).config
+    assert (config.name, config.model.encoder, config.data.image_size) == ("first-classify", "small_resnet", 16)
+    assert ranks.run(1, train_quietly, config) == ["finished"]
 
 
 def test_a_long_tail_weighs_its_classes(undisturbed: Undisturbed, colours: Path) -> None:
