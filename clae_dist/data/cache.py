@@ -71,20 +71,23 @@ class Cache:
             try:
                 file = path.open("rb")
             except FileNotFoundError:
-                self._fill(path, num_bytes, fill)
-                continue  # it may be removed again before it is opened
+                filled = self._fill(path, num_bytes, fill)
+                if filled is None:
+                    continue  # it may be removed again before it is opened
+                file = filled
             if not num_bytes or os.fstat(file.fileno()).st_size == num_bytes:
                 _touch(path)
                 return file
             file.close()
             path.unlink(missing_ok=True)  # changed by another program: the cache renames only complete files
 
-    def _fill(self, path: Path, num_bytes: int, fill: Fill) -> None:
+    def _fill(self, path: Path, num_bytes: int, fill: Fill) -> IO[bytes] | None:
+        """Fill the file and open it; None if another process has completed it."""
         part, failed = path.with_name(path.name + PART), path.with_name(path.name + FAILED)
         with _locked(part) as (file, waited_since):
             if path.exists():
                 part.unlink()
-                return
+                return None
             if waited_since and failed.exists() and failed.stat().st_mtime >= waited_since:
                 raise DataError(failed.read_text())  # another try would make all processes wait as long again
             try:
@@ -92,8 +95,10 @@ class Cache:
             except DataError as error:
                 failed.write_text(str(error))
                 raise
+            whole = part.open("rb")  # under its final name it may be evicted at any time
             os.replace(part, path)
             failed.unlink(missing_ok=True)
+            return whole
 
     def _fill_part(self, part: Path, file: io.FileIO, num_bytes: int, fill: Fill) -> None:
         try:

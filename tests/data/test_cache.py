@@ -275,6 +275,26 @@ def test_a_fetch_waits_for_the_room_of_another_and_not_for_one_that_died(tmp_pat
     assert names(cache) - {"dead.part"} == {"b"}
 
 
+def test_a_file_that_is_evicted_as_soon_as_it_is_whole_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fetched = os.replace, []
+
+    def evicted(part: Path, path: Path) -> None:
+        real(part, path)
+        if len(fetched) == 1:
+            path.unlink()
+
+    def fill(part: IO[bytes]) -> None:
+        fetched.append(1)
+        part.write(b"x" * 1000)
+
+    monkeypatch.setattr(caching.os, "replace", evicted)
+    with make_cache(tmp_path, limit_bytes=1500).open("a", 1000, fill) as file:
+        assert file.read() == b"x" * 1000
+    assert fetched == [1]
+
+
 def test_a_part_that_becomes_whole_while_it_is_counted_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = tmp_path / "a.part"
     part.write_bytes(b"x" * 1000)

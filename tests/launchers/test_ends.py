@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,18 @@ def memory_group() -> Path | None:
     return None
 
 
+def remove_group(group: Path) -> None:
+    """A process that has ended leaves its group a little after its environment is gone, by which the others know it."""
+    deadline = time.monotonic() + processes.GONE_WITHIN_S
+    while True:
+        try:
+            return group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def eats_memory(folder: Path) -> None:
     eaten = [b"x" * (64 << 20)]
     while True:
@@ -224,6 +237,7 @@ def _in_group(group: Path, folder: Path) -> None:
 
 CHILD = """
 import sys
+import time
 from pathlib import Path
 from tests.launchers.test_ends import _in_group
 if __name__ == "__main__":
@@ -247,7 +261,7 @@ def test_the_kernel_kills_a_rank_without_memory_and_two_of_that_are_enough(tmp_p
         assert "is not started a third time" in message
     finally:
         processes.wait_until_gone(mark)
-        group.rmdir()
+        remove_group(group)
 
 
 @pytest.mark.parametrize(
