@@ -68,13 +68,9 @@ class Cache:
 
     def _open(self, path: Path, num_bytes: int, fill: Fill) -> IO[bytes]:
         while True:
-            try:
-                file = path.open("rb")
-            except FileNotFoundError:
-                filled = self._fill(path, num_bytes, fill)
-                if filled is None:
-                    continue  # it may be removed again before it is opened
-                file = filled
+            file = _opened(path) or self._fill(path, num_bytes, fill)
+            if file is None:
+                continue  # another process has completed it; it may be removed again before it is opened
             if not num_bytes or os.fstat(file.fileno()).st_size == num_bytes:
                 _touch(path)
                 return file
@@ -125,6 +121,13 @@ class Cache:
                     path.unlink()
             except (FileNotFoundError, BlockingIOError):  # removed, or in use
                 continue
+
+
+def _opened(path: Path) -> IO[bytes] | None:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return None
 
 
 def _touch(path: Path) -> None:
