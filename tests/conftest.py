@@ -89,7 +89,7 @@ def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _leaves_no_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process that is killed leaves its temporary files behind, and torchrun leaves some always. The name is short for sockets."""
+    """Killed processes leave temporary files, and torchrun always leaves some. The name of the folder is short, for sockets."""
     tmp_path_factory.getbasetemp()  # of failed tests, which stay
     multiprocessing.util.get_temp_dir()  # of this process, which removes it at its own end
     temporary = tempfile.TemporaryDirectory(prefix="clae-", ignore_cleanup_errors=True)
