@@ -313,6 +313,7 @@ def test_a_task_goes_to_a_worker(shards: Manifest, tmp_path: Path, command: Any,
 # ---- real images ----
 
 
+@pytest.mark.slow
 def test_poison_in_photos_is_found_and_quarantined(tmp_path: Path, run: Run) -> None:
     """A trigger on 30 photos of one class: the list of the audit is what the command reads."""
     if not (SHARED / "cifar10-test.tar.gz").is_file():
