@@ -31,8 +31,8 @@ from clae_dist.planner.measured import Here, Measured, read_measured
 from clae_dist.planner.memory import memory_of
 from clae_dist.planner.network import Links
 from clae_dist.planner.plan import Request, make_plan
-from clae_dist.planner.table import chip_names, chip_of, network_of
-from clae_dist.planner.timing import Rates, Sample, fit_rates
+from clae_dist.planner.table import Chip, chip_names, chip_of, network_of
+from clae_dist.planner.timing import Rates, Sample, fit_rates, step_time
 from clae_dist.planner.trace import Traced, _trace, between, trace
 from clae_dist.planner.work import Amount, Bin, Message
 from clae_dist.wire import Network
@@ -150,6 +150,25 @@ def test_seconds_of_collectives() -> None:
     assert links.seconds(Message("loss", "allgatherbase", 10**6, 1)) == 0
 
 
+def test_fsdp2_copies_its_units_and_takes_the_time_of_the_host_for_each() -> None:
+    """SimCLR gathers every unit for two forwards and again in the backward of each, and reduces it once."""
+    sharded, config = traced(backend="fsdp2")
+    free = {(kind, 2): Network(0.0, 0.0, 0.0) for kind in ("all_gather", "reduce_scatter", "all_reduce")}
+    links = Links(Chip("cpu", "", 0.0, 0.0, 0.0, "memory", 2, 0.0, "made up"), 2, None, free)
+    rates = Rates({"float32": math.inf}, 1e9, 0.0, "made up", unit_s=1e-3)
+    weights, units = sum(sharded.unit_bytes), len(sharded.unit_bytes)
+    for crowding in (1, 3):
+        time = step_time(sharded, config, rates, links, crowding=crowding)
+        read_and_written = {"parameters": 4 * 2 * (weights + weights / 2), "reduction": 2 * weights}
+        for part, moved in read_and_written.items():
+            assert time.communicated[part] == pytest.approx(crowding * moved / 1e9)
+        assert time.waits == pytest.approx(crowding * 5 * units * 1e-3)
+    on_a_gpu = step_time(sharded, config, rates, replace(links, chip=H100))
+    assert on_a_gpu.waits == pytest.approx(max(0.0, 5 * units * 1e-3 - sum(on_a_gpu.computed.values())))
+    ddp, config = traced()
+    assert step_time(ddp, config, rates, links).waits == 0
+
+
 def test_rates_are_found_again() -> None:
     steps = [(1e9, 1e8, 100), (4e9, 1e8, 120), (1e9, 5e8, 300), (2e9, 2e8, 150)]
     samples = [Sample(*step, step[0] / 5e10 + step[1] / 1e10 + step[2] * 1e-5) for step in steps]
@@ -248,7 +267,8 @@ def measured_file(folder: Path, change: Callable[[dict[str, Any]], None] = lambd
     step = {"case": "a", "what": "plain: SimCLR", "median_s": 0.1, "more": {"flops": 1e9, "kernel_bytes": 1e8, "kernels": 500}}
     case, more = "the network: 2 ranks (gloo)", {"alpha_s": 1e-3, "beta_s_per_byte": 1e-9}
     networks = [{"case": case, "what": f"{kind}: x", "more": more} for kind in ("all_gather", "reduce_scatter", "all_reduce")]
-    content = {"versions": versions(), "machine": machine(torch.device("cpu")), "rows": [step, *networks]}
+    units = {"case": "units: 2 ranks (gloo)", "what": "fsdp2: x", "more": {"unit_s": 2e-4}}
+    content = {"versions": versions(), "machine": machine(torch.device("cpu")), "rows": [step, *networks, units]}
     change(content)
     path = folder / "bench.json"
     path.write_text(json.dumps(content))
@@ -261,6 +281,7 @@ def test_measured_files(tmp_path: Path) -> None:
     found = read_measured([measured_file(tmp_path)], cpu, here, force=False)
     assert found.networks["all_reduce", 2].alpha_s == 1e-3
     assert found.rates() is not None
+    assert found.unit_s == 2e-4
 
     def older(content: dict[str, Any]) -> None:
         content["versions"] = {**content["versions"], "clae-dist": "0.0.1"}
