@@ -37,6 +37,7 @@ from clae_dist.planner.trace import Traced, _trace, between, trace
 from clae_dist.planner.work import Amount, Bin, Message
 from clae_dist.wire import Network
 from clae_dist.world import World
+from tests.ranks import RankPool
 
 H100, IB = chip_of("h100"), network_of("ib-400")
 
@@ -109,19 +110,28 @@ def test_a_number_of_ranks_between_two_traces() -> None:
     assert found.work.messages == two.work.messages
 
 
-@pytest.mark.parametrize("micro", [0, 4])
-def test_memory_is_what_the_allocator_gives(micro: int) -> None:
-    """With the copies that oneDNN makes of a convolution's weights, of which torch's allocator has the memory."""
-    config = config_of(8, 1, batch=Batch(global_size=8, micro_size=micro), method=Clae.Settings(), data=Data(image_size=32))
-    step = step_of(config, World.single("cpu"))
+def allocated_in_a_step(world: World, config: Config) -> int:
+    """The most bytes that a step adds to what is there before it, by torch's allocator."""
+    step = step_of(config, world)
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    live = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    memory = memory_of(trace(config, 1, gpu=False, norm_ranks=1), config)
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_memory_is_what_the_allocator_gives(num_ranks: int, micro: int, ranks: RankPool) -> None:
+    """With the copies that oneDNN makes of a convolution's weights, of which torch's allocator has the memory."""
+    batch, data = Batch(global_size=8 * num_ranks, micro_size=micro), Data(image_size=32)
+    config = config_of(8, num_ranks, batch=batch, method=Clae.Settings(), data=data)
+    traced = trace(config, num_ranks, gpu=False, norm_ranks=num_ranks)
+    memory = memory_of(traced, config)
     kept = sum(memory.parts.get(part, 0.0) for part in ("weights", "optimiser", "images"))
-    assert memory.total == pytest.approx(max(accumulate(live)) + kept, rel=0.03)
+    buckets = traced.weight_bytes if num_ranks > 1 else 0
+    added = ranks.run(num_ranks, allocated_in_a_step, config)
+    assert memory.total == pytest.approx(max(added) + kept + buckets, rel=0.03)
 
 
 # ---- arithmetic ----
