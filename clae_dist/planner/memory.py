@@ -95,7 +95,7 @@ def _gradients(moment: Live, traced: Traced, config: Config, sharding: Sharding)
     if sharding.gradients == 1:
         if traced.ranks == 1 or config.parallel.backend != "ddp":
             return live
-        # DDP's buckets exist from the start. Gradients are views of them after the last backward; those before add up beside them.
+        # DDP's buckets exist from the start. Gradients are views of them after the last backward; those before add up beside.
         beside = traced.work.trained_backwards > 1 and not moment.at.startswith("update")
         return whole + (live if beside else 0.0)
     part = live / sharding.gradients
