@@ -104,7 +104,7 @@ def _lines(path: Path, sha256: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    line = parse_line(data)
+    line = parse_line(data.rstrip(b"\n") + b"\n")  # an editor may have taken the last line feed
     if line is None:
         raise ReadError("it is cut short or no JSON object")
     expect(line, _PLACE)
