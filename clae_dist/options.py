@@ -32,6 +32,11 @@ def run_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def run_or_name(text: str) -> str:
+    """A run on object storage as `run_path` has it; anything else, such as a folder or timm/NAME, as it is."""
+    return str(run_path(text)) if is_url(text) else text
+
+
 def open_standard_streams() -> None:
     """Open the null device for streams closed by a shell (`>&-`); otherwise the next opened file would become stdout."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -108,6 +108,15 @@ def _audit(args: argparse.Namespace) -> int:
     return LEAKAGE if args.fail_on and found.leaked(args.fail_on) else OK
 
 
+def _quarantine(args: argparse.Namespace) -> int:
+    from data_prep.quarantine import quarantine
+    from data_prep.settings import QuarantineSettings
+
+    settings = QuarantineSettings(args.below, args.recurring, args.unlabel)
+    quarantine(args.set, args.lists, args.to, settings, max_bad=args.max_bad, num_workers=args.workers, say=_say)
+    return OK
+
+
 def _demo(args: argparse.Namespace) -> int:
     from data_prep.demo import prepare_demo
 
@@ -118,7 +127,15 @@ def _demo(args: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS = {"prepare": _prepare, "index": _index, "verify": _verify, "info": _info, "audit": _audit, "demo": _demo}
+_COMMANDS = {
+    "prepare": _prepare,
+    "index": _index,
+    "verify": _verify,
+    "info": _info,
+    "audit": _audit,
+    "quarantine": _quarantine,
+    "demo": _demo,
+}
 _READING = ("verify", "info", "audit")
 
 

@@ -20,6 +20,7 @@ Images in, WebDataset shards and a manifest out.
   python -m data_prep verify shards/photos                 # is everything as the manifest says?
   python -m data_prep info shards/photos                   # which images, how many, of which classes
   python -m data_prep audit shards/photos shards/eval      # copies within and between sets, odd images, labels
+  python -m data_prep quarantine shards/photos --list runs/x/suspects.jsonl --to shards/clean
   python -m data_prep demo shards/demo                     # the images of the quickstart
 
 Training reads DST/manifest.json; name the folder in data.shards. `COMMAND --help` tells the options.
@@ -77,6 +78,19 @@ Patches below 6 pixels of 32 to 64, faint ones and those that are stretched or t
 
 Nothing is written into the SETs. Memory: about 0.4 kB an image. For a million images the search takes about 20 s of one core
 after decoding them.
+"""
+
+_QUARANTINE = """\
+Writes a copy of SET into DIR without the images that lists call bad; SET stays as it is. Lists are suspects.jsonl (labels that
+`clae finetune … finetune/noisy` doubted) and patches.jsonl (images with a patch that `audit --poison` found, of which those
+with the verdict poison are bad). Their lines name the images by digest, shard and row: lines can be removed, and those about
+other sets are skipped.
+
+Shards keep their names and order, images their files and bytes. DIR/quarantine.jsonl lists the dropped images with the
+reason; the manifest has the digests of SET and of the lists. With --unlabel suspects stay and lose their label: KEY.cls
+becomes -1; a label in KEY.json stays in the file, unread. Accuracies skip them, pretraining uses them.
+
+An interrupted run resumes when the same command is run again.
 """
 
 _DEMO = """\
@@ -183,6 +197,8 @@ def _parser() -> Parser:
     about.add_argument("--json", action="store_true", help="as JSON, for scripts")
     audit = command("audit", "copies within and between sets, odd images, labels", _AUDIT)
     _add_audit(audit)
+    quarantine = command("quarantine", "a set without the images that lists call bad", _QUARANTINE)
+    _add_quarantine(quarantine)
     demo = command("demo", "the images of the quickstart → shards", _DEMO)
     demo.add_argument("destination", metavar="DST", type=user_path, help="folder for the shards")
     demo.add_argument("--data", metavar="PATH", type=user_path, default=None, help="your own images")
@@ -190,7 +206,7 @@ def _parser() -> Parser:
         preparing.add_argument(
             "--max-bad", type=_share, default=0.01, metavar="X", help="stop above this share of bad images (default 1%%)"
         )
-    for parallel in (prepare, index, demo, audit):
+    for parallel in (prepare, index, demo, audit, quarantine):
         parallel.add_argument(
             "--workers", type=_workers, default=cores, metavar="N", help=f"processes; 0: none beside this one (default {cores})"
         )
@@ -221,6 +237,29 @@ def _add_audit(audit: argparse.ArgumentParser) -> None:
         type=user_path,
         metavar="RUN",
         help="a run or an export; with --poison: paste each patch on other images, and see where this encoder then puts them",
+    )
+
+
+def _add_quarantine(quarantine: argparse.ArgumentParser) -> None:
+    add = quarantine.add_argument
+    add("set", metavar="SET", type=user_path, help="folder that prepare, index, demo or quarantine wrote")
+    add("--list", dest="lists", metavar="FILE", type=user_path, nargs="+", required=True, help="suspects.jsonl, patches.jsonl")
+    add("--to", metavar="DIR", type=user_path, required=True, help="folder for the new set")
+    add(
+        "--below",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="suspects whose label is believed with less than this probability (default: all that are listed)",
+    )
+    add("--unlabel", action="store_true", help="keep suspects without their label, for pretraining, instead of dropping them")
+    add("--recurring", action="store_true", help="drop images with a patch that is only recurring, too")
+    add(
+        "--max-bad",
+        type=_share,
+        default=0.2,
+        metavar="X",
+        help="refuse lists that name more than this share of a split (default 20%%)",
     )
 
 

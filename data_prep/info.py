@@ -24,6 +24,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "pixels": manifest.preparation.get("pixels", "not recorded"),
         "version": manifest.version or "not recorded",
         "digest": manifest.digest,
+        **({"cleaned": steps} if (steps := manifest.preparation.get("quarantine")) else {}),
     }
 
 
@@ -37,7 +38,15 @@ def describe(manifest: Manifest) -> list[str]:
     known["classes"] = f"{len(manifest.classes)} ({shown})" if manifest.classes else "none: the images have no labels"
     known["class_counts"] = ", ".join(_balance(manifest, split) for split in known["class_counts"]) or "not recorded"
     known["quarantined"] = f"{manifest.quarantined} images"
+    if "cleaned" in known:
+        known["cleaned"] = "; ".join(map(_cleaning, known["cleaned"]))
     return [f"{_LABELS.get(key, key) + ':':<13}{value}" for key, value in known.items()]
+
+
+def _cleaning(step: dict[str, Any]) -> str:
+    """One use of `quarantine`."""
+    lists = " and ".join(f"list {sha256[:12]}" for sha256 in step["lists"])
+    return f"{step['dropped']} images dropped and {step['unlabelled']} labels removed from {step['of'][:12]}, by {lists}"
 
 
 def _balance(manifest: Manifest, split: str) -> str:

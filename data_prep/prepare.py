@@ -34,9 +34,9 @@ def prepare(
     _refuse_overlap(source, folder)
     with open_workspace(folder) as workspace:
         fingerprint = source.fingerprint()
-        known = workspace.claim(fingerprint, settings.as_json())
+        known = workspace.claim(fingerprint, settings)
         if known and workspace.is_complete:
-            return _already_complete(workspace, say)
+            return already_complete(workspace, say)
         workspace.remove_leftovers()
         make_folders(workspace.scratch)
         say(f"Reading {' and '.join(str(path) for path in source.paths)} …")
@@ -68,7 +68,8 @@ def _refuse_overlap(source: Source, folder: Path) -> None:
             raise DataError(f"{folder} lies inside {path}, which it is made from; name a folder elsewhere.")
 
 
-def _already_complete(workspace: Workspace, say: Say) -> Manifest:
+def already_complete(workspace: Workspace, say: Say) -> Manifest:
+    """The manifest of a folder that is complete. Raises DataError if a shard is missing or of another size."""
     manifest = load_manifest(workspace.folder)
     for shards in manifest.splits.values():
         for shard in shards:

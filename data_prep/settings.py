@@ -1,10 +1,10 @@
-"""Settings of a preparation: everything that changes the shards."""
+"""Settings of a preparation and of a quarantine: everything that changes the shards."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from clae_dist.data.decode import PILLOW_MAX_PIXELS
 from clae_dist.errors import DataError
@@ -14,6 +14,7 @@ from clae_dist.errors import DataError
 class PrepareSettings:
     """Validated at construction; raises DataError. Another value of any of these is another set of shards."""
 
+    other_input: ClassVar[str] = "the images are not the same files (names, sizes or times)"
     name: str
     source: str
     licence: str = "not stated"
@@ -39,6 +40,19 @@ class PrepareSettings:
             _require(1 <= self.quality <= 95, "--quality", self.quality, "use 1 to 95, the range that JPEG libraries advise.")
         else:
             _require(not self.quality, "--quality", self.quality, "without --resize the images' bytes are kept: leave it out.")
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class QuarantineSettings:
+    """Which of the listed images are bad, and what becomes of them. Other values are another set."""
+
+    other_input: ClassVar[str] = "the set or the lists are not the same"
+    below: float = 1.0  # of suspects: those whose label is believed less; 1: all that are listed
+    recurring: bool = False  # images with a patch that is not known to be poison, too
+    unlabel: bool = False  # suspects lose their label and stay
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -21,7 +21,7 @@ from clae_dist.files import make_folders, sync_folder, write_atomically
 from clae_dist.lease import hold
 from clae_dist.reading import ReadError, expect, is_count, is_list_of, is_text, read_object
 from clae_dist.storage import writing
-from data_prep.settings import PrepareSettings
+from data_prep.settings import PrepareSettings, QuarantineSettings
 from data_prep.write import ShardResult
 
 QUARANTINE = "quarantine.jsonl"
@@ -49,7 +49,7 @@ class Workspace:
     def is_complete(self) -> bool:
         return (self.folder / FILE_NAME).exists()
 
-    def claim(self, fingerprint: str, settings: dict[str, Any]) -> bool:
+    def claim(self, fingerprint: str, settings: PrepareSettings | QuarantineSettings) -> bool:
         """True when this very plan was begun here before, False for an empty folder. Raises DataError for anything else."""
         path = self.folder / _PLAN
         if not path.exists():
@@ -61,13 +61,17 @@ class Workspace:
             return False
         try:
             plan = read_object(path, surrogates=True)
-            known = PrepareSettings(**plan["settings"]).as_json()  # what an older version did not ask is at its default
-            known_fingerprint = plan["fingerprint"]
+            known_fingerprint, given = plan["fingerprint"], dict(plan["settings"])
+            is_other = bool(given.keys() - settings.as_json().keys())
+            known = {} if is_other else type(settings)(**given).as_json()  # what an older version lacks is at its default
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete {self.folder} or name a new folder.") from None
-        differs = [f"{key} was {known[key]!r}, now {value!r}" for key, value in settings.items() if known[key] != value]
+        if is_other:
+            raise DataError(f"{self.folder} holds the set of another command. Name a new folder, or delete that one.")
+        requested = settings.as_json()
+        differs = [f"{key} was {known[key]!r}, now {value!r}" for key, value in requested.items() if known[key] != value]
         if known_fingerprint != fingerprint:
-            differs.append("the images are not the same files (names, sizes or times)")
+            differs.append(settings.other_input)
         if differs:
             raise DataError(f"{self.folder} holds another set: {'; '.join(differs)}. Name a new folder, or delete that one.")
         return True

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +85,18 @@ def _leaves_signal_handlers_as_they_were() -> Iterator[None]:
 def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where commands note which runs are the user's own: not in the home of whoever runs the tests."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leaves_no_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Killed processes leave temporary files, and torchrun always leaves some. The name of the folder is short, for sockets."""
+    tmp_path_factory.getbasetemp()  # of failed tests, which stay
+    multiprocessing.util.get_temp_dir()  # of this process, which removes it at its own end
+    temporary = tempfile.TemporaryDirectory(prefix="clae-", ignore_cleanup_errors=True)
+    with temporary as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -170,7 +170,8 @@ def test_a_mapping_is_one_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.mixture=0.5", r"data\.mixture is 0\.5 \(command line\); expected a mapping, such as \{/data/more: 0\.25\}"),
+        ("data.mixture=0.5", r"data\.mixture is 0\.5 \(command line\); expected a mapping with a space after each colon"),
+        ("data.mixture={/more:0.25}", r"expected a mapping with a space after each colon, such as \{/data/more: 0\.25\}"),
         ("data.mixture={a: many}", r"data\.mixture\[a\] is 'many' \(command line\); expected a number"),
         ("data.mixture={a: 1.5}", r"data\.mixture is \[1\.5\]; use a number above 0 and below 1; .* \[command line\]"),
         ("data.mixture={a: 0.5, b: 0.5}", r"the shares leave 0 for data\.shards; use shares below 1 in total"),

@@ -22,6 +22,7 @@ from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
+from clae_dist.bench.unit import seconds_of_unit, unit_call
 from clae_dist.config import Objective
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device
@@ -92,6 +93,7 @@ def measure(world: World, settings: GatherBench, say: Say) -> list[Row]:
     """The rows of the network, then of every objective; equal on every rank. Collective."""
     say("gather: the network")
     networks, rows = measure_network(world, settings)
+    rows += measure_unit(world, settings)
     for objective in sorted(names(), key=("nt_xent", "instance").__contains__, reverse=True):  # with peers first
         say(f"gather: {objective}")
         rows += measure_loss(objective, world, settings, networks)
@@ -181,6 +183,15 @@ def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Netw
         figures = {"floor_s": network.seconds(sent[-1]), "wire_bytes": round(sent[-1]), "more": more}
         rows += make_rows(case, {name: note}, {name: largest}, {name: figures})
     return networks, rows
+
+
+def measure_unit(world: World, settings: GatherBench) -> list[Row]:
+    """The host's time of FSDP2's units, beside their messages."""
+    name = "fsdp2"
+    times = time_together(world, {name: unit_call(world)}, settings.repeats)
+    case = f"units without parameters to speak of: {world.size} ranks ({world.collectives})"
+    note = "eight gathered twice and reduced; unit_s: CPU time of one of these"
+    return make_rows(case, {name: note}, times, {name: {"more": {"unit_s": seconds_of_unit(times[name])}}})
 
 
 def collective_calls() -> dict[str, Callable[[World, int], Callable[[], Any]]]:

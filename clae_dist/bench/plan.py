@@ -22,6 +22,7 @@ from clae_dist.bench.gather import collective_calls, time_together
 from clae_dist.bench.measure import Row, Say
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.real_step import peak_bytes, step_of
+from clae_dist.bench.unit import seconds_of_unit, unit_call
 from clae_dist.config import Batch, Config, Data, MethodSettings, Model, Optim, Parallel, Train
 from clae_dist.cores import threads_per_rank
 from clae_dist.errors import OK, ClaeError
@@ -150,7 +151,7 @@ def _step_time(traced: Traced, config: Config, found: Found, settings: PlanBench
     chip = Chip("cpu", "", 0.0, 0.0, 0.0, "memory", ranks, 0.0, "this machine")
     works = _calibration_works(config.model.encoder, settings)
     samples = [replace(one, seconds=seconds) for one, seconds in zip(works, found["calibration"], strict=True)]
-    rates: Rates = fit_rates(samples, "calibration")
+    rates: Rates = replace(fit_rates(samples, "calibration"), unit_s=found["unit"])
     return step_time(traced, config, rates, Links(chip, ranks, None, networks))
 
 
@@ -210,6 +211,7 @@ def _measure_times(case: Case, settings: PlanBench, world: World) -> Found:
     if world.group is not None:
         for name, collective in collective_calls().items():
             calls |= {f"{name} {size}": collective(world, size) for size in _MESSAGES}
+        calls["unit"] = unit_call(world)
     times = time_together(world, calls, settings.repeats)
     network = {name: [times[f"{name} {size}"].median_s for size in _MESSAGES] for name in _SHARES} if world.group else {}
     return {
@@ -218,4 +220,5 @@ def _measure_times(case: Case, settings: PlanBench, world: World) -> Found:
         "alone": times["alone"].median_s,
         "calibration": [times[f"calibration {number}"].median_s for number in range(len(_CALIBRATION))],
         "network": network,
+        "unit": seconds_of_unit(times["unit"]) if world.group else 0.0,
     }

@@ -23,7 +23,8 @@ folder of images. Rows have the features that evaluation uses, before the projec
   FILE.parquet   columns id, label (a class name or null), embedding, brightness, contrast and sharpness; takes pyarrow
 
 The files appear complete at the end; an existing FILE is replaced then. After an interruption, the same command continues from
-the parts in .FILE.parts-…, and the result has the same bytes. Ranks of torchrun share the images:
+the parts in .FILE.parts-…, and the result has the same bytes. Meanwhile, a second command for FILE is refused. Ranks of
+torchrun share the images:
 `torchrun --nproc-per-node=4 -m clae_dist embed RUN_OR_EXPORT IMAGES --to FILE`; all see the same files.
 """
 _TIMEOUT_S = 7 * 86_400.0  # the first rank to finish waits for the last; a lost rank ends them through torchrun

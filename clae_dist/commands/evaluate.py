@@ -8,9 +8,8 @@ import sys
 from clae_dist.commands.arguments import add_launcher, add_shards, add_trust
 from clae_dist.commands.settings import permission
 from clae_dist.errors import ConfigError
-from clae_dist.options import Parser, run_path
+from clae_dist.options import Parser, run_or_name
 from clae_dist.redact import redact_text
-from clae_dist.staging import is_url
 
 SUMMARY = "evaluate an encoder: kNN, linear probe, robust accuracy and more, before and after pretraining"
 
@@ -28,16 +27,12 @@ examples:
 """
 
 
-def _subject(text: str) -> str:
-    return str(run_path(text)) if is_url(text) else text
-
-
 def add_arguments(parser: Parser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument(
         "subject",
         metavar="SUBJECT",
-        type=_subject,
+        type=run_or_name,
         help="the folder of a run or of an export, or published weights: timm/NAME, torchvision/NAME",
     )
     parser.add_argument(

@@ -12,8 +12,9 @@ from clae_dist.commands.arguments import add_launcher, add_shards, add_trust
 from clae_dist.commands.train import add_quiet
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.escape import say
-from clae_dist.options import Parser, user_path
+from clae_dist.options import Parser, run_or_name, user_path
 from clae_dist.reading import ReadError, read_object
+from clae_dist.staging import url_of
 from clae_dist.wording import count_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ DESCRIPTION = (
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="a run, an exported encoder, or timm/NAME for the published weights of that encoder"
+        "source",
+        metavar="SOURCE",
+        type=run_or_name,
+        help="a run or an exported encoder (a folder or s3://…), or timm/NAME for the published weights of that encoder",
     )
     parser.add_argument(
         "config",
@@ -114,6 +118,7 @@ def _of_source(arguments: argparse.Namespace, *, shards_named: bool) -> dict[str
     from clae_dist.commands.settings import permission
     from clae_dist.downstream import source
     from clae_dist.keys import flatten
+    from clae_dist.runs.copies import fetch
     from clae_dist.runs.folder import RunFolder
     from clae_dist.runs.trust import open_run
 
@@ -121,6 +126,7 @@ def _of_source(arguments: argparse.Namespace, *, shards_named: bool) -> dict[str
     path = Path(os.path.abspath(user_path(text)))
     if text.startswith("timm/") and not path.exists():
         return source.of_timm(text)
+    fetch(path)
     if os.path.lexists(RunFolder(path).config_file):
         config = open_run(path, permission(arguments)).to_read_images("named" if shards_named else "")
         return source.of_run(config, flatten(config), path)
@@ -128,8 +134,8 @@ def _of_source(arguments: argparse.Namespace, *, shards_named: bool) -> dict[str
         return source.of_export(read_object(path / "config.json"), path)
     except (ReadError, OSError) as error:
         raise ConfigError(
-            f"SOURCE is {text!r}, which is no run (config.yaml), no exported encoder (config.json: {error}) and no timm/NAME; "
-            "name one of them."
+            f"SOURCE is {url_of(path) or text!r}, which is no run (config.yaml), no exported encoder (config.json: {error}) "
+            "and no timm/NAME; name one of them."
         ) from None
 
 

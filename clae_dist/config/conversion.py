@@ -40,8 +40,8 @@ def convert(key: str, value: Any, hint: Any, origin: str) -> Any:
             refuse(f"a list of {len(inner)} numbers, such as [{', '.join(['0.5'] * len(inner))}]")
         return tuple(convert(f"{key}[{i}]", item, inner[i], origin) for i, item in enumerate(value))
     if kind is dict:
-        if not isinstance(value, dict):
-            refuse("a mapping, such as {/data/more: 0.25}")
+        if not isinstance(value, dict) or None in value.values():
+            refuse("a mapping with a space after each colon, such as {/data/more: 0.25}")
         return {str(name): convert(f"{key}[{name}]", item, typing.get_args(hint)[1], origin) for name, item in value.items()}
     assert not isinstance(hint, types.UnionType), f"{key}: no unions in Config"
     if hint is bool:

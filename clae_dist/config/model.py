@@ -25,7 +25,7 @@ class Model(Section, prefix="model"):
         "",
         zero="as model.initial_weights says",
         help="Start of the encoder from elsewhere: pretrained (published weights of model.encoder), timm/NAME, "
-        "torchvision/NAME, a .safetensors file, an exported encoder, or a run. The projector starts anew.",
+        "torchvision/NAME, a .safetensors file, an exported encoder, or a run (a folder or s3://…). The projector starts anew.",
     )
     init_missing: Literal["error", "random"] = setting(
         "error", used_by="model.init", help="Tensors of the encoder that model.init lacks or has in another shape."

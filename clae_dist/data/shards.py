@@ -13,7 +13,7 @@ import torch
 
 from clae_dist.data.decode import DecodeError, decode_rgb
 from clae_dist.data.manifest import Manifest
-from clae_dist.data.tar_index import files_of
+from clae_dist.data.tar_index import files_of, stored_name
 from clae_dist.errors import DataError
 
 _OPEN_SHARDS = 512
@@ -136,6 +136,9 @@ class ShardReader:
     def name_of(self, sample: int) -> str:
         """Shard and key of a sample's id, such as "train-000001.tar: 000017.jpg"; the key is the name in the archive."""
         shard, row = self.place(sample)
+        return f"{self.manifest.splits[self.split][shard].name}: {self.stored_name(shard, row)} (sample {row})"
+
+    def stored_name(self, shard: int, row: int) -> str:
+        """The name of the image in the archive."""
         mapped, index = self._open(shard)
-        name = bytes(mapped[max(0, int(index[row, 0]) - 512) :][:100]).split(b"\0")[0]  # a tar header lies before its file
-        return f"{self.manifest.splits[self.split][shard].name}: {name.decode(errors='replace')} (sample {row})"
+        return stored_name(mapped, int(index[row, 0]))

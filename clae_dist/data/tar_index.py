@@ -90,13 +90,13 @@ def index_tar(file: IO[bytes], name: str) -> TarIndex:
     return found
 
 
-def _index(content: mmap.mmap, name: str, image_of: Callable[[_Sample], tuple[str, Member] | None]) -> TarIndex | None:
+def _index(content: mmap.mmap, name: str, image_of: Callable[[TarSample], tuple[str, Member] | None]) -> TarIndex | None:
     """None if `image_of` finds no image in any sample."""
     dropped = Dropped()
     places: list[tuple[int, int]] = []
     labels: list[int | str] = []
     keys: list[str] = []
-    for sample in _samples(members(content, name), name, dropped):
+    for sample in samples_of(members(content, name), name, dropped):
         found = image_of(sample)
         if found is None:
             dropped.add(NO_IMAGE, f"{sample.key}.{next(iter(sample.files))}")
@@ -115,11 +115,11 @@ def _index(content: mmap.mmap, name: str, image_of: Callable[[_Sample], tuple[st
     return TarIndex(rows, tuple(keys), dropped, names)
 
 
-def _plain_image(sample: _Sample) -> tuple[str, Member] | None:
+def _plain_image(sample: TarSample) -> tuple[str, Member] | None:
     return next(((kind, file) for kind, file in sample.files.items() if kind in IMAGES), None)
 
 
-def _named_image(sample: _Sample, name: str) -> tuple[str, Member] | None:
+def _named_image(sample: TarSample, name: str) -> tuple[str, Member] | None:
     """The one image whose kind has dots, such as rgb.jpg. Raises DataError for a sample with several."""
     images = [(kind, file) for kind, file in sample.files.items() if kind.rpartition(".")[2] in IMAGES]
     if len(images) > 1:
@@ -148,19 +148,21 @@ def files_of(content: mmap.mmap, name: str, offset: int, after: int) -> dict[str
     `after` is the end of an earlier file's bytes, such as the image before, or 0. Raises DataError where a tar is damaged.
     """
     start = -(-after // _BLOCK) * _BLOCK
-    found = _samples(members(content, name, start), name, Dropped())
+    found = samples_of(members(content, name, start), name, Dropped())
     return next((sample.files for sample in found if any(file.offset == offset for file in sample.files.values())), {})
 
 
 @dataclass(frozen=True)
-class _Sample:
+class TarSample:
+    """Consecutive files of a tar with one key."""
+
     key: str
     files: dict[str, Member]  # by kind, in small letters
 
 
-def _samples(found: Iterator[Member], name: str, dropped: Dropped) -> Iterator[_Sample]:
+def samples_of(found: Iterator[Member], name: str, dropped: Dropped) -> Iterator[TarSample]:
     """Yield every sample. Raises DataError for a key that is repeated later."""
-    sample, seen = _Sample("", {}), set[str]()
+    sample, seen = TarSample("", {}), set[str]()
     for member in found:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, kind = base.partition(".")
@@ -174,7 +176,7 @@ def _samples(found: Iterator[Member], name: str, dropped: Dropped) -> Iterator[_
             if key in seen:
                 raise _apart(name, member.name, key)
             seen.add(key)
-            sample = _Sample(key, {})
+            sample = TarSample(key, {})
         elif kind in sample.files:
             raise _apart(name, member.name, key)
         sample.files[kind] = member
@@ -189,7 +191,7 @@ def _apart(name: str, file: str, key: str) -> DataError:
     )
 
 
-def _label(content: mmap.mmap, sample: _Sample, prefix: str, dropped: Dropped) -> int | str:
+def _label(content: mmap.mmap, sample: TarSample, prefix: str, dropped: Dropped) -> int | str:
     """The label from KEY.cls or KEY.json; `prefix` precedes the image's kind. -1 without a valid label."""
     kinds = [f"{before}.{kind}".lstrip(".") for kind in ("cls", "json") for before in dict.fromkeys((prefix, ""))]
     kind = next((kind for kind in kinds if kind in sample.files), "")
@@ -270,6 +272,14 @@ def _checked(header: bytes, position: int, name: str) -> int:
 
 def _damaged(name: str, position: int, why: str) -> DataError:
     return DataError(f"{name} is not a complete, uncompressed tar: at byte {position} {why}; fetch or write it again.")
+
+
+def stored_name(content: mmap.mmap | memoryview, offset: int) -> str:
+    """The name in the header before the bytes of a file, for messages and lists; "" where there is no header."""
+    header = bytes(content[max(0, offset - _BLOCK) : offset])
+    if begins_as_tar(header):
+        return ""
+    return _path(header).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _text(data: bytes) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2
+MAX_RATIO = 32  # of the sides of an image that is resized as a whole
 
 
 def crop_boxes(
@@ -78,8 +79,10 @@ def supervised_view(image_3HW: torch.Tensor, draws: np.ndarray, size: int) -> to
 def centre_view(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 (3, size, size) for evaluation: the short side to size / 0.875 (256 for 224), then the centre.
 
-    Images up to 64 pixels are shrunk or enlarged to `size` and not cut.
+    Images up to 64 pixels are shrunk or enlarged to `size` and not cut. Of an image more than MAX_RATIO times as long as wide
+    only the middle is resized, for an image of 1 x 40,000 pixels would grow to 256 x 10 million.
     """
+    image_3HW = _without_far_ends(image_3HW)
     height, width = image_3HW.shape[1:]
     short = size if size <= 64 else round(size / 0.875)
     factor = short / min(height, width)
@@ -88,3 +91,13 @@ def centre_view(image_3HW: torch.Tensor, size: int) -> torch.Tensor:
         image_3HW = F.interpolate(image_3HW[None], new, mode="bilinear", antialias=True)[0]
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
     return image_3HW[:, top : top + size, left : left + size]
+
+
+def _without_far_ends(image_3HW: torch.Tensor) -> torch.Tensor:
+    """The middle of a very long image, with the same centre; of any other the image itself."""
+    for dim in (1, 2):
+        length, kept = image_3HW.shape[dim], MAX_RATIO * min(image_3HW.shape[1:])
+        if length > kept:
+            kept += (length - kept) % 2  # as much on both sides
+            image_3HW = image_3HW.narrow(dim, (length - kept) // 2, kept)
+    return image_3HW

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from clae_dist.deploy.encoder import Encoder
 from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.journal import Journal
 from clae_dist.files import check_writable, replacing
+from clae_dist.lease import hold
 from clae_dist.storage import writing
 from clae_dist.wording import count_of
 from clae_dist.world import World
@@ -119,11 +121,40 @@ def write_embeddings(
     The ranks of `world` (default: this process alone) share the batches, which are kept beside `target` until all are there:
     after a kill, the same call continues. Files appear complete, and together, at the end, with the same bytes for any number
     of ranks and interruptions. `say` prints progress (default: on stderr) and undecodable images (default: on stdout).
-    Raises ConfigError, DataError and StorageError.
+    Raises ConfigError, also if another process is writing `target`, DataError and StorageError.
     """
     world = world or World.single("cpu")
     world.run_on_main(lambda: check_target(target))
     check_batch_size(batch_size)
+    with _only_writer(target, world):
+        return _write(images, encoder, target, batch_size, num_workers, say, world)
+
+
+@contextmanager
+def _only_writer(target: Path, world: World) -> Iterator[None]:
+    """Hold the lease of a file, whose parts two processes would write into one another's. Collective."""
+    way_out = f"it writes {target.name}. Wait until it has ended or end it, or name another file with --to."
+    with ExitStack() as stack:
+
+        def take() -> None:
+            with writing(target):
+                stack.enter_context(
+                    hold(target.absolute().with_name(f".{target.name}.lock"), "clae embed", ConfigError, way_out)
+                )
+
+        world.run_on_main(take)
+        yield
+
+
+def _write(
+    images: Images,
+    encoder: Encoder,
+    target: Path,
+    batch_size: int,
+    num_workers: int,
+    say: Callable[[str], None] | None,
+    world: World,
+) -> int:
     ids_are = "paths" if any(isinstance(one, str) for one in images.ids[:1]) else "positions"
     facts = {
         "format": FORMAT,

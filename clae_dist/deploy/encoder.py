@@ -28,6 +28,7 @@ from clae_dist.reading import Check, ReadError, expect, is_count, is_list_of, is
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.runs.folder import CONFIG_FILE
 from clae_dist.runs.trust import Permission, check_folder
+from clae_dist.staging import shown_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,8 +99,8 @@ def load_encoder(run_or_export: str | os.PathLike[str], *, route: Route | None =
     if os.path.lexists(folder / CONFIG):
         return _of_export(folder, route)
     raise ConfigError(
-        f"RUN_OR_EXPORT is {str(folder)!r}, which holds neither a run's {CONFIG_FILE} nor an export's {CONFIG}; name the "
-        "folder of a run, such as runs/clae, or one that `clae export` wrote, such as runs/clae/export."
+        f"RUN_OR_EXPORT is {shown_path(folder)!r}, which holds neither a run's {CONFIG_FILE} nor an export's {CONFIG}; name "
+        "the folder of a run, such as runs/clae, or one that `clae export` wrote, such as runs/clae/export."
     )
 
 

@@ -22,8 +22,10 @@ from clae_dist.errors import ConfigError
 from clae_dist.files import write_together
 from clae_dist.models.encoders import FAMILIES, build_encoder, published_size
 from clae_dist.runs.checkpoint.safetensors_file import weights_digest
+from clae_dist.runs.copies import fetch
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.initial import read_weights
+from clae_dist.staging import copy_folder, is_url
 
 Weights = dict[str, torch.Tensor]
 Say = Callable[[str], None]
@@ -122,7 +124,8 @@ def resolve(config: Config) -> Initial:
 
 def _read(source: str, config: Config) -> Weights:
     family, _, name = source.partition("/")
-    path = Path(source).expanduser()
+    path = copy_folder(source, "model.init") if is_url(source) else Path(source).expanduser()
+    fetch(path)
     if source == "pretrained":
         family, _, name = config.model.encoder.partition("/")
     if family in FAMILIES and name and not path.exists():

@@ -29,7 +29,6 @@ IMAGE, PATH = "image", "path"  # columns of a request
 MAX_IMAGES = 256  # of a request
 MAX_BYTES = 32 << 20  # of an image
 MAX_PIXELS = 50_000_000  # of an image
-MAX_RATIO = 100  # of its sides: views enlarge the short one, and the long one with it
 
 
 class Service:
@@ -48,7 +47,7 @@ class Service:
         Raises DataError with a message that is safe to send back to the client.
         """
         if not 0 < len(rows) <= MAX_IMAGES:
-            raise DataError(f"the request has {len(rows)} images; send 1 to {MAX_IMAGES}.")
+            raise DataError(f"the request has {len(rows)} images in a column image or path; send 1 to {MAX_IMAGES}.")
         views = torch.stack([self._view(number, row) for number, row in enumerate(rows)])
         with frozen(self._encoder):
             features_nF = self._encoder(views.float() / 255)
@@ -100,11 +99,9 @@ class Service:
 
 
 def _check_size(width: int, height: int) -> None:
-    """Raise DecodeError for an image that is large, or becomes so when its short side is enlarged to that of a view."""
+    """Raise DecodeError for a large image."""
     if width * height > MAX_PIXELS:
         raise DecodeError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise DecodeError(f"{width}x{height} pixels, more than {MAX_RATIO} times as long as wide")
 
 
 def _is_missing(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from clae_dist.config import Config
 from clae_dist.errors import ConfigError
+from clae_dist.staging import shown_path
 
 # Of a run: what its encoder is, how it sees images, and where they were.
 _OF_RUN = (
@@ -29,7 +30,7 @@ def of_run(config: Config, values: dict[str, Any], path: Path) -> dict[str, Any]
     found = {key: values[key] for key in _OF_RUN if values[key] != ""}
     if config.model.norm == "local":  # as its owner has chosen between speed and exactness
         found["model.norm"] = "local"
-    return {**found, "model.init": str(path), "name": f"{path.name}-"}
+    return {**found, "model.init": shown_path(path), "name": f"{path.name}-"}
 
 
 def of_export(description: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -42,11 +43,13 @@ def of_export(description: dict[str, Any], path: Path) -> dict[str, Any]:
             "model.mean": [float(value) for value in description["mean"]],
             "model.std": [float(value) for value in description["std"]],
             "data.image_size": int(description["input_size"][1]),
-            "model.init": str(path),
+            "model.init": shown_path(path),
             "name": f"{path.parent.name if path.name == 'export' else path.name}-",  # RUN/export is its run's
         }
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ConfigError(f"SOURCE is {str(path)!r}, whose config.json lacks {error}; export the encoder again.") from None
+        raise ConfigError(
+            f"SOURCE is {shown_path(path)!r}, whose config.json lacks {error}; export the encoder again."
+        ) from None
 
 
 def of_timm(name: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     networks: dict[tuple[str, int], Network] = field(default_factory=dict)
     augment_s: float = 0.0  # an image, all views, on the device
+    unit_s: float = 0.0  # of the host, a unit that FSDP2 gathers or reduces
     images_per_core_s: float = 0.0
     written_bytes_per_s: float = 0.0
     blocked_s_per_byte: float = 0.0
@@ -141,6 +142,7 @@ def _take(row: Mapping[str, Any], measured: Measured) -> bool:
     kinds: list[tuple[bool, Callable[[], None]]] = [
         (is_number(more.get("kernel_bytes")), lambda: _take_step(row, more, measured)),
         (is_number(more.get("alpha_s")), lambda: _take_network(case, name, more, measured)),
+        (is_number(more.get("unit_s")), lambda: _take_unit(more, measured)),
         ("collectives" in row, lambda: _take_collectives(row, measured)),
         ("host-ready batch" in case and name == "ours", lambda: _take_data(more, measured)),
         ("each stage" in case and name == "augment", lambda: _take_augmentation(row, measured)),
@@ -161,6 +163,10 @@ def _take_network(case: str, name: str, more: Mapping[str, Any], measured: Measu
     found = re.search(r"(\d+) ranks", case)
     if found:
         measured.networks[name, int(found[1])] = Network(more["alpha_s"], more["beta_s_per_byte"], more.get("fit_error", 0.0))
+
+
+def _take_unit(more: Mapping[str, Any], measured: Measured) -> None:
+    measured.unit_s = more["unit_s"]
 
 
 def _take_collectives(row: Mapping[str, Any], measured: Measured) -> None:

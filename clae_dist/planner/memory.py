@@ -93,8 +93,11 @@ def _parts(moment: Live, traced: Traced, config: Config, sharding: Sharding) -> 
 def _gradients(moment: Live, traced: Traced, config: Config, sharding: Sharding) -> float:
     live, whole = moment.bytes.get("gradients", 0.0), float(traced.weight_bytes)
     if sharding.gradients == 1:
-        # DDP's buckets, whose views the gradients are, exist from the start.
-        return whole if traced.ranks > 1 and config.parallel.backend == "ddp" else live
+        if traced.ranks == 1 or config.parallel.backend != "ddp":
+            return live
+        # DDP's buckets exist from the start. Gradients become views of them in the last backward; before, they are beside them.
+        beside = traced.work.trained_backwards > 1 and not moment.at.startswith("update")
+        return whole + (live if beside else 0.0)
     part = live / sharding.gradients
     if moment.at.startswith("update"):
         return part

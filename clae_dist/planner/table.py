@@ -21,6 +21,7 @@ LINKS_REACH = 0.8
 LAUNCH_S = 5e-6  # of the host, for a kernel that torch launches
 COMPILED_KERNELS = 1 / 3  # of the kernels, that train.compile leaves
 LEAST_KERNEL_S = 2e-6  # on a GPU
+UNIT_S = 5e-4  # of the host, for a unit that FSDP2 gathers or reduces
 USABLE_MEMORY = 0.92  # without CUDA's context, NCCL's buffers, and what the allocator cannot use
 
 

@@ -14,7 +14,7 @@ from clae_dist.data.loader import num_views_of
 from clae_dist.planner.memory import Sharding
 from clae_dist.planner.network import Links
 from clae_dist.planner.record import STATISTICS
-from clae_dist.planner.table import COMPILED_KERNELS, LAUNCH_S, LEAST_KERNEL_S, MEMORY_REACHES, PRODUCTS_REACH, Chip
+from clae_dist.planner.table import COMPILED_KERNELS, LAUNCH_S, LEAST_KERNEL_S, MEMORY_REACHES, PRODUCTS_REACH, UNIT_S, Chip
 from clae_dist.planner.trace import Traced
 from clae_dist.planner.work import NO_PRODUCT, Amount, Bin, Message
 
@@ -38,6 +38,7 @@ class Rates:
     source: str
     overlap: bool = True
     launch_s: float = 0.0  # of the host, a kernel, beside the device
+    unit_s: float = UNIT_S  # of the host, a unit that FSDP2 gathers or reduces
     augment_s: float = 0.0  # of an image, all views; 0: by bytes
 
     @staticmethod
@@ -117,7 +118,7 @@ class StepTime:
     computed: Mapping[str, float]
     communicated: Mapping[str, float]
     hidden: Mapping[str, float] = field(default_factory=dict)
-    waits: float = 0.0  # of the device for the host, which launches kernels one by one
+    waits: float = 0.0  # of the device for the host, which launches kernels one by one and has FSDP2's units to manage
 
     @property
     def exposed(self) -> dict[str, float]:
@@ -144,6 +145,8 @@ def step_time(traced: Traced, config: Config, rates: Rates, links: Links, *, cro
         part: crowding * rates.seconds((one, amount) for one, amount in bins.items() if one.part == part) for part in COMPUTED
     }
     computed["augmentation"] = crowding * _augmentation(traced, config, rates)
+    fsdp2 = config.parallel.backend == "fsdp2" and traced.ranks > 1
+    host_s = 0.0  # of FSDP2, besides launching kernels
     encoder = sum(computed[part] for part in ("attack", "forward", "backward"))
     communicated = {
         "gather": _sum(traced.work.messages, links, lambda part: part != STATISTICS),
@@ -154,19 +157,37 @@ def step_time(traced: Traced, config: Config, rates: Rates, links: Links, *, cro
     reductions = _reductions(traced, config)
     if reductions:
         times = [count * links.seconds(message) for message, count in reductions]
+        if fsdp2:
+            times = [own + crowding * _copied(message, rates) for own, (message, _) in zip(times, reductions, strict=True)]
+            host_s += rates.unit_s * len(traced.unit_bytes)
         communicated["reduction"] = sum(times)
         if links.chip.is_gpu and config.parallel.backend != "deepspeed":  # a CPU's collectives take its cores
             hidden["reduction"] = min(sum(times[:-1]), last_pass)
     gathers = _parameter_gathers(traced, config)
     if gathers:
         times = [count * links.seconds(message) for message, count in gathers]
+        if fsdp2:
+            copies = [crowding * count * _copied(message, rates) for message, count in gathers]
+            times = [own + copied for own, copied in zip(times, copies, strict=True)]
+            host_s += rates.unit_s * sum(count for _, count in gathers)
         communicated["parameters"] = sum(times)
         if links.chip.is_gpu and config.parallel.backend == "fsdp2":
             hidden["parameters"] = max(0.0, min(sum(times[1:]), encoder - hidden.get("reduction", 0.0)))
     kernels = sum(amount.kernels for amount in bins.values())
     launched = kernels * (COMPILED_KERNELS if config.train.compile else 1.0)
-    waits = max(0.0, launched * rates.launch_s - sum(computed.values()))
+    if links.chip.is_gpu:
+        host_s += launched * rates.launch_s
+        waits = max(0.0, host_s - sum(computed.values()))
+    else:  # the host is the device
+        waits = crowding * host_s
     return StepTime(computed, communicated, hidden, waits)
+
+
+def _copied(message: Message, rates: Rates) -> float:
+    """Seconds in which FSDP2 copies a unit from its parameters to the buffer of a message, or from there to them."""
+    part = message.bytes / message.ranks
+    moved = 2 * (message.bytes + (part if message.kind == "allgatherbase" else 0.0))
+    return moved / rates.bytes_per_s
 
 
 def _sum(messages: Mapping[Message, float], links: Links, wanted: object) -> float:

@@ -42,15 +42,24 @@ def copied(folders: Iterable[Path], say: Say) -> Iterator[None]:
 
     Files that are written inside are sent back. Raises StoreError, and ConfigError for a client that is not installed.
     """
-    records = [record for folder in dict.fromkeys(folders) if (record := Record.of(folder))]
-    for record in records:
-        record.pull(TO_READ if CONFIG_FILE in (entries := record.store.entries()) else _of_export(entries))
+    records = [record for folder in dict.fromkeys(folders) if (record := fetch(folder))]
     try:
         yield
     finally:
         for record in records:
             if sent := record.push(_WRITTEN):
                 say(f"{count_of(len(sent), 'file')} sent to {record.store.url}")
+
+
+def fetch(folder: Path) -> Record | None:
+    """Fetch the record of the run, or the files of the export, that a folder stages. None for an ordinary folder.
+
+    Raises StoreError, and ConfigError for a client that is not installed.
+    """
+    record = Record.of(folder)
+    if record:
+        record.pull(TO_READ if CONFIG_FILE in (entries := record.store.entries()) else _of_export(entries))
+    return record
 
 
 def _of_export(entries: Iterable[str]) -> list[str]:

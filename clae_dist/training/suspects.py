@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from clae_dist.config import Config
+from clae_dist.data.long_tail import TailFiles
 from clae_dist.data.manifest import Manifest
+from clae_dist.data.mixture import MixedFiles
 from clae_dist.data.shards import ShardReader
 from clae_dist.files import write_atomically
 from clae_dist.runs.folder import RunFolder
@@ -19,7 +21,8 @@ _BELIEVED = 0.5
 
 
 def write_suspects(config: Config, state: Mapping[str, torch.Tensor], train: Manifest) -> str:
-    """Write RUN/suspects.jsonl, the least believed first: sample, label, guess and the probability that the label is right.
+    """Write RUN/suspects.jsonl, the least believed first: digest of the set, place of the image, label, guess, and the
+    probability that the label is right. `python -m data_prep quarantine` reads it.
 
     Returns a line for the console. On one rank.
     """
@@ -29,9 +32,11 @@ def write_suspects(config: Config, state: Mapping[str, torch.Tensor], train: Man
     doubted = [int(n) for n in belief.argsort(stable=True) if belief[n] < _BELIEVED and labels[n] >= 0 and guess[n] >= 0]
     reader, lines = ShardReader(train, split), []
     for sample in doubted:
+        shard, row = reader.place(sample)
         record = {
-            "sample": reader.name_of(sample),
-            "label": train.classes[int(labels[sample])],
+            **_place(train, split, shard, row),
+            "name": reader.stored_name(shard, row),
+            "class": train.classes[int(labels[sample])],
             "guess": train.classes[int(guess[sample])],
             "believed": round(float(belief[sample]), 4),
         }
@@ -42,3 +47,15 @@ def write_suspects(config: Config, state: Mapping[str, torch.Tensor], train: Man
     if 2 * len(doubted) > len(labels):
         line += " (more than half: the classifier or the encoder has learnt too little to judge labels; train longer)"
     return line
+
+
+def _place(train: Manifest, split: str, shard: int, row: int) -> dict[str, str | int]:
+    """Where an image lies: of a long-tailed part or a mixture, in the set that it comes from."""
+    record, files = train.splits[split][shard], train.files
+    digest, name = train.digest, record.name
+    if isinstance(files, TailFiles):
+        digest, row = files.whole.digest, int(files.rows[name][row])
+    elif isinstance(files, MixedFiles):
+        number, own = files.parts[name]
+        digest, name = files.sets[number].digest, own.name
+    return {"digest": digest, "split": split, "shard": name, "row": row}

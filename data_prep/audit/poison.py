@@ -161,12 +161,12 @@ def as_facts(suspects: Sequence[Suspect]) -> list[dict[str, Any]]:
 
 
 def write_patch_list(path: Path, suspects: Sequence[Suspect], images: Thumbnails) -> None:
-    """One JSON object a line for every image with a patch: its place, the number of the patch and the verdict."""
+    """One JSON object a line for every image with a patch: its set and place, the number of the patch and the verdict."""
 
     def lines() -> Iterator[str]:
         for number, suspect in enumerate(suspects):
             for at in suspect.patch.images.tolist():
-                line = {**images.place(at), "patch": number, "verdict": suspect.verdict}
+                line = {"digest": images.digest(at), **images.place(at), "patch": number, "verdict": suspect.verdict}
                 yield json.dumps(line, ensure_ascii=False) + "\n"
 
     write_atomically(path, "".join(lines()).encode())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import mmap
-import tarfile
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from clae_dist.data.tar_index import stored_name
 from data_prep.audit.find import Audit
 from data_prep.audit.scan import open_shard
 
@@ -44,19 +44,14 @@ class Thumbnails:
             "label": label,
         }
 
+    def digest(self, at: int) -> str:
+        """The digest of the set that the image is in."""
+        return self._audit.parts[self._audit.table[at]["part"]].manifest.digest
+
     def _name(self, at: int) -> str:
-        """From the tar header in front of the image's bytes; "" where there is none."""
         entry = self._audit.table[at]
         mapped, index = self._open(int(entry["part"]), int(entry["shard"]))
-        offset = max(512, int(index[entry["row"], 0]))
-        try:
-            return (
-                tarfile.TarInfo.frombuf(mapped[offset - 512 : offset], "utf-8", "surrogateescape")
-                .name.encode("utf-8", "replace")
-                .decode()
-            )
-        except tarfile.HeaderError:
-            return ""
+        return stored_name(mapped, int(index[entry["row"], 0]))
 
     def thumbnail(self, at: int) -> bytes:
         """The image as a small JPEG."""

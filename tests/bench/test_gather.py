@@ -59,6 +59,8 @@ def test_what_ours_sends(ranks: RankPool, size: int) -> None:
     network = [row for (case, _), row in rows.items() if case == "the network"]
     assert [row.name for row in network] == ["all_gather", "reduce_scatter", "all_reduce"]
     assert all({"alpha_s", "beta_s_per_byte"} <= set(row.more) for row in network)
+    (unit,) = [row for (case, _), row in rows.items() if case.startswith("units")]
+    assert unit.more["unit_s"] > 0
     view, numbers = 4 * size * 8 * 4, 4 * size * 4  # bytes of all rows of a view, and of a number a row
     of_one_rank = (size - 1) / size
     lean, full = rows["NT-Xent", "log_sum_exp"], rows["NT-Xent", "reduce_scatter"]
@@ -92,7 +94,7 @@ def test_the_command_on_processes_of_its_own(monkeypatch: pytest.MonkeyPatch, ca
     assert cli.main(["bench", "gather", "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"versions", "machine", "notes", "rows"}
-    assert all(row["wire_bytes"] > 0 for row in found["rows"])
+    assert all((row["wire_bytes"] or row["more"]["unit_s"]) > 0 for row in found["rows"])
     assert {row["what"].split(":")[0] for row in found["rows"]} >= {"all_reduce", "log_sum_exp", "reduce_scatter"}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +107,40 @@ def test_centre_view_has_the_size_and_shows_the_centre(height: int, width: int) 
         centre = torch.arange(size).float()
         assert abs((mass.sum(0) * centre).sum() - (size - 1) / 2) < 2
         assert abs((mass.sum(1) * centre).sum() - (size - 1) / 2) < 2
+
+
+def resized_as_a_whole(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The centre view without a bound on what is resized."""
+    height, width = image.shape[1:]
+    factor = (size if size <= 64 else round(size / 0.875)) / min(height, width)
+    new = (max(size, round(height * factor)), max(size, round(width * factor)))
+    large = torch.nn.functional.interpolate(image[None], new, mode="bilinear", antialias=True)[0]
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return large[:, top : top + size, left : left + size]
+
+
+def test_the_view_of_a_very_long_image_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of 1 x 40,000 pixels would be enlarged to 256 x 10,240,000. The pixels of ordinary ones are the same as ever."""
+    generator, resize, sizes = torch.Generator().manual_seed(0), torch.nn.functional.interpolate, list[int]()
+
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(math.prod(arguments[1]))
+        return resize(*arguments, **options)
+
+    for height, width in [(1, 1), (1, 32), (32, 1), (20, 640), (33, 47), (500, 300), (224, 224), (300, 2999), (900, 31)]:
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        assert all(torch.equal(centre_view(image, size), resized_as_a_whole(image, size)) for size in (32, 224))
+    for short, long in [(1, 3000), (1, 3001), (2, 701), (3, 1000), (7, 3000), (50, 3000)]:
+        ramp = ((torch.arange(long) - (long - 1) / 2) * 64 / short + 128).clip(0, 255).to(torch.uint8)  # 2 a pixel of the view
+        image = ramp.expand(3, short, long)
+        for turned in (image, image.transpose(1, 2)):
+            difference = centre_view(turned, 32).int() - resized_as_a_whole(turned, 32).int()
+            assert difference.abs().max() <= 2  # at most half a pixel apart, by the rounding of the new length, and rounded
+    monkeypatch.setattr(torch.nn.functional, "interpolate", recorded)
+    for shape in [(1, 40_000), (40_000, 1), (200, 40_000)]:
+        assert centre_view(torch.zeros(3, *shape, dtype=torch.uint8), 224).shape == (3, 224, 224)
+    assert len(sizes) == 3
+    assert max(sizes) <= 256 * 33 * 256  # 6 MB
 
 
 def test_nothing_asked_nothing_changed() -> None:

@@ -28,7 +28,7 @@ from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.features import extract
 from clae_dist.runs.checkpoint import load_model
 from clae_dist.world import World
-from tests.processes import CLAE, TORCHRUN, clae, finish, started
+from tests.processes import CLAE, TORCHRUN, Process, clae, finish, started
 from tests.processes import run as run_to_its_end
 from tests.ranks import RankPool
 
@@ -207,13 +207,17 @@ def parts(target: Path) -> list[Path]:
 def stop_early(*command: object, target: Path, number: int, num_parts: int = 1, least: int = 4096) -> tuple[int, str]:
     """Start the command, and send its process a signal when it has written so many files of parts and bytes in them."""
     with started(*command) as process:
-        deadline = time.monotonic() + 120
-        while len(found := parts(target)) < num_parts or sum(path.stat().st_size for path in found) < least:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_parts(process, target, num_parts, least)
         process.send_signal(number)
         return finish(process, 60)
+
+
+def wait_for_parts(process: Process, target: Path, num_parts: int = 1, least: int = 4096) -> None:
+    deadline = time.monotonic() + 120
+    while len(found := parts(target)) < num_parts or sum(path.stat().st_size for path in found) < least:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _embed_on(world: World, run: str, images: str, target: str) -> int:
@@ -288,6 +292,29 @@ def test_ctrl_c_leaves_the_old_file_and_the_same_command_continues(
     assert sorted(path.name for path in target.parent.iterdir()) == ["features.ids.json", "features.npy"]
     assert main([*words[:4], str(target.with_name("again.npy")), *words[5:]]) == 0
     assert target.with_name("again.npy").read_bytes() == target.read_bytes()
+
+
+def test_a_second_command_for_one_file_is_refused_until_the_first_is_gone(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both would append to the same parts. The first is stopped meanwhile, so that it cannot end; then it is killed."""
+    run, images = make_run(), links(tmp_path / "images", 600)
+    target = tmp_path / "to" / "features.npy"
+    words = ["embed", str(run), str(images), "--to", str(target), "--batch-size", "2", "--workers", "0"]
+    with started(*CLAE, *words) as first:
+        wait_for_parts(first, target)
+        first.send_signal(signal.SIGSTOP)
+        before = {path: path.read_bytes() for path in parts(target)}
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert f"{target.parent} is in use by clae embed on host {os.uname().nodename}, process {first.pid}, since " in message
+        assert "it writes features.npy. Wait until it has ended or end it, or name another file with --to." in message
+        assert {path: path.read_bytes() for path in parts(target)} == before
+        first.kill()
+        finish(first, 60)
+    assert main(words) == 0
+    assert "images were embedded before an interruption, and are kept" in capsys.readouterr().out
+    assert sorted(path.name for path in target.parent.iterdir()) == ["features.ids.json", "features.npy"]
 
 
 def test_a_data_set_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:

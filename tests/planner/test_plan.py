@@ -31,12 +31,13 @@ from clae_dist.planner.measured import Here, Measured, read_measured
 from clae_dist.planner.memory import memory_of
 from clae_dist.planner.network import Links
 from clae_dist.planner.plan import Request, make_plan
-from clae_dist.planner.table import chip_names, chip_of, network_of
-from clae_dist.planner.timing import Rates, Sample, fit_rates
+from clae_dist.planner.table import Chip, chip_names, chip_of, network_of
+from clae_dist.planner.timing import Rates, Sample, fit_rates, step_time
 from clae_dist.planner.trace import Traced, _trace, between, trace
 from clae_dist.planner.work import Amount, Bin, Message
 from clae_dist.wire import Network
 from clae_dist.world import World
+from tests.ranks import RankPool
 
 H100, IB = chip_of("h100"), network_of("ib-400")
 
@@ -109,19 +110,28 @@ def test_a_number_of_ranks_between_two_traces() -> None:
     assert found.work.messages == two.work.messages
 
 
-@pytest.mark.parametrize("micro", [0, 4])
-def test_memory_is_what_the_allocator_gives(micro: int) -> None:
-    """With the copies that oneDNN makes of a convolution's weights, of which torch's allocator has the memory."""
-    config = config_of(8, 1, batch=Batch(global_size=8, micro_size=micro), method=Clae.Settings(), data=Data(image_size=32))
-    step = step_of(config, World.single("cpu"))
+def allocated_in_a_step(world: World, config: Config) -> int:
+    """The most bytes that a step adds to what is there before it, by torch's allocator."""
+    step = step_of(config, world)
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    live = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    memory = memory_of(trace(config, 1, gpu=False, norm_ranks=1), config)
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_memory_is_what_the_allocator_gives(num_ranks: int, micro: int, ranks: RankPool) -> None:
+    """With the copies that oneDNN makes of a convolution's weights, of which torch's allocator has the memory."""
+    batch, data = Batch(global_size=8 * num_ranks, micro_size=micro), Data(image_size=32)
+    config = config_of(8, num_ranks, batch=batch, method=Clae.Settings(), data=data)
+    traced = trace(config, num_ranks, gpu=False, norm_ranks=num_ranks)
+    memory = memory_of(traced, config)
     kept = sum(memory.parts.get(part, 0.0) for part in ("weights", "optimiser", "images"))
-    assert memory.total == pytest.approx(max(accumulate(live)) + kept, rel=0.03)
+    buckets = traced.weight_bytes if num_ranks > 1 else 0
+    added = ranks.run(num_ranks, allocated_in_a_step, config)
+    assert memory.total == pytest.approx(max(added) + kept + buckets, rel=0.03)
 
 
 # ---- arithmetic ----
@@ -138,6 +148,25 @@ def test_seconds_of_collectives() -> None:
     slow = replace(links, measured={("all_reduce", 2): Network(1e-3, 1e-9, 0.0)}, wires=None)
     assert slow.seconds(Message("backward", "allreduce", 10**6, 2)) == pytest.approx(2e-3)
     assert links.seconds(Message("loss", "allgatherbase", 10**6, 1)) == 0
+
+
+def test_fsdp2_copies_its_units_and_takes_the_time_of_the_host_for_each() -> None:
+    """SimCLR gathers every unit for two forwards and again in the backward of each, and reduces it once."""
+    sharded, config = traced(backend="fsdp2")
+    free = {(kind, 2): Network(0.0, 0.0, 0.0) for kind in ("all_gather", "reduce_scatter", "all_reduce")}
+    links = Links(Chip("cpu", "", 0.0, 0.0, 0.0, "memory", 2, 0.0, "made up"), 2, None, free)
+    rates = Rates({"float32": math.inf}, 1e9, 0.0, "made up", unit_s=1e-3)
+    weights, units = sum(sharded.unit_bytes), len(sharded.unit_bytes)
+    for crowding in (1, 3):
+        time = step_time(sharded, config, rates, links, crowding=crowding)
+        read_and_written = {"parameters": 4 * 2 * (weights + weights / 2), "reduction": 2 * weights}
+        for part, moved in read_and_written.items():
+            assert time.communicated[part] == pytest.approx(crowding * moved / 1e9)
+        assert time.waits == pytest.approx(crowding * 5 * units * 1e-3)
+    on_a_gpu = step_time(sharded, config, rates, replace(links, chip=H100))
+    assert on_a_gpu.waits == pytest.approx(max(0.0, 5 * units * 1e-3 - sum(on_a_gpu.computed.values())))
+    ddp, config = traced()
+    assert step_time(ddp, config, rates, links).waits == 0
 
 
 def test_rates_are_found_again() -> None:
@@ -238,7 +267,8 @@ def measured_file(folder: Path, change: Callable[[dict[str, Any]], None] = lambd
     step = {"case": "a", "what": "plain: SimCLR", "median_s": 0.1, "more": {"flops": 1e9, "kernel_bytes": 1e8, "kernels": 500}}
     case, more = "the network: 2 ranks (gloo)", {"alpha_s": 1e-3, "beta_s_per_byte": 1e-9}
     networks = [{"case": case, "what": f"{kind}: x", "more": more} for kind in ("all_gather", "reduce_scatter", "all_reduce")]
-    content = {"versions": versions(), "machine": machine(torch.device("cpu")), "rows": [step, *networks]}
+    units = {"case": "units: 2 ranks (gloo)", "what": "fsdp2: x", "more": {"unit_s": 2e-4}}
+    content = {"versions": versions(), "machine": machine(torch.device("cpu")), "rows": [step, *networks, units]}
     change(content)
     path = folder / "bench.json"
     path.write_text(json.dumps(content))
@@ -251,6 +281,7 @@ def test_measured_files(tmp_path: Path) -> None:
     found = read_measured([measured_file(tmp_path)], cpu, here, force=False)
     assert found.networks["all_reduce", 2].alpha_s == 1e-3
     assert found.rates() is not None
+    assert found.unit_s == 2e-4
 
     def older(content: dict[str, Any]) -> None:
         content["versions"] = {**content["versions"], "clae-dist": "0.0.1"}
