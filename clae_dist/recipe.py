@@ -104,10 +104,10 @@ def recipe_names() -> list[str]:
     return sorted(file.with_suffix("").as_posix() for file in files if file.parts[0] != STUDIES)
 
 
-def find_recipe(recipe: str | Path) -> Path:
+def find_recipe(recipe: str | Path, argument: str = "CONFIG", below: str = "") -> Path:
     """The file of a recipe, which is given by its path or by its name in `recipe_names`; an existing file takes precedence.
 
-    Raises ConfigError for a recipe that is neither.
+    Raises ConfigError for a recipe that is neither, naming the argument, and of the recipes those that begin with `below`.
     """
     path, name = Path(recipe), str(recipe)
     if os.path.lexists(path) and not path.is_dir():
@@ -115,10 +115,11 @@ def find_recipe(recipe: str | Path) -> Path:
     names = recipe_names()
     if name in names:
         return RECIPES / f"{name}.yaml"
+    names = [name for name in names if name.startswith(below)]
     close = difflib.get_close_matches(Path(name).with_suffix("").as_posix().removeprefix("configs/"), names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise ConfigError(
-        f"CONFIG is {redact_word(name)!r}, which is neither a file nor the name of a recipe{hint}; use the path of a YAML "
+        f"{argument} is {redact_word(name)!r}, which is neither a file nor the name of a recipe{hint}; use the path of a YAML "
         f"file, or one of {', '.join(names)}."
     )
 

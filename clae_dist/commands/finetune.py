@@ -15,6 +15,7 @@ from clae_dist.escape import say
 from clae_dist.options import Parser, run_or_name, user_path
 from clae_dist.reading import ReadError, read_object
 from clae_dist.staging import url_of
+from clae_dist.wording import count_of
 
 if TYPE_CHECKING:
     from clae_dist.recipe import Recipe
@@ -93,8 +94,9 @@ def settings_of(arguments: argparse.Namespace) -> Recipe:
     from clae_dist.commands.settings import resolved, set_option
     from clae_dist.downstream.source import as_overrides
     from clae_dist.recipe import find_recipe, read_recipe
+    from clae_dist.training.sets import check_method_sets
 
-    task = find_recipe(arguments.config)
+    task = find_recipe(arguments.config, "TASK", "finetune/")
     own = read_recipe(task)
     arguments.shards = arguments.shards or None
     set_option(arguments, "shards", "data.shards")
@@ -104,7 +106,11 @@ def settings_of(arguments: argparse.Namespace) -> Recipe:
     of_source = _of_source(arguments, shards_named=shards_named)
     settings = {key: value for key, value in of_source.items() if key not in own or key == "name"}
     settings["name"] += task.stem
-    return resolved(arguments, as_overrides(settings | _of_set(arguments, settings)))
+    of_set = _of_set(arguments, settings)
+    recipe = resolved(arguments, as_overrides(settings | of_set))
+    if of_set:  # its images are here: what its training would refuse is not written either
+        check_method_sets(recipe.config)
+    return recipe
 
 
 def _of_source(arguments: argparse.Namespace, *, shards_named: bool) -> dict[str, Any]:
@@ -128,8 +134,8 @@ def _of_source(arguments: argparse.Namespace, *, shards_named: bool) -> dict[str
         return source.of_export(read_object(path / "config.json"), path)
     except (ReadError, OSError) as error:
         raise ConfigError(
-            f"SOURCE is {url_of(path) or text!r}, which is no run, no exported encoder and no timm/NAME ({error}); name one of "
-            "them."
+            f"SOURCE is {url_of(path) or text!r}, which is no run (config.yaml), no exported encoder (config.json: {error}) "
+            "and no timm/NAME; name one of them."
         ) from None
 
 
@@ -146,6 +152,11 @@ def _of_set(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str
         raise ConfigError(
             f"method.name is {method.name!r}, which is no task; name one, such as finetune/classify, or use clae train."
         )
+    if arguments.target and not method.pairs_sets:
+        raise ConfigError(
+            f"--target is {arguments.target!r}, but method.name is {method.name!r}, which has no target; use finetune/domain, "
+            "or omit --target."
+        )
     asked = [key for key in ("classes", "images", "class_counts") if recipe.origins.get(f"method.{key}") == "default"]
     if not getattr(method, "balanced", False) and "class_counts" in asked:
         asked.remove("class_counts")
@@ -154,11 +165,15 @@ def _of_set(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str
     train = training_set(recipe.config)
     if train is None:
         names = " and ".join(f"method.{key}" for key in asked)
-        raise ConfigError(f"{names} cannot be taken from plain or remote shards before they are indexed; name the value.")
+        raise ConfigError(
+            f"{names} cannot be taken from plain or remote shards before they are indexed; name the "
+            "value, or write a manifest with `python -m data_prep index`."
+        )
     known = as_training_set(recipe.config, train)
     if "classes" in asked and len(known.classes) < 2:
         raise DataError(
-            f"{known.where} has {len(known.classes)} classes; a head needs two or more: prepare one folder a class."
+            f"{known.where} has {count_of(len(known.classes), 'class', 'classes')}; a head needs two or more: prepare one "
+            "folder a class."
         )
     found = {"classes": len(known.classes), "images": known.images, "class_counts": list(known.class_counts)}
     return {f"method.{key}": found[key] for key in asked}

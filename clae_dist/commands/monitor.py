@@ -70,10 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError:
         raise ConfigError("clae monitor needs scipy, which comes with scikit-learn; pip install 'scikit-learn>=1.4'.") from None
     from clae_dist.deploy.promotion import roll_back
+    from clae_dist.deploy.thumbnails import open_images
     from clae_dist.deploy.window import read_window
     from clae_dist.escape import in_json, say
-    from clae_dist.files import write_atomically
-    from clae_dist.monitoring.monitor import Limits, Monitor, alarms, check_windows
+    from clae_dist.files import check_writable, write_atomically
+    from clae_dist.monitoring.monitor import Limits, Monitor, alarms, check_different, check_windows
     from clae_dist.monitoring.page import as_object, page
     from clae_dist.tracking.mlflow_registry import RegistryError
 
@@ -81,6 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
     limits = Limits(arguments.alpha, arguments.permutations, arguments.seed)
     monitor = Monitor(read_window(arguments.reference), limits)
     windows = [read_window(path) for path in arguments.windows]
+    check_different(monitor.reference, windows)
+    if arguments.to:
+        check_writable(arguments.to.absolute().parent)
+    if arguments.images:
+        open_images(arguments.images, arguments.split, windows[-1])
     verdicts = list(check_windows(monitor, windows, (lambda _: None) if arguments.json else say))
     raised = alarms(verdicts, limits.alpha)
     if arguments.to:

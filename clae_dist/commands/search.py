@@ -41,8 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     from clae_dist.deploy.search import page, search
     from clae_dist.deploy.window import read_window
     from clae_dist.escape import in_json, say
-    from clae_dist.files import write_atomically
+    from clae_dist.files import check_writable, write_atomically
 
+    if arguments.to:
+        check_writable(arguments.to.absolute().parent)
     index = read_window(arguments.index)
     hits = search(index, load_encoder(arguments.encoder, trust=arguments.trust), arguments.queries, arguments.k)
     if arguments.to:

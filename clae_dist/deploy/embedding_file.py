@@ -18,11 +18,12 @@ from clae_dist.data.images import Images
 from clae_dist.deploy.embedding import LOOKS, EmbeddedBatch, check_batch_size
 from clae_dist.deploy.embedding_parts import batches_of, embed_in_parts
 from clae_dist.deploy.encoder import Encoder
-from clae_dist.errors import ConfigError
+from clae_dist.errors import ConfigError, DataError
 from clae_dist.evaluation.journal import Journal
 from clae_dist.files import check_writable, replacing
 from clae_dist.lease import hold
 from clae_dist.storage import writing
+from clae_dist.wording import count_of
 from clae_dist.world import World
 
 FORMAT = "clae-dist embeddings 1"
@@ -184,6 +185,12 @@ def _join(
                 file.add(batch, [images.ids[i] for i in batch.positions.tolist()], _label_names(images, batch))
             num_rows += len(batch.positions)
             bad |= batch.bad
+        if bad and not num_rows:
+            journal.remove()
+            raise DataError(
+                f"none of {count_of(len(images), 'image')} can be decoded ({next(iter(bad.values()))}); {target} is not "
+                "written; give images (JPEG, PNG, WebP, …)."
+            )
         with writing(target):
             file.close()
     journal.remove()

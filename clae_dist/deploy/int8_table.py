@@ -13,7 +13,11 @@ def int8_summary(report: Mapping[str, Any]) -> str:
     words = f"{size:.1f} times smaller, {one['int8']:.2f} ms an image ({one['float32']:.2f} ms in float32)"
     if problem := report.get("no_accuracies"):
         return f"{words}; no accuracies: {problem}"
-    return f"{words}; kNN agrees on {report['knn_agreement']['percent']:.1f} % of {report['images']['test']:,} images"
+    linear = {name: report["linear"][name]["percent"] for name in ("float32", "old_head")}
+    return (
+        f"{words}; kNN agrees on {report['knn_agreement']['percent']:.1f} % of {report['images']['test']:,} images; the linear "
+        f"classifier of float32 is right on {linear['old_head']:.1f} % ({linear['float32']:.1f} % in float32)"
+    )
 
 
 def int8_section(report: Mapping[str, Any]) -> str:

@@ -73,6 +73,7 @@ def roll_back(registry: Registry, reason: str, say: Say) -> None:
     """Give `champion` to the version that `previous` names. Raises RegistryError if there is none."""
     previous, champion = registry.version_of(PREVIOUS), registry.aliased(CHAMPION)
     if previous is None:
+        registry.check_exists()
         raise RegistryError(
             f"model {registry.name!r} has no alias {PREVIOUS!r} at {registry.address}, so nothing to roll back to."
         )

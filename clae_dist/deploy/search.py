@@ -33,6 +33,9 @@ def search(index: Window, encoder: Encoder, queries: list[Path], k: int) -> list
     """
     if index.facts.get("weights") != encoder.weights_digest():
         raise ConfigError(f"{index.name!r} was embedded by another encoder than --encoder; embed the images with this one.")
+    missing = [str(path) for path in queries if not path.is_file()]
+    if missing:
+        raise DataError(f"IMAGE is {missing[0]!r}, which is no file; name an image (JPEG, PNG, WebP, …).")
     features = torch.from_numpy(embed([str(path) for path in queries], encoder, num_workers=0, on_undecodable="nan"))
     bad = [str(path) for path, row in zip(queries, features, strict=True) if row.isnan().any()]
     if bad:

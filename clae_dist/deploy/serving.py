@@ -47,7 +47,7 @@ class Service:
         Raises DataError with a message that is safe to send back to the client.
         """
         if not 0 < len(rows) <= MAX_IMAGES:
-            raise DataError(f"the request has {len(rows)} images; send 1 to {MAX_IMAGES}.")
+            raise DataError(f"the request has {len(rows)} images; send 1 to {MAX_IMAGES}, in a column image or path.")
         views = torch.stack([self._view(number, row) for number, row in enumerate(rows)])
         with frozen(self._encoder):
             features_nF = self._encoder(views.float() / 255)

@@ -21,6 +21,7 @@ from clae_dist.evaluation.place import evenly
 from clae_dist.evaluation.protocol import EvaluationProtocol, Subject
 from clae_dist.evaluation.tuning import HEADS, Head, tuned
 from clae_dist.runs.checkpoint.safetensors_file import weights_digest
+from clae_dist.wording import count_of
 
 ATTACKS = ("fgsm", "pgd", "autoattack")  # from weak to strong
 _GUESS_STEPS = 10  # of the attack that tells which batches AutoAttack will take long for
@@ -147,6 +148,9 @@ class Robust(EvaluationProtocol):
             return self._costs(classifier, subject, parts, trials, missing)
 
         label = f"attacks on {head.upper()}, {subject.when}"
+        if place.world.is_main:  # the first batch may take an hour
+            passes = "; AutoAttack takes about 7,000 passes for each that stands it" if "autoattack" in own.attacks else ""
+            place.say(f"{label}: {count_of(len(trials), 'attack')} on {count_of(len(rows), 'image')}{passes}")
         journal = place.shared(key, len(parts), work, label, own.batch, len(rows), costs=costs)
         found = [tensors for _, tensors in journal]
         return _metrics(head, {name: torch.cat([one[name] for one in found]) for name in found[0]}, trials)

@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from clae_dist.errors import ConfigError
 from clae_dist.models.batch_norm import GlobalBatchNorm
 from clae_dist.models.norms import RoutedNorm, statistics_on_copies
+from clae_dist.wording import count_of
 
 
 def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -48,10 +50,18 @@ def freeze_first(encoder: nn.Module, trained_blocks: int) -> list[nn.Module]:
 
     Args:
         trained_blocks: -1: all is trained; 0: nothing.
+
+    Raises ConfigError for more blocks than the encoder has.
     """
     if trained_blocks < 0:
         return []
-    first = len(encoder_blocks(encoder)) - trained_blocks + 1
+    count = len(encoder_blocks(encoder))
+    if trained_blocks > count:
+        raise ConfigError(
+            f"method.blocks is {trained_blocks}, but the encoder has {count_of(count, 'block')}; use at most {count}, or -1 "
+            "for the whole encoder."
+        )
+    first = count - trained_blocks + 1
     for parameter, depth in depths(encoder).items():
         parameter.requires_grad_(trained_blocks > 0 and depth >= first)
     asked = [encoder, *encoder_blocks(encoder), *(module for module in encoder.modules() if not list(module.children()))]

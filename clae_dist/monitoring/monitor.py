@@ -28,6 +28,7 @@ from clae_dist.monitoring.two_sample import (
     mmd_test,
     witness,
 )
+from clae_dist.wording import count_of
 
 DECIDING = ("mmd", "classifier")  # the tests that can raise the alarm
 LEAST_REFERENCE, LEAST_WINDOW = 500, 50
@@ -72,8 +73,8 @@ class Monitor:
         """Raises ConfigError for a reference of too few rows."""
         if len(reference) < LEAST_REFERENCE:
             raise ConfigError(
-                f"the reference {reference.name!r} has {len(reference)} rows; give at least {LEAST_REFERENCE}, better "
-                f"{GOOD_REFERENCE}."
+                f"the reference {reference.name!r} has {count_of(len(reference), 'row')}; give at least "
+                f"{LEAST_REFERENCE}, better {GOOD_REFERENCE}."
             )
         self.reference, self.limits = reference, limits
         order = torch.randperm(len(reference), generator=self._generator())
@@ -92,7 +93,8 @@ class Monitor:
         check_same_encoder(self.reference, window)
         if len(window) < LEAST_WINDOW:
             raise ConfigError(
-                f"the window {window.name!r} has {len(window)} rows; give at least {LEAST_WINDOW}, better {GOOD_WINDOW}."
+                f"the window {window.name!r} has {count_of(len(window), 'row')}; give at least "
+                f"{LEAST_WINDOW}, better {GOOD_WINDOW}."
             )
         generator = self._generator()
         features = window.features
@@ -126,6 +128,19 @@ class Monitor:
         return self._floors[size]
 
 
+def check_different(reference: Window, windows: Sequence[Window]) -> None:
+    """Raise ConfigError for files with the same rows: one window given twice would be two suspect windows in a row."""
+    before = [reference]
+    for window in windows:
+        for other in before:
+            if torch.equal(other.features, window.features):
+                raise ConfigError(
+                    f"{window.name!r} has the same rows as {other.name!r}; give the reference and each window once, the oldest "
+                    "window first."
+                )
+        before.append(window)
+
+
 def check_windows(monitor: Monitor, windows: Sequence[Window], say: Callable[[str], None]) -> Iterator[Verdict]:
     """The verdict of each window in order."""
     for window in windows:
@@ -152,6 +167,6 @@ def line_of(verdict: Verdict, alpha: float) -> str:
     said = f"differs by {' and '.join(suspects)}" if suspects else "no difference that counts"
     return (
         f"{verdict.name}: {verdict.rows:,} rows: {said} (MMD² {mmd.effect:.2g}, p {mmd.p:.2g}; classifier AUROC "
-        f"{area.effect:.3f}, p {area.p:.2g}; components p {components.p:.2g}; {distance.effect:.1%} beyond the reference's "
-        f"99 % distance, p {distance.p:.2g}{''.join(f'; {text}' for text in looks)})"
+        f"{area.effect:.3f}, p {area.p:.2g}; components p {components.p:.2g}; {100 * distance.effect:.1f} % beyond the "
+        f"reference's 99 % distance, p {distance.p:.2g}{''.join(f'; {text}' for text in looks)})"
     )

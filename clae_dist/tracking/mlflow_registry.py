@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from clae_dist.data.urls import uri_without_secrets
 from clae_dist.errors import BAD_CONFIG, ClaeError
@@ -17,6 +18,7 @@ from clae_dist.tracking.mlflow_model import write_model
 from clae_dist.tracking.tracker import Refused, brief
 
 CHAMPION, PREVIOUS = "champion", "previous"
+_SHOWN = 20  # models that a message names
 _WEIGHTS, _FACTS = "clae.weights", "clae.facts"
 
 
@@ -43,6 +45,11 @@ class Registry:
         require_mlflow()
         self.name, self.address = name, f"MLflow at {uri_without_secrets(uri)}"
         self._uri = uri
+        if urlsplit(uri).scheme in ("", "file"):
+            raise RegistryError(
+                f"{self.address} is a folder, and a registry of models needs a database; use --uri sqlite:///FILE.db, or a "
+                "server such as http://host:5000."
+            )
         problem = store_problem(uri)
         if problem:
             raise RegistryError(f"{self.address} {problem}; nothing was changed.")
@@ -66,6 +73,16 @@ class Registry:
         with self._asking():
             found = self._client.search_model_versions(f"name = '{self.name}'")
         return {str(one.version): _version(one) for one in found}
+
+    def check_exists(self) -> None:
+        """Raise RegistryError if there is no such model, naming those that are there."""
+        with self._asking():
+            known = [one.name for one in self._client.search_registered_models(max_results=_SHOWN)]
+            if self.name in known or self._client.search_registered_models(f"name = '{self.name}'"):
+                return
+        raise RegistryError(
+            f"{self.address} has no model {self.name!r}; it has {', '.join(sorted(known)) or 'none'}. `clae promote` makes one."
+        )
 
     def aliased(self, alias: str) -> str:
         """The number that the alias names, "" for none. The version may have been deleted."""

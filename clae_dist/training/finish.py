@@ -101,7 +101,10 @@ def export(
     say(f"wrote {folder}; its README.md shows how to load it")
     problem = description["timm_problem"]
     loads = f'timm.create_model("local-dir:{folder}", pretrained=True) loads it'
-    say(f"not in timm's own layout: {problem}" if problem else loads)
+    if not problem:
+        say(loads)
+    elif "timm" in contents.formats:
+        say(f"not in timm's own layout: {problem}")
     if onnx := description.get("onnx"):
         say(f"{GRAPH}: features differ from torch's by at most {onnx['difference']:.1e} ({onnx['compared_on']})")
     if "onnx-int8" in contents.formats:

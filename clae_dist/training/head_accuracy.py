@@ -69,6 +69,8 @@ def head_accuracy(session: Session, backend: Backend, sets: Sets, *, limit: int)
             continue
         right = _right(logits, manifest.classes, classes)
         if right is None:
+            reason = f"no labelled image in {split!r}" if split in manifest.splits else f"no split {split!r}"
+            session.say(f"no {prefix}accuracy: {manifest.where} has {reason}")
             continue
         metrics |= {f"{prefix}{name}": value for name, value in accuracy_metrics(100 * float(right.mean()), len(right)).items()}
         if config.data.long_tail and not number:

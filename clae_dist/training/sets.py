@@ -54,6 +54,13 @@ def check_sets(config: Config) -> Manifest | None:
     return found[0]
 
 
+def check_method_sets(config: Config) -> None:
+    """Raise DataError or ConfigError if the method cannot be trained on these sets, as far as their manifests tell."""
+    found = _known_sets(config)
+    if found is not None:
+        _check_method(config, *found)
+
+
 def training_set(config: Config) -> Manifest | None:
     """`check_sets`, but whatever the number of its classes and images."""
     found = _known_sets(config)
@@ -82,8 +89,12 @@ def _known_sets(config: Config) -> tuple[Manifest, Manifest] | None:
 def _check_split(config: Config, train: Manifest, main: Manifest) -> None:
     """Raise DataError if the training split has too few images, or no labels for a method that needs them; ConfigError if the
     method's settings do not suit the set."""
+    Plan.of(config, train.num_samples(config.data.train_split))
+    _check_method(config, train, main)
+
+
+def _check_method(config: Config, train: Manifest, main: Manifest) -> None:
     split, method = config.data.train_split, config.method
-    Plan.of(config, train.num_samples(split))
     if method.pairs_sets and list(config.data.mixture.values()) != [0.5]:
         shares = redact_text(str(config.data.mixture))
         raise ConfigError(

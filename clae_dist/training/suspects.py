@@ -43,7 +43,10 @@ def write_suspects(config: Config, state: Mapping[str, torch.Tensor], train: Man
         lines.append(json.dumps(record) + "\n")
     with writing(folder.suspects_file):
         write_atomically(folder.suspects_file, "".join(lines).encode())
-    return f"{len(doubted):,} of {len(labels):,} labels are doubted: {folder.suspects_file}"
+    line = f"{len(doubted):,} of {len(labels):,} labels are doubted: {folder.suspects_file}"
+    if 2 * len(doubted) > len(labels):
+        line += " (more than half: the classifier or the encoder has learnt too little to judge labels; train longer)"
+    return line
 
 
 def _place(train: Manifest, split: str, shard: int, row: int) -> dict[str, str | int]:

@@ -94,3 +94,8 @@ def test_a_step_takes_the_rate_of_each_depth() -> None:
     rates = {group["lr"] for group in backend._optimizer().param_groups}
     assert max(rates) == 2.0
     assert {rate / 2 for rate in rates} >= {0.5, 0.25}
+
+
+def test_more_blocks_than_the_encoder_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="method.blocks is 99, but the encoder has 12 blocks; use at most 12"):
+        build_model(settings(ClassifySettings(classes=C, blocks=99), model=Model(encoder="timm/vit_tiny_patch16_224")))

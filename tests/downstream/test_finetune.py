@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from clae_dist.recipe import Recipe, resolve
 from clae_dist.runs.checkpoint import SharedCheckpoint, load_checkpoint
 from clae_dist.training.sets import check_sets
 from clae_dist.training.suspects import write_suspects
+from clae_dist.training.train import train as train_here
 from clae_dist.world import World
 from tests import processes
 from tests.ranks import RankPool
@@ -222,7 +224,7 @@ def test_a_long_tail_weighs_its_classes(undisturbed: Undisturbed, colours: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nowhere", "finetune/classify"), "SOURCE is 'nowhere', which is no run, no exported encoder and no timm/NAME"),
+        (("nowhere", "finetune/classify"), "SOURCE is 'nowhere', which is no run"),
         (("RUN", "cifar10/simclr"), "method.name is 'simclr', which is no task; name one"),
         (("RUN", "finetune/classify", "method.classes=1"), "method.classes is 1; use at least 2"),
         (("RUN", "finetune/domain"), r"data.mixture is {}, but method.name=domain takes half of every batch from a source"),
@@ -272,3 +274,36 @@ def assert_same_weights(one: Path, other: Path) -> None:
     states = [SharedCheckpoint(checkpoint, World.single("cpu")).state()["model"] for checkpoint in found if checkpoint]
     assert len(states) == 2
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["finetune/classify", "--target", "elsewhere"], "--target is 'elsewhere', but method.name is 'classify'"),
+        (["finetune/domain"], "name one target with the share 0.5"),
+        (["finetune/noisy", "method.images=7"], "method.images is 7"),
+        (["classify"], "TASK is 'classify', .*did you mean finetune/classify.*one of finetune/adversarial"),
+    ],
+)
+def test_nothing_is_written_that_training_would_refuse(
+    undisturbed: Undisturbed, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    to = tmp_path / "task.yaml"
+    assert main(["finetune", str(undisturbed(1)), *words, f"data.shards={colours}", "--write", str(to)]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not to.exists()
+
+
+def test_a_set_without_a_test_split_is_said_to_give_no_accuracy(
+    ranks: RankPool, undisturbed: Undisturbed, colours: Path, tmp_path: Path
+) -> None:
+    words = [*SHORT, f"data.shards={colours}", "data.test_split=val", f"run_dir={tmp_path / 'run'}"]
+    config = settings(undisturbed(1), "finetune/classify", *words).config
+    assert f"no accuracy: {colours} has no split 'val'" in ranks.run(1, said_while_training, _evaluated(config))[0]
+    assert "accuracy" not in metrics(tmp_path / "run")
+
+
+def said_while_training(world: World, config: Config) -> str:
+    console = io.StringIO()
+    train_here(Recipe(config), world, console)
+    return console.getvalue()

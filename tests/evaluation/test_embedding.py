@@ -147,6 +147,13 @@ def test_the_command_skips_and_counts_undecodable_images(
     target = tmp_path / f"features.{suffix}"
     assert main(["embed", str(export), str(tmp_path / "images"), "--to", str(target), "--batch-size", "2"]) == 0
     assert "1 of 5 images cannot be decoded and is skipped" in capsys.readouterr().out
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "one.jpg").write_bytes(b"no picture")
+    before = sorted(tmp_path.iterdir())
+    assert main(["embed", str(export), str(broken), "--to", str(tmp_path / "none.npy")]) == 3
+    assert "none of 1 image can be decoded" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before  # neither an empty file nor its parts
     features, ids, labels, facts = read(target)
     assert (features.shape, ids, labels) == ((4, 256), ["0/0.png", "0/4.png", "1/1.png", "1/3.png"], [None] * 4)
     assert facts["ids_are"] == "paths"

@@ -175,11 +175,13 @@ def test_two_promotions_at_once_are_noticed(
 def test_aliases_of_deleted_versions_and_ways_back_that_are_none(
     make: Callable[..., Path], registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RegistryError, match="no alias 'previous'"):
+    with pytest.raises(RegistryError, match=f"has no model '{registry.name}'; it has "):
         promotion.roll_back(registry, "", print)
     run = evaluated(make(), 60.0)
     config = promotion.RunFolder(run).read_config()
     promotion.promote(run, config, {}, registry, print)
+    with pytest.raises(RegistryError, match="no alias 'previous'"):
+        promotion.roll_back(registry, "", print)
     monkeypatch.setattr(Registry, "versions", lambda self: {})  # MLflow drops such aliases itself; another store may not
     with pytest.raises(RegistryError, match="names version 1, which was deleted"):
         registry.version_of(CHAMPION)
@@ -310,3 +312,9 @@ def test_on_a_team_server(make: Callable[..., Path], tmp_path: Path, capsys: pyt
         found = registry._client.get_model_version("plants", "2")
         folder = registry._client.download_artifacts(found.run_id, found.source.partition("/artifacts/")[2], str(tmp_path))
         assert load_encoder(folder).weights_digest() == registry.versions()["2"].weights
+
+
+@pytest.mark.parametrize("uri", ["file:///somewhere/mlruns", "mlruns"])
+def test_a_folder_is_no_registry(uri: str) -> None:
+    with pytest.raises(RegistryError, match=r"is a folder, and a registry of models needs a database; use --uri sqlite"):
+        Registry(uri, "plants")

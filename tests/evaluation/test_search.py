@@ -74,6 +74,7 @@ def test_what_cannot_be_used(make_run: MakeRun, images: Path, tmp_path: Path, ca
     for words, code, said in (
         ([query, "--encoder", str(other)], BAD_CONFIG, "was embedded by another encoder"),
         ([str(tmp_path / "broken.png"), "--encoder", str(run)], BAD_DATA, "cannot be decoded"),
+        ([str(tmp_path / "gone.png"), "--encoder", str(run)], BAD_DATA, "gone.png', which is no file"),
         ([query, "--encoder", str(run), "-k", "0"], BAD_CONFIG, "-k is 0"),
         ([query, "--encoder", str(run), "--images", str(images)], BAD_CONFIG, "add --to"),
         (
