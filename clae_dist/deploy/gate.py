@@ -132,8 +132,11 @@ def failures(gate: Gate, candidate: Facts, champion: Facts | None) -> list[str]:
     found = []
     for name, rules in gate.items():
         if name not in candidate.metrics:
-            known = ", ".join(sorted(candidate.metrics)) or "none"
-            raise ConfigError(f"the gate names {name!r}, which the evaluation does not have; known: {known}.")
+            known = ", ".join(sorted({*candidate.metrics, LATENCY, ONNX}))
+            raise ConfigError(
+                f"the gate names {name!r}, which the evaluation does not have; known: {known}, and int8/… after `clae export "
+                "RUN --format onnx-int8`."
+            )
         value = candidate.metrics[name]
         for rule, limit in rules.items():
             if rule in ("at_least", "at_most"):
