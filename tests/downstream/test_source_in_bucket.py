@@ -51,7 +51,7 @@ def test_an_export_in_a_bucket_is_a_source(
 
 
 def test_urls_that_are_no_source(bucket: ObjectServer, shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match=f"SOURCE is '{URL}', which is no run, no exported encoder and no timm/NAME"):
+    with pytest.raises(ConfigError, match=f"SOURCE is '{URL}', which is no run .*, no exported encoder .* and no timm/NAME"):
         settings(URL, "finetune/classify", f"data.shards={shards.folder}")
     config = settings("timm/resnet18", "finetune/classify", f"data.shards={shards.folder}")
     nowhere = replace(config, model=replace(config.model, init=URL))
