@@ -94,6 +94,7 @@ def _leaves_no_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iter
     multiprocessing.util.get_temp_dir()  # of this process, which removes it at its own end
     temporary = tempfile.TemporaryDirectory(prefix="clae-", ignore_cleanup_errors=True)
     with temporary as folder, pytest.MonkeyPatch.context() as patch:
+        Path(folder).chmod(0o755)  # PostgreSQL has a user of its own
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield

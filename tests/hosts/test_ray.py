@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,8 +132,10 @@ def test_a_lost_host_shrinks_the_run_and_its_return_grows_it(
     run_dir = tmp_path / "run"
     process = cluster.submit(recipe, [f"run_dir={run_dir}", *(f"train.{key}={value}" for key, value in LONG.items()), *elastic])
     wait_for(run_dir, "step   5/120", [process])
+    begin = time.monotonic()
     disturb(cluster)
     shrunk = wait_for(run_dir, "ranks: 2 on 2 hosts", [process], timeout_s=400)
+    print(f"{time.monotonic() - begin:.1f} s to a new start")
     _return(cluster)
     code, said = finish(process, timeout_s=600)
     assert code == 0, said
