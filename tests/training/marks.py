@@ -1,4 +1,4 @@
-"""What it costs to know which rank is slow: the line of the record.
+"""The cost of telling which rank is slow: the line of the record.
 
     python -m tests.training.marks SHARDS [key=value …]
 
