@@ -31,7 +31,7 @@ from clae_dist.planner.measured import Here, Measured, read_measured
 from clae_dist.planner.memory import memory_of
 from clae_dist.planner.network import Links
 from clae_dist.planner.plan import Request, make_plan
-from clae_dist.planner.table import Chip, chip_names, chip_of, network_of
+from clae_dist.planner.table import UNIT_S, Chip, chip_names, chip_of, network_of
 from clae_dist.planner.timing import Rates, Sample, fit_rates, step_time
 from clae_dist.planner.trace import Traced, _trace, between, trace
 from clae_dist.planner.work import Amount, Bin, Message
@@ -167,6 +167,11 @@ def test_fsdp2_copies_its_units_and_takes_the_time_of_the_host_for_each() -> Non
     assert on_a_gpu.waits == pytest.approx(max(0.0, 5 * units * 1e-3 - sum(on_a_gpu.computed.values())))
     ddp, config = traced()
     assert step_time(ddp, config, rates, links).waits == 0
+
+
+def test_a_measured_unit_replaces_the_assumed_one() -> None:
+    assert request(config_of(), 2).rates.unit_s == UNIT_S
+    assert request(config_of(), 2, measured=Measured(unit_s=2e-4)).rates.unit_s == 2e-4
 
 
 def test_rates_are_found_again() -> None:
