@@ -132,7 +132,7 @@ def failures(gate: Gate, candidate: Facts, champion: Facts | None) -> list[str]:
     found = []
     for name, rules in gate.items():
         if name not in candidate.metrics:
-            known = ", ".join(sorted({*candidate.metrics, LATENCY, ONNX}))
+            known = ", ".join(sorted({*candidate.metrics, *_MEASURED}))
             raise ConfigError(
                 f"the gate names {name!r}, which the evaluation does not have; known: {known}, and int8/… after `clae export "
                 "RUN --format onnx-int8`."
