@@ -21,13 +21,14 @@ UNAUTHORIZED, DENIED, INVALID, PAYS = "401", "403", "400", "requester pays"
 REFRESH, CLOCK = "invalid_grant", "invalid_grant, iat and exp"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CONNECT_S, _REQUEST_S = 10.0, 300.0
+_NONE_FOUND = ("Your default credentials were not found", "Could not automatically determine credentials")
 _SMALL_BYTES = 5 << 20  # gcsfs puts smaller files in one request
 _BOUNDARY = b"--==0=="  # of the parts of such a request
 _PERMISSION = re.compile(r"\bstorage\.\w+\.\w+\b")
 
 
 class CredentialsError(PermissionError):
-    """GOOGLE_APPLICATION_CREDENTIALS names no file with credentials."""
+    """There is something in the place of credentials that cannot be read."""
 
 
 def make_client(timeout_s: float, **options: Any) -> Any:
@@ -102,10 +103,10 @@ def _default_credentials() -> Any:
     try:
         return google.auth.default(scopes=[_SCOPE])[0]
     except DefaultCredentialsError as error:
-        if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-            text = redact_text(str(error.args[0] if error.args else error))[:160].rstrip(".")
-            raise CredentialsError(f"GOOGLE_APPLICATION_CREDENTIALS cannot be used ({text})") from None
-        return None
+        text = str(error.args[0])
+        if text.startswith(_NONE_FOUND):
+            return None
+        raise CredentialsError(f"Google's default credentials cannot be used ({redact_text(text)[:160].rstrip('.')})") from None
 
 
 @lru_cache(maxsize=1)

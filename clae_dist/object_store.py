@@ -45,7 +45,7 @@ _FINAL = (
     *(google_storage.INVALID, google_storage.PAYS),
 )
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # clients' errors
-_ADDRESSES = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}
+_ADDRESSES = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST if it is set"}
 T = TypeVar("T")
 
 
@@ -219,7 +219,7 @@ class Store:
         if type(error).__name__ in _NO_CREDENTIALS or (code == google_storage.UNAUTHORIZED and self._is_anonymous()):
             return StoreError(where, "there are no credentials", _CREDENTIALS[self._scheme])
         if isinstance(error, google_storage.CredentialsError):
-            return StoreError(where, str(error), "correct it for every rank")
+            return StoreError(where, str(error), "set GOOGLE_APPLICATION_CREDENTIALS to a file of this machine, for every rank")
         if code in _WRONG_CREDENTIALS:
             return StoreError(where, f"the credentials are not accepted ({code})", _CREDENTIALS[self._scheme])
         if code == "NoSuchBucket":
@@ -231,9 +231,7 @@ class Store:
             return StoreError(where, f"access is denied{f' ({code})' if code else ''}", way_out)
         if code == google_storage.INVALID:
             return StoreError(where, f"the store refuses the request ({reason})", "correct the name, or give another run_dir")
-        address = _ADDRESSES[self._scheme]
-        shown = f" and {address}" if self._scheme == "s3" or os.environ.get(address) else ""
-        return StoreError(where, reason, f"check the network{shown}")
+        return StoreError(where, reason, f"check the network and {_ADDRESSES[self._scheme]}")
 
 
 def store_of(folder: Path, retry_s: float = 0.0) -> Store | None:

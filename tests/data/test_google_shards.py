@@ -59,5 +59,5 @@ def test_what_a_retry_cannot_fix_is_named_at_once(
 def test_a_file_without_credentials_is_named(bucket: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec.config, "conf", {})
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "absent.json"))
-    with pytest.raises(DataError, match=r"GOOGLE_APPLICATION_CREDENTIALS cannot be used \(File .*absent.json was not found"):
+    with pytest.raises(DataError, match=r"Google's default credentials cannot be used \(File .*absent.json was not found"):
         batches(settings(URL, tmp_path / "cache", retries=8))

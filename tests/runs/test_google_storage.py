@@ -222,9 +222,9 @@ def test_refusals_of_tokens(bucket: ObjectServer, account: Path, tokens: Tokens)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, r"GOOGLE_APPLICATION_CREDENTIALS cannot be used \(File /.*account.json was not found"),
-        ("{", r"GOOGLE_APPLICATION_CREDENTIALS cannot be used"),
-        ('{"type": "service_account", "private_key": "canary"}', r"GOOGLE_APPLICATION_CREDENTIALS cannot be used"),
+        (None, r"Google's default credentials cannot be used \(File /.*account.json was not found"),
+        ("{", r"Google's default credentials cannot be used \(File /.*account.json is not a valid json file\); set GOOGLE"),
+        ('{"type": "service_account", "private_key": "canary"}', r"Google's default credentials cannot be used"),
     ],
     ids=["no file", "no JSON", "no account"],
 )
