@@ -186,7 +186,7 @@ def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Netw
 
 
 def measure_unit(world: World, settings: GatherBench) -> list[Row]:
-    """What FSDP2's units cost beside their messages."""
+    """Costs of FSDP2's units beside their messages."""
     name = "fsdp2"
     times = time_together(world, unit_calls(world), settings.repeats)
     case = f"units without parameters to speak of: {world.size} ranks ({world.collectives})"

@@ -1,4 +1,4 @@
-"""What FSDP2 costs besides messages: the host's time for units and their parameters, and the rate of its copies."""
+"""Costs of FSDP2 besides messages: the time of the host for units and their parameters, and the rate of copies."""
 
 from __future__ import annotations
 

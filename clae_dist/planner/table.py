@@ -26,7 +26,7 @@ USABLE_MEMORY = 0.92  # without CUDA's context, NCCL's buffers, and what the all
 
 @dataclass(frozen=True)
 class Fsdp2Costs:
-    """What FSDP2 costs besides messages: seconds of the host, and the rate at which it copies units to buffers and back."""
+    """Costs of FSDP2 besides messages: seconds of the host, and the rate at which it copies units to buffers and back."""
 
     unit_s: float = 5e-4  # a unit that is gathered or reduced
     parameter_s: float = 3e-5  # a parameter of such a unit
