@@ -138,13 +138,13 @@ class Store:
         path = self._path(name)
         return int(self._call(name, lambda fs: fs.info(path, refresh=True))["size"])
 
-    def entries(self, prefix: str = "") -> dict[str, Entry]:
-        """All objects below the folder `prefix`, by their names relative to this store's URL."""
+    def entries(self, prefix: str = "", beginning: str = "") -> dict[str, Entry]:
+        """All objects below the folder `prefix` whose names in it begin so, by names relative to this store's URL."""
         path = self._path(prefix)
 
         def find(fs: Any) -> Any:
             fs.invalidate_cache()
-            return fs.find(path, detail=True)
+            return fs.find(path, detail=True, prefix=beginning)
 
         try:
             found = self._call(prefix, find)

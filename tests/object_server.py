@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto's), and a proxy before it that slows down, fails and cuts as a test tells it."""
+"""An S3 server (moto's), and a proxy before it that slows down, fails and cuts as a test tells it."""
 
 from __future__ import annotations
 
@@ -63,12 +63,13 @@ class ObjectServer:
     port: int
     faults: Faults
     client: Any  # boto3's, past the proxy
+    address: str = "127.0.0.1"
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables with which s3fs finds the server."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.address}:{self.port}",
             "AWS_ACCESS_KEY_ID": KEY_ID,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -100,8 +101,8 @@ class ObjectServer:
 
 
 @contextmanager
-def serve_objects() -> Iterator[ObjectServer]:
-    """A server with one bucket, until the block ends."""
+def serve_objects(address: str = "127.0.0.1") -> Iterator[ObjectServer]:
+    """A server with one bucket, whose proxy listens on `address`, until the block ends."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -113,12 +114,12 @@ def serve_objects() -> Iterator[ObjectServer]:
 
     methods = {f"do_{name}": _Proxy._forward for name in ("GET", "PUT", "POST", "DELETE", "HEAD")}
     handler = type("Handler", (_Proxy,), {"upstream": direct_port, "state": faults, **methods})
-    proxy = _Server(("127.0.0.1", 0), handler)
+    proxy = _Server((address, 0), handler)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{direct_port}", **keys)
-    server = ObjectServer(proxy.server_port, faults, client)
+    server = ObjectServer(proxy.server_port, faults, client, address)
     client.create_bucket(Bucket=BUCKET)
     try:
         yield server

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, autoscaling_coordinator_client
 
 from clae_dist.escape import shown
+from clae_dist.launchers.ray import CHANGE
 from clae_dist.runs.exclusion import excluded_hosts, why_excluded
 from clae_dist.runs.folder import RunFolder
-from clae_dist.runs.mirror import fetch_ends
+from clae_dist.runs.mirror import add_to_console, ask_to_stop, fetch_ends, stop_asked
+from clae_dist.staging import staging_folder, url_of
 from clae_dist.training.guard import TAKEN_AWAY
 
 _CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
@@ -28,7 +31,6 @@ _PAUSE_S = 0.2
 _FETCH_S = 5.0  # between looks at object storage
 _EXCLUDED = "It is excluded."
 _STILL_USED = "There is no room without it, so that it is still used: add a host, and remove this one with `ray drain-node`."
-CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
 
 
 class WorkingSizes(ElasticScalingPolicy):
@@ -39,12 +41,18 @@ class WorkingSizes(ElasticScalingPolicy):
 
     def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], stop_file: Path, check_every_s: float) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._stop_file, self._check_every_s = sizes, stop_file, check_every_s
+        self._sizes, self._check_every_s = sizes, check_every_s
+        self._folder, self._url = stop_file.parent, url_of(stop_file.parent)
         self._checked = float("-inf")
         self._more_at = 0  # a larger size that was possible at the last check, too
         self._excluded: list[str] = []  # nodes
         self._said: set[str] = set()
         self._fetched = float("-inf")
+
+    @property
+    def _stop_file(self) -> Path:
+        """In the run folder, or where this process, whose environment is not that of the submitter, stages the run's URL."""
+        return RunFolder(staging_folder(self._url) if self._url else self._folder).stop_file
 
     def after_controller_start(self, train_run_context: Any) -> None:
         # The claim of a controller that was killed stands, for 180 s if Ray has its way: the run that takes its place waits.
@@ -82,8 +90,8 @@ class WorkingSizes(ElasticScalingPolicy):
     def _say(self, line: str) -> None:
         """Append a line to the run's console, once."""
         if line not in self._said:
-            with RunFolder(self._stop_file.parent).console_file.open("a") as file:
-                file.write(f"{shown(line)}\n")
+            with suppress(OSError):
+                add_to_console(self._stop_file.parent, f"{shown(line)}\n")
         self._said.add(line)
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> dict[str, str] | None:
@@ -93,10 +101,12 @@ class WorkingSizes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:
         self._maybe_send_resource_request()
         now = time.monotonic()
-        if now - self._checked >= self._check_every_s and not self._stop_file.exists():
+        if now - self._checked >= self._check_every_s:
             self._checked = now
-            if reason := self._why_change(worker_group_state):
-                self._stop_file.write_text(CHANGE + reason)
+            folder = self._stop_file.parent
+            with suppress(OSError):  # the next check tries again
+                if (reason := self._why_change(worker_group_state)) and not stop_asked(folder):
+                    ask_to_stop(folder, CHANGE + reason)
         return NoopDecision()
 
     def _why_change(self, running: Any) -> str:
