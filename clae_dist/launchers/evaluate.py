@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import platform
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clae_dist.cores import threads_per_rank
-from clae_dist.errors import OK, ClaeError, ConfigError
+from clae_dist.errors import OK, CheckpointError, ClaeError, ConfigError
 from clae_dist.escape import say, shown
 from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.torchrun import num_ranks, say_once
+from clae_dist.runs.copies import copied
 from clae_dist.runs.folder import RunFolder
+from clae_dist.staging import copy_folder, url_of
 from clae_dist.training.finish import Request, evaluate
 from clae_dist.world import connect
 
@@ -39,14 +44,18 @@ def evaluate_on(request: Request, launcher: str, workers: int = 0) -> Ending:
         from clae_dist.launchers.ray_work import run_on_ray
 
         folder = RunFolder(Path(request.to or request.subject).expanduser()).ray
-        return run_on_ray(rank, (request,), workers, request.device, folder)
+        url = url_of(Path(request.subject)) if os.environ.get("RAY_ADDRESS") and Path(request.subject).is_absolute() else ""
+        return run_on_ray(rank, (request, url), workers, request.device, folder)
     return rank(request) if workers == 1 else spawn(workers, rank, request, advice=_ADVICE)
 
 
-def rank(request: Request) -> Ending:
-    """The work of one rank."""
+def rank(request: Request, url: str = "") -> Ending:
+    """The work of one rank; `url` is that of a subject in a bucket, of which this node may have no copy."""
     try:
-        with connect(_TIMEOUT_S, request.device) as world:
+        with connect(_TIMEOUT_S, request.device) as world, ExitStack() as stack:
+            if url:
+                request = replace(request, subject=str(copy_folder(url)))
+                world.raise_together(CheckpointError, _copy(Path(request.subject), stack) if world.local_rank == 0 else "")
             torch.set_num_threads(request.threads or threads_per_rank(world.local_size))
             evaluate(request, world, say if world.is_main else _silent)
     except ClaeError as error:
@@ -54,6 +63,15 @@ def rank(request: Request) -> Ending:
             raise
         return Ending(error.exit_code, shown(f"clae: {error}"))
     return Ending(OK, "")
+
+
+def _copy(folder: Path, stack: ExitStack) -> str:
+    """Fetch what a folder stages, and send back what is written there when the stack ends; a problem in words, or ""."""
+    try:
+        stack.enter_context(copied([folder], _silent))
+    except ClaeError as error:
+        return f"on {platform.node()}: {error}"
+    return ""
 
 
 def _silent(_: str) -> None: ...

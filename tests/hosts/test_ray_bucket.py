@@ -23,7 +23,7 @@ from tests.hosts.needs import require_hosts
 from tests.hosts.ray_cluster import RayCluster
 from tests.hosts.small import LONG, LONG_STEPS, assert_steps_once
 from tests.object_server import BUCKET, SECRET, ObjectServer, serve_objects
-from tests.processes import Process, clae, environment, finish
+from tests.processes import CLAE, ROOT, Completed, Process, clae, environment, finish
 from tests.small_run import Undisturbed, assert_same_weights, weights
 
 pytest.importorskip("ray")
@@ -39,7 +39,7 @@ class Site:
         self.cluster = RayCluster(hosts, own=self._env, head_cpus=0)
 
     def _env(self, host: int) -> dict[str, str]:
-        nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": str(self._folder)}
+        nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
         folders = {f"XDG_{kind}_HOME": f"{self._folder}/{host}/{kind.lower()}" for kind in ("CACHE", "STATE")}
         return {**self.server.environment, **folders, **(nothing if host in self.without_credentials else {})}
 
@@ -62,6 +62,13 @@ class Site:
             pid for pid in self.cluster.hosts.pids(host) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         os.kill(pid, signal.SIGKILL)
+
+    def evaluate(self, name: str) -> Completed:
+        """On ranks of the cluster, from the host without ranks."""
+        address, secret = f"{self.cluster.hosts.address(0)}:6379", {"RAY_AUTH_TOKEN_PATH": str(self.cluster.token)}
+        env = {**self._env(0), **secret, "RAY_AUTH_MODE": "token", "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+        words = ["evaluate", f"{RUNS}/{name}", "--suite", "knn", "--launcher", "ray", "--workers", "2", "--device", "cpu"]
+        return self.cluster.hosts.run(0, [*CLAE, *words], env, timeout_s=240)
 
     def files(self) -> Iterator[bytes]:
         """All that Ray, the ranks and the bucket keep."""
@@ -128,6 +135,10 @@ def test_a_run_in_a_bucket_on_hosts_that_share_nothing(
     code, third = finish(process)
     assert code == OK, third
     assert "ranks: 2 on 2 hosts" in third
+
+    done = site.evaluate("second")
+    assert done.returncode == OK, done.stdout
+    assert "runs/second/evaluation.json" in site.server.names()
 
     for name, value in {**site.server.environment, "CLAE_CACHE": str(tmp_path / "outside")}.items():
         monkeypatch.setenv(name, value)
