@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clae_dist.cores import threads_per_rank
-from clae_dist.errors import OK, CheckpointError, ClaeError, ConfigError
+from clae_dist.errors import OK, ClaeError, ConfigError
 from clae_dist.escape import say, shown
 from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.torchrun import num_ranks, say_once
-from clae_dist.runs.copies import copied
 from clae_dist.runs.folder import RunFolder
-from clae_dist.staging import copy_folder, url_of
+from clae_dist.staging import url_of
 from clae_dist.training.finish import Request, evaluate
 from clae_dist.world import connect
 
@@ -43,19 +39,19 @@ def evaluate_on(request: Request, launcher: str, workers: int = 0) -> Ending:
     if launcher == "ray":
         from clae_dist.launchers.ray_work import run_on_ray
 
+        if os.environ.get("RAY_ADDRESS"):
+            _refuse_bucket(request)
         folder = RunFolder(Path(request.to or request.subject).expanduser()).ray
-        url = url_of(Path(request.subject)) if os.environ.get("RAY_ADDRESS") and Path(request.subject).is_absolute() else ""
-        return run_on_ray(rank, (request, url), workers, request.device, folder)
+        return run_on_ray(rank, (request,), workers, request.device, folder)
     return rank(request) if workers == 1 else spawn(workers, rank, request, advice=_ADVICE)
 
 
-def rank(request: Request, url: str = "") -> Ending:
-    """The work of one rank; `url` is that of a subject in a bucket, of which this node may have no copy."""
+def rank(request: Request) -> Ending:
+    """The work of one rank."""
     try:
-        with connect(_TIMEOUT_S, request.device) as world, ExitStack() as stack:
-            if url:
-                request = replace(request, subject=str(copy_folder(url)))
-                world.raise_together(CheckpointError, _copy(Path(request.subject), stack) if world.local_rank == 0 else "")
+        with connect(_TIMEOUT_S, request.device) as world:
+            if world.local_size < world.size:
+                _refuse_bucket(request)
             torch.set_num_threads(request.threads or threads_per_rank(world.local_size))
             evaluate(request, world, say if world.is_main else _silent)
     except ClaeError as error:
@@ -65,13 +61,13 @@ def rank(request: Request, url: str = "") -> Ending:
     return Ending(OK, "")
 
 
-def _copy(folder: Path, stack: ExitStack) -> str:
-    """Fetch what a folder stages, and send back what is written there when the stack ends; a problem in words, or ""."""
-    try:
-        stack.enter_context(copied([folder], _silent))
-    except ClaeError as error:
-        return f"on {platform.node()}: {error}"
-    return ""
+def _refuse_bucket(request: Request) -> None:
+    """Ranks on several hosts write to files that all of them map. Raises ConfigError for a run that each host would copy."""
+    if Path(request.subject).is_absolute() and (url := url_of(Path(request.subject))):
+        raise ConfigError(
+            f"SUBJECT is {url!r}, whose copies several hosts do not share, as ranks of an evaluation must; use one host "
+            "(--launcher local), or copy the run to a folder that all hosts see."
+        )
 
 
 def _silent(_: str) -> None: ...

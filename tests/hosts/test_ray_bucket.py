@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -23,7 +24,7 @@ from tests.hosts.needs import require_hosts
 from tests.hosts.ray_cluster import RayCluster
 from tests.hosts.small import LONG, LONG_STEPS, assert_steps_once
 from tests.object_server import BUCKET, SECRET, ObjectServer, serve_objects
-from tests.processes import CLAE, ROOT, Completed, Process, clae, environment, finish
+from tests.processes import Process, clae, environment, finish
 from tests.small_run import Undisturbed, assert_same_weights, weights
 
 pytest.importorskip("ray")
@@ -62,13 +63,6 @@ class Site:
             pid for pid in self.cluster.hosts.pids(host) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         os.kill(pid, signal.SIGKILL)
-
-    def evaluate(self, name: str) -> Completed:
-        """On ranks of the cluster, from the host without ranks."""
-        address, secret = f"{self.cluster.hosts.address(0)}:6379", {"RAY_AUTH_TOKEN_PATH": str(self.cluster.token)}
-        env = {**self._env(0), **secret, "RAY_AUTH_MODE": "token", "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
-        words = ["evaluate", f"{RUNS}/{name}", "--suite", "knn", "--launcher", "ray", "--workers", "2", "--device", "cpu"]
-        return self.cluster.hosts.run(0, [*CLAE, *words], env, timeout_s=240)
 
     def files(self) -> Iterator[bytes]:
         """All that Ray, the ranks and the bucket keep."""
@@ -124,7 +118,7 @@ def test_a_run_in_a_bucket_on_hosts_that_share_nothing(
     assert code == STOPPED, first
     assert "ranks: 3 on 3 hosts" in first
     process = site.submit(recipe, "first")
-    site.wait_for(process, "first", "resuming after step")
+    site.wait_for(process, "first", "step  20/120")
     site.kill_rank(2)
     code, second = finish(process)
     assert code == OK, second
@@ -136,17 +130,14 @@ def test_a_run_in_a_bucket_on_hosts_that_share_nothing(
     assert code == OK, third
     assert "ranks: 2 on 2 hosts" in third
 
-    done = site.evaluate("second")
-    assert done.returncode == OK, done.stdout
-    assert "runs/second/evaluation.json" in site.server.names()
-
     for name, value in {**site.server.environment, "CLAE_CACHE": str(tmp_path / "outside")}.items():
         monkeypatch.setenv(name, value)
     object_store._filesystem.cache_clear()
     run = fetched("first")
     assert_same_weights(run, undisturbed(3, **LONG), LONG_STEPS)
     assert_shown(first + second, RunFolder(run).console_file.read_text())
-    assert RunFolder(run).console_file.read_text().count("resuming after step") == 2
+    resumed = [int(step) for step in re.findall(r"resuming after step (\d+)", RunFolder(run).console_file.read_text())]
+    assert 5 <= resumed[0] < resumed[1] <= 20 + 4  # from a checkpoint after the first resumption
     other = fetched("second")
     assert_shown(third, RunFolder(other).console_file.read_text())
     found, wanted = weights(other, LONG_STEPS), weights(undisturbed(3, **LONG), LONG_STEPS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +13,14 @@ import pytest
 
 from clae_dist.cli import main
 from clae_dist.data.manifest import Manifest
+from clae_dist.errors import BAD_CONFIG, ConfigError
+from clae_dist.launchers import evaluate
 from clae_dist.recipe import Recipe
 from clae_dist.runs.claim import open_run_folder
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import Record
 from clae_dist.staging import copy_folder, staging_folder
+from clae_dist.training.finish import Request
 from clae_dist.world import World
 from tests.checkpoints import tensors, write_checkpoint
 from tests.object_server import BUCKET, ObjectServer
@@ -67,6 +72,22 @@ def test_checkpoints_and_runs_are_listed(
 def test_a_url_without_a_run_is_named(bucket: ObjectServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", URL]) == 2
     assert f"RUN is '{URL}', which holds no config.yaml" in capsys.readouterr().err
+
+
+def test_an_evaluation_on_several_hosts_needs_a_folder_that_they_share(
+    bucket: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Ray's cluster before anything is started, of torchrun's ranks by all of them together."""
+    request = Request(str(copy_folder(URL)))
+    several = replace(World.single("cpu"), size=2)
+    monkeypatch.setattr(evaluate, "connect", lambda *_: nullcontext(several))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    words = f"SUBJECT is '{URL}', whose copies several hosts do not share"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        evaluate.evaluate_on(request, "ray", 2)
+    ending = evaluate.rank(request)
+    assert ending.code == BAD_CONFIG
+    assert words in ending.message
 
 
 @pytest.mark.slow
