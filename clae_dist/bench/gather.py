@@ -9,7 +9,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from clae_dist.bench.contrast import TOLERANCE, along_sphere, forward_backward
 from clae_dist.bench.measure import Row, Say, Times, UnequalError, assert_equal, cpu_figure, make_rows, time_in_turns
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.peers import Loss
-from clae_dist.bench.unit import seconds_of_unit, unit_call
+from clae_dist.bench.unit import UNITS, costs_of, unit_calls
 from clae_dist.config import Objective
 from clae_dist.contrast.distributed import Contrast
 from clae_dist.devices import Request, local_device
@@ -186,12 +186,15 @@ def measure_network(world: World, settings: GatherBench) -> tuple[dict[str, Netw
 
 
 def measure_unit(world: World, settings: GatherBench) -> list[Row]:
-    """The host's time of FSDP2's units, beside their messages."""
+    """Costs of FSDP2's units beside their messages."""
     name = "fsdp2"
-    times = time_together(world, {name: unit_call(world)}, settings.repeats)
+    times = time_together(world, unit_calls(world), settings.repeats)
     case = f"units without parameters to speak of: {world.size} ranks ({world.collectives})"
-    note = "eight gathered twice and reduced; unit_s: CPU time of one of these"
-    return make_rows(case, {name: note}, times, {name: {"more": {"unit_s": seconds_of_unit(times[name])}}})
+    note = (
+        "eight gathered twice and reduced. CPU seconds: unit_s of one of these, parameter_s of each parameter in it, "
+        "update_s of one that AdamW updates"
+    )
+    return make_rows(case, {name: note}, {name: times[UNITS]}, {name: {"more": asdict(costs_of(times))}})
 
 
 def collective_calls() -> dict[str, Callable[[World, int], Callable[[], Any]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from clae_dist.bench.gather import collective_calls, time_together
 from clae_dist.bench.measure import Row, Say
 from clae_dist.bench.outcome import Outcome
 from clae_dist.bench.real_step import peak_bytes, step_of
-from clae_dist.bench.unit import seconds_of_unit, unit_call
+from clae_dist.bench.unit import costs_of, unit_calls
 from clae_dist.config import Batch, Config, Data, MethodSettings, Model, Optim, Parallel, Train
 from clae_dist.cores import threads_per_rank
 from clae_dist.errors import OK, ClaeError
@@ -32,7 +32,7 @@ from clae_dist.methods.clae import Clae
 from clae_dist.methods.simclr import SimClr
 from clae_dist.planner.memory import memory_of
 from clae_dist.planner.network import Links
-from clae_dist.planner.table import Chip
+from clae_dist.planner.table import Chip, Fsdp2Costs
 from clae_dist.planner.timing import Rates, Sample, StepTime, fit_rates, step_time
 from clae_dist.planner.trace import Traced, trace
 from clae_dist.wire import Network, fit
@@ -40,7 +40,9 @@ from clae_dist.world import World, connect
 
 _MESSAGES = (4 << 10, 256 << 10, 4 << 20)  # bytes of the buffers on which the network is fitted
 _SHARES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
-_CALIBRATION: tuple[tuple[MethodSettings, int], ...] = ((SimClr.Settings(), 8), (SimClr.Settings(), 24), (Clae.Settings(), 8))
+_CALIBRATION: tuple[tuple[MethodSettings, int], ...] = tuple(
+    (settings, rows) for settings in (SimClr.Settings(), Clae.Settings()) for rows in (8, 24)
+)
 _MEDIAN_BOUND, _WORST_BOUND, _MEMORY_BOUND = 0.15, 0.30, 0.15
 
 
@@ -151,7 +153,7 @@ def _step_time(traced: Traced, config: Config, found: Found, settings: PlanBench
     chip = Chip("cpu", "", 0.0, 0.0, 0.0, "memory", ranks, 0.0, "this machine")
     works = _calibration_works(config.model.encoder, settings)
     samples = [replace(one, seconds=seconds) for one, seconds in zip(works, found["calibration"], strict=True)]
-    rates: Rates = replace(fit_rates(samples, "calibration"), unit_s=found["unit"])
+    rates: Rates = replace(fit_rates(samples, "calibration"), fsdp2=Fsdp2Costs(**found["fsdp2"]))
     return step_time(traced, config, rates, Links(chip, ranks, None, networks))
 
 
@@ -211,7 +213,7 @@ def _measure_times(case: Case, settings: PlanBench, world: World) -> Found:
     if world.group is not None:
         for name, collective in collective_calls().items():
             calls |= {f"{name} {size}": collective(world, size) for size in _MESSAGES}
-        calls["unit"] = unit_call(world)
+        calls |= unit_calls(world)
     times = time_together(world, calls, settings.repeats)
     network = {name: [times[f"{name} {size}"].median_s for size in _MESSAGES] for name in _SHARES} if world.group else {}
     return {
@@ -220,5 +222,5 @@ def _measure_times(case: Case, settings: PlanBench, world: World) -> Found:
         "alone": times["alone"].median_s,
         "calibration": [times[f"calibration {number}"].median_s for number in range(len(_CALIBRATION))],
         "network": network,
-        "unit": seconds_of_unit(times["unit"]) if world.group else 0.0,
+        "fsdp2": asdict(costs_of(times)) if world.group else {},
     }

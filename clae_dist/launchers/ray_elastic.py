@@ -7,8 +7,10 @@ save and leave; launchers/ray.py then starts them again. So growing, or leaving 
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from clae_dist.training.guard import TAKEN_AWAY
 _CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
 _PAUSE_S = 0.2
 _FETCH_S = 5.0  # between looks at object storage
+_CALL_S = 2.0  # between calls of all nodes
+_ANSWER_S = 3.0  # a lost packet is sent again after 1 s
 _EXCLUDED = "It is excluded."
 _STILL_USED = "There is no room without it, so that it is still used: add a host, and remove this one with `ray drain-node`."
 
@@ -36,7 +40,8 @@ _STILL_USED = "There is no room without it, so that it is still used: add a host
 class WorkingSizes(ElasticScalingPolicy):
     """Takes the largest of `sizes` for which there is room on hosts that stay.
 
-    Hosts that failed twice without progress (runs/exclusion.py) are excluded, unless there is no room for any size then.
+    Hosts that failed twice without progress (runs/exclusion.py) are excluded, unless there is no room for any size then. So are
+    hosts that take no connection: Ray counts a host whose link is down for another minute, and would wait for it.
     """
 
     def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], stop_file: Path, check_every_s: float) -> None:
@@ -47,7 +52,8 @@ class WorkingSizes(ElasticScalingPolicy):
         self._more_at = 0  # a larger size that was possible at the last check, too
         self._excluded: list[str] = []  # nodes
         self._said: set[str] = set()
-        self._fetched = float("-inf")
+        self._fetched = self._called = float("-inf")
+        self._silent: set[str] = set()  # nodes
 
     @property
     def _stop_file(self) -> Path:
@@ -67,7 +73,7 @@ class WorkingSizes(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        staying = set(nodes) - set(_draining_nodes())
+        staying = set(nodes) - set(_draining_nodes()) - self._call(nodes)
         folder = self._stop_file.parent
         if time.monotonic() - self._fetched > _FETCH_S:
             self._fetched = time.monotonic()
@@ -75,13 +81,24 @@ class WorkingSizes(ElasticScalingPolicy):
         failed_hosts = excluded_hosts(folder)
         failed = {node for node in staying if nodes[node]["NodeManagerHostname"] in failed_hosts}
         good = staying - failed
-        # All of the cluster: Ray knows nothing of hosts that failed, and may have reserved one of them in place of a good one.
-        room = self._size_for({node: nodes[node]["Resources"] for node in good}) if failed else 0
-        self._excluded = sorted(failed) if room else []
+        # All of the cluster: Ray knows nothing of these hosts, and may have reserved one of them in place of a good one.
+        room = self._size_for({node: nodes[node]["Resources"] for node in good}) if failed or self._silent else 0
+        self._excluded = sorted(self._silent | (failed if room else set()))
         for host in {nodes[node]["NodeManagerHostname"] for node in failed}:
             self._say(f"ray: {why_excluded(host, failed_hosts[host], folder)} {_EXCLUDED if room else _STILL_USED}")
         size = self._size_for({node: reserved_resources.get(node, {}) for node in (good if room else staying)})
         return size or (self._sizes[0] if room else 0)
+
+    def _call(self, nodes: Mapping[str, Any]) -> set[str]:
+        """The nodes that take no connection now; one that has just stopped to is named in the console."""
+        if time.monotonic() - self._called > _CALL_S:
+            before = self._silent
+            self._silent = silent({node: (at["NodeManagerAddress"], at["NodeManagerPort"]) for node, at in nodes.items()})
+            self._called = time.monotonic()
+            for at in (nodes[node] for node in sorted(self._silent - before)):
+                where = f"{at['NodeManagerHostname']} takes no connection at {at['NodeManagerAddress']}:{at['NodeManagerPort']}"
+                self._write(f"ray: {where}: it is down, or cut off by the network. No rank is placed on it until it answers.")
+        return self._silent
 
     def _size_for(self, resources: dict[str, Any]) -> int:
         possible = int(super()._count_possible_workers(resources))
@@ -90,9 +107,12 @@ class WorkingSizes(ElasticScalingPolicy):
     def _say(self, line: str) -> None:
         """Append a line to the run's console, once."""
         if line not in self._said:
-            with suppress(OSError):
-                add_to_console(self._stop_file.parent, f"{shown(line)}\n")
+            self._write(line)
         self._said.add(line)
+
+    def _write(self, line: str) -> None:
+        with suppress(OSError):
+            add_to_console(self._stop_file.parent, f"{shown(line)}\n")
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> dict[str, str] | None:
         """The label that nodes of workers must have."""
@@ -119,6 +139,20 @@ class WorkingSizes(ElasticScalingPolicy):
         # Twice: a host that has just come back may not be ready, or be about to go again.
         stable, self._more_at = possible > running.num_workers and possible == self._more_at, possible
         return f"room for {possible} workers instead of {running.num_workers}" if stable else ""
+
+
+def silent(addresses: Mapping[str, tuple[str, int]]) -> set[str]:
+    """The names whose address takes no TCP connection within 3 s."""
+
+    def answers(address: tuple[str, int]) -> bool:
+        try:
+            socket.create_connection(address, timeout=_ANSWER_S).close()
+        except OSError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(64) as pool:
+        return {name for name, up in zip(addresses, pool.map(answers, addresses.values()), strict=True) if not up}
 
 
 def _draining_nodes() -> dict[str, int]:

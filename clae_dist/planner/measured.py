@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from clae_dist.errors import ConfigError
-from clae_dist.planner.table import Chip
+from clae_dist.planner.table import Chip, Fsdp2Costs
 from clae_dist.planner.timing import Rates, Sample, fit_rates
 from clae_dist.reading import ReadError, is_number, read_object
 from clae_dist.wire import Network, fit
@@ -53,7 +53,7 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     networks: dict[tuple[str, int], Network] = field(default_factory=dict)
     augment_s: float = 0.0  # an image, all views, on the device
-    unit_s: float = 0.0  # of the host, a unit that FSDP2 gathers or reduces
+    fsdp2: Fsdp2Costs = field(default_factory=Fsdp2Costs)
     images_per_core_s: float = 0.0
     written_bytes_per_s: float = 0.0
     blocked_s_per_byte: float = 0.0
@@ -166,7 +166,8 @@ def _take_network(case: str, name: str, more: Mapping[str, Any], measured: Measu
 
 
 def _take_unit(more: Mapping[str, Any], measured: Measured) -> None:
-    measured.unit_s = more["unit_s"]
+    # An older version's file, which --force accepts, has fewer.
+    measured.fsdp2 = Fsdp2Costs(**{one.name: more[one.name] for one in fields(Fsdp2Costs) if is_number(more.get(one.name))})
 
 
 def _take_collectives(row: Mapping[str, Any], measured: Measured) -> None:

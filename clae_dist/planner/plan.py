@@ -51,7 +51,7 @@ class Request:
                 "--measured step.json."
             )
         rates = rates or Rates.of_table(self.chip, tf32=self.config.train.tf32)
-        return replace(rates, augment_s=self.measured.augment_s or rates.augment_s, unit_s=self.measured.unit_s or rates.unit_s)
+        return replace(rates, augment_s=self.measured.augment_s or rates.augment_s, fsdp2=self.measured.fsdp2)
 
     @cached_property
     def links(self) -> Links:

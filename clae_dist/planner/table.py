@@ -21,8 +21,17 @@ LINKS_REACH = 0.8
 LAUNCH_S = 5e-6  # of the host, for a kernel that torch launches
 COMPILED_KERNELS = 1 / 3  # of the kernels, that train.compile leaves
 LEAST_KERNEL_S = 2e-6  # on a GPU
-UNIT_S = 5e-4  # of the host, for a unit that FSDP2 gathers or reduces
 USABLE_MEMORY = 0.92  # without CUDA's context, NCCL's buffers, and what the allocator cannot use
+
+
+@dataclass(frozen=True)
+class Fsdp2Costs:
+    """Costs of FSDP2 besides messages: seconds of the host, and the rate at which it copies units to buffers and back."""
+
+    unit_s: float = 5e-4  # a unit that is gathered or reduced
+    parameter_s: float = 3e-5  # a parameter of such a unit
+    update_s: float = 1e-4  # a parameter that the optimiser updates: torch's DTensor finds out what to do for each
+    copied_bytes_per_s: float = 0.0  # read and written; 0: as other kernels move bytes
 
 
 @dataclass(frozen=True)

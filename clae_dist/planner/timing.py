@@ -14,7 +14,7 @@ from clae_dist.data.loader import num_views_of
 from clae_dist.planner.memory import Sharding
 from clae_dist.planner.network import Links
 from clae_dist.planner.record import STATISTICS
-from clae_dist.planner.table import COMPILED_KERNELS, LAUNCH_S, LEAST_KERNEL_S, MEMORY_REACHES, PRODUCTS_REACH, UNIT_S, Chip
+from clae_dist.planner.table import COMPILED_KERNELS, LAUNCH_S, LEAST_KERNEL_S, MEMORY_REACHES, PRODUCTS_REACH, Chip, Fsdp2Costs
 from clae_dist.planner.trace import Traced
 from clae_dist.planner.work import NO_PRODUCT, Amount, Bin, Message
 
@@ -38,7 +38,7 @@ class Rates:
     source: str
     overlap: bool = True
     launch_s: float = 0.0  # of the host, a kernel, beside the device
-    unit_s: float = UNIT_S  # of the host, a unit that FSDP2 gathers or reduces
+    fsdp2: Fsdp2Costs = field(default_factory=Fsdp2Costs)
     augment_s: float = 0.0  # of an image, all views; 0: by bytes
 
     @staticmethod
@@ -159,7 +159,7 @@ def step_time(traced: Traced, config: Config, rates: Rates, links: Links, *, cro
         times = [count * links.seconds(message) for message, count in reductions]
         if fsdp2:
             times = [own + crowding * _copied(message, rates) for own, (message, _) in zip(times, reductions, strict=True)]
-            host_s += rates.unit_s * len(traced.unit_bytes)
+            host_s += _visit(traced, rates) + rates.fsdp2.update_s * traced.num_parameters
         communicated["reduction"] = sum(times)
         if links.chip.is_gpu and config.parallel.backend != "deepspeed":  # a CPU's collectives take its cores
             hidden["reduction"] = min(sum(times[:-1]), last_pass)
@@ -169,7 +169,7 @@ def step_time(traced: Traced, config: Config, rates: Rates, links: Links, *, cro
         if fsdp2:
             copies = [crowding * count * _copied(message, rates) for message, count in gathers]
             times = [own + copied for own, copied in zip(times, copies, strict=True)]
-            host_s += rates.unit_s * sum(count for _, count in gathers)
+            host_s += _visit(traced, rates) * sum(count for _, count in gathers) / len(gathers)
         communicated["parameters"] = sum(times)
         if links.chip.is_gpu and config.parallel.backend == "fsdp2":
             hidden["parameters"] = max(0.0, min(sum(times[1:]), encoder - hidden.get("reduction", 0.0)))
@@ -183,11 +183,16 @@ def step_time(traced: Traced, config: Config, rates: Rates, links: Links, *, cro
     return StepTime(computed, communicated, hidden, waits)
 
 
+def _visit(traced: Traced, rates: Rates) -> float:
+    """Seconds of the host in which FSDP2 gathers or reduces every unit once."""
+    return rates.fsdp2.unit_s * len(traced.unit_bytes) + rates.fsdp2.parameter_s * traced.num_parameters
+
+
 def _copied(message: Message, rates: Rates) -> float:
     """Seconds in which FSDP2 copies a unit from its parameters to the buffer of a message, or from there to them."""
     part = message.bytes / message.ranks
     moved = 2 * (message.bytes + (part if message.kind == "allgatherbase" else 0.0))
-    return moved / rates.bytes_per_s
+    return moved / (rates.fsdp2.copied_bytes_per_s or rates.bytes_per_s)
 
 
 def _sum(messages: Mapping[Message, float], links: Links, wanted: object) -> float:

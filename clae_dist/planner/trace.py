@@ -56,6 +56,7 @@ class Traced:
     average_bytes: int  # weight average and momentum encoder
     state_bytes: int  # of the method, such as a queue
     unit_bytes: tuple[int, ...]  # parameters of each unit that FSDP2 gathers
+    num_parameters: int  # tensors
     precision: str
 
     @property
@@ -133,6 +134,7 @@ def _trace(config: Config, ranks: int, *, gpu: bool, norm_ranks: int) -> Traced:
             average_bytes=_bytes_of((*backend.average.parts, *backend.keys.parts)),
             state_bytes=_bytes_of(backend.method_state.values()),
             unit_bytes=_units(model),
+            num_parameters=len(list(model.parameters())),
             precision=config.train.precision,
         )
 

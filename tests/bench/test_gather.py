@@ -60,7 +60,9 @@ def test_what_ours_sends(ranks: RankPool, size: int) -> None:
     assert [row.name for row in network] == ["all_gather", "reduce_scatter", "all_reduce"]
     assert all({"alpha_s", "beta_s_per_byte"} <= set(row.more) for row in network)
     (unit,) = [row for (case, _), row in rows.items() if case.startswith("units")]
-    assert unit.more["unit_s"] > 0
+    assert unit.more["copied_bytes_per_s"] > 0
+    assert unit.more["unit_s"] + unit.more["parameter_s"] > 0
+    assert unit.more["update_s"] > 0
     view, numbers = 4 * size * 8 * 4, 4 * size * 4  # bytes of all rows of a view, and of a number a row
     of_one_rank = (size - 1) / size
     lean, full = rows["NT-Xent", "log_sum_exp"], rows["NT-Xent", "reduce_scatter"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -31,7 +31,7 @@ from clae_dist.planner.measured import Here, Measured, read_measured
 from clae_dist.planner.memory import memory_of
 from clae_dist.planner.network import Links
 from clae_dist.planner.plan import Request, make_plan
-from clae_dist.planner.table import UNIT_S, Chip, chip_names, chip_of, network_of
+from clae_dist.planner.table import Chip, Fsdp2Costs, chip_names, chip_of, network_of
 from clae_dist.planner.timing import Rates, Sample, fit_rates, step_time
 from clae_dist.planner.trace import Traced, _trace, between, trace
 from clae_dist.planner.work import Amount, Bin, Message
@@ -155,23 +155,27 @@ def test_fsdp2_copies_its_units_and_takes_the_time_of_the_host_for_each() -> Non
     sharded, config = traced(backend="fsdp2")
     free = {(kind, 2): Network(0.0, 0.0, 0.0) for kind in ("all_gather", "reduce_scatter", "all_reduce")}
     links = Links(Chip("cpu", "", 0.0, 0.0, 0.0, "memory", 2, 0.0, "made up"), 2, None, free)
-    rates = Rates({"float32": math.inf}, 1e9, 0.0, "made up", unit_s=1e-3)
-    weights, units = sum(sharded.unit_bytes), len(sharded.unit_bytes)
+    rates = Rates({"float32": math.inf}, 1e9, 0.0, "made up", fsdp2=Fsdp2Costs(1e-3, 1e-4, 1e-5))
+    weights, host_s = sum(sharded.unit_bytes), 5 * (6 * 1e-3 + 40 * 1e-4) + 40 * 1e-5
+    assert (len(sharded.unit_bytes), sharded.num_parameters) == (6, 40)
     for crowding in (1, 3):
         time = step_time(sharded, config, rates, links, crowding=crowding)
         read_and_written = {"parameters": 4 * 2 * (weights + weights / 2), "reduction": 2 * weights}
         for part, moved in read_and_written.items():
             assert time.communicated[part] == pytest.approx(crowding * moved / 1e9)
-        assert time.waits == pytest.approx(crowding * 5 * units * 1e-3)
+        assert time.waits == pytest.approx(crowding * host_s)
     on_a_gpu = step_time(sharded, config, rates, replace(links, chip=H100))
-    assert on_a_gpu.waits == pytest.approx(max(0.0, 5 * units * 1e-3 - sum(on_a_gpu.computed.values())))
+    assert on_a_gpu.waits == pytest.approx(max(0.0, host_s - sum(on_a_gpu.computed.values())))
+    slow = replace(rates, fsdp2=replace(rates.fsdp2, copied_bytes_per_s=5e8))
+    assert step_time(sharded, config, slow, links).communicated["reduction"] == pytest.approx(2 * weights / 5e8)
     ddp, config = traced()
     assert step_time(ddp, config, rates, links).waits == 0
 
 
-def test_a_measured_unit_replaces_the_assumed_one() -> None:
-    assert request(config_of(), 2).rates.unit_s == UNIT_S
-    assert request(config_of(), 2, measured=Measured(unit_s=2e-4)).rates.unit_s == 2e-4
+def test_measured_costs_of_fsdp2_replace_the_assumed_ones() -> None:
+    assert request(config_of(), 2).rates.fsdp2 == Fsdp2Costs()
+    found = Fsdp2Costs(2e-4, 1e-5, 3e-5, 4e9)
+    assert request(config_of(), 2, measured=Measured(fsdp2=found)).rates.fsdp2 == found
 
 
 def test_rates_are_found_again() -> None:
@@ -272,7 +276,7 @@ def measured_file(folder: Path, change: Callable[[dict[str, Any]], None] = lambd
     step = {"case": "a", "what": "plain: SimCLR", "median_s": 0.1, "more": {"flops": 1e9, "kernel_bytes": 1e8, "kernels": 500}}
     case, more = "the network: 2 ranks (gloo)", {"alpha_s": 1e-3, "beta_s_per_byte": 1e-9}
     networks = [{"case": case, "what": f"{kind}: x", "more": more} for kind in ("all_gather", "reduce_scatter", "all_reduce")]
-    units = {"case": "units: 2 ranks (gloo)", "what": "fsdp2: x", "more": {"unit_s": 2e-4}}
+    units = {"case": "units: 2 ranks (gloo)", "what": "fsdp2: x", "more": asdict(Fsdp2Costs(2e-4, 1e-5, 3e-5, 4e9))}
     content = {"versions": versions(), "machine": machine(torch.device("cpu")), "rows": [step, *networks, units]}
     change(content)
     path = folder / "bench.json"
@@ -286,10 +290,11 @@ def test_measured_files(tmp_path: Path) -> None:
     found = read_measured([measured_file(tmp_path)], cpu, here, force=False)
     assert found.networks["all_reduce", 2].alpha_s == 1e-3
     assert found.rates() is not None
-    assert found.unit_s == 2e-4
+    assert found.fsdp2 == Fsdp2Costs(2e-4, 1e-5, 3e-5, 4e9)
 
     def older(content: dict[str, Any]) -> None:
         content["versions"] = {**content["versions"], "clae-dist": "0.0.1"}
+        content["rows"][-1]["more"] = {"unit_s": 3e-4}
 
     def elsewhere(content: dict[str, Any]) -> None:
         content["machine"] = {**content["machine"], "cpu": "Another CPU"}
