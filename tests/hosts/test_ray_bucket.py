@@ -23,7 +23,7 @@ from tests.hosts.cluster import Hosts
 from tests.hosts.needs import require_hosts
 from tests.hosts.ray_cluster import RayCluster
 from tests.hosts.small import LONG, LONG_STEPS, assert_steps_once
-from tests.object_server import BUCKET, SECRET, ObjectServer, serve_objects
+from tests.object_server import BUCKET, SECRET, ObjectServer, serve_s3
 from tests.processes import Process, clae, environment, finish
 from tests.small_run import Undisturbed, assert_same_weights, weights
 
@@ -76,7 +76,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     require_hosts()
     with ExitStack() as stack:
         hosts = stack.enter_context(Hosts(4))
-        made = Site(hosts, stack.enter_context(serve_objects(hosts.outside)), tmp_path / "hosts")
+        made = Site(hosts, stack.enter_context(serve_s3(hosts.outside)), tmp_path / "hosts")
         made.without_credentials = {3}
         stack.enter_context(made.cluster)
         yield made

@@ -18,27 +18,25 @@ from clae_dist.runs.mirror import add_to_console, ask_to_stop, forget_stop, mirr
 from clae_dist.runs.record import Record
 from clae_dist.staging import copy_folder, staging_folder, url_of
 from clae_dist.world import World
-from tests.object_server import BUCKET, ObjectServer
-
-URL = f"s3://{BUCKET}/runs/first"
+from tests.object_server import ON_BOTH, ObjectServer
 
 
 class Node:
     """A machine with a cache of its own."""
 
-    def __init__(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._cache, self._monkeypatch = str(tmp_path / name), monkeypatch
+    def __init__(self, url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._url, self._cache, self._monkeypatch = url, str(cache), monkeypatch
 
     def enter(self) -> Path:
         """The staging folder there; this process is there from now on."""
         self._monkeypatch.setenv("CLAE_CACHE", self._cache)
-        return staging_folder(URL)
+        return staging_folder(self._url)
 
 
 @pytest.fixture
 def node(bucket: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     """The one of rank 0, where the run has begun."""
-    made = Node("main", tmp_path, monkeypatch)
+    made = Node(bucket.url, tmp_path / "main", monkeypatch)
     made.enter().mkdir(parents=True)
     (made.enter() / "config.yaml").write_text("name: first\n")
     push(say(made.enter(), "one\n"))
@@ -46,8 +44,8 @@ def node(bucket: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def other(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
-    return Node("other", tmp_path, monkeypatch)
+def other(node: Node, bucket: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    return Node(bucket.url, tmp_path / "other", monkeypatch)
 
 
 def say(folder: Path, text: str) -> Path:
@@ -76,7 +74,7 @@ def test_lines_of_other_nodes_reach_the_console(node: Node, other: Node, bucket:
     add_to_console(node.enter(), "rank 0 leaves\n")
     expected = "one\nrank 0 leaves\nrank 2 hangs\nray: host2 is excluded, see https://host/a\n"
     for _ in range(2):
-        copy = copy_folder(URL)
+        copy = copy_folder(bucket.url)
         reader = Record.of(copy)
         assert reader is not None
         reader.pull(record.TO_READ)
@@ -86,6 +84,7 @@ def test_lines_of_other_nodes_reach_the_console(node: Node, other: Node, bucket:
     assert start(other.enter()) == expected
 
 
+@ON_BOTH
 def test_a_console_is_followed_through_parts_that_are_joined(node: Node, other: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """And lines of other nodes are shown at once, not again when they come with rank 0's parts."""
     monkeypatch.setattr(record, "_MOST_PARTS", 3)
@@ -173,9 +172,11 @@ def test_rays_controller_is_on_a_node_of_its_own(node: Node, other: Node, monkey
     assert start(node.enter()) == "one\nray: host2 is excluded\n"
 
 
-def test_a_cache_behind_a_link_stages_the_run(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_behind_a_link_stages_the_run(
+    node: Node, bucket: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ranks of Ray get the URL, not the path that the link leads to."""
     (tmp_path / "link").symlink_to(tmp_path / "main")
     monkeypatch.setenv("CLAE_CACHE", str(tmp_path / "link"))
-    folder = ray._folder(Config(run_dir=URL))
-    assert (url_of(folder), url_of(folder.resolve())) == (URL, "")
+    folder = ray._folder(Config(run_dir=bucket.url))
+    assert (url_of(folder), url_of(folder.resolve())) == (bucket.url, "")
