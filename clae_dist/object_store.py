@@ -240,12 +240,12 @@ def store_of(folder: Path, retry_s: float = 0.0) -> Store | None:
     return Store(url, retry_s) if url else None
 
 
-def check_store(folder: Path) -> None:
+def check_store(folder: Path, retry_s: float = 0.0) -> None:
     """Check that objects can be written, listed, read and deleted where `folder` is staged; nothing for an ordinary folder.
 
     Raises StoreError, and ConfigError for a client that is not installed.
     """
-    store = store_of(folder, FIRST_TRIES_S)
+    store = store_of(folder, retry_s or FIRST_TRIES_S)
     if store is None:
         return
     name = f".probe-{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"

@@ -26,21 +26,29 @@ def follow(folder: Path, *, here: bool) -> FollowedFile | FollowedObjects:
 
 
 class FollowedFile:
-    """The file in a folder of this machine, or one that all hosts share."""
+    """The file in a folder of this machine, or one that all hosts share. It may be removed and begin anew."""
 
     def __init__(self, path: Path) -> None:
-        path.touch()
-        self._file = path.open()
-        self._file.seek(0, os.SEEK_END)
+        self._path = path
+        self._num_bytes = path.stat().st_size if path.exists() else 0
+        self._decoder = _decoder()
 
     def read(self) -> str:
         """The text that was appended since the last call."""
-        return self._file.read()
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._num_bytes:
+                    self._num_bytes = 0
+                file.seek(self._num_bytes)
+                data = file.read()
+        except FileNotFoundError:
+            data, self._num_bytes = b"", 0
+        self._num_bytes += len(data)
+        return self._decoder.decode(data)
 
     def close(self) -> str:
         """The rest."""
-        with self._file:
-            return self._file.read()
+        return self.read()
 
 
 class FollowedObjects:
@@ -84,7 +92,7 @@ class ConsoleObjects:
         self._seen: set[str] = set()  # objects with lines
         self._early: Counter[str] = Counter()  # lines that no part has repeated yet
         self._recent = ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = _decoder()
 
     def read(self) -> str:
         """The text that was sent since the last call. Raises StoreError."""
@@ -116,3 +124,7 @@ class ConsoleObjects:
         early = self._early[line] > 0
         self._early[line] -= early
         return early
+
+
+def _decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")

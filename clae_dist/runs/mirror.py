@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clae_dist.errors import CheckpointError
-from clae_dist.object_store import Store, StoreError, check_store, store_of
+from clae_dist.errors import CheckpointError, ConfigError
+from clae_dist.object_store import RETRY_S, Store, StoreError, check_store, store_of
 from clae_dist.redact import redact_text
 from clae_dist.runs.folder import STOP_FILE, RunFolder
 from clae_dist.runs.record import AT_THE_END, OF_A_RANK, TO_RESUME, Record
@@ -34,6 +34,22 @@ def prepare(folder: Path) -> None:
     check_store(folder)
     if record := Record.of(folder):
         record.pull(TO_RESUME)
+
+
+def check_nodes(folder: Path, world: World) -> None:
+    """Check the bucket of a run from each of several nodes, whose credentials and networks are their own. Collective.
+
+    Raises CheckpointError on every rank; the text names the node.
+    """
+    if not url_of(folder) or world.size == world.local_size:  # the launcher has checked it here
+        return
+    problem = ""
+    if world.local_rank == 0:
+        try:
+            check_store(folder, RETRY_S)
+        except (StoreError, ConfigError) as error:
+            problem = f"on {platform.node()}: {error}"
+    world.raise_together(CheckpointError, problem)
 
 
 class Mirror:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from clae_dist.launchers import ray
 from clae_dist.launchers.ray_elastic import WorkingSizes
 from clae_dist.runs import following, mirror, record
 from clae_dist.runs.folder import RunFolder
-from clae_dist.runs.following import ConsoleObjects, follow
-from clae_dist.runs.mirror import add_to_console, ask_to_stop, forget_stop, mirrored, stop_asked
+from clae_dist.runs.following import ConsoleObjects, FollowedFile, follow
+from clae_dist.runs.mirror import add_to_console, ask_to_stop, check_nodes, forget_stop, mirrored, stop_asked
 from clae_dist.runs.record import Record
 from clae_dist.staging import copy_folder, staging_folder, url_of
 from clae_dist.world import World
@@ -180,3 +182,34 @@ def test_a_cache_behind_a_link_stages_the_run(
     monkeypatch.setenv("CLAE_CACHE", str(tmp_path / "link"))
     folder = ray._folder(Config(run_dir=bucket.url))
     assert (url_of(folder), url_of(folder.resolve())) == (bucket.url, "")
+
+
+def test_a_file_that_is_removed_is_followed_when_it_begins_anew(tmp_path: Path) -> None:
+    """A start empties the staging folder of a run that the bucket does not have."""
+    path = tmp_path / "console.log"
+    path.write_text("of an earlier run\n")
+    console = FollowedFile(path)
+    assert console.read() == ""
+    path.write_bytes(path.read_bytes() + "√".encode()[:2])
+    assert console.read() == ""
+    path.write_bytes(path.read_bytes() + "√".encode()[2:])
+    assert console.read() == "√"
+    path.unlink()
+    assert console.read() == ""
+    path.write_text("new\n")
+    assert console.read() == "new\n"
+    path.write_text("n\n")
+    assert console.close() == "n\n"
+
+
+def test_a_node_without_credentials_is_named(node: Node, monkeypatch: pytest.MonkeyPatch, bucket: ObjectServer) -> None:
+    """On all ranks, before one of them takes the lease; nothing is asked of a bucket on one machine."""
+    bucket.faults.choose = lambda request: "AccessDenied"
+    world, told = World.single("cpu"), list[str]()
+    check_nodes(node.enter(), world)
+    monkeypatch.setattr(World, "raise_together", lambda self, kind, problem: told.append(problem))
+    for local_rank in (0, 1):
+        check_nodes(node.enter(), replace(world, size=4, rank=2 + local_rank, local_rank=local_rank, local_size=2))
+    assert told[0].startswith(f"on {platform.node()}: {bucket.url}")
+    assert "access is denied" in told[0]
+    assert told[1] == ""
