@@ -1,7 +1,7 @@
 """Objects of a bucket through fsspec (s3fs, gcsfs): atomic puts, conditional creation, ranges, retries.
 
 Every call is repeated with backoff until it succeeds, is refused for good, or `RETRY_S` have passed, so that throttling (503
-SlowDown), errors of a server and a short outage cost time alone. Bodies are checked on the way by the client's checksums.
+SlowDown), errors of a server and a short outage cost time alone. What is put is checked on the way by the client's checksums.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from clae_dist import google_storage
 from clae_dist.errors import STORAGE, ConfigError
 from clae_dist.redact import redact_text
 from clae_dist.staging import SCHEMES, url_of
@@ -33,17 +33,19 @@ _BLOCK_BYTES = 16 << 20  # of a file that is put
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 _CREDENTIALS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for every rank",
-    "gs": "set GOOGLE_APPLICATION_CREDENTIALS for every rank",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS for every rank, or FSSPEC_GS_TOKEN=anon for a bucket that takes anyone",
 }
-_WRONG_CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
-_CLOCK = ("RequestTimeTooSkewed", "RequestInTheFuture", "RequestExpired")
-_FINAL = ("AccessDenied", "NoSuchBucket", "InvalidBucketName", "PermanentRedirect", *_WRONG_CREDENTIALS, *_CLOCK)
-_NO_CREDENTIALS = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "DefaultCredentialsError",
-)  # clients' errors
+_WRONG_CREDENTIALS = (
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
+    *(google_storage.UNAUTHORIZED, google_storage.REFRESH),
+)
+_CLOCK = ("RequestTimeTooSkewed", "RequestInTheFuture", "RequestExpired", google_storage.CLOCK)
+_FINAL = (
+    *("AccessDenied", "NoSuchBucket", "InvalidBucketName", "PermanentRedirect", *_WRONG_CREDENTIALS, *_CLOCK),
+    *(google_storage.INVALID, google_storage.PAYS),
+)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # clients' errors
+_ADDRESSES = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST if it is set"}
 T = TypeVar("T")
 
 
@@ -101,7 +103,7 @@ class Store:
             else:
                 self._call(name, lambda fs: _put_file(fs, data, path, check), check)
         except NoObjectError:  # of Google's store
-            raise self._error(self.url, FileNotFoundError(), "NoSuchBucket") from None
+            raise self._no_bucket() from None
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object that must not exist; False if it does.
@@ -110,9 +112,13 @@ class Store:
         `data`, which must be unique.
         """
         path = self._path(name)
-        with suppress(FileExistsError):  # of another, or ours by an earlier try
+        try:
             self._call(name, lambda fs: fs.pipe_file(path, data, mode="create"))
-        return self.get(name) == data
+        except NoObjectError:  # of Google's store
+            raise self._no_bucket() from None
+        except FileExistsError:  # of another, or ours by an earlier try
+            pass
+        return self.get_or(name) == data
 
     def get(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """An object, or its bytes start … end. Raises NoObjectError."""
@@ -138,17 +144,19 @@ class Store:
         path = self._path(name)
         return int(self._call(name, lambda fs: fs.info(path, refresh=True))["size"])
 
-    def entries(self, prefix: str = "") -> dict[str, Entry]:
-        """All objects below the folder `prefix`, by their names relative to this store's URL."""
+    def entries(self, prefix: str = "", beginning: str = "") -> dict[str, Entry]:
+        """All objects below the folder `prefix` whose names in it begin so, by names relative to this store's URL."""
         path = self._path(prefix)
 
         def find(fs: Any) -> Any:
             fs.invalidate_cache()
-            return fs.find(path, detail=True)
+            return fs.find(path, detail=True, prefix=beginning)
 
         try:
             found = self._call(prefix, find)
         except NoObjectError:
+            if self._scheme == "gs":  # a listing of a bucket that is there never fails so
+                raise self._no_bucket() from None
             return {}
         start = len(self._root) + 1
         return {
@@ -173,6 +181,7 @@ class Store:
         """action(file system), with retries; what `check` raises ends them."""
         deadline, pause_s = time.monotonic() + self._retry_s, _FIRST_PAUSE_S
         where = f"{self.url}/{name}" if name and not name.startswith(".") else self.url
+        renewed = False
         while True:
             check()
             try:
@@ -185,6 +194,10 @@ class Store:
                 code = _code(error)
                 if _is_missing(error, code):
                     raise NoObjectError(where) from None
+                if code == google_storage.UNAUTHORIZED and not renewed:  # the token may have been revoked
+                    google_storage.renew(_filesystem(self._scheme, os.getpid()))
+                    renewed = True
+                    continue
                 if _is_final(error, code):
                     raise self._error(where, error, code) from None
                 if time.monotonic() + pause_s > deadline:
@@ -192,21 +205,33 @@ class Store:
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
+    def _is_anonymous(self) -> bool:
+        return google_storage.is_anonymous(_filesystem(self._scheme, os.getpid()))
+
+    def _no_bucket(self) -> StoreError:
+        return self._error(self.url, FileNotFoundError(), "NoSuchBucket")
+
     def _error(self, where: str, error: Exception, code: str) -> StoreError:
         """The error in words; none of a client's own texts, which may hold keys."""
         reason = " ".join(redact_text(str(error)).split())[:160] or type(error).__name__
         if code in _CLOCK:
             return StoreError(where, f"the store refuses requests of this machine's clock ({code})", "set the clock (NTP)")
+        if type(error).__name__ in _NO_CREDENTIALS or (code == google_storage.UNAUTHORIZED and self._is_anonymous()):
+            return StoreError(where, "there are no credentials", _CREDENTIALS[self._scheme])
+        if isinstance(error, google_storage.CredentialsError):
+            return StoreError(where, str(error), "set GOOGLE_APPLICATION_CREDENTIALS to a file of this machine, for every rank")
         if code in _WRONG_CREDENTIALS:
             return StoreError(where, f"the credentials are not accepted ({code})", _CREDENTIALS[self._scheme])
         if code == "NoSuchBucket":
             return StoreError(where, "there is no such bucket", "create it, or correct run_dir")
-        if type(error).__name__ in _NO_CREDENTIALS:
-            return StoreError(where, "there are no credentials", _CREDENTIALS[self._scheme])
-        if isinstance(error, PermissionError):
+        if code == google_storage.PAYS:
+            return StoreError(where, "the requester pays for this bucket", "name your project in FSSPEC_GS_REQUESTER_PAYS")
+        if isinstance(error, PermissionError) or code.startswith(google_storage.DENIED):
             way_out = "allow getting, putting, listing and deleting objects there, or give another run_dir"
             return StoreError(where, f"access is denied{f' ({code})' if code else ''}", way_out)
-        return StoreError(where, reason, f"check the network{' and AWS_ENDPOINT_URL' * (self._scheme == 's3')}")
+        if code == google_storage.INVALID:
+            return StoreError(where, f"the store refuses the request ({reason})", "correct the name, or give another run_dir")
+        return StoreError(where, reason, f"check the network and {_ADDRESSES[self._scheme]}")
 
 
 def store_of(folder: Path, retry_s: float = 0.0) -> Store | None:
@@ -241,11 +266,11 @@ def _filesystem(scheme: str, pid: int) -> Any:
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if scheme == "s3":
-        config = {"connect_timeout": 10, "read_timeout": _TIMEOUT_S, "retries": {"max_attempts": 1, "mode": "standard"}}
-        options |= {"config_kwargs": {**config, "max_pool_connections": 32}}
     try:
-        return fsspec.filesystem(scheme, **options)
+        if scheme == "gs":
+            return google_storage.make_client(_TIMEOUT_S, **options)
+        config = {"connect_timeout": 10, "read_timeout": _TIMEOUT_S, "retries": {"max_attempts": 1, "mode": "standard"}}
+        return fsspec.filesystem(scheme, **options, config_kwargs={**config, "max_pool_connections": 32})
     except ImportError:
         package = _PACKAGES[scheme]
         raise ConfigError(
@@ -262,7 +287,7 @@ def _put_file(fs: Any, data: Path, path: str, check: Callable[[], None]) -> None
     from fsspec.callbacks import Callback
 
     class Check(Callback):
-        def relative_update(self, inc: int = 1) -> None:
+        def call(self, hook_name: str | None = None, **kwargs: Any) -> None:  # after every block, by either client
             try:
                 check()
             except Exception:
@@ -275,7 +300,7 @@ def _now(fs: Any, bucket: str) -> datetime:
     if hasattr(fs, "call_s3"):
         answer = fs.call_s3("head_bucket", Bucket=bucket)
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-    return datetime.now(UTC)
+    return parsedate_to_datetime(google_storage.server_time(fs, bucket))
 
 
 def _remove(path: str, fs: Any) -> None:
@@ -288,6 +313,8 @@ def _code(error: BaseException | None) -> str:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
+        if code := google_storage.code_of(error):
+            return code
         error = error.__cause__
     return ""
 
@@ -298,7 +325,8 @@ def _is_missing(error: Exception, code: str) -> bool:
 
 def _is_final(error: Exception, code: str) -> bool:
     kind = type(error).__name__
-    return code in _FINAL or isinstance(error, PermissionError) or kind in (*_NO_CREDENTIALS, "ParamValidationError")
+    refused = code in _FINAL or code.startswith(google_storage.DENIED) or isinstance(error, PermissionError)
+    return refused or kind in (*_NO_CREDENTIALS, "ParamValidationError")
 
 
 def _text(moment: Any) -> str:

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
 from clae_dist import object_store
 from clae_dist.data.manifest import Manifest
 from tests import budget, grouping
-from tests.object_server import ObjectServer, serve_objects
+from tests.google_server import serve_google
+from tests.object_server import ObjectServer, serve_s3
 from tests.ranks import RankPool
 from tests.small_run import Undisturbed, run_undisturbed, write_images, write_recipe
 
@@ -132,16 +134,29 @@ def undisturbed(ranks: RankPool, shards: Manifest, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
-def _object_server() -> Iterator[ObjectServer]:
-    with serve_objects() as server:
+def _s3() -> Iterator[ObjectServer]:
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _gs() -> Iterator[ObjectServer]:
+    with serve_google() as server:
         yield server
 
 
 @pytest.fixture
-def bucket(_object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
-    """An S3 server with an empty bucket, which this process's environment names, and staging folders of the test's own."""
-    _object_server.clear()
-    for name, value in {**_object_server.environment, "CLAE_CACHE": str(tmp_path / "cache")}.items():
+def bucket(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
+    """An object store with an empty bucket, which this process's environment names, and staging folders of the test's own.
+
+    It is an S3 server, unless the test names "gs" by `indirect`.
+    """
+    server: ObjectServer = request.getfixturevalue(f"_{getattr(request, 'param', 's3')}")
+    server.clear()
+    for name, value in {**server.environment, "CLAE_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
+    configured: dict[str, dict[str, str]] = {}
+    fsspec.config.set_conf_env(configured)
+    monkeypatch.setattr(fsspec.config, "conf", configured)  # which fsspec has read when it was imported
     object_store._filesystem.cache_clear()  # it has the environment of another test
-    return _object_server
+    return server

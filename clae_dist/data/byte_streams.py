@@ -14,15 +14,18 @@ import signal
 import subprocess
 import threading
 import urllib.request
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from clae_dist import google_storage
 from clae_dist.data.urls import PIPE, scheme
 from clae_dist.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 4 << 20  # of one request by fsspec
+_STALL_S = 60.0  # of a request whose reader has left
 _PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -177,6 +180,8 @@ class _Fsspec:
         except queue.Empty:
             self._closed.set()
             raise TimeoutError from None
+        if isinstance(value, Exception) and google_storage.code_of(value):  # refused, whatever a retry does
+            raise PermissionError(str(value).rpartition("\n")[2]) from value
         if isinstance(value, OSError):
             raise value
         if isinstance(value, Exception):  # clients have errors of their own; a retry may fix any of them
@@ -193,12 +198,20 @@ class _Fsspec:
             self._came.get_nowait()
 
 
+@lru_cache(maxsize=1)
+def _google(pid: int) -> Any:
+    """The client of this process: its connections do not survive a fork."""
+    return google_storage.make_client(_STALL_S, skip_instance_cache=True)
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it. Raises DataError if it is unknown or not installed."""
     import fsspec
 
     kind = scheme(url)
     try:
+        if kind in ("gs", "gcs"):
+            return _google(os.getpid()), url.partition("://")[2]
         filesystem, path = fsspec.core.url_to_fs(url)
         return filesystem, path
     except ImportError as error:

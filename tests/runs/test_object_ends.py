@@ -24,29 +24,27 @@ from clae_dist.runs.record import Record
 from clae_dist.staging import copy_folder, staging_folder
 from clae_dist.world import World
 from tests.checkpoints import tensors, write_checkpoint
-from tests.object_server import BUCKET, ObjectServer
+from tests.object_server import ON_BOTH, ObjectServer
 from tests.runs.test_listing import write_run
 from tests.runs.test_status import beat
-
-URL = f"s3://{BUCKET}/runs/first"
 
 
 class Nodes:
     """Caches of machines of their own; each has a staging folder of the run."""
 
-    def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._base, self._monkeypatch = base, monkeypatch
+    def __init__(self, url: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url, self._base, self._monkeypatch = url, base, monkeypatch
 
     def __call__(self, name: str) -> Path:
         """From here on, this process is on that machine. Its staging folder."""
         self._monkeypatch.setenv("CLAE_CACHE", str(self._base / name))
-        return staging_folder(URL)
+        return staging_folder(self.url)
 
 
 @pytest.fixture
 def nodes(bucket: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nodes:
     """The run begins on node-0."""
-    made = Nodes(tmp_path, monkeypatch)
+    made = Nodes(bucket.url, tmp_path, monkeypatch)
     record = Record.of(write_run(made("node-0")).path)
     assert record is not None
     record.push()
@@ -58,6 +56,7 @@ def fail(folder: Path, start: float, rank: int, host: str, cause: Any = "memory"
     Attempt(start, 7).end(folder, rank, 2, cause, 7, "out of memory", f"digest {start}", host=host)
 
 
+@ON_BOTH
 def test_every_node_has_the_ends_of_all(nodes: Nodes, bucket: ObjectServer) -> None:
     """The rank at fault reports on its own node; rank 0's reads it before the next start, and sends it with its own file."""
     fail(nodes("node-1"), 10.0, 1, "node-1")
@@ -73,7 +72,7 @@ def test_every_node_has_the_ends_of_all(nodes: Nodes, bucket: ObjectServer) -> N
         assert [name for name in bucket.names() if "/ends/" in name] == []
     for name in ("node-0", "node-2"):
         fetch_ends(nodes(name))
-        assert [(end.start, end.cause, end.host) for end in read_ends(staging_folder(URL))] == expected
+        assert [(end.start, end.cause, end.host) for end in read_ends(staging_folder(nodes.url))] == expected
     fail(nodes("node-2"), 5.0, 1, "node-2")  # a late report of an older start
     fetch_ends(nodes("node-0"))
     assert [end.start for end in read_ends(here)] == [5.0, 10.0, 20.0]
@@ -93,17 +92,18 @@ def test_a_host_is_readmitted_by_url(nodes: Nodes, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(exclusion.platform, "node", lambda: "node-1")
     for start in (10.0, 20.0):
         fail(nodes("node-1"), start, 1, "node-1")
-    join = ["join", "quickstart", f"run_dir={URL}"]
+    join = ["join", "quickstart", f"run_dir={nodes.url}"]
     assert exclusion.main(join) == FAILED
     nodes("laptop")
-    main(["status", URL])
+    main(["status", nodes.url])
     assert "exclude this host: node-1 ended two starts" in capsys.readouterr().out
-    main(["status", URL, "--readmit", "node-1"])
+    main(["status", nodes.url, "--readmit", "node-1"])
     assert "exclude this host" not in capsys.readouterr().out
     nodes("node-1")
     assert exclusion.main(join) == OK
 
 
+@ON_BOTH
 def test_status_by_url(nodes: Nodes, bucket: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alive by the heartbeat's age in the store, hung, then dead when it does not change, and ended."""
     here = RunFolder(nodes("node-0"))
@@ -116,14 +116,14 @@ def test_status_by_url(nodes: Nodes, bucket: ObjectServer, monkeypatch: pytest.M
     def state(**changes: object) -> tuple[str, int, int | None]:
         write_heartbeat(here.path, beat(**changes))
         record.push()
-        shutil.rmtree(copy_folder(URL), ignore_errors=True)
+        shutil.rmtree(copy_folder(nodes.url), ignore_errors=True)
         return read()
 
     def read() -> tuple[str, int, int | None]:
         with monkeypatch.context() as patch:
             said: list[str] = []
             patch.setattr("builtins.print", said.append)
-            code = main(["status", URL, "--json"])
+            code = main(["status", nodes.url, "--json"])
         found = json.loads("".join(said))
         return found["state"], code, found["checkpoint"]
 

@@ -19,11 +19,10 @@ import torch
 from clae_dist.runs.checkpoint import Writer, load_checkpoint, remove_leftovers
 from clae_dist.staging import copy_folder, staging_folder
 from tests.checkpoints import CPU, assert_same, pieces_of, write_checkpoint
-from tests.object_server import BUCKET, ObjectServer, Request
+from tests.fault_proxy import Request
+from tests.object_server import ON_BOTH, ObjectServer
 from tests.processes import environment, started
 from tests.runs.killed_in_bucket import NEW, OLD
-
-URL = f"s3://{BUCKET}/runs/first"
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,18 @@ class Saver:
 @pytest.fixture
 def saver(bucket: ObjectServer, tmp_path: Path) -> Iterator[Saver]:
     pipes = {"stdin": subprocess.PIPE, "stderr": None}
-    command = (sys.executable, "-m", "tests.runs.killed_in_bucket", staging_folder(URL))
+    command = (sys.executable, "-m", "tests.runs.killed_in_bucket", staging_folder(bucket.url))
     with started(*command, env=environment(**bucket.environment), **pipes) as process:
         yield Saver(process, bucket)
 
 
 def check(bucket: ObjectServer, committed: bool) -> int:
     """The step that the same machine and another one resume from, with the tensors that were written."""
-    remove_leftovers(staging_folder(URL))
-    shutil.rmtree(copy_folder(URL), ignore_errors=True)
+    here, elsewhere = staging_folder(bucket.url), copy_folder(bucket.url)
+    remove_leftovers(here)
+    shutil.rmtree(elsewhere, ignore_errors=True)
     steps = set()
-    for folder in (staging_folder(URL), copy_folder(URL)):
+    for folder in (here, elsewhere):
         checkpoint = load_checkpoint(folder, pytest.fail)  # not even a damaged one
         assert checkpoint is not None
         assert_same(checkpoint, OLD if checkpoint.step == 1 else NEW)
@@ -122,8 +122,9 @@ def moments(bucket: ObjectServer, saver: Saver) -> Iterator[Kill]:
 
 
 @pytest.mark.slow
+@ON_BOTH
 def test_kills_of_saves(bucket: ObjectServer, saver: Saver) -> None:
-    run_dir, found, num_kills = staging_folder(URL), [], 0
+    run_dir, found, num_kills = staging_folder(bucket.url), [], 0
     write_checkpoint(run_dir, 1, OLD)
     for kill in moments(bucket, saver):
         if found[-1:] != [1]:  # the old one is gone
@@ -147,7 +148,7 @@ def test_a_save_does_not_wait_for_the_bucket(bucket: ObjectServer) -> None:
         return ""
 
     bucket.faults.choose = choose
-    writer = Writer(staging_folder(URL), 0, 1, "attempt0", CPU)
+    writer = Writer(staging_folder(bucket.url), 0, 1, "attempt0", CPU)
     writer.begin(1, [pieces_of(f"model/{i}", torch.zeros(100_000), 0, 1, sharded=False) for i in range(6)])
     released.set()
     writer.join()

@@ -22,14 +22,12 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import TO_RESUME, Record
 from clae_dist.staging import copy_folder, staging_folder
 from clae_dist.world import World
-from tests.object_server import BUCKET, KEY_ID, SECRET, ObjectServer
-
-URL = f"s3://{BUCKET}/runs/first"
+from tests.object_server import KEY_ID, ON_BOTH, SECRET, ObjectServer
 
 
 @pytest.fixture
 def run_dir(bucket: ObjectServer) -> Path:
-    folder = staging_folder(URL)
+    folder = staging_folder(bucket.url)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("name: first\n")
     return folder
@@ -41,9 +39,9 @@ def record_of(folder: Path) -> Record:
     return found
 
 
-def pulled() -> Path:
+def pulled(bucket: ObjectServer) -> Path:
     """The record as another machine gets it."""
-    copy = copy_folder(URL)
+    copy = copy_folder(bucket.url)
     shutil.rmtree(copy, ignore_errors=True)
     record_of(copy).pull(TO_RESUME)
     return copy
@@ -52,6 +50,7 @@ def pulled() -> Path:
 # ---- the record ----
 
 
+@ON_BOTH
 def test_a_file_that_grows_is_sent_in_parts_and_joined(
     bucket: ObjectServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,11 +63,12 @@ def test_a_file_that_grows_is_sent_in_parts_and_joined(
         path.write_text(content)
         assert ours.push() == (["metrics.jsonl", "config.yaml"] if content is contents[0] else ["metrics.jsonl"])
         sizes.append(sum("metrics.jsonl" in name for name in bucket.names()))
-        assert RunFolder(pulled()).metrics_file.read_text() == content
+        assert RunFolder(pulled(bucket)).metrics_file.read_text() == content
         assert ours.push() == []
     assert sizes == [1, 2, 3, 4, 1, 2, 3, 1, 1, 1]
 
 
+@ON_BOTH
 def test_lines_that_a_kill_left_unsent_are_kept_and_sent(bucket: ObjectServer, run_dir: Path) -> None:
     path = RunFolder(run_dir).metrics_file
     path.write_text("one\n")
@@ -78,15 +78,16 @@ def test_lines_that_a_kill_left_unsent_are_kept_and_sent(bucket: ObjectServer, r
     later.pull(TO_RESUME)
     assert path.read_text() == "one\ntwo\n"
     later.push()
-    assert RunFolder(pulled()).metrics_file.read_text() == "one\ntwo\n"
+    assert RunFolder(pulled(bucket)).metrics_file.read_text() == "one\ntwo\n"
 
 
+@ON_BOTH
 def test_a_node_that_was_away_takes_what_another_has_written(bucket: ObjectServer, run_dir: Path) -> None:
     folder = RunFolder(run_dir)
     folder.metrics_file.write_text("one\ntwo\n")
     folder.bad_samples_file.write_text("old")
     record_of(run_dir).push()
-    other = pulled()
+    other = pulled(bucket)
     RunFolder(other).metrics_file.write_text("one\nother\n")
     RunFolder(other).bad_samples_file.unlink()
     record_of(other).push()
@@ -96,6 +97,7 @@ def test_a_node_that_was_away_takes_what_another_has_written(bucket: ObjectServe
     assert not folder.bad_samples_file.exists()
 
 
+@ON_BOTH
 def test_a_run_that_was_deleted_from_the_bucket_leaves_no_stale_files(bucket: ObjectServer, run_dir: Path) -> None:
     RunFolder(run_dir).identity_file.write_text("{}")
     record_of(run_dir).push()
@@ -104,6 +106,7 @@ def test_a_run_that_was_deleted_from_the_bucket_leaves_no_stale_files(bucket: Ob
     assert list(run_dir.iterdir()) == []
 
 
+@ON_BOTH
 def test_a_launcher_sends_only_ends(bucket: ObjectServer, run_dir: Path) -> None:
     """The lines that ranks wrote before they were killed; nothing from a folder that another run or node has left behind."""
     folder = RunFolder(run_dir)
@@ -113,22 +116,24 @@ def test_a_launcher_sends_only_ends(bucket: ObjectServer, run_dir: Path) -> None
     folder.metrics_file.write_text("one\ntwo\n")
     folder.error_log(1).write_text("Traceback")
     record_of(run_dir).push_ends()
-    assert RunFolder(pulled()).metrics_file.read_text() == "one\ntwo\n"
+    assert RunFolder(pulled(bucket)).metrics_file.read_text() == "one\ntwo\n"
     assert bucket.read("runs/first/error-rank-1.log") == b"Traceback"
     folder.metrics_file.write_text("stale\n")
     record_of(run_dir).push_ends()
-    assert RunFolder(pulled()).metrics_file.read_text() == "one\ntwo\n"
+    assert RunFolder(pulled(bucket)).metrics_file.read_text() == "one\ntwo\n"
 
 
+@ON_BOTH
 def test_an_object_named_stop_stops_the_run(bucket: ObjectServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one of an earlier start does not."""
+    """The one of an earlier start does not, which the launcher deletes."""
     monkeypatch.setattr(mirror, "EVERY_S", 0.05)
     bucket.write("runs/first/STOP", b"old")
     record_of(run_dir).push()
     stop = RunFolder(run_dir).stop_file
+    mirror.forget_stop(run_dir)
+    assert "runs/first/STOP" not in bucket.names()
     with mirror.mirrored(run_dir, World.single("cpu"), pytest.fail) as running:
         running.share()
-        assert "runs/first/STOP" not in bucket.names()
         bucket.write("runs/first/STOP", b"maintenance")
         while not (stop.exists() and stop.read_text() == "maintenance"):
             time.sleep(0.02)  # the test's limit ends a thread that never asks
@@ -159,14 +164,16 @@ def take(run_dir: Path) -> None:
         pass
 
 
+@ON_BOTH
 @pytest.mark.parametrize("machine", ["", "another"])
 def test_a_second_writer_is_refused(machine: str, bucket: ObjectServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(run_dir, monkeypatch, machine), pytest.raises(InUse, match=rf"{URL} is in use by clae train on host"):
+    with held(run_dir, monkeypatch, machine), pytest.raises(InUse, match=rf"{bucket.url} is in use by clae train on host"):
         take(run_dir)
     take(run_dir)
     assert "runs/first/training.lease" not in bucket.names()
 
 
+@ON_BOTH
 def test_the_lease_of_a_dead_process_of_another_machine_is_taken_over(
     bucket: ObjectServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,9 +184,10 @@ def test_the_lease_of_a_dead_process_of_another_machine_is_taken_over(
     take(run_dir)
 
 
+@ON_BOTH
 def test_one_of_many_creates_an_object(bucket: ObjectServer, run_dir: Path) -> None:
     """Also where the store carried out what its answer did not reach us about."""
-    bucket.faults.choose = lambda request: "lost" if request.method == "PUT" and request.number % 2 else ""
+    bucket.faults.choose = lambda request: "lost" if request.action == "put" and request.number % 2 else ""
     store, won = store_of(run_dir), []
     assert store is not None
 
@@ -199,18 +207,24 @@ def test_one_of_many_creates_an_object(bucket: ObjectServer, run_dir: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("url", "fault", "words"),
+    ("bucket", "fault", "words"),
     [
-        ("s3://no-such-bucket/run", "", "no-such-bucket/run cannot be used: there is no such bucket; create it"),
-        (URL, "AccessDenied", "cannot be used: access is denied (AccessDenied); allow getting, putting"),
-        (URL, "InvalidAccessKeyId", "the credentials are not accepted (InvalidAccessKeyId); set AWS_PROFILE"),
-        (URL, "SignatureDoesNotMatch", "the credentials are not accepted (SignatureDoesNotMatch); set AWS_PROFILE"),
-        (URL, "RequestTimeTooSkewed", "refuses requests of this machine's clock (RequestTimeTooSkewed); set the clock (NTP)"),
-        (URL, "500", "cannot be used: "),
+        ("s3", "", "no-such-bucket/run cannot be used: there is no such bucket; create it"),
+        ("s3", "AccessDenied", "cannot be used: access is denied (AccessDenied); allow getting, putting"),
+        ("s3", "InvalidAccessKeyId", "the credentials are not accepted (InvalidAccessKeyId); set AWS_PROFILE"),
+        ("s3", "SignatureDoesNotMatch", "the credentials are not accepted (SignatureDoesNotMatch); set AWS_PROFILE"),
+        ("s3", "RequestTimeTooSkewed", "refuses requests of this machine's clock (RequestTimeTooSkewed); set the clock (NTP)"),
+        ("s3", "500", "cannot be used: "),
+        ("gs", "", "no-such-bucket/run cannot be used: there is no such bucket; create it"),
+        ("gs", "denied", "cannot be used: access is denied (403 storage.objects.create); allow getting, putting"),
+        ("gs", "anonymous", "there are no credentials; set GOOGLE_APPLICATION_CREDENTIALS"),
+        ("gs", "requester pays", "the requester pays for this bucket; name your project in FSSPEC_GS_REQUESTER_PAYS"),
+        ("gs", "invalid", "The specified bucket name is invalid.); correct the name"),
+        ("gs", "503", "We encountered an internal error. Please try again., 503; check the network and STORAGE_EMULATOR_HOST"),
     ],
+    indirect=["bucket"],
 )
 def test_a_store_that_cannot_be_used_is_named_before_ranks_start(
-    url: str,
     fault: str,
     words: str,
     bucket: ObjectServer,
@@ -218,8 +232,9 @@ def test_a_store_that_cannot_be_used_is_named_before_ranks_start(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    url = bucket.url if fault else f"{bucket.scheme}://no-such-bucket/run"
     monkeypatch.setattr(object_store, "FIRST_TRIES_S", 0.2)
-    bucket.faults.choose = lambda request: fault if request.method == "PUT" else ""
+    bucket.faults.choose = lambda request: fault if request.action == "put" else ""
     assert main(["train", str(recipe), f"run_dir={url}", "--launcher", "local"]) == STORAGE
     captured = capsys.readouterr()
     (line,) = captured.err.strip().splitlines()

@@ -16,11 +16,11 @@ from clae_dist.runs.ends import read_ends
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import ENDS_FILE, TO_READ, Record
 from clae_dist.staging import copy_folder, staging_folder
-from tests.object_server import BUCKET, Faults, ObjectServer, Request
+from tests.fault_proxy import Faults, Request
+from tests.object_server import ON_BOTH, ObjectServer
 from tests.processes import CLAE, end, environment, finish, new_mark, started
 from tests.small_run import Undisturbed, assert_same_weights
 
-URL = f"s3://{BUCKET}/runs/first"
 _REQUESTS = 24  # to checkpoints, of about two saves
 
 
@@ -32,7 +32,7 @@ def killed_at(faults: Faults, moment: int, mark: dict[str, str], carried_out: bo
     def choose(request: Request) -> str:
         if happened.is_set():
             return "reset"
-        if "/checkpoints/" in request.path and next(numbers) == moment:
+        if "/checkpoints/" in request.key and next(numbers) == moment:
             happened.set()
             end(mark)
             return "lost" if carried_out else "reset"
@@ -45,13 +45,14 @@ def killed_at(faults: Faults, moment: int, mark: dict[str, str], carried_out: bo
         faults.choose = lambda request: ""
 
 
-def committed() -> int:
+def committed(bucket: ObjectServer) -> int:
     """The newest step that is committed in the bucket."""
-    objects = Objects.of(staging_folder(URL))
+    objects = Objects.of(staging_folder(bucket.url))
     assert objects is not None
     return max(objects.committed(), default=0)
 
 
+@ON_BOTH
 @pytest.mark.parametrize(
     ("num_kills", "epochs"),
     [
@@ -64,10 +65,10 @@ def test_a_killed_run_resumes_from_what_is_committed(
 ) -> None:
     """kill -9 of the launcher, its fork servers and both ranks at once, as when the machine is lost."""
     draws, resumed, kills = random.Random(num_kills), [0], 0
-    settings = [f"run_dir={URL}", f"train.epochs={epochs}", "checkpoint.every_steps=2", "launch.workers=2"]
+    settings = [f"run_dir={bucket.url}", f"train.epochs={epochs}", "checkpoint.every_steps=2", "launch.workers=2"]
     command = (*CLAE, "train", recipe, "--launcher", "local", *settings)
     while kills < num_kills:
-        before, mark = committed(), new_mark()
+        before, mark = committed(bucket), new_mark()
         with (
             killed_at(bucket.faults, draws.randrange(_REQUESTS), mark, draws.random() < 0.5) as happened,
             started(*command, env=environment(), mark=mark) as process,
@@ -84,8 +85,8 @@ def test_a_killed_run_resumes_from_what_is_committed(
         code, output = finish(process)
     assert code == 0, output
     assert len(set(resumed)) > 1
-    assert_same_weights(staging_folder(URL), undisturbed(2, epochs=epochs), 4 * epochs)
-    copy = copy_folder(URL)
+    assert_same_weights(staging_folder(bucket.url), undisturbed(2, epochs=epochs), 4 * epochs)
+    copy = copy_folder(bucket.url)
     record = Record.of(copy)
     assert record is not None
     record.pull((*TO_READ, ENDS_FILE))
