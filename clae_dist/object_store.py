@@ -144,13 +144,13 @@ class Store:
         path = self._path(name)
         return int(self._call(name, lambda fs: fs.info(path, refresh=True))["size"])
 
-    def entries(self, prefix: str = "") -> dict[str, Entry]:
-        """All objects below the folder `prefix`, by their names relative to this store's URL."""
+    def entries(self, prefix: str = "", beginning: str = "") -> dict[str, Entry]:
+        """All objects below the folder `prefix` whose names in it begin so, by names relative to this store's URL."""
         path = self._path(prefix)
 
         def find(fs: Any) -> Any:
             fs.invalidate_cache()
-            return fs.find(path, detail=True)
+            return fs.find(path, detail=True, prefix=beginning)
 
         try:
             found = self._call(prefix, find)
@@ -240,12 +240,12 @@ def store_of(folder: Path, retry_s: float = 0.0) -> Store | None:
     return Store(url, retry_s) if url else None
 
 
-def check_store(folder: Path) -> None:
+def check_store(folder: Path, retry_s: float = 0.0) -> None:
     """Check that objects can be written, listed, read and deleted where `folder` is staged; nothing for an ordinary folder.
 
     Raises StoreError, and ConfigError for a client that is not installed.
     """
-    store = store_of(folder, FIRST_TRIES_S)
+    store = store_of(folder, retry_s or FIRST_TRIES_S)
     if store is None:
         return
     name = f".probe-{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"

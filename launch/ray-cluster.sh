@@ -22,7 +22,8 @@ a host that is being drained (`ray drain-node`, spot instances). CONFIG, shards 
   --port N            head: port of the cluster (default 6379); every host also uses N + 1 and N + 2
   --address A         head: address that other hosts connect to (default: that of the default route)
   --interface NAME    network interface of the ranks (default: the one with that address)
-  --gpus N, --cpus N  resources this host offers (default: all); a rank uses one GPU, or one core on hosts without GPUs
+  --gpus N, --cpus N  resources this host offers (default: all); a rank uses one GPU, or one core on hosts without GPUs.
+                      --cpus 0 keeps ranks off a host without GPUs, such as a head that only submits
   --token-file FILE   the cluster's secret (default: RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token). The head creates a
                       missing one, readable only by you; copy it to the workers, for example with scp
   --temp-dir DIR      folder of this host's process ID, address, Ray sockets and logs (default:
@@ -58,7 +59,8 @@ while [ $# -gt 0 ]; do
         --address) address=$2 ;;
         --interface) chosen_interface=$2 ;;
         --gpus) gpus=$2 ;;
-        --cpus | --ranks-per-node) whole "$1" "$2"; cpus=$2 ;;
+        --cpus) [ "$2" = 0 ] || whole "$1" "$2"; cpus=$2 ;;
+        --ranks-per-node) whole "$1" "$2"; cpus=$2 ;;
         --token-file) token=$2 ;;
         --temp-dir) temp_dir=$2 ;;
         --autoscaling-config) autoscaling=$2 ;;

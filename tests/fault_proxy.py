@@ -60,10 +60,10 @@ class Faults:
 
 
 @contextmanager
-def proxied(upstream: int, handler: type[Proxy], faults: Faults) -> Iterator[int]:
-    """The port of a proxy before the server at a port of this machine, until the block ends."""
+def proxied(upstream: int, handler: type[Proxy], faults: Faults, address: str = "127.0.0.1") -> Iterator[int]:
+    """The port at `address` of a proxy before the server at a port of this machine, until the block ends."""
     methods = {f"do_{name}": Proxy.forward for name in ("GET", "PUT", "POST", "DELETE", "HEAD")}
-    server = _Server(("127.0.0.1", 0), type("Handler", (handler,), {"upstream": upstream, "state": faults, **methods}))
+    server = _Server((address, 0), type("Handler", (handler,), {"upstream": upstream, "state": faults, **methods}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

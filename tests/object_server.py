@@ -1,4 +1,4 @@
-"""Object stores on loopback, each behind a proxy with faults; here, an S3 server (moto's)."""
+"""Object stores on this machine, each behind a proxy with faults; here, an S3 server (moto's)."""
 
 from __future__ import annotations
 
@@ -63,11 +63,12 @@ class ObjectServer:
 class S3Server(ObjectServer):
     scheme = "s3"
     client: Any  # boto3's
+    address: str
 
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.address}:{self.port}",
             "AWS_ACCESS_KEY_ID": KEY_ID,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -91,8 +92,8 @@ class S3Server(ObjectServer):
 
 
 @contextmanager
-def serve_s3() -> Iterator[ObjectServer]:
-    """A server with one bucket, until the block ends."""
+def serve_s3(address: str = "127.0.0.1") -> Iterator[ObjectServer]:
+    """A server with one bucket, which listens on `address`, until the block ends."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -104,8 +105,8 @@ def serve_s3() -> Iterator[ObjectServer]:
     client, faults = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{direct_port}", **keys), Faults()
     client.create_bucket(Bucket=BUCKET)
     try:
-        with proxied(direct_port, _S3Proxy, faults) as port:
-            yield S3Server(port, faults, client)
+        with proxied(direct_port, _S3Proxy, faults, address) as port:
+            yield S3Server(port, faults, client, address)
     finally:
         client.close()
         moto.stop()

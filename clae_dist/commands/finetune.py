@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +78,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write(recipe: Recipe, path: Path) -> int:
-    """Write the settings as a recipe, with the origin of each. Raises StorageError."""
+    """Write the settings as a recipe, with the origin of each.
+
+    Raises StorageError, and ConfigError for an encoder or classes with which a start would end.
+    """
+    import torch
+
     from clae_dist.config.sharing import shareable
     from clae_dist.files import write_atomically
+    from clae_dist.models import build_model
     from clae_dist.recipe import to_yaml
     from clae_dist.storage import writing
+    from clae_dist.training.sets import check_method_sets
 
+    with torch.device("meta"):
+        build_model(recipe.config)
+    with suppress(DataError):  # its images may be on the hosts that will train
+        check_method_sets(recipe.config)
     with writing(path):
         write_atomically(path, to_yaml(shareable(recipe.config), recipe.origins).encode())
     say(f"wrote {path}; start it with clae train {path}, or a script of launch/")

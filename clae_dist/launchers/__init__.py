@@ -76,7 +76,7 @@ def start(recipe: Recipe, *, debug: bool = False, before_ranks: Callable[[], Non
     from clae_dist.object_store import check_store
     from clae_dist.runs.claim import make_folder, refuse_second_run
     from clae_dist.runs.folder import RunFolder
-    from clae_dist.runs.mirror import prepare, send_rest
+    from clae_dist.runs.mirror import forget_stop, prepare, send_rest
 
     config = _with_absolute_paths(recipe.config)
     if config.launch.min_workers and config.launch.launcher != "ray":
@@ -92,7 +92,11 @@ def start(recipe: Recipe, *, debug: bool = False, before_ranks: Callable[[], Non
     make_folder(config.folder)
     if config.launch.launcher != "torchrun":  # whose ranks all come here; rank 0 says it to all of them
         refuse_second_run(config.folder)
-    RunFolder(config.folder).stop_file.unlink(missing_ok=True)  # a request that a killed launcher left behind
+    # A request that a killed launcher left behind, here and in a bucket.
+    if config.launch.launcher != "torchrun" or os.environ.get("RANK", "0") == "0":
+        forget_stop(config.folder)
+    else:
+        RunFolder(config.folder).stop_file.unlink(missing_ok=True)
     launcher = importlib.import_module(f"clae_dist.launchers.{config.launch.launcher}")
     before_ranks()
     try:

@@ -14,6 +14,7 @@ from clae_dist.launchers.local import default_workers, spawn
 from clae_dist.launchers.rank import Ending
 from clae_dist.launchers.torchrun import num_ranks, say_once
 from clae_dist.runs.folder import RunFolder
+from clae_dist.staging import url_of
 from clae_dist.training.finish import Request, evaluate
 from clae_dist.world import connect
 
@@ -38,6 +39,8 @@ def evaluate_on(request: Request, launcher: str, workers: int = 0) -> Ending:
     if launcher == "ray":
         from clae_dist.launchers.ray_work import run_on_ray
 
+        if os.environ.get("RAY_ADDRESS"):
+            _refuse_bucket(request)
         folder = RunFolder(Path(request.to or request.subject).expanduser()).ray
         return run_on_ray(rank, (request,), workers, request.device, folder)
     return rank(request) if workers == 1 else spawn(workers, rank, request, advice=_ADVICE)
@@ -47,6 +50,8 @@ def rank(request: Request) -> Ending:
     """The work of one rank."""
     try:
         with connect(_TIMEOUT_S, request.device) as world:
+            if world.local_size < world.size:
+                _refuse_bucket(request)
             torch.set_num_threads(request.threads or threads_per_rank(world.local_size))
             evaluate(request, world, say if world.is_main else _silent)
     except ClaeError as error:
@@ -54,6 +59,15 @@ def rank(request: Request) -> Ending:
             raise
         return Ending(error.exit_code, shown(f"clae: {error}"))
     return Ending(OK, "")
+
+
+def _refuse_bucket(request: Request) -> None:
+    """Ranks on several hosts write to files that all of them map. Raises ConfigError for a run that each host would copy."""
+    if Path(request.subject).is_absolute() and (url := url_of(Path(request.subject))):
+        raise ConfigError(
+            f"SUBJECT is {url!r}, whose copies several hosts do not share, as ranks of an evaluation must; use one host "
+            "(--launcher local), or copy the run to a folder that all hosts see."
+        )
 
 
 def _silent(_: str) -> None: ...

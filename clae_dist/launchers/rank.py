@@ -23,6 +23,7 @@ from clae_dist.recipe import Recipe
 from clae_dist.runs.ends import Attempt, read_ends, repeated_crash
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.mirror import fetch_ends, send_file
+from clae_dist.staging import shown_path
 from clae_dist.storage import storage_error
 from clae_dist.training.flight_recorder import dump, switch_on
 from clae_dist.training.guard import is_preemption
@@ -169,7 +170,7 @@ def _broke(error: Exception, config: Config, rank: int, size: int, attempt: Atte
         send_file(log, config.folder)
     except OSError:
         return RankBroke(what, code)
-    return RankBroke(f"{what} (traceback: {log})", code)
+    return RankBroke(f"{what} (traceback: {shown_path(log)})", code)
 
 
 def _useless(config: Config, num_ends: int) -> Ending | None:
@@ -188,8 +189,8 @@ def useless_restart(config: Config, num_ends: int) -> Ending | None:
     place = f"after the checkpoint of step {crash.checkpoint}" if crash.checkpoint is not None else "before any checkpoint"
     text = (
         f"rank {crash.rank} has failed twice in the same way {place}, and is not started a third time: {crash.text[:220]}. "
-        f"Read {log}, run the same command with --debug and launch.workers=1, or repeat a recorded step with `clae replay`; "
-        "the same command resumes from the newest checkpoint."
+        f"Read {shown_path(log)}, run the same command with --debug and launch.workers=1, or repeat a recorded step with "
+        "`clae replay`; the same command resumes from the newest checkpoint."
     )
     return Ending(crash.code, text, cause=crash.cause)
 

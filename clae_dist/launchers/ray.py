@@ -7,9 +7,9 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,16 +22,18 @@ from clae_dist.keys import flatten
 from clae_dist.launchers.local import default_workers
 from clae_dist.launchers.rank import Ending, RankBroke, run_rank
 from clae_dist.launchers.ray_security import check_version, secure_ray
-from clae_dist.launchers.terminal import Terminal, announce, shown_on
+from clae_dist.launchers.tail import ConsoleTail
+from clae_dist.launchers.terminal import announce
 from clae_dist.recipe import Recipe, Setting, build
 from clae_dist.runs.ends import read_ends
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import ask_to_stop, fetch_ends, forget_stop, stop_asked
 from clae_dist.staging import url_of
-from clae_dist.tracking.console import STARTING
 from clae_dist.wording import count_of
 
 _POLL_S = 0.2
 _GRACE_S = 15.0  # beyond guard.stop_within_s: ranks see the request and say how they end
+CHANGE = "the cluster has changed: "  # how a request to stop begins that ray_elastic.py makes
 _NAMESPACE = "clae-dist"  # in Ray's own store, where rank 0 leaves its ending for this process: the disk may be full
 
 
@@ -104,18 +106,22 @@ def launch(recipe: Recipe, *, debug: bool = False) -> Ending:
         return Ending(STOPPED, "SIGTERM before training began; the same command starts it.")
     if not debug:
         quieten(ray)
-    stop_file = RunFolder(config.folder.resolve()).stop_file
+    folder = _folder(config)
     try:
-        with _StopFile(stop_file) as stop:
+        with _StopFile(RunFolder(folder).stop_file) as stop:
             while True:
                 ending = _fit(ray, recipe, sizes, stop, debug=debug)
-                asked = stop_file.read_text() if stop_file.exists() else ""
-                if ending.code != STOPPED or stop.asked or not asked:
+                if ending.code != STOPPED or stop.asked or not (asked := stop_asked(folder)).startswith(CHANGE):
                     return ending
                 announce(f"ray: {shown(asked)}; starting again")
-                stop_file.unlink()
+                forget_stop(folder)
     finally:
         ray.shutdown()
+
+
+def _folder(config: Config) -> Path:
+    """The run folder, without links, which other hosts need not have; the one that stages a URL as it is."""
+    return config.folder if url_of(config.folder) else config.folder.resolve()
 
 
 def working_sizes(config: Config) -> list[int]:
@@ -174,7 +180,8 @@ def _trainer(ray: Any, recipe: Recipe, sizes: list[int], name: str, *, debug: bo
     from clae_dist.launchers.ray_local import LoopbackTorchConfig
 
     config = recipe.config
-    folder = config.folder.resolve()
+    folder = _folder(config)
+    fetch_ends(folder)
     cluster = bool(os.environ.get("RAY_ADDRESS"))
     use_gpu = _use_gpu(config, ray.cluster_resources().get("GPU", 0), sizes[-1], cluster)
     scaling = ScalingConfig(num_workers=(sizes[0], sizes[-1]) if cluster else sizes[-1], use_gpu=use_gpu)
@@ -226,7 +233,7 @@ def _use_gpu(config: Config, gpus: float, workers: int, cluster: bool) -> bool:
 
 def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: bool) -> Ending:
     config = recipe.config
-    folder = config.folder.resolve()
+    folder = _folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"ray-{os.getpid()}-{time.time_ns()}"
     trainer = _trainer(ray, recipe, sizes, name, debug=debug)
@@ -240,12 +247,13 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
 
     # Beside the main thread, so that signals are ours and the workers' console can be shown meanwhile.
     thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
-    with _ConsoleTail(RunFolder(folder).console_file) as tail:
+    with ConsoleTail(folder, here=not os.environ.get("RAY_ADDRESS")) as tail:
         tail.wait_for("Ray's workers")
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
             tail.show()
+            stop.hand_on()
             if stop.asked and time.monotonic() > stop.asked_at + config.guard.stop_within_s + _GRACE_S:
                 return Ending(
                     STOPPED,
@@ -256,6 +264,7 @@ def _fit(ray: Any, recipe: Recipe, sizes: list[int], stop: _StopFile, *, debug: 
     if "error" in result:
         if debug:
             raise result["error"]
+        fetch_ends(folder)
         ends = read_ends(folder)
         code = ends[-1].code if ends and ends[-1].code in (MEMORY, NETWORK) else FAILED
         return Ending(code, f"{root_cause(result['error'])}. The same command resumes from the newest checkpoint.")
@@ -280,36 +289,6 @@ def _last_line(text: str) -> str:
     return lines[-1].rstrip(".") if lines else "no reason given"
 
 
-class _ConsoleTail:
-    """Shows what rank 0 appends to its console."""
-
-    def __init__(self, path: Path) -> None:
-        path.touch()
-        self._file = path.open()
-        self._file.seek(0, os.SEEK_END)
-        self._shown: Any = shown_on(sys.stdout)
-
-    def __enter__(self) -> _ConsoleTail:
-        return self
-
-    def show(self) -> None:
-        text = self._file.read()
-        if text and self._shown is not None:
-            self._shown.write(text)
-            self._shown.flush()
-
-    def wait_for(self, what: str) -> None:
-        """Shows on a terminal that `what` is being started; a log has had its line."""
-        if isinstance(self._shown, Terminal):
-            self._shown.write(f"{STARTING}{what}\n")
-
-    def __exit__(self, *exception: object) -> None:
-        self.show()
-        if isinstance(self._shown, Terminal):
-            self._shown.close()
-        self._file.close()
-
-
 class _StopFile:
     """Inside, the first SIGINT, SIGTERM or SIGUSR1 makes the file that asks the ranks to save and leave.
 
@@ -319,6 +298,7 @@ class _StopFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.asked, self.asked_at = False, 0.0
+        self._reason = ""  # of a request that is not in the bucket yet
 
     def __enter__(self) -> _StopFile:
         heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -331,10 +311,19 @@ class _StopFile:
                 raise KeyboardInterrupt
             return
         self.asked, self.asked_at = True, time.monotonic()
-        self._path.write_text("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        self._reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self._path.write_text(self._reason)
         print(f"{signal.Signals(number).name}: saving after this step, then leaving; once more ends at once.", flush=True)
+
+    def hand_on(self) -> None:
+        """Outside of the signal's handler: ask also the ranks that see the bucket alone."""
+        if self._reason and url_of(self._path.parent):
+            with suppress(OSError):  # the next call tries again
+                ask_to_stop(self._path.parent, self._reason)
+                self._reason = ""
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            forget_stop(self._path.parent)

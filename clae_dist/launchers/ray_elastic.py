@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, autoscaling_coordinator_client
 
 from clae_dist.escape import shown
+from clae_dist.launchers.ray import CHANGE
 from clae_dist.runs.exclusion import excluded_hosts, why_excluded
 from clae_dist.runs.folder import RunFolder
-from clae_dist.runs.mirror import fetch_ends
+from clae_dist.runs.mirror import add_to_console, ask_to_stop, fetch_ends, stop_asked
+from clae_dist.staging import staging_folder, url_of
 from clae_dist.training.guard import TAKEN_AWAY
 
 _CLAIM_S = 45  # Ray renews a run's claim to hosts every 20 s
@@ -32,7 +35,6 @@ _CALL_S = 2.0  # between calls of all nodes
 _ANSWER_S = 3.0  # a lost packet is sent again after 1 s
 _EXCLUDED = "It is excluded."
 _STILL_USED = "There is no room without it, so that it is still used: add a host, and remove this one with `ray drain-node`."
-CHANGE = "the cluster has changed: "  # how the text in the STOP file begins when it was asked for here
 
 
 class WorkingSizes(ElasticScalingPolicy):
@@ -44,13 +46,19 @@ class WorkingSizes(ElasticScalingPolicy):
 
     def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], stop_file: Path, check_every_s: float) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._stop_file, self._check_every_s = sizes, stop_file, check_every_s
+        self._sizes, self._check_every_s = sizes, check_every_s
+        self._folder, self._url = stop_file.parent, url_of(stop_file.parent)
         self._checked = float("-inf")
         self._more_at = 0  # a larger size that was possible at the last check, too
         self._excluded: list[str] = []  # nodes
         self._said: set[str] = set()
         self._fetched = self._called = float("-inf")
         self._silent: set[str] = set()  # nodes
+
+    @property
+    def _stop_file(self) -> Path:
+        """In the run folder, or where this process, whose environment is not that of the submitter, stages the run's URL."""
+        return RunFolder(staging_folder(self._url) if self._url else self._folder).stop_file
 
     def after_controller_start(self, train_run_context: Any) -> None:
         # The claim of a controller that was killed stands, for 180 s if Ray has its way: the run that takes its place waits.
@@ -103,8 +111,8 @@ class WorkingSizes(ElasticScalingPolicy):
         self._said.add(line)
 
     def _write(self, line: str) -> None:
-        with RunFolder(self._stop_file.parent).console_file.open("a") as file:
-            file.write(f"{shown(line)}\n")
+        with suppress(OSError):
+            add_to_console(self._stop_file.parent, f"{shown(line)}\n")
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> dict[str, str] | None:
         """The label that nodes of workers must have."""
@@ -113,10 +121,12 @@ class WorkingSizes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:
         self._maybe_send_resource_request()
         now = time.monotonic()
-        if now - self._checked >= self._check_every_s and not self._stop_file.exists():
+        if now - self._checked >= self._check_every_s:
             self._checked = now
-            if reason := self._why_change(worker_group_state):
-                self._stop_file.write_text(CHANGE + reason)
+            folder = self._stop_file.parent
+            with suppress(OSError):  # the next check tries again
+                if (reason := self._why_change(worker_group_state)) and not stop_asked(folder):
+                    ask_to_stop(folder, CHANGE + reason)
         return NoopDecision()
 
     def _why_change(self, running: Any) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,13 +54,15 @@ from clae_dist.runs.folder import (
 APPENDED = (METRICS_FILE, GOODPUT_FILE, CONSOLE_FILE, ENDS_FILE)
 _ELSEWHERE = {CHECKPOINTS, TRAINING_LEASE, EVALUATION_LEASE, STOP_FILE}  # objects of their own
 _ENDS = "ends"  # in the bucket alone: ends that ranks of any node report, an object each, until rank 0's node has sent them
+_LINES = "console"  # likewise: lines of the console that another process than rank 0 wrote
+CONSOLE_OBJECTS = _LINES  # how the names of all objects with the console begin
 _STAY = {EVALUATION, RAY}  # can be made again, or belong to processes
 AT_THE_END = (TENSORBOARD, PROFILE, REPORT, EXPORT)  # large, or complete only then
 TO_RESUME = (CONFIG_FILE, IDENTITY_FILE, BAD_SAMPLES_FILE, READMITTED_FILE, INITIAL, PSEUDO_LABELS, *APPENDED)
 TO_READ = (*TO_RESUME, SUMMARY_FILE, EVALUATION_FILE, REPORT, EXPORT)
 ERROR_LOGS = "error-rank-"  # the beginning of their names
 OF_A_RANK = (ERROR_LOGS, HANG, NONFINITE, PROFILE)  # written on the nodes of other ranks, too
-_PART = re.compile(r"(.+)\.(\d{5,})-(\d{12,})")
+PART = re.compile(r"(.+)\.(\d{5,})-(\d{12,})")
 _MOST_PARTS = 32  # of one file; then they are joined
 
 
@@ -88,7 +91,7 @@ class Record:
         self.folder, self.store = folder, store
         self._put: dict[str, tuple[int, int]] = {}  # size and time of change of files that are in the bucket
         self._parts: dict[str, _Parts] = {}
-        self._merged: list[str] = []  # objects with ends that are in this folder's file, too
+        self._merged: list[str] = []  # objects with ends and lines that are in this folder's files, too
 
     @staticmethod
     def of(folder: Path) -> Record | None:
@@ -115,6 +118,8 @@ class Record:
             self._pull_parts(name, entries)
         if ENDS_FILE in wanted:
             self._merge_ends(entries)
+        if CONSOLE_FILE in wanted:
+            self._merge_lines(entries)
         for path in self._files(wanted):
             name = self._name(path)
             if name not in entries and name not in APPENDED:
@@ -136,8 +141,12 @@ class Record:
         """Send a line about an end from any node, whose file of ends nobody else sends."""
         self.store.put(f"{_ENDS}/{uuid.uuid4().hex}.json", line)
 
+    def put_lines(self, text: str) -> None:
+        """Send lines of the console from any process of the run, on any node."""
+        self.store.put(f"{_LINES}/{time.time_ns():020d}-{uuid.uuid4().hex}.txt", text.encode())
+
     def delete_merged(self) -> None:
-        """Delete the objects whose ends have been sent with the file of ends."""
+        """Delete the objects whose ends and lines have been sent with the files of this folder."""
         self.store.delete(self._merged)
         self._merged = []
 
@@ -247,12 +256,24 @@ class Record:
 
     def _merge_ends(self, entries: Mapping[str, Entry]) -> None:
         """Add the ends that are objects of their own, in the order of starts."""
-        self._merged = [name for name in entries if name.startswith(f"{_ENDS}/")]
+        names = [name for name in entries if name.startswith(f"{_ENDS}/")]
+        self._merged += names
         path = self.folder / ENDS_FILE
         here = path.read_bytes().splitlines() if path.is_file() else []
-        lines = [self.store.get_or(name).strip() for name in self._merged]
+        lines = [self.store.get_or(name).strip() for name in names]
         if new := [line for line in dict.fromkeys(lines) if line and line not in here]:
             write_atomically(path, b"".join(line + b"\n" for line in sorted([*here, *new], key=_moment)))
+
+    def _merge_lines(self, entries: Mapping[str, Entry]) -> None:
+        """Add the lines of the console that are objects of their own, unless their process has left them here, too."""
+        names = sorted(name for name in entries if is_line(name))
+        self._merged += names
+        path = self.folder / CONSOLE_FILE
+        unsent = path.read_bytes()[self._parts[CONSOLE_FILE].num_bytes :] if path.is_file() else b""
+        lines = [self.store.get_or(name) for name in names]
+        if new := b"".join(text for text in lines if text not in unsent):
+            with path.open("ab") as file:
+                file.write(new)
 
     def _push_parts(self, name: str, path: Path) -> None:
         if name not in self._parts:
@@ -280,6 +301,11 @@ def _moment(line: bytes) -> tuple[float, float]:
     return (moments[0], moments[1]) if len(moments) == 2 else (math.inf, math.inf)
 
 
+def is_line(name: str) -> bool:
+    """True for the name of an object with lines of the console that another process than rank 0 wrote."""
+    return name.startswith(f"{_LINES}/")
+
+
 def _named(name: str, wanted: set[str]) -> bool:
     return name in wanted or (ERROR_LOGS in wanted and name.startswith(ERROR_LOGS))
 
@@ -287,7 +313,7 @@ def _named(name: str, wanted: set[str]) -> bool:
 def join(store: Store, name: str, entries: Mapping[str, Entry]) -> tuple[bytes, _Parts]:
     """The content of a file that grows."""
     content, parts = b"", _Parts()
-    matches = [match for entry in entries if (match := _PART.fullmatch(entry)) and match[1] == name]
+    matches = [match for entry in entries if (match := PART.fullmatch(entry)) and match[1] == name]
     for match in sorted(matches, key=lambda match: int(match[2])):
         data = store.get_or(match[0])
         content = content[: int(match[3])] + data

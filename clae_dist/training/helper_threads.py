@@ -17,6 +17,8 @@ from typing import Any
 from clae_dist.causes import cause_of, digest_of, exit_code_of
 from clae_dist.data.urls import redact_text
 from clae_dist.errors import UNEXPECTED
+from clae_dist.runs.mirror import add_to_console, send_file
+from clae_dist.staging import shown_path
 from clae_dist.training.session import Session
 from clae_dist.world import abandon
 
@@ -40,15 +42,16 @@ def failing_threads_end_the_rank(session: Session) -> Iterator[None]:
         stack = "".join(traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback))
         with suppress(OSError):
             log.write_text(redact_text(stack))
-            line += f" (traceback: {log})"
+            line += f" (traceback: {shown_path(log)})"
+            send_file(log, folder.path)
         cause = cause_of(failure.exc_value) if failure.exc_value else "code"
         attempt, reason = session.attempt, line.partition(": ")[2]
         digest = digest_of(failure.exc_value) if failure.exc_value else ""
         attempt.end(folder.path, world.rank, world.size, cause, exit_code_of(cause), reason, digest)
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-        with suppress(OSError), folder.console_file.open("a") as console:
-            console.write(line + "\n")
+        with suppress(OSError):
+            add_to_console(folder.path, line + "\n")
         abandon(UNEXPECTED)
 
     threading.excepthook = end

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from clae_dist.errors import HUNG
 from clae_dist.runs.ends import Cause
-from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import add_to_console
 from clae_dist.training.hang_report import name_ranks
 from clae_dist.training.session import Session
 from clae_dist.training.watch import GRACE_S, within
@@ -106,8 +106,7 @@ class Peers:
         session.attempt.end(session.config.folder, rank, self._world.size, cause, HUNG, line, host=host)
 
     def _log(self, text: str) -> None:
-        with RunFolder(self._session.config.folder).console_file.open("a") as file:
-            file.write(text)
+        add_to_console(self._session.config.folder, text)
 
 
 class _Beats:

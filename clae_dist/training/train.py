@@ -27,7 +27,7 @@ from clae_dist.runs.ends import Attempt
 from clae_dist.runs.folder import Identity
 from clae_dist.runs.goodput import Kind, Ledger
 from clae_dist.runs.initial import load_initial
-from clae_dist.runs.mirror import Mirror, mirrored
+from clae_dist.runs.mirror import Mirror, check_nodes, mirrored
 from clae_dist.tracking import Status, TrackedSet, Tracker, build_trackers, continue_tracking
 from clae_dist.tracking.console import STARTING
 from clae_dist.training.alarms import Alarms
@@ -82,6 +82,7 @@ def train(recipe: Recipe, world: World, stream: TextIO = sys.stdout, attempt: At
     config = recipe.config
     config.rows_per_rank(world.size)
     session = Session(config, world, say, attempt or Attempt())
+    check_nodes(config.folder, world)
     with (
         failing_threads_end_the_rank(session),
         listen_for_stop(config.folder) as stop,

@@ -23,6 +23,7 @@ from typing import TypeVar
 from clae_dist.collectives import MARK
 from clae_dist.errors import HUNG, STOPPED, Cause
 from clae_dist.runs.folder import RunFolder
+from clae_dist.runs.mirror import add_to_console
 from clae_dist.training.flight_recorder import dump
 from clae_dist.training.guard import StopRequest, is_preemption
 from clae_dist.training.hang_report import Phase, Report, culprit, read_report, stacks_by_ranks, verdict
@@ -157,8 +158,7 @@ class Watch:
             time.sleep(0.1)
 
     def _log(self, text: str) -> None:
-        with RunFolder(self._config.folder).console_file.open("a") as file:
-            file.write(text)
+        add_to_console(self._config.folder, text)
 
     def _leave_unsaved(self, place: Phase) -> None:
         newest = "" if place.doing == ENDING else within(GRACE_S, lambda: _newest(self._config.folder))

@@ -282,6 +282,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
         (["finetune/classify", "--target", "elsewhere"], "--target is 'elsewhere', but method.name is 'classify'"),
         (["finetune/domain"], "name one target with the share 0.5"),
         (["finetune/noisy", "method.images=7"], "method.images is 7"),
+        (["finetune/classify", "method.classes=7"], "method.classes is 7, but .* has 2 classes"),
+        (["finetune/classify", "model.encoder=timm/nosuch", "model.init="], "model.encoder is 'timm/nosuch', which timm"),
+        (["finetune/classify", "method.blocks=99"], "method.blocks is 99"),
         (["classify"], "TASK is 'classify', .*did you mean finetune/classify.*one of finetune/adversarial"),
     ],
 )

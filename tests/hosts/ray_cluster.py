@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,27 @@ SCRIPT = "launch/ray-cluster.sh"
 
 
 class RayCluster:
-    """As a context manager: head on host 0, a worker on each other, one core each. `env` is for what its commands start."""
+    """As a context manager: head on host 0 with `head_cpus` cores for ranks, a worker of one core on each other.
 
-    def __init__(self, hosts: Hosts, env: Mapping[str, str] | None = None) -> None:
-        self.hosts, self.env = hosts, dict(env or {})
+    `env` is for what its commands start, `own` for those of a host.
+    """
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        env: Mapping[str, str] | None = None,
+        own: Callable[[int], Mapping[str, str]] = lambda host: {},
+        head_cpus: int = 1,
+    ) -> None:
+        self.hosts, self._env, self._own, self._head_cpus = hosts, dict(env or {}), own, head_cpus
+
+    def env(self, host: int) -> dict[str, str]:
+        return {**self._env, **self._own(host)}
 
     def __enter__(self) -> RayCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="clae-r-", dir="/tmp"))  # unix sockets: a short path
         self.token = self.folder / "secret" / "token"
-        self.said = [self.ok(0, "head", "--address", self.hosts.address(0), "--cpus", "1")]
+        self.said = [self.ok(0, "head", "--address", self.hosts.address(0), "--cpus", str(self._head_cpus))]
         self.said += [self.join(host) for host in range(1, self.hosts.num_hosts)]
         return self
 
@@ -38,18 +50,18 @@ class RayCluster:
         return [SCRIPT, *words, "--temp-dir", f"{self.folder}/{host}", "--token-file", str(self.token)]
 
     def __call__(self, host: int, *words: str, env: Mapping[str, str] | None = None) -> Completed:
-        return self.hosts.run(host, self.line(host, *words), {**self.env, **(env or {})}, timeout_s=240)
+        return self.hosts.run(host, self.line(host, *words), {**self.env(host), **(env or {})}, timeout_s=240)
 
-    def ok(self, host: int, *words: str) -> str:
-        done = self(host, *words)
+    def ok(self, host: int, *words: str, env: Mapping[str, str] | None = None) -> str:
+        done = self(host, *words, env=env)
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    def join(self, host: int) -> str:
-        return self.ok(host, "worker", self.hosts.address(0), "--cpus", "1")
+    def join(self, host: int, env: Mapping[str, str] | None = None) -> str:
+        return self.ok(host, "worker", self.hosts.address(0), "--cpus", "1", env=env)
 
-    def submit(self, recipe: Path, overrides: Sequence[str], **options: Any) -> Process:
-        return self.hosts.popen(0, self.line(0, "submit", str(recipe), *overrides), self.env, **options)
+    def submit(self, recipe: Path, overrides: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> Process:
+        return self.hosts.popen(0, self.line(0, "submit", str(recipe), *overrides), {**self.env(0), **(env or {})}, **options)
 
     def node(self, host: int) -> str:
         """Ray's name of the live node on a host."""

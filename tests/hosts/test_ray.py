@@ -57,6 +57,7 @@ def test_dry_run_prints_what_would_run_and_makes_nothing(tmp_path: Path) -> None
     for words in ("--head --port=7000", "--dashboard-host=127.0.0.1", "RAY_AUTH_MODE=token", "--node-ip-address=127.0.0.1"):
         assert words in head
     worker = run_script("worker", "127.0.0.1:7000", "--cpus", "3", *where).stdout
+    assert "--num-cpus=0" in run_script("head", "--address", "127.0.0.1", "--cpus", "0", *where).stdout
     for words in ("--address=127.0.0.1:7000", "--num-cpus=3", "GLOO_SOCKET_IFNAME=lo", "--node-manager-port=7001"):
         assert words in worker
     submit = run_script("submit", "configs/quickstart.yaml", "seed=3", *where).stdout

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +13,15 @@ import pytest
 
 from clae_dist.cli import main
 from clae_dist.data.manifest import Manifest
-from clae_dist.errors import STORAGE
+from clae_dist.errors import BAD_CONFIG, STORAGE, ConfigError
+from clae_dist.launchers import evaluate
 from clae_dist.recipe import Recipe
 from clae_dist.runs import copies
 from clae_dist.runs.claim import open_run_folder
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import Record
 from clae_dist.staging import copy_folder, staging_folder
+from clae_dist.training.finish import Request
 from clae_dist.world import World
 from tests.checkpoints import tensors, write_checkpoint
 from tests.object_server import BUCKET, ON_BOTH, ON_GOOGLE, ObjectServer
@@ -81,6 +85,22 @@ def test_a_store_that_does_not_answer_is_named_soon(
     bucket.faults.choose = lambda request: "reset"
     assert main([command, bucket.url]) == STORAGE
     assert f"{bucket.url} cannot be used: " in capsys.readouterr().err
+
+
+def test_an_evaluation_on_several_hosts_needs_a_folder_that_they_share(
+    bucket: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Ray's cluster before anything is started, of torchrun's ranks by all of them together."""
+    request = Request(str(copy_folder(bucket.url)))
+    several = replace(World.single("cpu"), size=2)
+    monkeypatch.setattr(evaluate, "connect", lambda *_: nullcontext(several))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    words = f"SUBJECT is '{bucket.url}', whose copies several hosts do not share"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        evaluate.evaluate_on(request, "ray", 2)
+    ending = evaluate.rank(request)
+    assert ending.code == BAD_CONFIG
+    assert words in ending.message
 
 
 @pytest.mark.slow

@@ -144,14 +144,15 @@ def test_a_launcher_sends_only_ends(bucket: ObjectServer, run_dir: Path) -> None
 
 @ON_BOTH
 def test_an_object_named_stop_stops_the_run(bucket: ObjectServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one of an earlier start does not."""
+    """The one of an earlier start does not, which the launcher deletes."""
     monkeypatch.setattr(mirror, "EVERY_S", 0.05)
     bucket.write("runs/first/STOP", b"old")
     record_of(run_dir).push()
     stop = RunFolder(run_dir).stop_file
+    mirror.forget_stop(run_dir)
+    assert "runs/first/STOP" not in bucket.names()
     with mirror.mirrored(run_dir, World.single("cpu"), pytest.fail) as running:
         running.share()
-        assert "runs/first/STOP" not in bucket.names()
         bucket.write("runs/first/STOP", b"maintenance")
         while not (stop.exists() and stop.read_text() == "maintenance"):
             time.sleep(0.02)  # the test's limit ends a thread that never asks

@@ -123,3 +123,31 @@ def test_nothing_is_lost_by_ctrl_c(bucket: ObjectServer, recipe: Path, tmp_path:
         read_until(process, "resuming after step")
         process.send_signal(signal.SIGINT)
         assert finish(process)[0] == STOPPED
+
+
+@pytest.mark.slow
+def test_ray_on_one_machine(bucket: ObjectServer, recipe: Path, tmp_path: Path) -> None:
+    """A STOP object ends the run for good, a signal to the launcher saves it; both resume from the bucket alone."""
+    env = environment(**bucket.environment, CLAE_CACHE=str(tmp_path / "cache"))
+    command = (
+        *CLAE,
+        "train",
+        recipe,
+        f"run_dir={bucket.url}",
+        "--launcher",
+        "ray",
+        "checkpoint.every_steps=0",
+        "train.epochs=1000",
+    )
+    for words in ("step 2/", "resuming after step"):
+        with started(*command, env=env) as process:
+            read_until(process, words)
+            if words == "step 2/":
+                bucket.write("runs/first/STOP", b"maintenance")
+            else:
+                process.send_signal(signal.SIGUSR1)
+            code, output = finish(process)
+        assert code == STOPPED, output
+        assert f"({'maintenance' if words == 'step 2/' else 'SIGUSR1'}); saved. The same command resumes" in output
+        assert "runs/first/STOP" not in bucket.names()
+        shutil.rmtree(tmp_path / "cache" / "runs")
