@@ -26,7 +26,7 @@ from clae_dist.staging import SCHEMES, url_of
 from clae_dist.storage import StorageError
 
 RETRY_S = 300.0
-FIRST_TRIES_S = 5.0  # before ranks start: the user waits
+FIRST_TRIES_S = 5.0  # of the first call of a command, before ranks start: the user waits
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _TIMEOUT_S = 30.0  # without a byte
 _BLOCK_BYTES = 16 << 20  # of a file that is put

@@ -27,7 +27,7 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _KNOWN = re.compile(
-    r"\b(dapi[0-9a-f]{16,}(-\d)?|hf_\w{20,}|gh[pousr]_\w{20,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{12,}|xox[bp]-[\w-]{10,})"
+    r"\b(dapi[0-9a-f]{16,}(-\d)?|hf_\w{20,}|gh[pousr]_\w{20,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{12,}|ya29\.[\w.-]{20,}|xox[bp]-[\w-]{10,})"
 )
 _SHELL = re.compile(r"[|;&$`<>()\n]")
 _UNPACKERS = frozenset("cat gzip gunzip zcat bzip2 bzcat xz xzcat zstd zstdcat lz4 pigz".split())

@@ -15,6 +15,8 @@ from tests.fault_proxy import Answer, Faults, Proxy, proxied
 
 BUCKET = "clae-test"
 ON_BOTH = pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+ON_BOTH_LONG = pytest.mark.parametrize("bucket", ["s3", pytest.param("gs", marks=pytest.mark.long)], indirect=True)
+ON_GOOGLE = pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 KEY_ID, SECRET = "AKIACANARYKEYID00000", "canary-secret-access-key"
 
 

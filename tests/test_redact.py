@@ -48,6 +48,12 @@ URLS = [  # S3CR3T must go, keepme stays where it is
 ]
 
 
+def test_tokens_are_known_by_their_beginnings() -> None:
+    tokens = ["ya29.a0AfB_byC-Sl0ng.t0ken-0f-Google", "ghp_0123456789abcdefghij", "AKIA0123456789ABCDEF"]
+    for token in tokens:
+        assert redact_text(f"refused: {token}, and more") == "refused: …, and more"
+
+
 @pytest.mark.parametrize("url", URLS)
 def test_no_form_of_a_url_shows_its_secret(url: str) -> None:
     for show in (redact, redact_list, redact_text, redact_word, without_secrets, uri_without_secrets):

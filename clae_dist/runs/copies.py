@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clae_dist.object_store import Entry, Store, store_of
+from clae_dist.object_store import FIRST_TRIES_S, Entry, Store, store_of
 from clae_dist.runs.checkpoint.objects import stage_checkpoints
 from clae_dist.runs.folder import (
     BAD_SAMPLES_FILE,
@@ -58,8 +58,14 @@ def fetch(folder: Path) -> Record | None:
     """
     record = Record.of(folder)
     if record:
-        record.pull(TO_READ if CONFIG_FILE in (entries := record.store.entries()) else _of_export(entries))
+        entries = _first_entries(record.store)
+        record.pull(TO_READ if CONFIG_FILE in entries else _of_export(entries))
     return record
+
+
+def _first_entries(store: Store) -> dict[str, Entry]:
+    """The objects of a store that this command has not reached before: a user waits for the error."""
+    return Store(store.url, FIRST_TRIES_S).entries()
 
 
 def _of_export(entries: Iterable[str]) -> list[str]:
@@ -73,7 +79,7 @@ def copy_listed(folder: Path) -> None:
     store = store_of(folder)
     if store is None:
         return
-    entries = store.entries()
+    entries = _first_entries(store)
     runs = {name.rpartition("/")[0] for name in entries if name.rpartition("/")[2] == CONFIG_FILE}
     for path in sorted(folder.rglob(CONFIG_FILE)):  # of runs that were deleted
         if path.parent.relative_to(folder).as_posix().removeprefix(".") not in runs:
@@ -92,8 +98,8 @@ def copy_state(folder: Path) -> None:
     record = Record.of(folder)
     if record is None:
         return
+    entries = _first_entries(record.store)
     record.pull(_OF_STATUS)
-    entries = record.store.entries()
     _copy_lease(record.store, folder, entries, TRAINING_LEASE)
     beat = RunFolder(folder).heartbeat_file
     if HEARTBEAT_FILE in entries and beat.is_file():

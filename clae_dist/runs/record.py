@@ -75,6 +75,11 @@ class _Parts:
     num_bytes: int = 0
     sha256: str = hashlib.sha256().hexdigest()
 
+    @property
+    def state(self) -> str:
+        """The same for the same content alone."""
+        return f"{self.num_bytes} {self.sha256}"
+
 
 class Record:
     """The record of one run, in `folder` and in `store`. Not for several threads at once.
@@ -97,8 +102,9 @@ class Record:
     def pull(self, names: Iterable[str]) -> None:
         """Make these files and folders of the staging folder those of the bucket.
 
-        A file that grows is kept if it begins with the bucket's: its end could not be sent before a kill. Without a run in the
-        bucket, the folder is left over from one that was deleted, and is emptied.
+        A file that grows is kept if it begins with the bucket's, or if nobody else has changed the bucket's since this folder
+        sent or fetched it: its end could not be sent before a kill. Without a run in the bucket, the folder is left over from
+        one that was deleted, and is emptied.
         """
         entries = self.store.entries()
         if CONFIG_FILE not in entries and self.folder.is_dir():
@@ -230,8 +236,23 @@ class Record:
         content, self._parts[name] = join(self.store, name, entries)
         path = self.folder / name
         here = path.read_bytes() if path.is_file() else b""
-        if content and not here.startswith(content):
+        if not content:
+            return
+        if not here.startswith(content):
+            if here and self._known(name) == self._parts[name].state:
+                return  # cut at a checkpoint and written again, and killed before it was sent
             write_atomically(path, content)
+        self._know(name)
+
+    def _known(self, name: str) -> str:
+        """The state of the bucket's content that this folder has sent or fetched last."""
+        try:
+            return (self.folder / f".{name}.known").read_text()
+        except (OSError, ValueError):
+            return ""
+
+    def _know(self, name: str) -> None:
+        write_atomically(self.folder / f".{name}.known", self._parts[name].state.encode())
 
     def _merge_ends(self, entries: Mapping[str, Entry]) -> None:
         """Add the ends that are objects of their own, in the order of starts."""
@@ -269,6 +290,7 @@ class Record:
         self.store.put(new, data[start:])
         old, parts.names = (parts.names, [new]) if start == 0 else ([], [*parts.names, new])
         parts.num_bytes, parts.sha256 = len(data), hashlib.sha256(data).hexdigest()
+        self._know(name)
         self.store.delete(old)
 
 

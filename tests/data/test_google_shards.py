@@ -31,7 +31,7 @@ def test_an_epoch_under_faults_is_the_local_one(workers: int, bucket: ObjectServ
     kinds = ["503", "429", "cut", "reset"]
 
     def choose(request: Request) -> str:
-        return kinds[request.number // 3 % 4] if request.number % 3 == 0 else ""
+        return kinds[request.number // 6 % 4] if request.number % 6 == 2 else ""
 
     bucket.faults.choose = choose
     found = batches(settings(URL, tmp_path / "cache", workers=workers))

@@ -21,9 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from clae_dist import object_store
 from clae_dist.object_store import Store, StoreError, check_store
 from clae_dist.staging import staging_folder
-from tests.object_server import ON_BOTH, SECRET, ObjectServer
+from tests.object_server import ON_BOTH, ON_GOOGLE, SECRET, ObjectServer
 
-ON_GOOGLE = pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 TOKEN = "ya29.canary-token-of-a-service-account"
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from clae_dist.cli import main
 from clae_dist.data.manifest import Manifest
-from clae_dist.errors import BAD_CONFIG, ConfigError
+from clae_dist.errors import BAD_CONFIG, STORAGE, ConfigError
 from clae_dist.launchers import evaluate
 from clae_dist.recipe import Recipe
+from clae_dist.runs import copies
 from clae_dist.runs.claim import open_run_folder
 from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import Record
@@ -23,7 +24,7 @@ from clae_dist.staging import copy_folder, staging_folder
 from clae_dist.training.finish import Request
 from clae_dist.world import World
 from tests.checkpoints import tensors, write_checkpoint
-from tests.object_server import BUCKET, ON_BOTH, ObjectServer
+from tests.object_server import BUCKET, ON_BOTH, ON_GOOGLE, ObjectServer
 from tests.small_run import train_quietly, whole_run
 
 
@@ -72,6 +73,18 @@ def test_checkpoints_and_runs_are_listed(
 def test_a_url_without_a_run_is_named(bucket: ObjectServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", bucket.url]) == 2
     assert f"RUN is '{bucket.url}', which holds no config.yaml" in capsys.readouterr().err
+
+
+@ON_GOOGLE
+@pytest.mark.parametrize("command", ["status", "checkpoints", "runs"])
+def test_a_store_that_does_not_answer_is_named_soon(
+    command: str, bucket: ObjectServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after the minutes that a training run waits for it."""
+    monkeypatch.setattr(copies, "FIRST_TRIES_S", 0.2)
+    bucket.faults.choose = lambda request: "reset"
+    assert main([command, bucket.url]) == STORAGE
+    assert f"{bucket.url} cannot be used: " in capsys.readouterr().err
 
 
 def test_an_evaluation_on_several_hosts_needs_a_folder_that_they_share(

@@ -81,6 +81,25 @@ def test_lines_that_a_kill_left_unsent_are_kept_and_sent(bucket: ObjectServer, r
     assert RunFolder(pulled(bucket)).metrics_file.read_text() == "one\ntwo\n"
 
 
+def test_lines_that_were_written_again_are_kept_if_nobody_else_has_gone_on(bucket: ObjectServer, run_dir: Path) -> None:
+    """The resumed run had cut its file at a checkpoint, and was killed before it sent anything of what followed."""
+    path = RunFolder(run_dir).metrics_file
+    path.write_text("1\n2\n3\n")
+    record_of(run_dir).push()
+    path.write_text("1\n2 again\n3 again\n4\n")
+    later = record_of(run_dir)
+    later.pull(TO_RESUME)
+    assert path.read_text() == "1\n2 again\n3 again\n4\n"
+    later.push()
+    other = pulled(bucket)
+    assert RunFolder(other).metrics_file.read_text() == path.read_text()
+    RunFolder(other).metrics_file.write_text("1\nof another node\n")
+    record_of(other).push()
+    path.write_text("1\n2 once more\n")
+    record_of(run_dir).pull(TO_RESUME)
+    assert path.read_text() == "1\nof another node\n"
+
+
 @ON_BOTH
 def test_a_node_that_was_away_takes_what_another_has_written(bucket: ObjectServer, run_dir: Path) -> None:
     folder = RunFolder(run_dir)

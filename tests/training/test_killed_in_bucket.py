@@ -17,7 +17,7 @@ from clae_dist.runs.folder import RunFolder
 from clae_dist.runs.record import ENDS_FILE, TO_READ, Record
 from clae_dist.staging import copy_folder, staging_folder
 from tests.fault_proxy import Faults, Request
-from tests.object_server import ON_BOTH, ObjectServer
+from tests.object_server import ON_BOTH_LONG, ObjectServer
 from tests.processes import CLAE, end, environment, finish, new_mark, started
 from tests.small_run import Undisturbed, assert_same_weights
 
@@ -26,13 +26,16 @@ _REQUESTS = 24  # to checkpoints, of about two saves
 
 @contextmanager
 def killed_at(faults: Faults, moment: int, mark: dict[str, str], carried_out: bool) -> Iterator[threading.Event]:
-    """Kill all processes with the mark at a request to checkpoints, before or after it is carried out; then set the event."""
+    """Kill all processes with the mark at a request to objects of checkpoints, before it is carried out or after it.
+
+    Then the event is set.
+    """
     happened, numbers = threading.Event(), iter(range(1_000_000))
 
     def choose(request: Request) -> str:
         if happened.is_set():
             return "reset"
-        if "/checkpoints/" in request.key and next(numbers) == moment:
+        if request.action != "list" and "/checkpoints/" in request.key and next(numbers) == moment:
             happened.set()
             end(mark)
             return "lost" if carried_out else "reset"
@@ -52,7 +55,7 @@ def committed(bucket: ObjectServer) -> int:
     return max(objects.committed(), default=0)
 
 
-@ON_BOTH
+@ON_BOTH_LONG
 @pytest.mark.parametrize(
     ("num_kills", "epochs"),
     [

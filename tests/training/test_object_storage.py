@@ -24,7 +24,7 @@ from clae_dist.runs.record import APPENDED, TO_READ, Record
 from clae_dist.staging import copy_folder
 from clae_dist.world import World
 from tests.fault_proxy import Request
-from tests.object_server import BUCKET, ON_BOTH, ObjectServer
+from tests.object_server import BUCKET, ON_BOTH, ON_BOTH_LONG, ObjectServer
 from tests.processes import CLAE, environment, finish, read_until, started
 from tests.ranks import RankPool
 from tests.training.disturbed import assert_bitwise, final, train_on
@@ -81,7 +81,7 @@ def test_a_run_that_was_lost_resumes_from_the_bucket(
 
 
 @pytest.mark.slow
-@ON_BOTH
+@ON_BOTH_LONG
 def test_another_number_of_nodes_resumes(bucket: ObjectServer, shards: Manifest, ranks: RankPool, tmp_path: Path) -> None:
     """Three nodes of one rank each begin, two end it: pieces come from the bucket, each tensor to one rank."""
     whole = settings(shards, tmp_path / "whole", precision="float64", knn_every=0, diagnose_every=100)
@@ -97,7 +97,7 @@ def test_another_number_of_nodes_resumes(bucket: ObjectServer, shards: Manifest,
 
 
 @pytest.mark.slow
-@ON_BOTH
+@ON_BOTH_LONG
 def test_nothing_is_lost_by_ctrl_c(bucket: ObjectServer, recipe: Path, tmp_path: Path) -> None:
     """The bucket has all that the ranks and the launcher wrote, and the same command resumes without the staging folder."""
     env = environment(**bucket.environment, CLAE_CACHE=str(tmp_path / "cache"))
