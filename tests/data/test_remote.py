@@ -256,6 +256,7 @@ def test_a_loader_killed_in_the_middle_of_a_fetch_leaves_nothing_half(
     assert not list((tmp_path / "cache" / FOLDER).glob("*.part"))
 
 
+@pytest.mark.slow
 def test_any_store(local: Manifest, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for path in local.folder.iterdir():

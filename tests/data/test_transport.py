@@ -53,6 +53,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs root, to mount another /dev/shm")
+@pytest.mark.slow
 def test_a_small_shared_memory_costs_time_and_no_batch(tmp_path: Path) -> None:
     """The batch was lost in a thread of the loader process, and the rank waited for it until guard.hang_s."""
     write_synthetic_set(tmp_path / "shards", 32, 200)

@@ -153,6 +153,7 @@ def _evaluated(config: Config) -> Config:
     return replace(config, train=replace(config.train, knn_every=3.0))
 
 
+@pytest.mark.slow
 def test_a_target_is_learned_without_its_labels(
     ranks: RankPool, undisturbed: Undisturbed, colours: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_target_is_learned_without_its_labels(
     assert 0 <= found["domain_distance"] <= 2
 
 
+@pytest.mark.slow
 def test_domains_that_share_no_class_have_a_distance_and_no_accuracy(
     ranks: RankPool, undisturbed: Undisturbed, colours: Path, tmp_path: Path
 ) -> None:

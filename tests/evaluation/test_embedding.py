@@ -276,6 +276,7 @@ def test_killed_ranks_of_torchrun_continue_with_the_same_bytes(make_run: MakeRun
     }
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_old_file_and_the_same_command_continues(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +295,7 @@ def test_ctrl_c_leaves_the_old_file_and_the_same_command_continues(
     assert target.with_name("again.npy").read_bytes() == target.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_command_for_one_file_is_refused_until_the_first_is_gone(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

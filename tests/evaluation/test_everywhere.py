@@ -50,6 +50,7 @@ def _on_ranks(world: World, run: str, overrides: tuple[str, ...]) -> dict[str, A
     return _without_times(evaluate(examined_run(Path(run)), suite, world, _quiet, fresh=True))
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(make_run: MakeRun, ranks: Any) -> None:
     """Features, and every verdict of every attack; a head that is trained on all ranks as well."""
     run = make_run("evaluation.batch_size=16")

@@ -250,6 +250,7 @@ def test_an_evaluation_of_another_checkpoint_is_refused(make: Callable[..., Path
         promotion.promote(run, promotion.RunFolder(run).read_config(), {}, registry, print)
 
 
+@pytest.mark.slow
 def test_the_gate_measures_graphs_and_refuses_those_of_another_encoder(
     make: Callable[..., Path], registry: Registry, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_the_fixture_fails_a_test_with_the_table(
         assert_loss_parity(losses.detached)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_file_of_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def _stuck(recipe: Recipe, debug: bool) -> Ending:
     return local._train(recipe, debug)
 
 
+@pytest.mark.slow
 def test_what_cannot_stop_in_the_stated_time_leaves_without_saving(
     shards: Manifest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

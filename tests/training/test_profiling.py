@@ -33,6 +33,7 @@ def names(path: Path) -> list[str]:
         return [event.get("name", "") for event in json.load(trace)["traceEvents"]]
 
 
+@pytest.mark.slow
 def test_each_rank_writes_a_trace_with_the_phases(ranks: RankPool, shards: Manifest, tmp_path: Path) -> None:
     config = recipe(shards, tmp_path / "run", epochs=0.75, profile_steps="1:3", **BARE)
     console = ranks.run(2, said, config)[0]
