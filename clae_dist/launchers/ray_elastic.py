@@ -40,8 +40,8 @@ _STILL_USED = "There is no room without it, so that it is still used: add a host
 class WorkingSizes(ElasticScalingPolicy):
     """Takes the largest of `sizes` for which there is room on hosts that stay.
 
-    Hosts that failed twice without progress (runs/exclusion.py) are excluded, unless there is no room for any size then. So are
-    hosts that take no connection: Ray counts a host whose link is down for another minute, and would wait for it.
+    Hosts that failed twice without progress (runs/exclusion.py) are excluded, unless there is no room for any size then. Hosts
+    that take no connection always are: Ray counts a host whose link is down for another minute, and would wait for it.
     """
 
     def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], stop_file: Path, check_every_s: float) -> None:

@@ -204,7 +204,7 @@ class Writer:
                 with writing(self._folder.checkpoints):
                     work()
             except _CancelledError:
-                pass
+                pass  # whoever cancelled it knows
             except Exception as error:  # reported to all ranks by the caller, through `failure` or `problem`
                 self.failure = error
 
